@@ -1,0 +1,101 @@
+"""The document: what every corpus becomes before anything else looks at it.
+
+A document is an ordered list of segments, each a text or an encoded image, with a role. How it turns into tokens is
+the business of `dreamllm_jax.data.tokens`; how it is stored, of `dreamllm_jax.data.storage`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+Role = Literal["", "system", "user", "assistant"]
+Kind = Literal["pair", "image_image", "interleaved", "instruct_interleaved", "conversation", "text"]
+KINDS: tuple[str, ...] = get_args(Kind)
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A stretch of text, said by `role` (empty outside conversations)."""
+
+    text: str
+    role: Role = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """An image as encoded bytes (PNG, JPEG, ...). In a conversation the assistant's images are painted, others read."""
+
+    data: bytes
+    role: Role = ""
+
+
+Segment = Text | Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Segments in reading order, and the kind of corpus they come from.
+
+    pair: one text and one image; image_image: source image, then target image; interleaved: texts and images in any
+    order; instruct_interleaved: the user's instruction, then as interleaved by the assistant; conversation: turns of
+    user and assistant, each segment with its role; text: texts only.
+    """
+
+    kind: Kind
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind of document {self.kind!r}; known are {', '.join(KINDS)}")
+        texts, images = len(self.texts), len(self.images)
+        if self.kind == "pair" and (texts, images) != (1, 1):
+            raise ValueError(f"a pair has one text and one image, got {texts} and {images}")
+        if self.kind == "image_image" and (texts, images) != (0, 2):
+            raise ValueError(f"an image_image document has two images and no text, got {images} and {texts} texts")
+        if self.kind == "text" and images:
+            raise ValueError(f"a text document has no images, got {images}")
+        for segment in self.segments:
+            if segment.role not in ROLES:
+                raise ValueError(f"unknown role {segment.role!r}; known are {', '.join(map(repr, ROLES))}")
+            if self.kind in ("conversation", "instruct_interleaved") and not segment.role:
+                raise ValueError(f"every segment of a {self.kind} document needs a role: system, user or assistant")
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        return tuple(s for s in self.segments if isinstance(s, Text))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(s for s in self.segments if isinstance(s, Image))
+
+
+def to_record(document: Document) -> dict[str, Any]:
+    """The stored form: parallel lists of roles and texts (empty at an image) and the images in order."""
+    return {
+        "kind": document.kind,
+        "segments": [
+            {
+                "role": s.role,
+                "text": s.text if isinstance(s, Text) else "",
+                "is_image": int(isinstance(s, Image)),
+            }
+            for s in document.segments
+        ],
+        "images": [s.data for s in document.images],
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> Document:
+    """The document of a stored record; inverse of `to_record` after storage."""
+    images = iter(record["images"])
+    stored = record["segments"]
+    segments: list[Segment] = []
+    for role, text, is_image in zip(stored["role"], stored["text"], stored["is_image"], strict=True):
+        role = _string(role)
+        segments.append(Image(bytes(next(images)), role) if is_image else Text(_string(text), role))
+    return Document(_string(record["kind"]), tuple(segments))
+
+
+def _string(value: bytes | str) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
