@@ -1,0 +1,424 @@
+"""LLaMA (arXiv 2302.13971, 2307.09288, 2407.21783): the causal language model, over embeddings.
+
+It takes embeddings rather than tokens, because images and dream queries are spliced in between, and gives hidden states
+rather than logits, because the loss computes those in pieces.
+
+Legend: B rows, T tokens of this call, S keys, E width, H query heads, K key heads, D head dimension, V vocabulary,
+N layers.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dreamllm_jax.models.attention import attend
+from dreamllm_jax.models.remat import rematerialised
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained length; field names as in a Hugging Face config.
+
+    Attributes:
+      rope_type: "linear" (divide positions), "dynamic" (NTK-aware: a larger base for longer rows), or "llama3"
+        (stretch the low frequencies only, arXiv 2407.21783).
+      factor: how far.
+      low_freq_factor, high_freq_factor, original_max_position_embeddings: "llama3" only.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self):
+        fields = {
+            "linear": ("factor",),
+            "dynamic": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        }
+        if self.rope_type not in fields:
+            raise ValueError(f"rope_type {self.rope_type!r} is not supported: choose from {list(fields)} or no scaling")
+        if missing := [name for name in fields[self.rope_type] if not getattr(self, name)]:
+            raise ValueError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of the model; names and defaults as in transformers' `LlamaConfig`."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}: set head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+
+
+# Settings of a config.json that would change the function computed here: name -> the one value that is supported.
+_SUPPORTED = {"hidden_act": "silu", "attention_dropout": 0.0, "sliding_window": None, "use_sliding_window": False}
+_MODEL_TYPES = ("llama", "dreamllm", "mistral")
+
+
+def llama_config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
+    """Reads a Hugging Face config.json, of transformers 5 (`rope_parameters`) or before (`rope_theta`, `rope_scaling`).
+
+    Raises:
+      ValueError: naming a setting that is not supported.
+    """
+    if config.get("model_type", "llama") not in _MODEL_TYPES:
+        raise ValueError(f"model_type {config['model_type']!r} is not supported: expected one of {_MODEL_TYPES}")
+    for name, value in _SUPPORTED.items():
+        if config.get(name, value) not in (value, None):
+            raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("partial_rotary_factor is not supported: the whole head is rotated")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    scaling = None
+    if rope_type != "default":
+        names = [field.name for field in dataclasses.fields(RopeScaling)[1:]]
+        scaling = RopeScaling(rope_type, **{"factor": None, **{name: rope[name] for name in names if name in rope}})
+    names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_scaling", "rope_theta"}
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    theta = rope.get("rope_theta", config.get("rope_theta")) or LlamaConfig.rope_theta
+    return LlamaConfig(rope_theta=theta, rope_scaling=scaling, **values)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root mean square normalisation (arXiv 1910.07467), its statistics in float32.
+
+    Args:
+      x: f[..., E].
+      scale: f[E].
+      eps: added to the mean square.
+
+    Returns:
+      f[..., E] in the type of `x`.
+    """
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rope_frequencies(config: LlamaConfig, length: int) -> np.ndarray:
+    """Angles a token of rotary embedding (arXiv 2104.09864), scaled as the config says.
+
+    Args:
+      config: the model's shape.
+      length: of the row (or of the cache): "dynamic" scaling grows the base with it once it exceeds
+        `max_position_embeddings`. It is the static length, the same for every row, so that what a document gives
+        does not change with what is packed beside it and a cached key never has to be rotated again.
+
+    Returns:
+      f32[D / 2] radians per position.
+    """
+    scaling, dim, theta = config.rope_scaling, config.head_dim, config.rope_theta
+    if scaling and scaling.rope_type == "dynamic":
+        stretch = scaling.factor * max(1.0, length / config.max_position_embeddings) - (scaling.factor - 1)
+        theta *= stretch ** (dim / (dim - 2))
+    frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+    if scaling and scaling.rope_type == "linear":
+        frequencies = frequencies / np.float32(scaling.factor)
+    if scaling and scaling.rope_type == "llama3":
+        # Turns over the trained length: those with few are stretched, with many kept, in between interpolated.
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = np.clip(keep, 0, 1).astype(np.float32)
+        frequencies = frequencies * (keep + (1 - keep) / np.float32(scaling.factor))
+    return frequencies.astype(np.float32)
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates each head's first half against its second half (the Hugging Face convention).
+
+    Args:
+      x: f[B, T, H, D] queries or keys.
+      cos: f32[B, T, D / 2] cosines of position times frequency.
+      sin: f32[B, T, D / 2].
+
+    Returns:
+      f[B, T, H, D] in the type of `x`.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of what each row has read; rows fill at their own pace, without gaps.
+
+    Attributes:
+      k: f[N, B, S, K, D] rotated keys.
+      v: f[N, B, S, K, D] values.
+      segment_ids: i32[B, S] segment of each entry, 0 where empty.
+      length: i32[B] filled entries of each row.
+    """
+
+    k: Array
+    v: Array
+    segment_ids: Array
+    length: Array
+
+    @classmethod
+    def create(cls, config: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> "KVCache":
+        """An empty cache for `batch` rows of at most `length` tokens; what exceeds it would be dropped."""
+        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+        return cls(
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            segment_ids=jnp.zeros((batch, length), jnp.int32),
+            length=jnp.zeros((batch,), jnp.int32),
+        )
+
+
+@struct.dataclass
+class _Context:
+    """What every layer shares: rotations f32[B, T, D / 2], segments, and where this call's tokens go in the cache."""
+
+    cos: Array
+    sin: Array
+    segment_ids: Array
+    k_segment_ids: Array | None = None
+    q_index: Array | None = None
+    slots: Array | None = None
+
+
+def _weight(std: float, *axes: str) -> nn.initializers.Initializer:
+    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` and its scale."""
+
+    eps: float
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        return rms_norm(x, self.param("scale", init, (x.shape[-1],), self.param_dtype), self.eps)
+
+
+class _Part(nn.Module):
+    """What the layers' parts share: configuration, types, and the linear layer."""
+
+    config: LlamaConfig
+    dtype: Any
+    param_dtype: Any
+
+    def linear(self, features: int, name: str, axes: tuple[str, str], bias: bool) -> nn.Dense:
+        return nn.Dense(
+            features,
+            use_bias=bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=_weight(self.config.initializer_range, *axes),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+            name=name,
+        )
+
+
+class Attention(_Part):
+    """Rotary self-attention with grouped queries; the cache is the whole stack's, of which it fills layer `layer`."""
+
+    @nn.compact
+    def __call__(self, x: Array, cache: tuple[Array, Array] | None, layer: Array, context: _Context):
+        config, heads = self.config, (*x.shape[:2], -1, self.config.head_dim)
+        q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        q = self.linear(q_width, "q_proj", ("embed", "heads"), config.attention_bias)(x).reshape(heads)
+        k = self.linear(kv_width, "k_proj", ("embed", "kv_heads"), config.attention_bias)(x).reshape(heads)
+        v = self.linear(kv_width, "v_proj", ("embed", "kv_heads"), config.attention_bias)(x).reshape(heads)
+        q = nn.with_logical_constraint(q, ("rows", "tokens", "act_heads", None))
+        q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
+        if cache is None:
+            out = attend(q, k, v, q_segments=context.segment_ids, k_segments=context.segment_ids, causal=True)
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = tuple(
+                stack.at[layer, rows, context.slots].set(new.astype(stack.dtype), mode="drop")
+                for stack, new in zip(cache, (k, v), strict=True)
+            )
+            out = attend(
+                q,
+                *(stack[layer].astype(q.dtype) for stack in cache),
+                q_segments=context.segment_ids,
+                k_segments=context.k_segment_ids,
+                q_index=context.q_index,
+                causal=True,
+            )
+        out = nn.with_logical_constraint(out, ("rows", "tokens", "act_heads", None))
+        return self.linear(config.hidden_size, "o_proj", ("heads", "embed"), config.attention_bias)(
+            out.reshape(*x.shape[:2], -1)
+        ), cache
+
+
+class MLP(_Part):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        gate = self.linear(config.intermediate_size, "gate_proj", ("embed", "mlp"), config.mlp_bias)(x)
+        up = self.linear(config.intermediate_size, "up_proj", ("embed", "mlp"), config.mlp_bias)(x)
+        inner = nn.with_logical_constraint(nn.silu(gate) * up, ("rows", "tokens", "act_mlp"))
+        return self.linear(config.hidden_size, "down_proj", ("mlp", "embed"), config.mlp_bias)(inner)
+
+
+class Block(_Part):
+    """One layer, as the body of a scan: the carry is (hidden f[B, T, E], the cache's k and v or None)."""
+
+    @nn.compact
+    def __call__(self, carry, layer: Array, context: _Context):
+        (x, cache), config = carry, self.config
+        residual = ("rows", "tokens", "act_embed")
+        normed = RMSNorm(config.rms_norm_eps, self.param_dtype, name="input_layernorm")(x)
+        attended, cache = Attention(config, self.dtype, self.param_dtype, name="self_attn")(
+            normed, cache, layer, context
+        )
+        x = nn.with_logical_constraint(x + attended, residual)
+        normed = RMSNorm(config.rms_norm_eps, self.param_dtype, name="post_attention_layernorm")(x)
+        x = nn.with_logical_constraint(x + MLP(config, self.dtype, self.param_dtype, name="mlp")(normed), residual)
+        return (x, cache), None
+
+
+class Head(nn.Module):
+    """The output matrix, held apart from its product so that the loss can take it in pieces."""
+
+    config: LlamaConfig
+    param_dtype: Any
+
+    def setup(self):
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        self.kernel = self.param(
+            "kernel", _weight(self.config.initializer_range, "embed", "vocab"), shape, self.param_dtype
+        )
+
+
+class Llama(nn.Module):
+    """The decoder; parameters are named as in transformers' `LlamaForCausalLM`, layers stacked.
+
+    Attributes:
+      config: the model's shape.
+      dtype: type of the computation; norms' statistics, rotations and softmax are float32 in any case.
+      param_dtype: type of the parameters.
+      remat: what a layer keeps for the backward pass: "none", "dots" or "full" (see `rematerialised`).
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "full"
+
+    def setup(self):
+        config = self.config
+        self.embed_tokens = nn.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=_weight(config.initializer_range, "vocab", "embed"),
+        )
+        self.layers = nn.scan(
+            rematerialised(Block, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=config.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, self.dtype, self.param_dtype)
+        self.norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Head(config, self.param_dtype)
+
+    def embed(self, tokens: Array) -> Array:
+        """i32[B, T] token ids -> f[B, T, E] embeddings."""
+        return nn.with_logical_constraint(self.embed_tokens(tokens), ("rows", "tokens", "act_embed"))
+
+    def __call__(
+        self, embeddings: Array, positions: Array, segment_ids: Array, cache: KVCache | None = None
+    ) -> tuple[Array, KVCache | None]:
+        """Runs the decoder.
+
+        With a cache, each row's tokens continue what that row has read: they are written at its own next entries and
+        see the entries of their segment up to themselves. A row's tokens stand first and its padding (segment 0)
+        after them, so what a row gives does not depend on the rows beside it.
+
+        Args:
+          embeddings: f[B, T, E].
+          positions: i32[B, T] position of each token in its document, for the rotary embedding.
+          segment_ids: i32[B, T] document of each token, 0 for padding.
+          cache: what the rows have read before.
+
+        Returns:
+          f[B, T, E] hidden states after the final norm (meaningless on padding), and the cache with this call's tokens.
+        """
+        length = embeddings.shape[1] if cache is None else cache.segment_ids.shape[1]
+        angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.config, length)
+        context = _Context(jnp.cos(angles), jnp.sin(angles), segment_ids)
+        if cache is not None:
+            valid = segment_ids != 0
+            index = cache.length[:, None] + jnp.arange(segment_ids.shape[1])
+            slots = jnp.where(valid, index, length)  # past the end: padding is dropped, not written
+            rows = jnp.arange(segment_ids.shape[0])[:, None]
+            k_segment_ids = cache.segment_ids.at[rows, slots].set(segment_ids, mode="drop")
+            context = context.replace(k_segment_ids=k_segment_ids, q_index=index, slots=slots)
+        carry = (embeddings.astype(self.dtype), None if cache is None else (cache.k, cache.v))
+        (hidden, stacks), _ = self.layers(carry, jnp.arange(self.config.num_hidden_layers), context)
+        if cache is not None:
+            k, v = stacks
+            filled = cache.length + valid.sum(axis=1, dtype=jnp.int32)
+            cache = KVCache(k=k, v=v, segment_ids=k_segment_ids, length=filled)
+        return self.norm(hidden), cache
+
+    def head_kernel(self) -> Array:
+        """f[E, V] output matrix: of its own, or the embedding transposed."""
+        return self.embed_tokens.embedding.T if self.config.tie_word_embeddings else self.lm_head.kernel
+
+    def logits(self, hidden: Array) -> Array:
+        """f[B, T, E] hidden states -> f32[B, T, V]."""
+        kernel = self.head_kernel().astype(self.dtype)
+        return jnp.einsum("bte,ev->btv", hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+
+    def init_all(self, tokens: Array) -> Array:
+        """Logits of one plain document a row; `init` goes through it, for it touches every parameter."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = self(self.embed(tokens), positions, jnp.ones_like(tokens))
+        return self.logits(hidden)
