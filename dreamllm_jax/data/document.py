@@ -61,6 +61,11 @@ class Document:
             if self.kind in ("conversation", "instruct_interleaved") and not segment.role:
                 raise ValueError(f"every segment of a {self.kind} document needs a role: system, user or assistant")
 
+        if self.kind == "conversation":
+            first = next((s.role for s in self.segments if s.role != "system"), "")
+            if first != "user":
+                raise ValueError("a conversation begins with the user's turn")
+
     @property
     def texts(self) -> tuple[Text, ...]:
         return tuple(s for s in self.segments if isinstance(s, Text))

@@ -1,8 +1,8 @@
 """Documents on disk: a TFDS data set of array_record shards for each corpus, written and read without TensorFlow.
 
-    DIR/dataset.json          what it was made from, written last
-    DIR/tokenizer.json        the tokenizer that goes with it
-    DIR/<corpus>/1.0.0/...    one TFDS data set for each corpus
+DIR/dataset.json          what it was made from, written last
+DIR/tokenizer.json        the tokenizer that goes with it
+DIR/<corpus>/1.0.0/...    one TFDS data set for each corpus
 """
 
 import contextlib
@@ -100,7 +100,9 @@ class Corpus:
         path = epath.Path(directory) / name / VERSION
         if not (path / "dataset_info.json").exists():
             summary = read_summary(directory)
-            raise FileNotFoundError(f"no corpus {name!r} in {directory}; it has {', '.join(sorted(summary['corpora']))}")
+            raise FileNotFoundError(
+                f"no corpus {name!r} in {directory}; it has {', '.join(sorted(summary['corpora']))}"
+            )
         builder = tfds.builder_from_directory(path)
         self._source = builder.as_data_source(split=SPLIT, decoders={"images": _EncodedImages()})
 

@@ -1,0 +1,294 @@
+"""What a document becomes: tokens, loss weights and the places of its images.
+
+SEE is `<im_start> <im_patch>*P <im_end>`, DREAM is `<dream_start> <im_patch>*Q <dream_end>`:
+
+    pair, comprehension   <s> SEE text </s>                    learns text, </s>
+    pair, creation        <s> text DREAM </s>                  learns the image
+    image_image           <s> SEE(source) DREAM(target) </s>   learns the target image
+    interleaved           <s> text DREAM SEE text ... </s>     learns text, <dream_start>, </s>, images
+      comprehension       only SEE at each image
+      creation            only DREAM at each image
+    instruct_interleaved  vicuna prompt, then as interleaved   learns what follows the prompt
+    conversation          vicuna-v1.1 turns; the user's images are SEE, the assistant's DREAM SEE
+                                                               learns the assistant's turns, images
+    text                  <s> text </s>                        learns text, </s>
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Literal
+
+import numpy as np
+
+from dreamllm_jax.data.document import Document, Segment, Text
+from dreamllm_jax.data.tokenizer import Tokenizer
+
+Mode = Literal["joint", "comprehension", "creation"]
+MODES = ("joint", "comprehension", "creation")
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The static shape of a row.
+
+    Attributes:
+      length: tokens in a row (L).
+      see_slots: room for images to read (K).
+      dream_slots: room for images to paint (D).
+      num_patches: tokens of an image that is read (P).
+      num_queries: tokens of an image that is painted (Q).
+      see_size: pixels on a side of an image that is read.
+      dream_size: pixels on a side of an image that is painted.
+    """
+
+    length: int
+    see_slots: int
+    dream_slots: int
+    num_patches: int
+    num_queries: int
+    see_size: int
+    dream_size: int
+
+    def __post_init__(self):
+        for name in ("length", "num_patches", "num_queries", "see_size", "dream_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a row must be at least 1, got {getattr(self, name)}")
+        if min(self.see_slots, self.dream_slots) < 0:
+            raise ValueError(f"a row cannot have {min(self.see_slots, self.dream_slots)} image slots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A document as tokens; n of them, with k images to read and d to paint.
+
+    Attributes:
+      tokens: i32[n].
+      loss_weights: f32[n], weight of predicting `tokens[i]` from those before it.
+      see: k encoded images; `see_slots` i32[k] the index of each one's first patch token.
+      dream: d encoded images; `dream_slots` i32[d] the index of each one's first query.
+    """
+
+    tokens: np.ndarray
+    loss_weights: np.ndarray
+    see: tuple[bytes, ...]
+    see_slots: np.ndarray
+    dream: tuple[bytes, ...]
+    dream_slots: np.ndarray
+
+    @property
+    def learns(self) -> bool:
+        """Whether any token or image of it is learned."""
+        return bool(self.loss_weights.any()) or bool(self.dream)
+
+
+def encode_document(
+    document: Document,
+    tokenizer: Tokenizer,
+    shape: RowShape,
+    mode: Mode = "joint",
+    *,
+    draw: float = 0.0,
+    learn_dream_start: bool = False,
+    complete: bool = True,
+) -> Encoded:
+    """Turns a document into tokens that fit a row.
+
+    What does not fit is cut: an interleaved document before the first text or image that does not fit, any other in
+    its text; never inside an image. (The original cuts through a conversation's slot; here the conversation ends
+    before it.)
+
+    Args:
+      document: what to encode.
+      tokenizer: its tokenizer.
+      shape: room for tokens and images.
+      mode: joint, comprehension (images are read) or creation (images are painted). Only pairs and interleaved
+        documents differ between them.
+      draw: uniform in [0, 1); a pair in mode joint is painted below 0.5 and read otherwise.
+      learn_dream_start: learn the assistant's decision to paint in conversations too; the original does not.
+      complete: end with `</s>`; False leaves the document open, as a prompt. A conversation that ends with the user's
+        turn is open for the assistant's in either case.
+
+    Raises:
+      ValueError: the row has no room for the images without which the document means nothing.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; known are {', '.join(MODES)}")
+    if document.kind == "pair" and mode == "joint":
+        mode = "creation" if draw < 0.5 else "comprehension"
+    if document.kind == "conversation":
+        row = _Row(tokenizer, shape, reserved=0)
+        _write_conversation(row, document.segments, learn_dream_start, complete)
+        return row.encoded()
+    row = _Row(tokenizer, shape, reserved=1)
+    if document.kind != "instruct_interleaved":
+        row.write([row.special.bos], learn=False)
+    learn_end = True
+    if document.kind == "text":
+        for segment in document.texts:
+            row.write_text(segment.text)
+    elif document.kind == "pair":
+        learn_end = mode == "comprehension"
+        _write_pair(row, document.texts[0].text, document.images[0].data, mode)
+    elif document.kind == "image_image":
+        learn_end = False
+        source, target = document.images
+        row.require(see=1, dream=1)
+        row.write_image(source.data, see=True)
+        row.write_image(target.data, dream=True)
+    elif document.kind == "interleaved":
+        _write_interleaved(row, document.segments, mode)
+    else:
+        prompt = [s for s in document.segments if s.role != "assistant"]
+        answer = [s for s in document.segments if s.role == "assistant"]
+        if _write_conversation(row, prompt):
+            _write_interleaved(row, answer, mode)
+    if complete:
+        row.end(learn_end)
+    return row.encoded()
+
+
+def _write_pair(row: "_Row", text: str, image: bytes, mode: Mode) -> None:
+    if mode == "creation":
+        row.require(dream=1)
+        row.write_text(text, learn=False, leave=row.shape.num_queries + 2)
+        row.write_image(image, dream=True)
+    else:
+        row.require(see=1)
+        row.write_image(image, see=True)
+        row.write_text(text)
+
+
+def _write_interleaved(row: "_Row", segments: Sequence[Segment], mode: Mode) -> None:
+    see, dream = mode != "creation", mode != "comprehension"
+    for segment in segments:
+        if isinstance(segment, Text):
+            ids = row.tokenizer.encode_text(segment.text.strip())
+            written = row.write(ids, learn=True)
+        else:
+            written = row.write_image(segment.data, see=see, dream=dream, learn_dream_start=True)
+        if not written:
+            return
+
+
+def _write_conversation(
+    row: "_Row", segments: Sequence[Segment], learn_dream_start: bool = False, complete: bool = True
+) -> bool:
+    """Writes turns in the vicuna-v1.1 template; False if they were cut.
+
+    Every stretch of text between images and `</s>` is encoded by itself, as the original's tokenizer does.
+    """
+    row.write([row.special.bos], learn=False)
+    system = "".join(s.text for s in segments if isinstance(s, Text) and s.role == "system") or VICUNA_SYSTEM
+    turns = [(role, list(turn)) for role, turn in groupby(segments, lambda s: s.role) if role != "system"]
+    heard = system + " "
+    for index, (role, turn) in enumerate(turns):
+        if role == "user":
+            heard += "USER: "
+            for segment in turn:
+                if isinstance(segment, Text):
+                    heard += segment.text
+                    continue
+                if not (row.write_text(heard, learn=False) and row.write_image(segment.data, see=True)):
+                    return False
+                heard = ""
+            if not row.write_text(heard + " ASSISTANT:", learn=False):
+                return False
+            continue
+        for segment in turn:
+            if isinstance(segment, Text):
+                written = row.write_text(segment.text)
+            else:
+                written = row.write_image(segment.data, see=True, dream=True, learn_dream_start=learn_dream_start)
+            if not written:
+                return False
+        last = index == len(turns) - 1
+        if (complete or not last) and not row.write([row.special.eos], learn=True):
+            return False
+        heard = ""
+    return True
+
+
+class _Row:
+    """The tokens and images of one document as they are written, `reserved` tokens being kept free for its end."""
+
+    def __init__(self, tokenizer: Tokenizer, shape: RowShape, reserved: int):
+        self.tokenizer, self.shape, self.special = tokenizer, shape, tokenizer.special
+        self.limit = shape.length - reserved
+        self.tokens: list[int] = []
+        self.weights: list[float] = []
+        self.see: list[tuple[int, bytes]] = []
+        self.dream: list[tuple[int, bytes]] = []
+
+    @property
+    def room(self) -> int:
+        return self.limit - len(self.tokens)
+
+    def write(self, ids: Sequence[int], learn: bool) -> bool:
+        """Writes all of the ids or, when there is no room, nothing; says which."""
+        if len(ids) > self.room:
+            return False
+        self.tokens.extend(ids)
+        self.weights.extend([float(learn)] * len(ids))
+        return True
+
+    def write_text(self, text: str, learn: bool = True, leave: int = 0) -> bool:
+        """Writes as much of the text as fits, leaving room for `leave` tokens; says whether that was all of it."""
+        ids = self.tokenizer.encode_text(text)
+        fitting = ids[: max(self.room - leave, 0)]
+        return self.write(fitting, learn) and len(fitting) == len(ids)
+
+    def write_image(
+        self, image: bytes, see: bool = False, dream: bool = False, learn_dream_start: bool = False
+    ) -> bool:
+        """Writes DREAM, SEE or both for one image; or nothing, when tokens or slots are lacking. Says which."""
+        if not self._fits(see, dream):
+            return False
+        special, shape = self.special, self.shape
+        if dream:
+            self.write([special.dream_start], learn_dream_start)
+            self.dream.append((len(self.tokens), image))
+            self.write([special.im_patch] * shape.num_queries + [special.dream_end], learn=False)
+        if see:
+            self.write([special.im_start], learn=False)
+            self.see.append((len(self.tokens), image))
+            self.write([special.im_patch] * shape.num_patches + [special.im_end], learn=False)
+        return True
+
+    def require(self, see: int = 0, dream: int = 0) -> None:
+        """Raises ValueError unless so many images fit."""
+        if not self._fits(see, dream):
+            shape = self.shape
+            raise ValueError(
+                f"a row of {shape.length} tokens with {shape.see_slots} see slots and {shape.dream_slots} dream slots "
+                f"has no room for {see} images of {shape.num_patches} patches to read and {dream} of "
+                f"{shape.num_queries} queries to paint"
+            )
+
+    def end(self, learn: bool) -> None:
+        """Writes `</s>` in the reserved place."""
+        self.tokens.append(self.special.eos)
+        self.weights.append(float(learn))
+
+    def encoded(self) -> Encoded:
+        return Encoded(
+            tokens=np.asarray(self.tokens, np.int32),
+            loss_weights=np.asarray(self.weights, np.float32),
+            see=tuple(image for _, image in self.see),
+            see_slots=np.asarray([slot for slot, _ in self.see], np.int32),
+            dream=tuple(image for _, image in self.dream),
+            dream_slots=np.asarray([slot for slot, _ in self.dream], np.int32),
+        )
+
+    def _fits(self, see: int, dream: int) -> bool:
+        shape = self.shape
+        return (
+            see * (shape.num_patches + 2) + dream * (shape.num_queries + 2) <= self.room
+            and len(self.see) + see <= shape.see_slots
+            and len(self.dream) + dream <= shape.dream_slots
+        )
