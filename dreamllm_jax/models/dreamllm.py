@@ -1,0 +1,194 @@
+"""DreamLLM (arXiv 2309.11499): a causal language model that reads images and conditions a diffusion model.
+
+Legend: B rows, L tokens in a row, K see slots, D dream slots, N images, P patches, Q dream queries, E llama width,
+V vocabulary, C condition width, h x w x c latents.
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from dreamllm_jax.diffusion.schedule import ScheduleConfig
+from dreamllm_jax.models.clip import ClipVision, ClipVisionConfig, normalise_pixels
+from dreamllm_jax.models.llama import KVCache, Llama, LlamaConfig
+from dreamllm_jax.models.projectors import DreamQueries, Projector, ProjectorConfig
+from dreamllm_jax.models.unet import UNet, UNetConfig
+from dreamllm_jax.models.vae import Autoencoder, AutoencoderConfig, PixelAutoencoder, PixelAutoencoderConfig
+from dreamllm_jax.vocabulary import NULL_SLOT, SpecialTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class DreamLLMConfig:
+    """The towers' shapes and how they are joined.
+
+    Attributes:
+      num_queries: dream queries an image is painted from.
+      special_tokens: ids; None for the last eight of the vocabulary.
+      dtype: what the towers compute in; parameters are stored as the training configuration says.
+      remat: what the backward pass of the llama recomputes ("none", "dots", "full"); other towers: all or nothing.
+    """
+
+    llama: LlamaConfig
+    clip: ClipVisionConfig
+    vae: AutoencoderConfig | PixelAutoencoderConfig
+    unet: UNetConfig
+    visual_projector: ProjectorConfig = ProjectorConfig()
+    condition_projector: ProjectorConfig = ProjectorConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    num_queries: int = 64
+    special_tokens: SpecialTokens | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "full"
+
+    def __post_init__(self):
+        if self.unet.in_channels != self.vae.latent_channels:
+            raise ValueError(
+                f"unet.in_channels is {self.unet.in_channels}, but the autoencoder's latents have "
+                f"{self.vae.latent_channels} channels"
+            )
+        if self.special_tokens is None:
+            object.__setattr__(self, "special_tokens", SpecialTokens.last_of(self.llama.vocab_size))
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of a square image of `image_size` pixels."""
+        side = image_size // self.vae.downscale
+        return side, side, self.vae.latent_channels
+
+
+def splice(
+    embeddings: Float[Array, "B L E"], features: Float[Array, "B S T E"], slots: Int[Array, "B S"]
+) -> Float[Array, "B L E"]:
+    """Puts each slot's T feature vectors at positions `slot ... slot + T - 1` of its row; slots of -1 put nothing."""
+    length, tokens = embeddings.shape[1], features.shape[2]
+    index = slots[..., None] + jnp.arange(tokens)
+    index = jnp.where(slots[..., None] >= 0, index, length)
+    rows = jnp.arange(embeddings.shape[0])[:, None, None]
+    return embeddings.at[rows, index].set(features.astype(embeddings.dtype), mode="drop")
+
+
+def take(hidden: Float[Array, "B L E"], slots: Int[Array, "B S"], tokens: int) -> Float[Array, "B S T E"]:
+    """The hidden states at positions `slot ... slot + tokens - 1`; arbitrary ones for slots of -1."""
+    index = jnp.maximum(slots, 0)[..., None] + jnp.arange(tokens)
+    rows = jnp.arange(hidden.shape[0])[:, None, None]
+    return hidden.at[rows, index].get(mode="clip")
+
+
+class DreamLLM(nn.Module):
+    """All parameters of the model, under `llama, clip, visual_projector, queries, condition_projector, vae, unet`."""
+
+    config: DreamLLMConfig
+
+    def setup(self):
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        remat = config.remat != "none"
+        self.llama = Llama(config.llama, dtype=dtype, remat=config.remat)
+        self.clip = ClipVision(config.clip, dtype=dtype, remat=config.remat)
+        self.visual_projector = Projector(config.visual_projector, config.llama.hidden_size, use_bias=True, dtype=dtype)
+        self.queries = DreamQueries(config.num_queries, config.llama.hidden_size, dtype=dtype)
+        self.condition_projector = Projector(
+            config.condition_projector, config.unet.cross_attention_dim, use_bias=False, dtype=dtype
+        )
+        pixel = isinstance(config.vae, PixelAutoencoderConfig)
+        self.vae = (PixelAutoencoder if pixel else Autoencoder)(config.vae, dtype=dtype)
+        self.unet = UNet(config.unet, dtype=dtype, remat=remat)
+
+    def see(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P E"]:
+        """What the llama is given for an image: CLIP features through the visual projector."""
+        if images.dtype == jnp.uint8:
+            images = normalise_pixels(images)
+        images = nn.with_logical_constraint(images, ("images", None, None, None))
+        return self.visual_projector(self.clip(images))
+
+    def embed(
+        self,
+        tokens: Int[Array, "B L"],
+        see_features: Float[Array, "B K P E"] | None = None,
+        see_slots: Int[Array, "B K"] | None = None,
+        dream_slots: Int[Array, "B D"] | None = None,
+    ) -> Float[Array, "B L E"]:
+        """Token embeddings with image features and dream queries spliced in at their slots."""
+        x = self.llama.embed(tokens)
+        if see_features is not None:
+            x = splice(x, see_features, see_slots)
+        if dream_slots is not None:
+            queries = self.queries()
+            x = splice(x, jnp.broadcast_to(queries, (*dream_slots.shape, *queries.shape)), dream_slots)
+        return nn.with_logical_constraint(x, ("rows", "tokens", "act_embed"))
+
+    def decode(
+        self,
+        embeddings: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
+        """The llama's hidden states after its final norm."""
+        return self.llama(embeddings, positions, segment_ids, cache)
+
+    def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+        return self.llama.logits(hidden)
+
+    def head_kernel(self) -> Float[Array, "E V"]:
+        return self.llama.head_kernel()
+
+    def null_hidden(self, with_queries: bool = True) -> Float[Array, "Q E"]:
+        """Hidden states at the queries of the document without a prompt, for classifier-free guidance.
+
+        Args:
+          with_queries: feed the dream queries; without them their positions keep the embedding of `<im_patch>`, as in
+            the original's training code.
+        """
+        tokens = jnp.asarray([self.config.special_tokens.null_document(self.config.num_queries)], jnp.int32)
+        slots = jnp.full((1, 1), NULL_SLOT) if with_queries else None
+        x = self.embed(tokens, dream_slots=slots)
+        positions = jnp.arange(tokens.shape[1])[None]
+        hidden, _ = self.decode(x, positions, jnp.ones_like(tokens))
+        return hidden[0, NULL_SLOT : NULL_SLOT + self.config.num_queries]
+
+    def condition(self, hidden: Float[Array, "N Q E"]) -> Float[Array, "N Q C"]:
+        """Hidden states at the queries -> what the UNet attends to."""
+        return self.condition_projector(nn.with_logical_constraint(hidden, ("images", None, None)))
+
+    def moments(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N h w 2c"]:
+        """Mean and log-variance of the images' latents, before scaling."""
+        if images.dtype == jnp.uint8:
+            images = images.astype(jnp.float32) / 127.5 - 1.0
+        return self.vae.encode(nn.with_logical_constraint(images, ("images", None, None, None)))
+
+    def denoise(
+        self, latents: Float[Array, "N h w c"], timesteps: Int[Array, "N"], condition: Float[Array, "N Q C"]
+    ) -> Float[Array, "N h w c"]:
+        """The UNet's prediction (noise or velocity) for scaled noisy latents."""
+        latents = nn.with_logical_constraint(latents, ("images", None, None, None))
+        return self.unet(latents, timesteps, condition).astype(jnp.float32)
+
+    def paint(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N H W 3"]:
+        """Scaled latents -> pixels in [-1, 1]."""
+        return self.vae.decode(latents / self.config.vae.scaling_factor)
+
+    def __call__(self) -> None:
+        """Touches every parameter once, on the smallest inputs: for `init`."""
+        config = self.config
+        size = config.clip.image_size
+        features = self.see(jnp.zeros((1, size, size, 3), jnp.uint8))[None]
+        length = max(config.clip.num_patches, config.num_queries)
+        tokens, slots = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+        x = self.embed(tokens, features, slots, slots)
+        hidden, _ = self.decode(x, jnp.arange(length)[None], jnp.ones_like(tokens))
+        self.logits(hidden)
+        side = 2 ** (len(config.unet.block_out_channels) - 1)
+        moments = self.moments(jnp.zeros((1, side * config.vae.downscale, side * config.vae.downscale, 3), jnp.uint8))
+        latents = moments[..., : config.vae.latent_channels]
+        self.denoise(latents, jnp.zeros(1, jnp.int32), self.condition(hidden[:, : config.num_queries]))
+        self.paint(latents)
+
+
+def init_params(config: DreamLLMConfig, key: jax.Array) -> dict:
+    """Fresh parameters with their logical axes (boxed as `nn.LogicallyPartitioned`)."""
+    params = DreamLLM(config).init(key).get("params", {})
+    return dict(params)

@@ -1,0 +1,157 @@
+"""The device mesh, the logical axes, and the rules that map one to the other.
+
+Weights and activations name their axes logically; `ShardingConfig.rules` says which mesh axes each name is split over. A
+mesh axis that does not divide a dimension is left out for that array (a convolution with 4 output channels stays whole).
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+
+DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
+    # Activations.
+    "rows": ("data", "fsdp"),
+    "tokens": ("sequence",),
+    "images": ("data", "fsdp", "sequence", "tensor"),  # the towers are small: no chip repeats another's image
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    # The llama's weights.
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "norm": (),
+    "layers": (),
+    # The image towers' and projectors' weights.
+    "tower_in": (),
+    "tower_out": ("fsdp",),
+    "tower_norm": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """Sizes of the mesh axes (at most one may be -1: the devices left over) and the rules.
+
+    Attributes:
+      data: replicas of the weights; the axis that crosses slices.
+      fsdp: shards of weights and optimizer state; rows are split over `data` and `fsdp`.
+      sequence: parts of a row.
+      tensor: parts of heads and of the feed-forward width.
+      rules: logical axis -> mesh axes, for the names that differ from `DEFAULT_RULES`.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    sequence: int = 1
+    tensor: int = 1
+    rules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        sizes = [self.data, self.fsdp, self.sequence, self.tensor]
+        if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+            raise ValueError(f"mesh sizes must be positive, at most one -1 for the devices left over, got {sizes}")
+        for name, axes in self.rules.items():
+            if name not in DEFAULT_RULES:
+                raise ValueError(f"rules: unknown logical axis {name!r}; there are {', '.join(DEFAULT_RULES)}")
+            if unknown := set(axes) - set(MESH_AXES):
+                raise ValueError(f"rules.{name}: unknown mesh axes {sorted(unknown)}; there are {', '.join(MESH_AXES)}")
+
+    @property
+    def all_rules(self) -> dict[str, tuple[str, ...]]:
+        return {**DEFAULT_RULES, **self.rules}
+
+
+def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all).
+
+    Raises:
+      ValueError: if the configured sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.sequence, config.tensor]
+    asked = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    fixed = math.prod(size for size in sizes if size != -1)
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise ValueError(f"the mesh ({asked}) does not fit {len(devices)} devices: change sharding.*, or use -1 for one axis")
+    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, config: ShardingConfig) -> Iterator[None]:
+    """Traces and runs what is inside on `mesh` under the configured rules."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(config.all_rules.items())):
+        yield
+
+
+def partition_spec(
+    axes: Sequence[str | None], shape: Sequence[int], rules: Mapping[str, Sequence[str]], mesh_shape: Mapping[str, int]
+) -> PartitionSpec:
+    """Logical axes of one array -> mesh axes, leaving out those that do not divide its dimension.
+
+    Raises:
+      ValueError: for a logical axis without a rule.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{len(axes)} logical axes {tuple(axes)} for an array of shape {tuple(shape)}")
+    taken: set[str] = set()
+    parts = []
+    for name, size in zip(axes, shape, strict=True):
+        if name is not None and name not in rules:
+            raise ValueError(f"no sharding rule for the logical axis {name!r}; there are {', '.join(rules)}")
+        part: list[str] = []
+        for axis in rules[name] if name is not None else ():
+            divides = size % (math.prod(mesh_shape[a] for a in part) * mesh_shape[axis]) == 0
+            if axis not in taken and mesh_shape[axis] > 1 and divides:
+                part.append(axis)
+                taken.add(axis)
+        parts.append(tuple(part) if len(part) > 1 else part[0] if part else None)
+    return PartitionSpec(*parts)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks for an activation to be split as its logical axes say; outside `use` it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = dict(nn.get_logical_axis_rules())
+    if mesh.empty or not rules:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, rules, mesh.shape))
+
+
+def param_shardings(boxed: dict, mesh: Mesh, config: ShardingConfig) -> dict:
+    """Shardings of a parameter tree with logical axes (as from `jax.eval_shape(model.init, ...)`)."""
+
+    def one(leaf):
+        axes, value = (leaf.names, leaf.value) if isinstance(leaf, nn.LogicallyPartitioned) else ((None,) * leaf.ndim, leaf)
+        return NamedSharding(mesh, partition_spec(axes, value.shape, config.all_rules, mesh.shape))
+
+    return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def rows_sharding(mesh: Mesh, config: ShardingConfig, rows: int) -> NamedSharding:
+    """How a batch lies on the mesh: its leading axis over the axes of "rows".
+
+    Raises:
+      ValueError: if the mesh does not divide the rows.
+    """
+    axes = config.all_rules["rows"]
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    if rows % parts:
+        raise ValueError(f"{rows} rows do not divide over {parts} shards ({' x '.join(axes)}): change rows.per_step or sharding")
+    return NamedSharding(mesh, PartitionSpec(tuple(axes)))
+
+
+def to_mesh(tree, sharding: NamedSharding):
+    """This host's rows (numpy) -> global arrays on the mesh."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)

@@ -1,0 +1,93 @@
+"""One optimizer step: gradients of the joint loss over the global batch, in microbatches if asked."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.objectives import Draws, ObjectiveConfig, Totals, draw, joint_loss
+from dreamllm_jax.sharding import constrain
+from dreamllm_jax.training.state import Leaves, TrainState, merge_params
+
+Metrics = dict[str, jax.Array]
+
+
+def loss_and_gradients(
+    model: DreamLLM,
+    objective: ObjectiveConfig,
+    trainable: Leaves,
+    frozen: Leaves,
+    batch: Batch,
+    draws: Draws | None,
+    microbatches: int = 1,
+) -> tuple[Metrics, Leaves]:
+    """The joint loss of a global batch and its gradients with respect to `trainable`, in float32.
+
+    Rows are computed in `microbatches` parts one after the other; the numbers do not depend on how many.
+    """
+    totals = Totals.of(batch)
+
+    def part(batch, draws):
+        def loss(trainable):
+            return joint_loss(model, objective, merge_params(trainable, frozen), batch, draws, totals)
+
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return metrics, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+
+    if microbatches == 1:
+        return part(batch, draws)
+
+    def split(x):
+        # Part i takes every microbatches-th row, so that each keeps its share of every device's rows.
+        x = jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
+        return constrain(x, None, "rows", *[None] * (x.ndim - 2))
+
+    parts = jax.tree.map(split, (batch, draws))
+    shapes = jax.eval_shape(part, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    sums, _ = jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, part(*xs)), None), zeros, parts)
+    return sums
+
+
+def make_train_step(
+    model: DreamLLM,
+    objective: ObjectiveConfig,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+    microbatches: int = 1,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """The function to jit: (state, batch, key of the run) -> (new state, metrics).
+
+    Args:
+      image_size: side of the painted images in pixels.
+    """
+    latent_shape = model.config.latent_shape(image_size)
+    timesteps = model.config.schedule.num_train_timesteps
+
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        rows, slots = batch.dream_slots.shape
+        draws = None
+        if slots:
+            draws = draw(jax.random.fold_in(key, state.step), rows, slots, latent_shape, timesteps, objective)
+        metrics, gradients = loss_and_gradients(
+            model, objective, state.trainable, state.frozen, batch, draws, microbatches
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = metrics | {
+            "grad_norm": optax.global_norm(gradients),
+            "tokens": jnp.sum(batch.segment_ids > 0),
+            "images": jnp.sum(batch.see_slots >= 0) + jnp.sum(batch.dream_slots >= 0),
+        }
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def compile_train_step(train_step: Callable, state: TrainState) -> Callable:
+    """Jits a train step: the old state's memory is reused, and the new state lies where the old one did."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
