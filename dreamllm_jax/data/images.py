@@ -1,0 +1,98 @@
+"""Encoded images to uint8 pixels of the size a model wants.
+
+Normalisation to CLIP's mean and standard deviation, or to [-1, 1], happens on the device. Pictures are decoded here
+with Pillow alone and with every trap closed: unknown formats, bombs, truncated files, rotation by EXIF, palettes,
+transparency, 16 bits, CMYK, animations.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 64_000_000
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; `reason` is one word for counting: format, size, broken or mode."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decodes the first frame to RGB: upright, complete, on white where it was transparent.
+
+    Raises:
+      ImageError: not an image of a known format, more than `MAX_PIXELS`, damaged, or of an unknown mode.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("format", f"not an image of a known format ({', '.join(FORMATS)})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("size", str(error)) from error
+    except Exception as error:  # Pillow's plugins raise whatever a damaged header leads them to
+        raise ImageError("broken", str(error)) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError("size", f"an image of {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError("broken", str(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16 bits, or 32 holding 16: Pillow's conversion would clip instead of scale
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise ImageError("mode", "integer pixels of more than 16 bits")
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError("mode", "floating-point pixels")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """Resizes the shorter side to `size` (bicubic) and crops the centre, as `CLIPImageProcessor` does.
+
+    Returns:
+      u8[size, size, 3].
+    """
+    image = _resize_shorter(image, size, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def diffusion_pixels(image: Image.Image, size: int, flip: bool = False) -> np.ndarray:
+    """Resizes the shorter side to `size` (bilinear), crops the centre, and mirrors if told to.
+
+    As torchvision's `Resize`, `CenterCrop` and `RandomHorizontalFlip` on a Pillow image.
+
+    Returns:
+      u8[size, size, 3].
+    """
+    image = _resize_shorter(image, size, Image.Resampling.BILINEAR)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return pixels[:, ::-1] if flip else pixels
+
+
+def _resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    width, height = image.size
+    if width <= height:
+        new = size, int(size * height / width)
+    else:
+        new = int(size * width / height), size
+    return image if new == image.size else image.resize(new, resample)
