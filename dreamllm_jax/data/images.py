@@ -89,6 +89,22 @@ def diffusion_pixels(image: Image.Image, size: int, flip: bool = False) -> np.nd
     return pixels[:, ::-1] if flip else pixels
 
 
+def to_jpeg(image: Image.Image, size: int) -> bytes:
+    """The RGB image as JPEG of high quality, shrunk until its shorter side is at most `size`."""
+    if min(image.size) > size:
+        image = _resize_shorter(image, size, Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
+
+
+def to_png(image: Image.Image) -> bytes:
+    """The image as PNG."""
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
 def _resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
     width, height = image.size
     if width <= height:

