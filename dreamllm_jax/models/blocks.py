@@ -1,0 +1,131 @@
+"""Building blocks that the U-Net and the autoencoder of Stable Diffusion share.
+
+Every module is the counterpart of the diffusers class of the same name and names its parameters alike. Images are
+NHWC. Norms' statistics and the softmax are float32 whatever `dtype` is.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dreamllm_jax.models.attention import attend
+
+_kernel = nn.initializers.lecun_normal()
+_ONES = nn.with_logical_partitioning(nn.initializers.ones, ("tower_norm",))
+_ZEROS = nn.with_logical_partitioning(nn.initializers.zeros, ("tower_norm",))
+
+
+class Conv(nn.Conv):
+    """A convolution, 3x3 and zero padded by one unless told otherwise, with logical axes on its weights."""
+
+    kernel_size: int | Sequence[int] = (3, 3)
+    padding: nn.linear.PaddingLike = 1
+    kernel_init: nn.initializers.Initializer = nn.with_logical_partitioning(
+        _kernel, (None, None, "tower_in", "tower_out")
+    )
+    bias_init: nn.initializers.Initializer = _ZEROS
+
+
+class Dense(nn.Dense):
+    """A linear layer with logical axes on its weights."""
+
+    kernel_init: nn.initializers.Initializer = nn.with_logical_partitioning(_kernel, ("tower_in", "tower_out"))
+    bias_init: nn.initializers.Initializer = _ZEROS
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation over the channels and both spatial axes."""
+
+    use_fast_variance: bool = False  # E[x²] - E[x]² cancels badly in float32
+    scale_init: nn.initializers.Initializer = _ONES
+    bias_init: nn.initializers.Initializer = _ZEROS
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over the last axis."""
+
+    epsilon: float = 1e-5
+    use_fast_variance: bool = False
+    scale_init: nn.initializers.Initializer = _ONES
+    bias_init: nn.initializers.Initializer = _ZEROS
+
+
+def shard_images(x: jax.Array) -> jax.Array:
+    """Lays the batch of images out over the mesh: the first axis is `images`, nothing else is split."""
+    return nn.with_logical_constraint(x, ("images",) + (None,) * (x.ndim - 1))
+
+
+class ResnetBlock2D(nn.Module):
+    """norm, silu, conv, + time embedding, norm, silu, conv, + shortcut; a 1x1 convolution where the width changes."""
+
+    out_channels: int
+    norm_num_groups: int
+    norm_eps: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
+        """f[N,h,w,c], f[N,T] -> f[N,h,w,out_channels]."""
+        norm = {"num_groups": self.norm_num_groups, "epsilon": self.norm_eps, "dtype": self.dtype}
+        h = nn.silu(GroupNorm(**norm, name="norm1")(x))
+        h = Conv(self.out_channels, dtype=self.dtype, name="conv1")(h)
+        if temb is not None:
+            h += Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None]
+        h = nn.silu(GroupNorm(**norm, name="norm2")(h))
+        h = Conv(self.out_channels, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.out_channels:
+            x = Conv(self.out_channels, kernel_size=(1, 1), padding=0, dtype=self.dtype, name="conv_shortcut")(x)
+        return shard_images(x + h)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a sequence to itself or to a context.
+
+    With `norm_num_groups` (the autoencoder) the input is group-normalised first and the projections have biases.
+    """
+
+    heads: int
+    norm_num_groups: int | None = None
+    norm_eps: float = 1e-6
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """f[N,T,c], f[N,S,C] -> f[N,T,c]."""
+        width = x.shape[-1]
+        if self.norm_num_groups is not None:
+            x = GroupNorm(self.norm_num_groups, epsilon=self.norm_eps, dtype=self.dtype, name="group_norm")(x)
+        context = x if context is None else context
+
+        def project(name: str, inputs: jax.Array) -> jax.Array:
+            dense = Dense(width, use_bias=self.norm_num_groups is not None, dtype=self.dtype, name=name)
+            return dense(inputs).reshape(*inputs.shape[:2], self.heads, width // self.heads)
+
+        out = attend(project("to_q", x), project("to_k", context), project("to_v", context), causal=False)
+        return Dense(width, dtype=self.dtype, name="to_out_0")(out.reshape(x.shape))
+
+
+class Downsample2D(nn.Module):
+    """Halves height and width by a strided convolution; `padding` as in `nn.Conv`."""
+
+    padding: nn.linear.PaddingLike = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return Conv(x.shape[-1], strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample2D(nn.Module):
+    """Doubles height and width (nearest neighbour), crops to `size` (h, w) if given, then convolves."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        if size is not None:
+            x = x[:, : size[0], : size[1]]
+        return Conv(x.shape[-1], dtype=self.dtype, name="conv")(x)
