@@ -7,8 +7,8 @@ Legend: B rows, L tokens in a row, K see slots, D dream slots.
 """
 
 import collections
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -20,23 +20,33 @@ from dreamllm_jax.data.tokens import Encoded, RowShape
 Row = Mapping[str, np.ndarray]
 
 
+class Placed(NamedTuple):
+    """An encoded image and the index of its first token, in its document."""
+
+    data: bytes
+    slot: int
+    flip: bool = False
+
+
 def to_features(encoded: Encoded, flip: bool = False) -> dict[str, np.ndarray]:
-    """The arrays that are packed; image features have one entry for each image, slots counted from the document."""
+    """The arrays that are packed: two with an entry for each token, two with an entry for each image."""
+    see = [Placed(data, int(slot)) for data, slot in zip(encoded.see, encoded.see_slots, strict=True)]
+    dream = [Placed(data, int(slot), flip) for data, slot in zip(encoded.dream, encoded.dream_slots, strict=True)]
     return {
         "tokens": encoded.tokens,
         "loss_weights": encoded.loss_weights,
-        "see": _objects(encoded.see),
-        "see_slots": encoded.see_slots,
-        "dream": _objects(encoded.dream),
-        "dream_slots": encoded.dream_slots,
-        "dream_flips": np.full(len(encoded.dream), flip),
+        "see": _objects(see),
+        "dream": _objects(dream),
     }
 
 
 def _capacities(shape: RowShape) -> dict[str, int]:
-    rooms = {"tokens": shape.length, "loss_weights": shape.length}
-    rooms |= {"see": shape.see_slots, "see_slots": shape.see_slots}
-    return rooms | {name: shape.dream_slots for name in ("dream", "dream_slots", "dream_flips")}
+    return {
+        "tokens": shape.length,
+        "loss_weights": shape.length,
+        "see": shape.see_slots,
+        "dream": shape.dream_slots,
+    }
 
 
 def pack(documents: grain.IterDataset, shape: RowShape, bins: int, seed: int) -> grain.IterDataset:
@@ -62,7 +72,42 @@ def single_row(encoded: Encoded, shape: RowShape) -> Row:
     return row
 
 
-def to_batch(rows: Sequence[Row], shape: RowShape, pad: int, strict: bool = False) -> tuple[Batch, dict[str, int]]:
+class Pixels:
+    """Decodes images to the sizes of a row, remembering the latest ones up to `memory` bytes of pixels.
+
+    A small data set is then decoded once; a large one pays only the memory.
+    """
+
+    def __init__(self, shape: RowShape, memory: int = 64 << 20):
+        self._shape, self._memory = shape, memory
+        self._used = 0
+        self._kept: collections.OrderedDict[tuple, np.ndarray] = collections.OrderedDict()
+
+    def see(self, image: Placed) -> np.ndarray:
+        """u8[H, W, 3] for CLIP."""
+        return self._remember(images.clip_pixels, image.data, self._shape.see_size)
+
+    def dream(self, image: Placed) -> np.ndarray:
+        """u8[H', W', 3] for the diffusion model."""
+        return self._remember(images.diffusion_pixels, image.data, self._shape.dream_size, image.flip)
+
+    def _remember(self, crop: Callable[..., np.ndarray], data: bytes, *options: Any) -> np.ndarray:
+        key = (crop, data, *options)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        pixels = crop(images.decode(data), *options)
+        self._kept[key] = pixels
+        self._used += pixels.nbytes + len(data)
+        while self._used > self._memory:
+            (_, old, *_), gone = self._kept.popitem(last=False)
+            self._used -= gone.nbytes + len(old)
+        return pixels
+
+
+def to_batch(
+    rows: Sequence[Row], shape: RowShape, pixels: Pixels, pad: int, strict: bool = False
+) -> tuple[Batch, dict[str, int]]:
     """Decodes the images of packed rows.
 
     A document with an image that cannot be decoded teaches nothing: its loss weights become 0 and its slots empty, so
@@ -71,6 +116,7 @@ def to_batch(rows: Sequence[Row], shape: RowShape, pad: int, strict: bool = Fals
     Args:
       rows: B packed rows.
       shape: their shape.
+      pixels: decoder.
       pad: the id of padding.
       strict: raise `ImageError` instead.
 
@@ -88,52 +134,52 @@ def to_batch(rows: Sequence[Row], shape: RowShape, pad: int, strict: bool = Fals
         dream_images=np.zeros((count, shape.dream_slots, shape.dream_size, shape.dream_size, 3), np.uint8),
         dream_slots=np.full((count, shape.dream_slots), -1, np.int32),
     )
-    held = collections.Counter(rows=count)
-    for index, row in enumerate(rows):
-        held.update(_fill(batch, index, row, shape, strict))
-    return batch, dict(held)
-
-
-def _fill(batch: Batch, index: int, row: Row, shape: RowShape, strict: bool) -> dict[str, int]:
-    """Puts the images of one row in its slots; says what the row holds."""
-    segments = batch.segment_ids[index]
-    starts = {int(s): int(i) for s, i in zip(*np.unique(segments, return_index=True), strict=True)}
-    pictures: dict[bytes, Any] = {}
-    broken: set[int] = set()
     dropped: collections.Counter[str] = collections.Counter()
-    for name, slots, pixels in (
-        ("see", batch.see_slots[index], batch.see_images[index]),
-        ("dream", batch.dream_slots[index], batch.dream_images[index]),
-    ):
-        for place in np.flatnonzero(row[f"{name}_segment_ids"]):
-            data, segment = row[name][place], int(row[f"{name}_segment_ids"][place])
+    for index, row in enumerate(rows):
+        dropped.update(_fill(batch, index, row, pixels, strict))
+    held = {
+        "rows": count,
+        "documents": int(batch.segment_ids.max(axis=1).sum()),
+        "tokens": int((batch.segment_ids > 0).sum()),
+        "see": int((batch.see_slots >= 0).sum()),
+        "dream": int((batch.dream_slots >= 0).sum()),
+    }
+    return batch, held | dropped
+
+
+def _fill(batch: Batch, index: int, row: Row, pixels: Pixels, strict: bool) -> list[str]:
+    """Puts the images of one row in its slots; returns why images were dropped."""
+    segments = batch.segment_ids[index]
+    targets = (
+        ("see", pixels.see, batch.see_slots[index], batch.see_images[index]),
+        ("dream", pixels.dream, batch.dream_slots[index], batch.dream_images[index]),
+    )
+    broken: set[int] = set()
+    reasons = []
+    for name, decode, slots, canvas in targets:
+        owners = row[f"{name}_segment_ids"]
+        for place in np.flatnonzero(owners):
+            image = row[name][place]
             try:
-                picture = pictures[data] if data in pictures else pictures.setdefault(data, images.decode(data))
-                if name == "see":
-                    pixels[place] = images.clip_pixels(picture, shape.see_size)
-                else:
-                    pixels[place] = images.diffusion_pixels(picture, shape.dream_size, bool(row["dream_flips"][place]))
+                canvas[place] = decode(image)
             except images.ImageError as error:
                 if strict:
                     raise
-                broken.add(segment)
-                dropped[f"dropped_{error.reason}"] += 1
+                broken.add(int(owners[place]))
+                reasons.append(f"dropped_{error.reason}")
                 continue
-            slots[place] = starts[segment] + row[f"{name}_slots"][place]
+            slots[place] = np.argmax(segments == owners[place]) + image.slot
     for segment in broken:
         batch.loss_weights[index][segments == segment] = 0
-        for name, slots in (("see", batch.see_slots[index]), ("dream", batch.dream_slots[index])):
-            slots[row[f"{name}_segment_ids"] == segment] = -1
-    return {
-        "documents": int(segments.max(initial=0)),
-        "tokens": int((segments > 0).sum()),
-        "see": int((batch.see_slots[index] >= 0).sum()),
-        "dream": int((batch.dream_slots[index] >= 0).sum()),
-        **dropped,
-    }
+        for name, _, slots, canvas in targets:
+            gone = row[f"{name}_segment_ids"] == segment
+            slots[gone] = -1
+            canvas[gone] = 0
+    return reasons
 
 
-def _objects(values: Sequence[bytes]) -> np.ndarray:
+def _objects(values: Sequence[Placed]) -> np.ndarray:
     array = np.empty(len(values), object)
-    array[:] = values
+    for index, value in enumerate(values):
+        array[index] = value
     return array

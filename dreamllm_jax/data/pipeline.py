@@ -9,6 +9,7 @@ not depend on the number of hosts, and any host's saved state continues the stre
 import collections
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -155,7 +156,7 @@ def encode_batch(
         packing.single_row(encode_document(document, text_tokenizer, shape, mode, **options), shape)
         for document in documents
     ]
-    return packing.to_batch(rows, shape, text_tokenizer.special.pad, strict=True)[0]
+    return packing.to_batch(rows, shape, packing.Pixels(shape), text_tokenizer.special.pad, strict=True)[0]
 
 
 class Loader(grain.DatasetIterator):
@@ -203,12 +204,33 @@ class Loader(grain.DatasetIterator):
 def _rows(
     documents: storage.Corpus, encode: "_Encode", config: DataConfig, shape: RowShape, seed: int
 ) -> grain.IterDataset:
-    dataset = grain.MapDataset.source(documents).seed(seed)
-    if config.shuffle:
-        dataset = dataset.shuffle()
-    dataset = dataset.repeat().random_map(encode)
-    stream = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=32))
+    records = grain.MapDataset.range(sys.maxsize).map(_Endless(documents, seed, config.shuffle))
+    threads = 0 if documents.in_memory else 4
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=32 if threads else 0)
+    stream = records.map(encode).to_iter_dataset(options)
     return packing.pack(stream, shape, config.packing_bins if config.pack else 0, seed)
+
+
+class _Endless:
+    """Record k of the endless stream: a document and a generator that is a function of the seed and k alone.
+
+    Each epoch has its own permutation. (`MapDataset.shuffle` does the same without memory, but needs milliseconds for
+    each record of a small data set.)
+    """
+
+    def __init__(self, documents: storage.Corpus, seed: int, shuffle: bool):
+        self._documents, self._seed, self._shuffle = documents, seed, shuffle
+        self._order = -1, np.arange(len(documents))  # an epoch and its permutation
+
+    def __call__(self, index: int) -> tuple[Document, np.random.Generator]:
+        epoch, place = divmod(int(index), len(self._documents))
+        if self._shuffle:
+            known, order = self._order
+            if epoch != known:
+                order = np.random.default_rng((self._seed, 0, epoch)).permutation(len(self._documents))
+                self._order = epoch, order
+            place = int(order[place])
+        return self._documents[place], np.random.default_rng((self._seed, 1, index))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +242,9 @@ class _Encode:
     corpus: CorpusConfig
     flip: float
 
-    def __call__(self, document: Document, rng: np.random.Generator) -> dict[str, np.ndarray] | None:
-        draw, flip = rng.random(2)
+    def __call__(self, record: tuple[Document, np.random.Generator]) -> dict[str, np.ndarray] | None:
+        document, generator = record
+        draw, flip = generator.random(2)
         try:
             encoded = self._encode(document, draw)
         except ValueError:
@@ -239,9 +262,9 @@ class _Encode:
                 raise ValueError(f"corpus {name!r} in mode {self.corpus.mode!r}: {error}") from None
             if not learns:
                 raise ValueError(
-                    f"corpus {name!r} in mode {self.corpus.mode!r}: nothing to learn is left of its first document in a "
-                    f"row of {self.shape.length} tokens, {self.shape.see_slots} see and {self.shape.dream_slots} dream "
-                    "slots"
+                    f"corpus {name!r} in mode {self.corpus.mode!r}: a row of {self.shape.length} tokens, "
+                    f"{self.shape.see_slots} see and {self.shape.dream_slots} dream slots leaves nothing to learn of "
+                    "its first document"
                 )
 
     def _encode(self, document: Document, draw: float):
@@ -265,15 +288,14 @@ class _Slice:
         return rows[self.rows]
 
 
-@dataclasses.dataclass(frozen=True)
 class _Decode:
     """Rows to a batch and what it holds."""
 
-    shape: RowShape
-    pad: int
+    def __init__(self, shape: RowShape, pad: int):
+        self._shape, self._pixels, self._pad = shape, packing.Pixels(shape), pad
 
     def __call__(self, rows: Sequence[packing.Row]) -> tuple[Batch, dict[str, int]]:
-        return packing.to_batch(rows, self.shape, self.pad)
+        return packing.to_batch(rows, self._shape, self._pixels, self._pad)
 
 
 def _start_worker(index: int, count: int) -> None:

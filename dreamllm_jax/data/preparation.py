@@ -53,7 +53,8 @@ def prepare(
         if summary["settings"] != settings:
             changed = [k for k in settings if summary["settings"].get(k) != settings[k]]
             raise FileExistsError(
-                f"{to} holds a data set made with another {' and '.join(changed)}; choose another directory or remove it"
+                f"{to} holds a data set made with another {' and '.join(changed)}; "
+                "choose another directory or remove it"
             )
         return summary
     if source in SOURCES:

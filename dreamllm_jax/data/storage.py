@@ -24,6 +24,7 @@ VERSION = "1.0.0"
 SUMMARY = "dataset.json"
 SPLIT = "train"
 SHARD_BYTES = 256 << 20
+KEPT_BYTES = 64 << 20
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -94,7 +95,7 @@ def write_corpus(directory: Path, name: str, documents: Iterable[Document]) -> d
 
 
 class Corpus:
-    """Random access to the documents of one stored corpus."""
+    """Random access to the documents of one stored corpus; a small one is kept in memory once read."""
 
     def __init__(self, directory: str | os.PathLike, name: str):
         path = epath.Path(directory) / name / VERSION
@@ -105,12 +106,21 @@ class Corpus:
             )
         builder = tfds.builder_from_directory(path)
         self._source = builder.as_data_source(split=SPLIT, decoders={"images": _EncodedImages()})
+        self._kept: dict[int, Document] | None = {} if builder.info.dataset_size <= KEPT_BYTES else None
 
     def __len__(self) -> int:
         return len(self._source)
 
+    @property
+    def in_memory(self) -> bool:
+        return self._kept is not None
+
     def __getitem__(self, index: int) -> Document:
-        return from_record(self._source[index])
+        if self._kept is None:
+            return from_record(self._source[index])
+        if index not in self._kept:
+            self._kept[index] = from_record(self._source[index])
+        return self._kept[index]
 
 
 @contextlib.contextmanager

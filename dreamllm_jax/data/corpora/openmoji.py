@@ -16,7 +16,7 @@ def names() -> dict[str, str]:
     known: dict[str, str] = {}
     for character, entry in sorted(emoji.EMOJI_DATA.items()):
         if entry["status"] == emoji.STATUS["fully_qualified"] and _drawing(drawings, character).is_file():
-            known[character] = entry["en"].strip(":").replace("_", " ").replace("’", "'")
+            known[character] = entry["en"].strip(":").replace("_", " ").replace("\u2019", "'")
     counts: dict[str, int] = {}
     for name in known.values():
         counts[name.lower()] = counts.get(name.lower(), 0) + 1
