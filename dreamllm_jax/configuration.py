@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dreamllm_jax.objectives import ObjectiveConfig
 from dreamllm_jax.sharding import ShardingConfig
 from dreamllm_jax.training.checkpoints import CheckpointConfig
 from dreamllm_jax.training.optimizer import OptimizerConfig
+from dreamllm_jax.training.state import ParametersConfig
 
 T = TypeVar("T")
 
@@ -49,9 +49,6 @@ class Experiment:
     Attributes:
       steps: optimizer steps of the whole run.
       seed: of parameters, data order and draws.
-      trainable: (regular expression, trained?) pairs; a parameter follows the first that matches its whole path, such
-        as `llama/layers/mlp/up_proj/kernel`, and every parameter must match one.
-      param_dtype, frozen_dtype: storage types of trained and of frozen parameters.
       log_every: steps between two progress lines.
     """
 
@@ -59,13 +56,11 @@ class Experiment:
     data: DataConfig
     rows: RowsConfig
     optimizer: OptimizerConfig
-    trainable: tuple[tuple[str, bool], ...]
     steps: int
+    parameters: ParametersConfig = ParametersConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
     log_every: int = 20
 
@@ -90,15 +85,12 @@ class Experiment:
             )
         multiple = model.vae.downscale * 2 ** (len(model.unet.block_out_channels) - 1)
         if rows.dream_slots and (rows.dream_size < 1 or rows.dream_size % multiple):
-            raise ConfigError(f"rows.dream_size={rows.dream_size} must be a positive multiple of {multiple} for this UNet")
+            raise ConfigError(
+                f"rows.dream_size={rows.dream_size} must be a positive multiple of {multiple} for this UNet"
+            )
         chunk = self.objective.loss_chunk
         if chunk and rows.length % chunk:
             raise ConfigError(f"objective.loss_chunk={chunk} does not divide rows.length={rows.length}")
-        for pattern, _ in self.trainable:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"trainable: {pattern!r} is not a regular expression: {error}") from None
 
     @property
     def row_shape(self) -> RowShape:
@@ -190,10 +182,14 @@ def _union(args: tuple, value: Any, path: str) -> Any:
         return None
     kinds = [arg for arg in args if arg is not type(None)]
     if len(kinds) > 1 and hasattr(value, "items"):  # dataclasses are told apart by their fields
-        fitting = [k for k in kinds if dataclasses.is_dataclass(k) and set(value.keys()) <= {f.name for f in dataclasses.fields(k)}]
+        fitting = [
+            k
+            for k in kinds
+            if dataclasses.is_dataclass(k) and set(value.keys()) <= {f.name for f in dataclasses.fields(k)}
+        ]
         if not fitting:
             known = [f.name for kind in kinds if dataclasses.is_dataclass(kind) for f in dataclasses.fields(kind)]
-            unknown = next((name for name in value.keys() if name not in known), None)
+            unknown = next((name for name in value if name not in known), None)
             if unknown is not None:
                 raise ConfigError(_unknown(path, unknown, known))
             raise ConfigError(f"{path}: these settings do not belong together: {', '.join(value.keys())}")

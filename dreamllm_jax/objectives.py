@@ -66,7 +66,9 @@ class ObjectiveConfig:
     def scale(self) -> float:
         if self.scaling == "none":
             return 1.0
-        return self.lm_weight + self.dm_weight if self.scaling == "l1_norm" else math.hypot(self.lm_weight, self.dm_weight)
+        return (
+            self.lm_weight + self.dm_weight if self.scaling == "l1_norm" else math.hypot(self.lm_weight, self.dm_weight)
+        )
 
 
 @struct.dataclass
@@ -124,7 +126,7 @@ def next_token_nll(
     Raises:
       ValueError: if `chunk` does not divide L.
     """
-    rows, length, width = hidden.shape
+    rows, length, _ = hidden.shape
     targets = jnp.roll(tokens, -1, axis=1)
 
     def nll(hidden, targets):
@@ -137,7 +139,10 @@ def next_token_nll(
     if chunk in (0, length):
         losses = nll(hidden, targets)
     else:
-        split = lambda x: jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
+
+        def split(x):  # [B, L, ...] -> [chunks, B, chunk, ...]
+            return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
+
         losses = jax.lax.map(lambda xs: jax.checkpoint(nll)(*xs), (split(hidden), split(targets)))
         losses = jnp.moveaxis(losses, 0, 1).reshape(rows, length)
     return jnp.roll(losses, 1, axis=1).at[:, 0].set(0.0)

@@ -1,7 +1,8 @@
 """The device mesh, the logical axes, and the rules that map one to the other.
 
-Weights and activations name their axes logically; `ShardingConfig.rules` says which mesh axes each name is split over. A
-mesh axis that does not divide a dimension is left out for that array (a convolution with 4 output channels stays whole).
+Weights and activations name their axes logically; `ShardingConfig.rules` says which mesh axes each name is split over.
+A mesh axis that does not divide a dimension is left out for that array: a convolution with 4 output channels stays
+whole.
 """
 
 import contextlib
@@ -83,7 +84,9 @@ def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = Non
     asked = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
     fixed = math.prod(size for size in sizes if size != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise ValueError(f"the mesh ({asked}) does not fit {len(devices)} devices: change sharding.*, or use -1 for one axis")
+        raise ValueError(
+            f"the mesh ({asked}) does not fit {len(devices)} devices: change sharding.*, or use -1 for one axis"
+        )
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
@@ -133,7 +136,9 @@ def param_shardings(boxed: dict, mesh: Mesh, config: ShardingConfig) -> dict:
     """Shardings of a parameter tree with logical axes (as from `jax.eval_shape(model.init, ...)`)."""
 
     def one(leaf):
-        axes, value = (leaf.names, leaf.value) if isinstance(leaf, nn.LogicallyPartitioned) else ((None,) * leaf.ndim, leaf)
+        axes, value = (
+            (leaf.names, leaf.value) if isinstance(leaf, nn.LogicallyPartitioned) else ((None,) * leaf.ndim, leaf)
+        )
         return NamedSharding(mesh, partition_spec(axes, value.shape, config.all_rules, mesh.shape))
 
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
@@ -148,7 +153,9 @@ def rows_sharding(mesh: Mesh, config: ShardingConfig, rows: int) -> NamedShardin
     axes = config.all_rules["rows"]
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if rows % parts:
-        raise ValueError(f"{rows} rows do not divide over {parts} shards ({' x '.join(axes)}): change rows.per_step or sharding")
+        raise ValueError(
+            f"{rows} rows do not divide over {parts} shards ({' x '.join(axes)}): change rows.per_step or sharding"
+        )
     return NamedSharding(mesh, PartitionSpec(tuple(axes)))
 
 

@@ -35,11 +35,13 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.weight_decay < 0 or self.clip_norm < 0:
-            raise ValueError(f"weight_decay and clip_norm must not be negative, got {self.weight_decay} and {self.clip_norm}")
+            raise ValueError(
+                f"weight_decay and clip_norm must not be negative, got {self.weight_decay} and {self.clip_norm}"
+            )
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to `end_value` at `steps` (transformers' `get_cosine_schedule_with_warmup`)."""
+    """Linear warm-up from 0, then a cosine to `end_value` (transformers' `get_cosine_schedule_with_warmup`)."""
     warmup = round(config.warmup_ratio * steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else config.learning_rate,

@@ -1,8 +1,9 @@
 """The training state: what is trained, what is frozen, and how both lie on the mesh."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,30 @@ from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig
 from dreamllm_jax.sharding import ShardingConfig, param_shardings
 
 Leaves = dict[str, jax.Array]  # parameter path, such as "queries/dream_queries" -> array
+
+
+@dataclasses.dataclass(frozen=True)
+class ParametersConfig:
+    """Which parameters are trained, how they are stored, and where they come from.
+
+    Attributes:
+      trainable: (regular expression, trained?) pairs; a parameter follows the first that matches its whole path, such
+        as `llama/layers/mlp/up_proj/kernel`, and every parameter must match one.
+      dtype, frozen_dtype: storage types of trained and of frozen parameters.
+      init_from: directory of a checkpoint of the original program to begin with; empty for random parameters.
+    """
+
+    trainable: tuple[tuple[str, bool], ...] = ((".*", True),)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    init_from: str = ""
+
+    def __post_init__(self):
+        for pattern, _ in self.trainable:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"trainable: {pattern!r} is not a regular expression: {error}") from None
 
 
 @struct.dataclass
@@ -60,48 +85,65 @@ def abstract_params(config: DreamLLMConfig) -> dict:
     return dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
 
 
-def make_state(params: Mapping, rules: Sequence[tuple[str, bool]], optimizer, param_dtype, frozen_dtype) -> TrainState:
-    """A fresh state around a parameter tree (without logical axes)."""
-    trainable, frozen = split_params(params, rules)
-    trainable = {path: leaf.astype(param_dtype) for path, leaf in trainable.items()}
-    frozen = {path: leaf.astype(frozen_dtype) for path, leaf in frozen.items()}
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), frozen)
-
-
 def abstract_state(
-    config: DreamLLMConfig,
-    rules: Sequence[tuple[str, bool]],
+    model: DreamLLMConfig,
+    parameters: ParametersConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     sharding: ShardingConfig,
-    param_dtype: str = "float32",
-    frozen_dtype: str = "float32",
 ) -> TrainState:
     """The state's shapes, types and shardings (`jax.ShapeDtypeStruct`s), nothing computed.
 
     Optimizer moments lie as their parameters do.
     """
-    boxed = abstract_params(config)
+    boxed = abstract_params(model)
     shardings = flatten_dict(param_shardings(boxed, mesh, sharding), sep="/")
-    state = jax.eval_shape(lambda p: make_state(p, rules, optimizer, param_dtype, frozen_dtype), nn.unbox(boxed))
     replicated = NamedSharding(mesh, PartitionSpec())
+    trainable, frozen = split_params(nn.unbox(boxed), parameters.trainable)
+
+    def typed(leaves: Leaves, dtype: str) -> Leaves:
+        return {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path]) for path, leaf in leaves.items()
+        }
 
     def place(path, leaf):
         name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
-        sharding = shardings.get(name, replicated) if leaf.ndim else replicated
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(name, replicated))
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    trainable, frozen = typed(trainable, parameters.dtype), typed(frozen, parameters.frozen_dtype)
+    opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trainable))
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), trainable, opt_state, frozen)
 
 
-def init_state(abstract: TrainState, config: DreamLLMConfig, rules, optimizer, key: jax.Array) -> TrainState:
+def _shardings(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def init_state(
+    abstract: TrainState, model: DreamLLMConfig, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
     """Fresh random parameters, made directly in their shards."""
 
     def init(key):
-        params = nn.unbox(DreamLLM(config).init(key)["params"])
-        dtypes = {path: leaf.dtype for path, leaf in {**abstract.trainable, **abstract.frozen}.items()}
-        flat = {path: leaf.astype(dtypes[path]) for path, leaf in flatten_dict(params, sep="/").items()}
-        trainable, frozen = split_params(unflatten_dict(flat, sep="/"), rules)
+        params = flatten_dict(nn.unbox(DreamLLM(model).init(key)["params"]), sep="/")
+        trainable = {path: params[path].astype(leaf.dtype) for path, leaf in abstract.trainable.items()}
+        frozen = {path: params[path].astype(leaf.dtype) for path, leaf in abstract.frozen.items()}
         return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), frozen)
 
-    return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(key)
+    return jax.jit(init, out_shardings=_shardings(abstract))(key)
+
+
+def state_from_params(abstract: TrainState, params: Mapping, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state around parameters in the host's memory (a tree of numpy arrays, as from `interop`)."""
+    flat = flatten_dict(params, sep="/")
+
+    def put(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: flat[path][index].astype(leaf.dtype)
+        )
+
+    trainable = {path: put(path, leaf) for path, leaf in abstract.trainable.items()}
+    frozen = {path: put(path, leaf) for path, leaf in abstract.frozen.items()}
+    opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract.opt_state))(trainable)
+    step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+    return TrainState(step, trainable, opt_state, frozen)

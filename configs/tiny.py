@@ -1,0 +1,72 @@
+"""A tiny DreamLLM, trained from scratch on a few pictures with their names: minutes on two CPU cores.
+
+    python -m dreamllm_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+Every part has its real shape, only smaller. As there are no pretrained towers of this size, all of them are trained; a
+parameter-free autoencoder in pixel space stands in for Stable Diffusion's.
+"""
+
+from ml_collections import ConfigDict
+
+PICTURE = 32  # pixels on a side
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg:
+        raise ValueError(f"configs/tiny.py takes no argument, got {arg!r}")
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1500
+    config.log_every = 50
+
+    config.model = {
+        "llama": {
+            "vocab_size": 512,  # 8 special tokens included
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 512,
+        },
+        "clip": {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": PICTURE,
+            "patch_size": 8,
+        },
+        "vae": {"patch_size": 2},
+        "unet": {
+            "sample_size": PICTURE // 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "block_out_channels": (32, 64),
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 64,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+            "use_linear_projection": True,
+        },
+        "num_queries": 8,
+        "remat": "none",
+    }
+    config.parameters = {"trainable": ((".*", True),)}
+
+    config.data = {
+        "path": "openmoji",
+        "corpora": {
+            "pairs": {"mode": "joint", "weight": 4.0},
+            "interleaved": {"mode": "joint", "weight": 1.0},
+            "conversations": {"mode": "joint", "weight": 1.0},
+        },
+    }
+    config.rows = {"per_step": 8, "length": 96, "see_slots": 3, "dream_slots": 3, "dream_size": PICTURE}
+
+    config.objective = {"lm_weight": 1.0, "dm_weight": 10.0, "drop_prob": 0.1}
+    config.optimizer = {"learning_rate": 2e-3, "warmup_ratio": 0.05, "b2": 0.95}
+    config.checkpoint = {"every": 500, "keep": 2}
+    return config

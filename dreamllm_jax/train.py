@@ -1,0 +1,26 @@
+"""Trains a DreamLLM, or continues a run:
+
+python -m dreamllm_jax.train --config=configs/tiny.py --workdir=runs/tiny [--config.optimizer.learning_rate=1e-3]
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from dreamllm_jax import command_line, runs
+from dreamllm_jax.training.loop import train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (local or gs://): the same again continues it.")
+
+
+def main(_) -> None:
+    if _CONFIG.value is None or not _WORKDIR.value:
+        sys.exit("error: give --config=FILE.py and --workdir=DIR")
+    run = runs.start(_CONFIG.value.to_dict(), _WORKDIR.value)
+    train(run.experiment, run.tokenizer, run.workdir)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

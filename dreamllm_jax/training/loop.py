@@ -1,0 +1,118 @@
+"""The training run, from a checked configuration to the last checkpoint, top to bottom."""
+
+import logging
+import math
+import time
+
+import jax
+import numpy as np
+from etils import epath
+
+from dreamllm_jax.configuration import Experiment
+from dreamllm_jax.data.pipeline import make_loader
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.interop.dreamllm import read_params
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
+from dreamllm_jax.training.checkpoints import Checkpoints
+from dreamllm_jax.training.metrics import MetricsLog, Progress
+from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dreamllm_jax.training.state import TrainState, abstract_state, init_state, merge_params, state_from_params
+from dreamllm_jax.training.step import compile_train_step, make_train_step
+
+_logger = logging.getLogger(__name__)
+
+
+def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> TrainState:
+    """Trains, or continues a run that was interrupted, until `experiment.steps` are done.
+
+    Args:
+      experiment: the checked configuration, its data prepared and its special tokens those of `tokenizer`.
+      workdir: receives checkpoints, `metrics.jsonl` and TensorBoard files.
+
+    Raises:
+      ValueError, FileNotFoundError: a mesh, data set or checkpoint that does not fit, before anything is compiled.
+      FloatingPointError: the loss is no longer finite.
+    """
+    # Mesh and data.
+    mesh = make_mesh(experiment.sharding)
+    rows = rows_sharding(mesh, experiment.sharding, experiment.rows.per_step)
+    batches = make_loader(
+        experiment.data,
+        experiment.row_shape,
+        tokenizer,
+        rows_per_step=experiment.rows.per_step,
+        seed=experiment.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+    # Model, optimizer and state.
+    model = DreamLLM(experiment.model)
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    abstract = abstract_state(experiment.model, experiment.parameters, optimizer, mesh, experiment.sharding)
+    _log_parameters(abstract)
+    init_key, draws_key = jax.random.split(jax.random.key(experiment.seed))
+
+    with Checkpoints(workdir, experiment.checkpoint) as checkpoints:
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(abstract, batches)
+            _logger.info("continuing %s from step %d", workdir, int(state.step))
+        elif experiment.parameters.init_from:
+            params = read_params(
+                epath.Path(experiment.parameters.init_from), merge_params(abstract.trainable, abstract.frozen)
+            )
+            state = state_from_params(abstract, params, optimizer)
+        else:
+            state = init_state(abstract, experiment.model, optimizer, init_key)
+
+        # The step.
+        train_step = compile_train_step(
+            make_train_step(
+                model, experiment.objective, optimizer, experiment.rows.dream_size, experiment.rows.microbatches
+            ),
+            state,
+        )
+        learning_rate = learning_rate_schedule(experiment.optimizer, experiment.steps)
+
+        # The loop.
+        start = int(state.step)
+        progress, pending = Progress(experiment.steps), []
+        with use(mesh, experiment.sharding), MetricsLog(workdir, start) as log:
+            for step in range(start + 1, experiment.steps + 1):
+                batch = to_mesh(next(batches), rows)
+                state, metrics = train_step(state, batch, draws_key)
+                pending.append(metrics)
+                if step == start + 1:
+                    began = time.monotonic()
+                    jax.block_until_ready(metrics)
+                    _logger.info("first step, compilation included, took %.1f s", time.monotonic() - began)
+                    progress.restart()
+                if step % experiment.log_every == 0 or step == experiment.steps:
+                    _log(log, progress, step, pending, learning_rate)
+                    pending = []
+                checkpoints.save(step, state, batches, last=step == experiment.steps)
+        return state
+
+
+def _log(log: MetricsLog, progress: Progress, step: int, pending: list, learning_rate) -> None:
+    """Fetches the metrics of the last steps; all hosts compute the same, the first writes them."""
+    fetched = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(pending)]
+    totals = {name: sum(metrics[name] for metrics in fetched) for name in ("tokens", "images")}
+    rates = progress.rates(len(fetched), **totals)
+    for i, metrics in enumerate(fetched):
+        at = step - len(fetched) + 1 + i
+        log.write(at, {**metrics, "learning_rate": float(learning_rate(at - 1)), **rates})
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(
+                f"the loss is {metrics['loss']} at step {at} (lm {metrics['lm_loss']}, dm {metrics['dm_loss']}): lower "
+                "optimizer.learning_rate or set optimizer.clip_norm; the last checkpoint is kept"
+            )
+    _logger.info("%s", progress.line(step, {**fetched[-1], **rates}))
+
+
+def _log_parameters(abstract: TrainState) -> None:
+    for name, leaves in (("trained", abstract.trainable), ("frozen", abstract.frozen)):
+        count = sum(math.prod(leaf.shape) for leaf in leaves.values())
+        size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves.values())
+        _logger.info("%s parameters: %s (%.2f GiB)", name, f"{count:,}", size / 2**30)
