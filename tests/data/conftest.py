@@ -1,0 +1,79 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreamllm_jax.data import storage, tokenizer
+from dreamllm_jax.data.corpora import compose
+from dreamllm_jax.data.tokens import VICUNA_SYSTEM, RowShape
+
+COLOURS = {
+    "a red square": (250, 10, 20),
+    "a green square": (15, 230, 40),
+    "a blue square": (30, 20, 240),
+    "a grey square": (128, 128, 128),
+    "a white square": (255, 255, 255),
+    "a yellow square": (250, 240, 10),
+}
+
+
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (20, 16)) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+PAIRS = [(png(colour), text) for text, colour in COLOURS.items()]
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer() -> tokenizer.Tokenizer:
+    sentences = [VICUNA_SYSTEM, "USER: ASSISTANT:", *COLOURS, "What is in the picture?", "Paint this: Here it is:"]
+    return tokenizer.train_tokenizer(sentences * 20, 420)
+
+
+@pytest.fixture(scope="session")
+def shape() -> RowShape:
+    return RowShape(length=128, see_slots=4, dream_slots=3, num_patches=4, num_queries=3, see_size=8, dream_size=16)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, text_tokenizer):
+    """A stored data set of all kinds of documents."""
+    path = tmp_path_factory.mktemp("data") / "set"
+    with storage.building(path) as directory:
+        text_tokenizer.save(directory / tokenizer.FILE)
+        corpora = {
+            name: storage.write_corpus(directory, name, documents) for name, documents in compose.compose(PAIRS).items()
+        }
+        storage.write_summary(directory, {"settings": {}, "corpora": corpora, "vocab_size": text_tokenizer.vocab_size})
+    return path
+
+
+def assert_sound(batch, shape: RowShape, special) -> None:
+    """Every promise of the batch contract that does not need to know the documents."""
+    for row in range(len(batch.tokens)):
+        tokens, segments = batch.tokens[row], batch.segment_ids[row]
+        positions, weights = batch.positions[row], batch.loss_weights[row]
+        used = int((segments > 0).sum())
+        assert (segments[:used] > 0).all() and (tokens[used:] == special.pad).all()
+        assert (np.diff(segments[:used]) >= 0).all() and not weights[used:].any() and not positions[used:].any()
+        for segment in range(1, segments.max() + 1):
+            (where,) = np.nonzero(segments == segment)
+            assert (np.diff(where) == 1).all() and (positions[where] == np.arange(len(where))).all()
+            assert tokens[where[0]] == special.bos and weights[where[0]] == 0
+            assert (tokens[where[1:]] != special.bos).all()
+        placeholders = np.isin(tokens, [special.im_patch, special.im_start, special.im_end, special.dream_end])
+        assert not weights[placeholders].any()
+        covered = np.zeros(shape.length, bool)
+        for slots, start, end, length in (
+            (batch.see_slots[row], special.im_start, special.im_end, shape.num_patches),
+            (batch.dream_slots[row], special.dream_start, special.dream_end, shape.num_queries),
+        ):
+            for slot in slots[slots >= 0]:
+                assert tokens[slot - 1] == start and tokens[slot + length] == end
+                assert (tokens[slot : slot + length] == special.im_patch).all()
+                assert len(set(segments[slot - 1 : slot + length + 1])) == 1
+                covered[slot : slot + length] = True
+        assert (covered == (tokens == special.im_patch)).all()

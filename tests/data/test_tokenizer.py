@@ -1,0 +1,116 @@
+import io
+import json
+import pickle
+import random
+
+import pytest
+import sentencepiece
+
+from dreamllm_jax.data import tokenizer
+from dreamllm_jax.vocabulary import ADDED_TOKENS
+
+STRANGE = ["", " ", "  two  spaces ", "tab\tnewline\n", "▁ literal", "漢字 é 🙂", "12345", "\x00\u200b", "<0x41>"]
+SPECIAL = ["<s>", "</s>", "<unk>", "a<s>b", *ADDED_TOKENS, "x<im_patch>y", "</s><dream_start>"]
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    """A SentencePiece model trained by SentencePiece alone, as LLaMA's was."""
+    rng = random.Random(1)
+    words = ["".join(rng.choice("abcdefgh é") for _ in range(rng.randint(1, 8))) for _ in range(200)]
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(rng.sample(words, 6)) for _ in range(300)]),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=600,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return out.getvalue()
+
+
+def test_equals_sentencepiece(model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    ours = tokenizer.load_tokenizer(tmp_path / "tokenizer.model")
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    rng = random.Random(0)
+    texts = STRANGE + SPECIAL + ["".join(rng.choice("abcdefgh é <>/\n▁🙂0") for _ in range(30)) for _ in range(1000)]
+    for text in texts:
+        assert ours.encode_text(text) == reference.encode(text), text
+        assert ours.decode(ours.encode_text(text)) == reference.decode(reference.encode(text)), text
+
+
+def test_special_tokens_follow_the_base_vocabulary(model, tmp_path):
+    (tmp_path / "t.model").write_bytes(model)
+    ours = tokenizer.load_tokenizer(tmp_path / "t.model")
+    assert (ours.special.bos, ours.special.eos) == (1, 2)
+    assert [ours.hf.convert_tokens_to_ids(t) for t in ADDED_TOKENS] == list(range(600, 608))
+    assert ours.special.pad == 600 and ours.special.dream_end == 607 and ours.vocab_size == 608
+    assert ours.hf.pad_token == "[PAD]"
+
+
+@pytest.mark.parametrize("text", SPECIAL)
+def test_special_strings_in_text_stay_text(text_tokenizer, text):
+    ids = text_tokenizer.encode_text(text)
+    special = set(text_tokenizer.hf.all_special_ids) | {
+        text_tokenizer.hf.convert_tokens_to_ids(token) for token in ADDED_TOKENS
+    }
+    assert not special & set(ids)
+    assert text_tokenizer.decode(ids) == text
+
+
+def test_recorded_ids_of_a_checkpoint_are_kept(model, tmp_path):
+    scrambled = dict(zip(reversed(ADDED_TOKENS), range(600, 608), strict=True))
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(scrambled))
+    ours = tokenizer.load_tokenizer(tmp_path)
+    assert ours.special.pad == 607 and ours.special.dream_end == 600
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": 700}))
+    with pytest.raises(ValueError, match=r"<image> should have the id 700"):
+        tokenizer.load_tokenizer(tmp_path)
+
+
+def test_saved_and_pickled(text_tokenizer, tmp_path):
+    text_tokenizer.save(tmp_path / tokenizer.FILE)
+    for copy in (
+        tokenizer.load_tokenizer(tmp_path / tokenizer.FILE),
+        tokenizer.load_tokenizer(tmp_path),
+        pickle.loads(pickle.dumps(text_tokenizer)),
+    ):
+        assert copy.special == text_tokenizer.special and copy.vocab_size == text_tokenizer.vocab_size
+        for text in STRANGE + SPECIAL:
+            assert copy.encode_text(text) == text_tokenizer.encode_text(text)
+
+
+def test_training_is_deterministic_and_keeps_to_its_size():
+    texts = ["a red square", "a green square", "é"] * 10
+    first, second = tokenizer.train_tokenizer(texts, 300), tokenizer.train_tokenizer(texts, 300)
+    assert first.vocab_size <= 300
+    assert first.hf.backend_tokenizer.to_str() == second.hf.backend_tokenizer.to_str()
+    assert first.decode(first.encode_text("never seen: 漢")) == "never seen: 漢"
+    with pytest.raises(ValueError, match="more than 267 ids"):
+        tokenizer.train_tokenizer(texts, 267)
+
+
+def test_what_cannot_be_converted_is_refused(tmp_path):
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some text here"] * 20),
+        model_writer=out,
+        model_type="unigram",
+        vocab_size=20,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(ValueError, match="not of type BPE"):
+        tokenizer.from_sentencepiece(out.getvalue())
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        tokenizer.load_tokenizer(tmp_path / "nothing.json")
+    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.model nor"):
+        tokenizer.load_tokenizer(tmp_path)
+    (tmp_path / "t.txt").write_text("")
+    with pytest.raises(ValueError, match="a tokenizer is"):
+        tokenizer.load_tokenizer(tmp_path / "t.txt")
