@@ -29,6 +29,7 @@ from dreamllm_jax.training.checkpoints import Checkpoints, host_template
 from dreamllm_jax.training.state import abstract_params, merge_params, split_params
 
 CONFIG_FILE = "config.json"
+DATA = "data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
 
     data = experiment.data
     if not (epath.Path(data.path) / SUMMARY).exists():
-        target = workdir / "data"
+        target = workdir / DATA
         if first:
             prepare(
                 data.path,
@@ -92,13 +93,18 @@ def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], workdir:
     for name in ("model", "parameters", "objective", "seed", "steps"):
         old, new = before.get(name), now.get(name)
         if old != new:
-            at = (
-                next((key for key in {**(old or {}), **(new or {})} if old.get(key) != new.get(key)), "")
-                if isinstance(old, dict) and isinstance(new, dict)
-                else ""
+            raise ConfigError(
+                f"{workdir} was begun with another config.{name} ({_difference(old, new)}): restore it, or choose "
+                "another --workdir"
             )
-            setting = f"config.{name}.{at}" if at else f"config.{name}"
-            raise ConfigError(f"{workdir} was begun with another {setting}: restore it, or choose another --workdir")
+
+
+def _difference(old: Any, new: Any) -> str:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return f"{old!r}, now {new!r}"
+    return "; ".join(
+        f"{key}: {_difference(old.get(key), new.get(key))}" for key in {**old, **new} if old.get(key) != new.get(key)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +127,10 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Trained:
     if not (workdir / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{workdir} has no {CONFIG_FILE}: it is not the --workdir of a training run")
     experiment = read_experiment(json.loads((workdir / CONFIG_FILE).read_text()))
+    if (workdir / DATA / SUMMARY).exists():
+        experiment = dataclasses.replace(
+            experiment, data=dataclasses.replace(experiment.data, path=str(workdir / DATA))
+        )
     tokenizer = load_tokenizer(workdir / TOKENIZER_FILE)
     config = dataclasses.replace(experiment.model, special_tokens=tokenizer.special)
     parameters = experiment.parameters

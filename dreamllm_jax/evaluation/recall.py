@@ -1,0 +1,112 @@
+"""Did the model learn its pairs? Each caption is painted, each picture is put into words, and both are compared."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from dreamllm_jax.data import images
+from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.pipeline import RowShape, encode_batch
+from dreamllm_jax.generation.documents import png
+from dreamllm_jax.generation.images import paint
+from dreamllm_jax.generation.text import read_prompts, read_queries, write
+from dreamllm_jax.runs import Trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """What became of N pairs.
+
+    Attributes:
+      captions: the N captions.
+      pictures: u8[N, H, W, 3], as the model was to paint them.
+      painted: u8[N, H, W, 3], painted from the captions.
+      nearest: i32[N] index of the pair whose picture is nearest to the painted one (mean squared error of pixels).
+      read: the text written for each picture.
+    """
+
+    captions: Sequence[str]
+    pictures: np.ndarray
+    painted: np.ndarray
+    nearest: np.ndarray
+    read: Sequence[str]
+
+    @property
+    def creation_top1(self) -> float:
+        """Share of captions whose painting is nearer to their own picture than to any other."""
+        return float(np.mean(self.nearest == np.arange(len(self.nearest))))
+
+    @property
+    def comprehension_exact(self) -> float:
+        """Share of pictures whose text is exactly their caption."""
+        return float(np.mean([read == caption for read, caption in zip(self.read, self.captions, strict=True)]))
+
+
+def recall(
+    trained: Trained,
+    pairs: Sequence[Document],
+    *,
+    steps: int = 50,
+    guidance: float = 2.0,
+    max_tokens: int = 32,
+    seed: int = 0,
+) -> Recall:
+    """Paints the pairs' captions and reads their pictures, greedily and all in one batch each.
+
+    Args:
+      steps, guidance: of the sampler.
+      max_tokens: longest text written for a picture.
+      seed: pair i is painted from the noise of `seed + i`.
+    """
+    model, params, tokenizer = trained.model, trained.params, trained.tokenizer
+    config, size = model.config, trained.experiment.rows.dream_size
+    captions = [pair.texts[0].text for pair in pairs]
+    pictures = np.stack([images.diffusion_pixels(images.decode(pair.images[0].data), size) for pair in pairs])
+
+    longest = max(len(tokenizer.encode_text(caption)) for caption in captions) + 2
+    shape = RowShape(longest, 0, 0, config.clip.num_patches, config.num_queries, config.clip.image_size, size)
+    prompts = encode_batch(
+        [Document("text", (Text(caption),)) for caption in captions], tokenizer, shape, complete=False
+    )
+    reading = read_prompts(model, params, prompts, longest + config.num_queries + 2)
+    hidden, _ = read_queries(model, params, reading)
+    seeds = jnp.arange(seed, seed + len(pairs))
+    painted = np.asarray(paint(model, params, hidden, seeds, size=size, steps=steps, guidance=guidance))
+    distances = np.square(painted[:, None].astype(np.float32) - pictures[None]).mean(axis=(2, 3, 4))
+
+    length = config.clip.num_patches + 4
+    shape = RowShape(length, 1, 0, config.clip.num_patches, config.num_queries, config.clip.image_size, size)
+    seen = [Document("interleaved", (Image(pair.images[0].data),)) for pair in pairs]
+    prompts = encode_batch(seen, tokenizer, shape, "comprehension", complete=False)
+    reading = read_prompts(model, params, prompts, length + max_tokens)
+    tokens, count, _ = write(model, params, reading, max_tokens, (tokenizer.special.eos,))
+    tokens, count = np.asarray(tokens), np.asarray(count)
+    read = [tokenizer.decode(row[:n]).strip() for row, n in zip(tokens, count, strict=True)]
+    return Recall(captions, pictures, painted, distances.argmin(axis=1), read)
+
+
+FILE = "recall.json"
+
+
+def save(result: Recall, directory: epath.PathLike) -> None:
+    """Writes `recall.json` and the pictures it names, as PNG files beside it."""
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    items = []
+    for i, caption in enumerate(result.captions):
+        item = {"caption": caption, "read": result.read[i], "nearest": result.captions[result.nearest[i]]}
+        for name, pixels in (("picture", result.pictures[i]), ("painted", result.painted[i])):
+            item[name] = f"{i:04}-{name}.png"
+            (directory / item[name]).write_bytes(png(pixels))
+        items.append(item)
+    summary = {
+        "creation_top1": result.creation_top1,
+        "comprehension_exact": result.comprehension_exact,
+        "pairs": len(items),
+        "items": items,
+    }
+    (directory / FILE).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

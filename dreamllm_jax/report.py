@@ -1,0 +1,131 @@
+"""Writes a run's report, one self-contained page: loss curves, and what the model paints, reads and tells.
+
+python -m dreamllm_jax.report --workdir=runs/tiny
+"""
+
+import base64
+import html
+import io
+import json
+import sys
+
+import numpy as np
+from absl import flags
+from etils import epath
+from matplotlib.figure import Figure
+
+from dreamllm_jax import command_line
+from dreamllm_jax.training.metrics import read_metrics
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the training run.")
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1, h2 { font-weight: 600; } .figures { display: flex; gap: 2em; flex-wrap: wrap; } .figures b { font-size: 1.6em; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; }
+.pair { border: 1px solid #ddd; border-radius: 8px; padding: 10px; } .pair.wrong { border-color: #c33; }
+img { width: 90px; height: 90px; image-rendering: pixelated; background: #fff; border: 1px solid #eee; }
+.story { border-left: 4px solid #ddd; padding-left: 1em; } .story img { width: 128px; height: 128px; display: block; }
+small { color: #777; }
+"""
+
+
+def _embedded(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _curves(metrics: list[dict[str, float]]) -> str:
+    """Loss curves as an <img> holding an SVG: each step's value, and a running mean."""
+    figure = Figure(figsize=(9.5, 3.2), layout="constrained")
+    steps = [line["step"] for line in metrics]
+    for axes, (name, title) in zip(
+        figure.subplots(1, 2), (("lm_loss", "next-token loss (nats)"), ("dm_loss", "denoising loss")), strict=True
+    ):
+        values = np.array([line[name] for line in metrics])
+        window = max(1, len(values) // 50)
+        mean = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(steps, values, color="#bcd", linewidth=0.8)
+        axes.plot(steps[window - 1 :], mean, color="#147", linewidth=1.6)
+        axes.set(title=title, xlabel="step", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return (
+        f'<img style="width:100%;height:auto" alt="loss curves" src="{_embedded(buffer.getvalue(), "image/svg+xml")}">'
+    )
+
+
+def _picture(path: epath.Path, alt: str) -> str:
+    return (
+        f'<img alt="{html.escape(alt)}" title="{html.escape(alt)}" src="{_embedded(path.read_bytes(), "image/png")}">'
+    )
+
+
+def _pairs(directory: epath.Path, recall: dict) -> str:
+    cards = []
+    for item in recall["items"]:
+        right = item["nearest"] == item["caption"] == item["read"]
+        cards.append(
+            f'<div class="pair{"" if right else " wrong"}"><b>{html.escape(item["caption"])}</b><br>'
+            + _picture(directory / item["painted"], "painted from the caption")
+            + " "
+            + _picture(directory / item["picture"], "the true picture")
+            + f"<br><small>nearest to: {html.escape(item['nearest'])}<br>read: {html.escape(item['read'])}</small></div>"
+        )
+    return f'<div class="grid">{"".join(cards)}</div>'
+
+
+def _story(directory: epath.Path) -> str:
+    parts = []
+    for segment in json.loads((directory / "document.json").read_text()):
+        if "text" in segment:
+            parts.append(f"<p>{html.escape(segment['text'])}</p>")
+        else:
+            parts.append(_picture(directory / segment["image"], "painted by the model"))
+    return f'<div class="story">{"".join(parts)}</div>'
+
+
+def write_report(workdir: epath.PathLike) -> epath.Path:
+    """Renders `workdir/report.html` from what training and evaluation left in the directory.
+
+    Raises:
+      FileNotFoundError: the run has not been trained or not been evaluated.
+    """
+    workdir = epath.Path(workdir).absolute()
+    metrics = read_metrics(workdir)
+    evaluation = workdir / "evaluation"
+    if not (evaluation / "recall.json").exists():
+        raise FileNotFoundError(
+            f"{evaluation} has no recall.json: run python -m dreamllm_jax.evaluate --workdir={workdir}"
+        )
+    recall = json.loads((evaluation / "recall.json").read_text())
+    figures = {
+        "captions painted nearest to their own picture": f"{recall['creation_top1']:.1%}",
+        "pictures put into exactly their caption": f"{recall['comprehension_exact']:.1%}",
+        "pairs": recall["pairs"],
+        "steps": metrics[-1]["step"],
+    }
+    listed = "".join(f"<div><b>{value}</b><br>{name}</div>" for name, value in figures.items())
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(workdir.name)}</title>'
+        f"<style>{_STYLE}</style><h1>DreamLLM: {html.escape(workdir.name)}</h1>"
+        f'<div class="figures">{listed}</div>'
+        f"<h2>Training</h2>{_curves(metrics)}"
+        f"<h2>Pairs</h2><p>Left, painted from the caption; right, the true picture; below, the text read from it.</p>"
+        f"{_pairs(evaluation, recall)}"
+        f"<h2>A document</h2><p>The model was given the first line; it wrote and painted the rest, seeing each picture it "
+        f"had painted.</p>{_story(evaluation / 'story')}</html>"
+    )
+    path = workdir / "report.html"
+    path.write_text(page)
+    return path
+
+
+def main(_) -> None:
+    if not _WORKDIR.value:
+        sys.exit("error: give --workdir=DIR, the directory of a training run")
+    print(f"report: {write_report(_WORKDIR.value)}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
