@@ -66,6 +66,7 @@ def test_queries_that_see_nothing_give_finite_zero_gradients(rng):
     blind = ~((q_segments[:, :, None] == k_segments[:, None]) & (q_segments != 0)[:, :, None]).any(-1)
     unseen = ~((q_segments[:, :, None] == k_segments[:, None]) & (k_segments != 0)[:, None]).any(1)
 
+    @jax.jit
     def loss(q, k, v):
         return jnp.square(attend(q, k, v, q_segments=q_segments, k_segments=k_segments, causal=False)).sum()
 
@@ -79,9 +80,8 @@ def test_queries_that_see_nothing_give_finite_zero_gradients(rng):
     assert not np.asarray(everything_padding).any()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("scores", [S, 3 * S, 5 * S])  # chunks of 1, 3 and 5 of the 7 queries
+@pytest.mark.parametrize(("causal", "segmented"), [(False, False), (True, True)])
+@pytest.mark.parametrize("scores", [S, 3 * S])  # chunks of 1 and of 3 of the 7 queries
 def test_chunks_change_nothing(rng, monkeypatch, causal, segmented, scores):
     q, k, v = arrays(rng)
     q_segments, k_segments, q_index, k_index = some_segments(rng) if segmented else (None,) * 4
@@ -93,8 +93,11 @@ def test_chunks_change_nothing(rng, monkeypatch, causal, segmented, scores):
                 q, k, v, q_segments=q_segments, k_segments=k_segments, q_index=q_index, k_index=k_index, causal=causal
             )
 
-        out, pullback = jax.vjp(run, q, k, v)
-        return out, *pullback(cotangent)
+        def both(*inputs):
+            out, pullback = jax.vjp(run, *inputs)
+            return out, *pullback(cotangent)
+
+        return jax.jit(both)(q, k, v)
 
     whole = outcome()
     monkeypatch.setattr(attention, "MAX_SCORES", scores)
