@@ -65,12 +65,13 @@ def _pairs(directory: epath.Path, recall: dict) -> str:
     cards = []
     for item in recall["items"]:
         right = item["nearest"] == item["caption"] == item["read"]
+        nearest, read = html.escape(item["nearest"]), html.escape(item["read"])
         cards.append(
             f'<div class="pair{"" if right else " wrong"}"><b>{html.escape(item["caption"])}</b><br>'
             + _picture(directory / item["painted"], "painted from the caption")
             + " "
             + _picture(directory / item["picture"], "the true picture")
-            + f"<br><small>nearest to: {html.escape(item['nearest'])}<br>read: {html.escape(item['read'])}</small></div>"
+            + f"<br><small>nearest to: {nearest}<br>read: {read}</small></div>"
         )
     return f'<div class="grid">{"".join(cards)}</div>'
 
@@ -101,7 +102,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     recall = json.loads((evaluation / "recall.json").read_text())
     figures = {
         "captions painted nearest to their own picture": f"{recall['creation_top1']:.1%}",
-        "pictures put into exactly their caption": f"{recall['comprehension_exact']:.1%}",
+        "pictures read as exactly their caption": f"{recall['comprehension_exact']:.1%}",
         "pairs": recall["pairs"],
         "steps": metrics[-1]["step"],
     }
@@ -113,8 +114,8 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         f"<h2>Training</h2>{_curves(metrics)}"
         f"<h2>Pairs</h2><p>Left, painted from the caption; right, the true picture; below, the text read from it.</p>"
         f"{_pairs(evaluation, recall)}"
-        f"<h2>A document</h2><p>The model was given the first line; it wrote and painted the rest, seeing each picture it "
-        f"had painted.</p>{_story(evaluation / 'story')}</html>"
+        f"<h2>A document</h2><p>The model was given the first line; it wrote and painted the rest, seeing each picture "
+        f"it had painted.</p>{_story(evaluation / 'story')}</html>"
     )
     path = workdir / "report.html"
     path.write_text(page)
