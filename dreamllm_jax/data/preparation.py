@@ -40,6 +40,8 @@ def prepare(
     """
     if pairs < 0 or size < 1:
         raise ValueError(f"pairs and size must be positive, got {pairs} and {size}")
+    if "://" in str(to):
+        raise ValueError(f"a data set is made in a local directory and then copied to {to}")
     settings: dict[str, Any] = {
         "source": str(source),
         "pairs": pairs or (DEFAULT_PAIRS if source in SOURCES else 0),

@@ -107,7 +107,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
       texts: what to learn the pieces from.
-      vocab_size: ids wanted, the special tokens included; fewer when the texts do not yield as many.
+      vocab_size: ids wanted, the special tokens included; fewer when the texts do not yield as
+        many, more when they hold more different characters.
     """
     smallest = 3 + 256 + len(ADDED_TOKENS)
     if vocab_size <= smallest:

@@ -2,10 +2,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image as Picture
 
 from dreamllm_jax.data import packing
 from dreamllm_jax.data.document import Document, Image, Text
-from dreamllm_jax.data.images import ImageError
+from dreamllm_jax.data.images import ImageError, to_png
 from dreamllm_jax.data.pipeline import encode_batch
 from dreamllm_jax.data.tokens import encode_document
 from tests.data.conftest import COLOURS, PAIRS, assert_sound, png
@@ -89,6 +90,15 @@ def test_a_broken_image_empties_its_document_only(text_tokenizer, shape):
     empty = batch.dream_slots[0] < 0
     assert not batch.dream_images[0][empty].any() and not batch.see_images[0][batch.see_slots[0] < 0].any()
     assert [colour(p) for p in batch.dream_images[0][~empty]] == [COLOURS[PAIRS[i][1]] for i in (1, 2)]
+
+
+def test_remembered_pixels_are_of_the_right_kind(shape):
+    data = to_png(Picture.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)))
+    pixels = packing.Pixels(shape)
+    for _ in range(2):
+        plain, mirrored = (pixels.dream(packing.Placed(data, 0, flip)) for flip in (False, True))
+        np.testing.assert_array_equal(mirrored, plain[:, ::-1])
+        assert (mirrored != plain).any() and pixels.see(packing.Placed(data, 0)).shape == (8, 8, 3)
 
 
 def test_remembered_pixels_stay_within_their_memory(shape):

@@ -78,6 +78,11 @@ def test_prepared_once(pictures, tmp_path):
         preparation.prepare(pictures, tmp_path / "set", vocab_size=400)
 
 
+def test_a_bucket_is_not_written(pictures):
+    with pytest.raises(ValueError, match="made in a local directory and then copied to gs://"):
+        preparation.prepare(pictures, "gs://bucket/set")
+
+
 def test_preparing_is_deterministic(pictures, tmp_path):
     contents = []
     for name in ("one", "two"):
