@@ -20,7 +20,7 @@ from tests.parity import assert_same, gradients, randomised, relative_error, ten
 
 TINY = {
     "sample_size": 8,
-    "block_out_channels": (8, 16),
+    "block_out_channels": (16, 32),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 1,
@@ -29,14 +29,14 @@ TINY = {
 }
 FAMILIES = {
     "1.5": TINY | {"attention_head_dim": 2, "use_linear_projection": False},
-    "2.x": TINY | {"attention_head_dim": (4, 2), "use_linear_projection": True, "transformer_layers_per_block": (2, 1)},
+    "2.x": TINY | {"attention_head_dim": (4, 2), "use_linear_projection": True, "transformer_layers_per_block": (1, 2)},
 }
 
 # Compilation is nearly all the time these tests take, and half of it goes without the optimiser.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def make_inputs(config, size=(8, 8), n=2, q=5):
+def make_inputs(config, size=(4, 6), n=2, q=5):
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(n, *size, config.in_channels)).astype(np.float32)
     condition = rng.normal(size=(n, q, config.cross_attention_dim)).astype(np.float32)
@@ -56,6 +56,7 @@ def shapes_of(model, inputs):
 
 
 def run_torch(model, latents, timesteps, condition, cotangent):
+    model.zero_grad()
     latents, condition = nchw(latents).requires_grad_(), torch.tensor(condition, requires_grad=True)
     out = model(latents, torch.tensor(timesteps), condition).sample
     out.backward(nchw(cotangent))
@@ -223,6 +224,8 @@ def test_stable_diffusion_2_1_at_true_width():
 
     model = UNet(config)
     params = from_torch(shapes_of(model, (latents, timesteps, condition)), tensors(reference))
+    params, want = jax.tree.map(jnp.array, params), {"output": nhwc(out), "condition": leaf.grad.numpy()}
+    del reference, out, leaf  # 3.5 GB
 
     @jax.jit
     def output_and_gradient(params, condition):
@@ -230,4 +233,5 @@ def test_stable_diffusion_2_1_at_true_width():
         return got, pull(jnp.asarray(cotangent))[0]
 
     got, gradient = output_and_gradient(params, condition)
-    assert_same({"output": got, "condition": gradient}, {"output": nhwc(out), "condition": leaf.grad})
+    error = assert_same({"output": got, "condition": gradient}, want)
+    print(f"largest relative error {error:.1e}")
