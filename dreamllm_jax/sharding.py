@@ -123,7 +123,7 @@ def partition_spec(
     return PartitionSpec(*parts)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Asks for an activation to be split as its logical axes say; outside `use` it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     rules = dict(nn.get_logical_axis_rules())

@@ -12,7 +12,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 SCANNED = "layers"
-_LISTED = re.compile(r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|net|projector)_(\d+)$")
+_LISTED = re.compile(
+    r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|net|projector)_(\d+)$"
+)
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dreamllm_jax.models.attention import attend
+from dreamllm_jax.sharding import constrain
 
 _kernel = nn.initializers.lecun_normal()
 _ONES = nn.with_logical_partitioning(nn.initializers.ones, ("tower_norm",))
@@ -54,7 +55,7 @@ class LayerNorm(nn.LayerNorm):
 
 def shard_images(x: jax.Array) -> jax.Array:
     """Lays the batch of images out over the mesh: the first axis is `images`, nothing else is split."""
-    return nn.with_logical_constraint(x, ("images",) + (None,) * (x.ndim - 1))
+    return constrain(x, ("images",) + (None,) * (x.ndim - 1))
 
 
 class ResnetBlock2D(nn.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dreamllm_jax.models.attention import attend
 from dreamllm_jax.models.remat import rematerialised
+from dreamllm_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -189,7 +190,7 @@ class Layer(_Part):
         part = (self.config, self.dtype, self.param_dtype)
         x = x + Attention(*part, name="self_attn")(self.norm("layer_norm1")(x))
         x = x + MLP(*part, name="mlp")(self.norm("layer_norm2")(x))
-        return nn.with_logical_constraint(x, ("images", None, None)), None
+        return constrain(x, ("images", None, None)), None
 
 
 class Encoder(_Part):
@@ -242,7 +243,7 @@ class ClipVision(_Part):
             raise ValueError(f"images are {images.shape[1:]} where the tower takes {(config.image_size,) * 2 + (3,)}")
         part = (config, self.dtype, self.param_dtype)
         x = Embeddings(*part, name="embeddings")(images.astype(self.dtype))
-        x = nn.with_logical_constraint(x, ("images", None, None))
+        x = constrain(x, ("images", None, None))
         x = self.norm("pre_layrnorm")(x)
         x = Encoder(*part, self.remat, name="encoder")(x)
         if self.is_initializing():

@@ -18,6 +18,7 @@ from dreamllm_jax.models.llama import KVCache, Llama, LlamaConfig
 from dreamllm_jax.models.projectors import DreamQueries, Projector, ProjectorConfig
 from dreamllm_jax.models.unet import UNet, UNetConfig
 from dreamllm_jax.models.vae import Autoencoder, AutoencoderConfig, PixelAutoencoder, PixelAutoencoderConfig
+from dreamllm_jax.sharding import constrain
 from dreamllm_jax.vocabulary import NULL_SLOT, SpecialTokens
 
 
@@ -101,7 +102,7 @@ class DreamLLM(nn.Module):
         """What the llama is given for an image: CLIP features through the visual projector."""
         if images.dtype == jnp.uint8:
             images = normalise_pixels(images)
-        images = nn.with_logical_constraint(images, ("images", None, None, None))
+        images = constrain(images, ("images", None, None, None))
         return self.visual_projector(self.clip(images))
 
     def embed(
@@ -118,7 +119,7 @@ class DreamLLM(nn.Module):
         if dream_slots is not None:
             queries = self.queries()
             x = splice(x, jnp.broadcast_to(queries, (*dream_slots.shape, *queries.shape)), dream_slots)
-        return nn.with_logical_constraint(x, ("rows", "tokens", "act_embed"))
+        return constrain(x, ("rows", "tokens", "act_embed"))
 
     def decode(
         self,
@@ -152,19 +153,19 @@ class DreamLLM(nn.Module):
 
     def condition(self, hidden: Float[Array, "N Q E"]) -> Float[Array, "N Q C"]:
         """Hidden states at the queries -> what the UNet attends to."""
-        return self.condition_projector(nn.with_logical_constraint(hidden, ("images", None, None)))
+        return self.condition_projector(constrain(hidden, ("images", None, None)))
 
     def moments(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N h w 2c"]:
         """Mean and log-variance of the images' latents, before scaling."""
         if images.dtype == jnp.uint8:
             images = images.astype(jnp.float32) / 127.5 - 1.0
-        return self.vae.encode(nn.with_logical_constraint(images, ("images", None, None, None)))
+        return self.vae.encode(constrain(images, ("images", None, None, None)))
 
     def denoise(
         self, latents: Float[Array, "N h w c"], timesteps: Int[Array, "N"], condition: Float[Array, "N Q C"]
     ) -> Float[Array, "N h w c"]:
         """The UNet's prediction (noise or velocity) for scaled noisy latents."""
-        latents = nn.with_logical_constraint(latents, ("images", None, None, None))
+        latents = constrain(latents, ("images", None, None, None))
         return self.unet(latents, timesteps, condition).astype(jnp.float32)
 
     def paint(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N H W 3"]:

@@ -19,6 +19,7 @@ from flax import struct
 
 from dreamllm_jax.models.attention import attend
 from dreamllm_jax.models.remat import rematerialised
+from dreamllm_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -266,7 +267,7 @@ class Attention(_Part):
         q = self.linear(q_width, "q_proj", ("embed", "heads"), config.attention_bias)(x).reshape(heads)
         k = self.linear(kv_width, "k_proj", ("embed", "kv_heads"), config.attention_bias)(x).reshape(heads)
         v = self.linear(kv_width, "v_proj", ("embed", "kv_heads"), config.attention_bias)(x).reshape(heads)
-        q = nn.with_logical_constraint(q, ("rows", "tokens", "act_heads", None))
+        q = constrain(q, ("rows", "tokens", "act_heads", None))
         q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
         if cache is None:
             out = attend(q, k, v, q_segments=context.segment_ids, k_segments=context.segment_ids, causal=True)
@@ -284,7 +285,7 @@ class Attention(_Part):
                 q_index=context.q_index,
                 causal=True,
             )
-        out = nn.with_logical_constraint(out, ("rows", "tokens", "act_heads", None))
+        out = constrain(out, ("rows", "tokens", "act_heads", None))
         return self.linear(config.hidden_size, "o_proj", ("heads", "embed"), config.attention_bias)(
             out.reshape(*x.shape[:2], -1)
         ), cache
@@ -298,7 +299,7 @@ class MLP(_Part):
         config = self.config
         gate = self.linear(config.intermediate_size, "gate_proj", ("embed", "mlp"), config.mlp_bias)(x)
         up = self.linear(config.intermediate_size, "up_proj", ("embed", "mlp"), config.mlp_bias)(x)
-        inner = nn.with_logical_constraint(nn.silu(gate) * up, ("rows", "tokens", "act_mlp"))
+        inner = constrain(nn.silu(gate) * up, ("rows", "tokens", "act_mlp"))
         return self.linear(config.hidden_size, "down_proj", ("mlp", "embed"), config.mlp_bias)(inner)
 
 
@@ -313,9 +314,9 @@ class Block(_Part):
         attended, cache = Attention(config, self.dtype, self.param_dtype, name="self_attn")(
             normed, cache, layer, context
         )
-        x = nn.with_logical_constraint(x + attended, residual)
+        x = constrain(x + attended, residual)
         normed = RMSNorm(config.rms_norm_eps, self.param_dtype, name="post_attention_layernorm")(x)
-        x = nn.with_logical_constraint(x + MLP(config, self.dtype, self.param_dtype, name="mlp")(normed), residual)
+        x = constrain(x + MLP(config, self.dtype, self.param_dtype, name="mlp")(normed), residual)
         return (x, cache), None
 
 
@@ -370,7 +371,7 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Array) -> Array:
         """i32[B, T] token ids -> f[B, T, E] embeddings."""
-        return nn.with_logical_constraint(self.embed_tokens(tokens), ("rows", "tokens", "act_embed"))
+        return constrain(self.embed_tokens(tokens), ("rows", "tokens", "act_embed"))
 
     def __call__(
         self, embeddings: Array, positions: Array, segment_ids: Array, cache: KVCache | None = None

@@ -43,7 +43,7 @@ def loss_and_gradients(
     def split(x):
         # Part i takes every microbatches-th row, so that each keeps its share of every device's rows.
         x = jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
-        return constrain(x, None, "rows", *[None] * (x.ndim - 2))
+        return constrain(x, (None, "rows", *[None] * (x.ndim - 2)))
 
     parts = jax.tree.map(split, (batch, draws))
     shapes = jax.eval_shape(part, *jax.tree.map(lambda x: x[0], parts))
@@ -78,7 +78,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = metrics | {
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "tokens": jnp.sum(batch.segment_ids > 0),
             "images": jnp.sum(batch.see_slots >= 0) + jnp.sum(batch.dream_slots >= 0),
         }

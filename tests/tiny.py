@@ -1,0 +1,146 @@
+"""A DreamLLM small enough to compile in seconds, random documents for it, and the batches they make.
+
+Legend: B rows, L tokens in a row, K see slots, D dream slots.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import numpy as np
+
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.diffusion.schedule import ScheduleConfig
+from dreamllm_jax.models.clip import ClipVisionConfig
+from dreamllm_jax.models.dreamllm import DreamLLMConfig
+from dreamllm_jax.models.llama import LlamaConfig
+from dreamllm_jax.models.projectors import ProjectorConfig
+from dreamllm_jax.models.unet import UNetConfig
+from dreamllm_jax.models.vae import AutoencoderConfig
+from dreamllm_jax.training.state import abstract_params
+from tests.parity import random_weights
+
+SEE_SIZE, DREAM_SIZE = 16, 16
+LENGTH, SEE_SLOTS, DREAM_SLOTS = 32, 2, 2
+
+
+def tiny_config(**changes) -> DreamLLMConfig:
+    config = DreamLLMConfig(
+        llama=LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        ),
+        clip=ClipVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=SEE_SIZE,
+            patch_size=8,
+        ),
+        vae=AutoencoderConfig(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            norm_num_groups=4,
+        ),
+        unet=UNetConfig(
+            sample_size=DREAM_SIZE // 2,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=24,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            use_linear_projection=True,
+        ),
+        num_queries=3,
+        schedule=ScheduleConfig(),
+        remat="none",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+MLP = ProjectorConfig(kind="mlp", depth=2, post_layernorm=True)
+
+
+def tiny_params(config: DreamLLMConfig, seed: int = 0) -> dict:
+    return random_weights(nn.unbox(abstract_params(config)), seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyDocument:
+    """Tokens with weights; slots count from the document's start and have an image each."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    see: tuple[tuple[int, np.ndarray], ...] = ()
+    dream: tuple[tuple[int, np.ndarray], ...] = ()
+
+
+def random_document(rng: np.random.Generator, config: DreamLLMConfig, parts: str) -> TinyDocument:
+    """A document of `parts`: t text, s an image to see, d an image to dream."""
+    ids = config.special_tokens
+    tokens, weights, see, dream = [ids.bos], [0.0], [], []
+
+    def pixels(size: int) -> np.ndarray:
+        return rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+    for part in parts:
+        if part == "t":
+            text = rng.integers(3, ids.pad, rng.integers(2, 5))
+            tokens += [*text]
+            weights += [*rng.choice([0.5, 1.0], len(text))]
+        elif part == "s":
+            tokens += [ids.im_start, *[ids.im_patch] * config.clip.num_patches, ids.im_end]
+            weights += [0.0] * (config.clip.num_patches + 2)
+            see.append((len(tokens) - config.clip.num_patches - 1, pixels(SEE_SIZE)))
+        else:
+            tokens += [ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]
+            weights += [1.0] + [0.0] * (config.num_queries + 1)
+            dream.append((len(tokens) - config.num_queries - 1, pixels(DREAM_SIZE)))
+    tokens, weights = [*tokens, ids.eos], [*weights, 1.0]
+    return TinyDocument(np.array(tokens, np.int32), np.array(weights, np.float32), tuple(see), tuple(dream))
+
+
+ROWS = (("tsd", "t"), ("dst",), ("t", "ts"), ("dtd",), ("sds",), ("ts", "d"), ("t",), ("d", "s", "t"))
+
+
+def random_rows(config: DreamLLMConfig, seed: int = 0) -> list[list[TinyDocument]]:
+    """Eight rows of one to three documents, some slots and tokens left empty."""
+    rng = np.random.default_rng(seed)
+    return [[random_document(rng, config, parts) for parts in row] for row in ROWS]
+
+
+def make_batch(config: DreamLLMConfig, rows: list[list[TinyDocument]], length: int = LENGTH) -> Batch:
+    """Packs the documents of each row one after the other."""
+    count = len(rows)
+    batch = Batch(
+        tokens=np.full((count, length), config.special_tokens.pad, np.int32),
+        segment_ids=np.zeros((count, length), np.int32),
+        positions=np.zeros((count, length), np.int32),
+        loss_weights=np.zeros((count, length), np.float32),
+        see_images=np.zeros((count, SEE_SLOTS, SEE_SIZE, SEE_SIZE, 3), np.uint8),
+        see_slots=np.full((count, SEE_SLOTS), -1, np.int32),
+        dream_images=np.zeros((count, DREAM_SLOTS, DREAM_SIZE, DREAM_SIZE, 3), np.uint8),
+        dream_slots=np.full((count, DREAM_SLOTS), -1, np.int32),
+    )
+    for b, row in enumerate(rows):
+        start = k = d = 0
+        for segment, document in enumerate(row, 1):
+            where = slice(start, start + len(document.tokens))
+            batch.tokens[b, where], batch.segment_ids[b, where] = document.tokens, segment
+            batch.positions[b, where] = np.arange(len(document.tokens))
+            batch.loss_weights[b, where] = document.weights
+            for slot, image in document.see:
+                batch.see_slots[b, k], batch.see_images[b, k], k = start + slot, image, k + 1
+            for slot, image in document.dream:
+                batch.dream_slots[b, d], batch.dream_images[b, d], d = start + slot, image, d + 1
+            start += len(document.tokens)
+    return batch

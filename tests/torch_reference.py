@@ -1,0 +1,192 @@
+"""DreamLLM's joint loss composed of the public PyTorch classes, one document at a time: our own reference.
+
+It knows nothing of rows, slots or padding: every document is a sequence of its own.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from dreamllm_jax.interop.names import to_torch
+from dreamllm_jax.models.dreamllm import DreamLLMConfig
+from dreamllm_jax.objectives import Draws, ObjectiveConfig
+from tests.tiny import TinyDocument
+
+CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+
+def _projector(config, width_in: int, width_out: int, bias: bool) -> nn.ModuleDict:
+    layers = [nn.Linear(width_in, width_out, bias)]
+    for _ in range(1, config.depth):
+        layers += [nn.GELU(), nn.Linear(width_out, width_out, bias)]
+    modules = {"projector": layers[0] if config.kind == "linear" else nn.Sequential(*layers)}
+    if config.post_layernorm:
+        modules["post_layernorm"] = nn.LayerNorm(width_out, eps=config.layer_norm_eps)
+    return nn.ModuleDict(modules)
+
+
+def _project(projector: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+    for part in projector.values():
+        x = part(x)
+    return x
+
+
+def _ours(name: str) -> str:
+    """A public class's parameter name without the inner module that our tree does not have."""
+    return name.replace("llama.model.", "llama.").replace("clip.vision_model.", "clip.")
+
+
+class TorchDreamLLM(nn.Module):
+    """The towers under the names of our parameter tree, holding our weights."""
+
+    def __init__(self, config: DreamLLMConfig, params: dict):
+        super().__init__()
+        self.config = config
+        llama, clip, vae, unet = config.llama, config.clip, config.vae, config.unet
+        width = llama.hidden_size
+        self.llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=llama.vocab_size,
+                hidden_size=width,
+                intermediate_size=llama.intermediate_size,
+                num_hidden_layers=llama.num_hidden_layers,
+                num_attention_heads=llama.num_attention_heads,
+                num_key_value_heads=llama.num_key_value_heads,
+                max_position_embeddings=llama.max_position_embeddings,
+                rms_norm_eps=llama.rms_norm_eps,
+                attn_implementation="eager",
+            )
+        )
+        self.clip = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=clip.hidden_size,
+                intermediate_size=clip.intermediate_size,
+                num_hidden_layers=clip.num_hidden_layers,
+                num_attention_heads=clip.num_attention_heads,
+                image_size=clip.image_size,
+                patch_size=clip.patch_size,
+                hidden_act=clip.hidden_act,
+                attn_implementation="eager",
+            )
+        )
+        self.visual_projector = _projector(config.visual_projector, clip.hidden_size, width, bias=True)
+        self.queries = nn.ParameterDict({"dream_queries": torch.zeros(config.num_queries, width)})
+        self.condition_projector = _projector(config.condition_projector, width, unet.cross_attention_dim, bias=False)
+        self.vae = AutoencoderKL(
+            block_out_channels=vae.block_out_channels,
+            down_block_types=vae.down_block_types,
+            up_block_types=vae.up_block_types,
+            layers_per_block=vae.layers_per_block,
+            norm_num_groups=vae.norm_num_groups,
+            latent_channels=vae.latent_channels,
+        )
+        self.unet = UNet2DConditionModel(
+            sample_size=unet.sample_size,
+            block_out_channels=unet.block_out_channels,
+            down_block_types=unet.down_block_types,
+            up_block_types=unet.up_block_types,
+            layers_per_block=unet.layers_per_block,
+            cross_attention_dim=unet.cross_attention_dim,
+            attention_head_dim=unet.attention_head_dim,
+            norm_num_groups=unet.norm_num_groups,
+            use_linear_projection=unet.use_linear_projection,
+        )
+        schedule = config.schedule
+        self.scheduler = DDPMScheduler(
+            num_train_timesteps=schedule.num_train_timesteps,
+            beta_start=schedule.beta_start,
+            beta_end=schedule.beta_end,
+            beta_schedule=schedule.beta_schedule,
+            prediction_type=schedule.prediction_type,
+        )
+        tensors = {
+            name: torch.tensor(np.ascontiguousarray(array))
+            for part, tree in params.items()
+            for name, array in to_torch({part: tree}).items()
+        }
+        self._public = {_ours(name): name for name in self.state_dict()}
+        self.load_state_dict({self._public[name]: tensor for name, tensor in tensors.items()})
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Gradients under the names of our parameter tree; zero where none arrived."""
+        return {
+            _ours(name): np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
+            for name, p in self.named_parameters()
+        }
+
+    def _hidden(self, tokens: torch.Tensor, inserts: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+        x = self.llama.get_input_embeddings()(tokens)
+        for slot, features in inserts:
+            x = torch.cat([x[:slot], features, x[slot + len(features) :]])
+        return self.llama.model(inputs_embeds=x[None]).last_hidden_state[0]
+
+    def _see(self, image: np.ndarray) -> torch.Tensor:
+        pixels = (torch.tensor(image).float() / 255 - CLIP_MEAN) / CLIP_STD
+        states = self.clip(pixels.permute(2, 0, 1)[None], output_hidden_states=True).hidden_states
+        return _project(self.visual_projector, states[self.config.clip.select_layer][0, 1:])
+
+    def _null(self, objective: ObjectiveConfig) -> torch.Tensor:
+        tokens = torch.tensor(self.config.special_tokens.null_document(self.config.num_queries))
+        inserts = [(2, self.queries["dream_queries"])] if objective.null_condition == "queries" else []
+        return self._hidden(tokens, inserts)[2 : 2 + self.config.num_queries]
+
+    def joint_loss(self, objective: ObjectiveConfig, documents: Sequence[TinyDocument], draws: Sequence[Draws]):
+        """The joint loss of documents; `draws` has one entry an image to dream, in order."""
+        draws = iter(draws)
+        nll, weight, errors = torch.zeros(()), 0.0, []
+        for document in documents:
+            queries = self.queries["dream_queries"]
+            inserts = [(slot, self._see(image)) for slot, image in document.see]
+            inserts += [(slot, queries) for slot, _ in document.dream]
+            tokens = torch.tensor(document.tokens).long()
+            hidden = self._hidden(tokens, inserts)
+            losses = F.cross_entropy(self.llama.lm_head(hidden[:-1]), tokens[1:], reduction="none")
+            weights = torch.tensor(document.weights)[1:]
+            nll, weight = nll + (losses * weights).sum(), weight + weights.sum()
+            for slot, image in document.dream:
+                condition = hidden[slot : slot + self.config.num_queries]
+                errors.append(self._error(objective, condition, image, next(draws)))
+        lm_loss, dm_loss = nll / weight, torch.stack(errors).mean()
+        total = objective.lm_weight * lm_loss + objective.dm_weight * dm_loss
+        scale = {
+            "none": 1.0,
+            "l1_norm": objective.lm_weight + objective.dm_weight,
+            "l2_norm": (objective.lm_weight**2 + objective.dm_weight**2) ** 0.5,
+        }[objective.scaling]
+        return total / scale, lm_loss, dm_loss
+
+    def _error(self, objective: ObjectiveConfig, condition: torch.Tensor, image: np.ndarray, draw: Draws):
+        def latent(array) -> torch.Tensor:
+            return torch.tensor(np.asarray(array)).permute(2, 0, 1)[None]
+
+        if draw.drop is not None and bool(draw.drop):
+            condition = self._null(objective)
+        if objective.detach_condition:
+            condition = condition.detach()
+        condition = _project(self.condition_projector, condition)[None]
+        pixels = (torch.tensor(image).float() / 127.5 - 1).permute(2, 0, 1)[None]
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = (posterior.mean + posterior.std * latent(draw.posterior_noise)) * self.config.vae.scaling_factor
+        timestep = torch.tensor([int(draw.timesteps)])
+        noise = latent(draw.noise)
+        if objective.noise_offset:
+            noise = noise + objective.noise_offset * latent(draw.offset_noise)
+        given = noise
+        if objective.input_perturbation:
+            given = noise + objective.input_perturbation * latent(draw.perturbation)
+        noisy = self.scheduler.add_noise(latents, given, timestep)
+        velocity = self.config.schedule.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timestep) if velocity else noise
+        predicted = self.unet(noisy, timestep, condition).sample
+        error = F.mse_loss(predicted, target)
+        if objective.snr_gamma is not None:
+            alpha = self.scheduler.alphas_cumprod[timestep]
+            snr = alpha / (1 - alpha) + (1 if velocity else 0)
+            error = error * (torch.clamp(snr, max=objective.snr_gamma) / snr)[0]
+        return error

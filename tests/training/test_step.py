@@ -1,0 +1,102 @@
+"""A training step gives the same numbers on any mesh and in any number of microbatches; frozen weights stay as they are."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.objectives import ObjectiveConfig
+from dreamllm_jax.sharding import ShardingConfig, make_mesh, rows_sharding, to_mesh, use
+from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dreamllm_jax.training.state import ParametersConfig, abstract_state, state_from_params
+from dreamllm_jax.training.step import compile_train_step, make_train_step
+from tests.parity import assert_same
+from tests.tiny import DREAM_SIZE, make_batch, random_rows, tiny_config, tiny_params
+
+CONFIG = tiny_config()
+OBJECTIVE = ObjectiveConfig(drop_prob=0.3, noise_offset=0.1)
+FROZEN_TOWERS = ParametersConfig(
+    trainable=(("(llama|queries|.*projector)/.*", True), (".*", False)), frozen_dtype="float32"
+)
+# SGD, so that parameters after a step show the gradients themselves and not their signs.
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.0, eps=1.0), 10)
+ONE = ShardingConfig(fsdp=1)
+
+
+def run(sharding: ShardingConfig, microbatches: int = 1, steps: int = 2, parameters: ParametersConfig = FROZEN_TOWERS):
+    """Metrics of each step and the final state, as numpy, and the state's shardings."""
+    devices = jax.devices() if -1 in dataclasses.astuple(sharding) or sharding != ONE else jax.devices()[:1]
+    mesh = make_mesh(sharding, devices)
+    abstract = abstract_state(CONFIG, parameters, OPTIMIZER, mesh, sharding)
+    state = state_from_params(abstract, tiny_params(CONFIG), OPTIMIZER)
+    step = compile_train_step(make_train_step(DreamLLM(CONFIG), OBJECTIVE, OPTIMIZER, DREAM_SIZE, microbatches), state)
+    metrics = []
+    with use(mesh, sharding):
+        for seed in range(steps):
+            batch = to_mesh(make_batch(CONFIG, random_rows(CONFIG, seed)), rows_sharding(mesh, sharding, 8))
+            state, numbers = step(state, batch, jax.random.key(3))
+            metrics.append({name: float(value) for name, value in numbers.items()})
+    return metrics, jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding.spec, state)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The numbers of one device and one batch."""
+    return run(ONE)
+
+
+def assert_equal_runs(got, want):
+    for a, b in zip(got[0], want[0], strict=True):
+        for name in b:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=name)
+    assert_same(got[1].trainable, want[1].trainable, tolerance=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        ShardingConfig(data=8, fsdp=1),
+        ShardingConfig(fsdp=8),
+        ShardingConfig(fsdp=1, sequence=8),
+        ShardingConfig(fsdp=2, tensor=4),
+        ShardingConfig(data=2, fsdp=2, tensor=2),
+        ShardingConfig(fsdp=2, sequence=2, tensor=2),
+    ],
+    ids=lambda s: f"data={s.data},fsdp={s.fsdp},sequence={s.sequence},tensor={s.tensor}",
+)
+def test_a_step_on_any_mesh_equals_one_device(sharding, alone):
+    got = run(sharding)
+    assert_equal_runs(got, alone)
+    if sharding.fsdp == 8:
+        specs = got[2]
+        assert "fsdp" in specs.trainable["llama/layers/mlp/up_proj/kernel"]
+        moments = [spec for spec in jax.tree.leaves(specs.opt_state) if "fsdp" in spec]
+        assert len(moments) >= 2 * 7, "the optimizer's moments are not sharded as the weights are"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("microbatches", "sharding"), [(4, ONE), (2, ShardingConfig(fsdp=4, tensor=2))], ids=str)
+def test_microbatches_equal_one_batch(microbatches, sharding, alone):
+    assert_equal_runs(run(sharding, microbatches), alone)
+
+
+@pytest.mark.slow
+def test_frozen_parameters_stay_bit_identical(alone):
+    _, state, _ = alone
+    params = {path: leaf for path, leaf in _flat(tiny_params(CONFIG)).items() if path not in state.trainable}
+    assert {path.split("/")[0] for path in state.frozen} == {"clip", "vae", "unet"}
+    for path, leaf in state.frozen.items():
+        np.testing.assert_array_equal(leaf, params[path])
+    changed = [p for p, leaf in state.trainable.items() if not np.array_equal(leaf, _flat(tiny_params(CONFIG))[p])]
+    assert sorted(changed) == sorted(state.trainable)
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    assert not any("unet" in jax.tree_util.keystr(path) for path, _ in leaves)
+
+
+def _flat(params):
+    from flax.traverse_util import flatten_dict
+
+    return flatten_dict(params, sep="/")
