@@ -37,14 +37,14 @@ def get_config(arg: str = "") -> ConfigDict:
             "image_size": PICTURE,
             "patch_size": 8,
         },
-        "vae": {"patch_size": 2},
+        "vae": {"patch_size": 4},
         "unet": {
-            "sample_size": PICTURE // 2,
-            "in_channels": 12,
-            "out_channels": 12,
-            "block_out_channels": (32, 64),
-            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            "sample_size": PICTURE // 4,
+            "in_channels": 48,
+            "out_channels": 48,
+            "block_out_channels": (64, 64),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
             "layers_per_block": 1,
             "cross_attention_dim": 64,
             "attention_head_dim": 4,
@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "corpora": {
             "pairs": {"mode": "joint", "weight": 4.0},
             "interleaved": {"mode": "joint", "weight": 1.0},
-            "conversations": {"mode": "joint", "weight": 1.0},
+            "conversations": {"mode": "joint", "weight": 1.0, "learn_dream_start": True},
         },
     }
     config.rows = {"per_step": 8, "length": 96, "see_slots": 3, "dream_slots": 3, "dream_size": PICTURE}

@@ -54,7 +54,7 @@ def random_weights(shapes: Any, seed: int = 0) -> Any:
 
 
 def relative_error(got: np.ndarray, want: np.ndarray, scale: np.ndarray | None = None) -> float:
-    """|got - want| / |scale or want|, in L2 norms of whole tensors; infinite where shapes differ or zeros are missed."""
+    """|got - want| / |scale or want|, in L2 norms of whole tensors; infinite where shapes or zeros differ."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         return math.inf
@@ -69,10 +69,10 @@ def assert_same(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], t
     on the scale of the values' bias.
     """
     assert sorted(got) == sorted(want)
-    scales = {
-        name: re.sub(r"k_proj(?=[./]bias$)", "v_proj", re.sub(r"to_k(?=[./]bias$)", "to_v", name)) for name in want
-    }
-    errors = {name: relative_error(got[name], want[name], want[scales[name]]) for name in want}
+    errors = {}
+    for name in want:
+        values = re.sub(r"(k_proj|to_k)(?=[./]bias$)", lambda keys: {"k_proj": "v_proj", "to_k": "to_v"}[keys[0]], name)
+        errors[name] = relative_error(got[name], want[name], scale=want[values])
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     assert not wrong, f"relative errors above {tolerance}: {wrong}"
     return max(errors.values())
