@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised, not only what it says.")
 
@@ -16,6 +17,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags and runs `main`; an error of the user ends it with status 1 and one line that says which."""
 
     def guarded(argv: Sequence[str]) -> None:
+        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of every save
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         logger = logging.getLogger("dreamllm_jax")

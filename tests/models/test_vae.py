@@ -76,22 +76,16 @@ def pair():
 
 
 @pytest.mark.parametrize(
-    ("method", "half", "shape", "out_shape"),
-    [("encode", "encoder", (2, 12, 8, 3), (2, 6, 4, 8)), ("decode", "decoder", (2, 6, 4, 4), (2, 12, 8, 3))],
+    ("method", "shape", "out_shape"),
+    [("encode", (2, 12, 8, 3), (2, 6, 4, 8)), ("decode", (2, 6, 4, 4), (2, 12, 8, 3))],
 )
-def test_output_and_gradients_equal_diffusers(pair, method, half, shape, out_shape):
+def test_output_and_gradients_equal_diffusers(pair, method, shape, out_shape):
     reference, model, params = pair
     rng = np.random.default_rng(0)
     x, cotangent = (rng.normal(size=size).astype(np.float32) for size in (shape, out_shape))
     outputs, weights = run(model, method, params, x, cotangent)
     assert outputs["output"].dtype == jnp.float32
-    got, want = outputs | to_torch(weights), run_torch(reference, method, x, cotangent)
-    # One vector added to all keys shifts each query's scores alike, which the softmax ignores: the true gradient of the
-    # keys' bias is zero and only rounding is left, judged on the scale of the queries' bias.
-    keys = f"{half}.mid_block.attentions.0.to_k.bias"
-    scale = np.linalg.norm(want[keys.replace("to_k", "to_q")])
-    assert max(np.linalg.norm(got.pop(keys)), np.linalg.norm(want.pop(keys))) <= 1e-5 * scale
-    error = assert_same(got, want)
+    error = assert_same(outputs | to_torch(weights), run_torch(reference, method, x, cotangent))
     print(f"largest relative error {error:.1e}")
 
 

@@ -1,0 +1,82 @@
+"""A configuration that cannot be used is refused at once, in one line that names the key."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from dreamllm_jax.configuration import ConfigError, read_experiment
+
+TINY = Path(__file__).parent.parent / "configs" / "tiny.py"
+
+
+@pytest.fixture
+def config():
+    spec = importlib.util.spec_from_file_location("tiny", TINY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def test_the_tiny_configuration_is_read(config):
+    experiment = read_experiment(config)
+    assert experiment.model.llama.hidden_size == config.model.llama.hidden_size
+    assert experiment.data.corpora["pairs"].mode == "joint"
+    assert experiment.row_shape.num_patches == 16
+    assert experiment.parameters.trainable == ((".*", True),)
+    assert read_experiment(config.to_dict()) == experiment
+
+
+BROKEN = [
+    ({"stepz": 3}, r"config\.stepz is not a setting; did you mean config\.steps\?"),
+    ({"optimizer.learning_rat": 1e-3}, r"config\.optimizer\.learning_rat is not a setting; did you mean .*learning_rate\?"),
+    ({"model.llama.hiden_size": 64}, r"config\.model\.llama\.hiden_size .* did you mean config\.model\.llama\.hidden_size\?"),
+    ({"model.vae.patch_siz": 4}, r"config\.model\.vae\.patch_siz is not a setting"),
+    ({"data.corpora.pairs.mod": "joint"}, r"config\.data\.corpora\.pairs\.mod is not a setting; did you mean .*mode\?"),
+    ({"steps": "many"}, r"config\.steps must be int, got 'many'"),
+    ({"steps": True}, r"config\.steps must be int, got True"),
+    ({"steps": 0}, r"steps and log_every must be positive"),
+    ({"optimizer": 3}, r"config\.optimizer must be a group of settings"),
+    ({"optimizer.learning_rate": -1.0}, r"config\.optimizer: learning_rate and eps must be positive"),
+    ({"optimizer.warmup_ratio": 3.0}, r"warmup_ratio must lie in \[0, 1\]"),
+    ({"objective.lm_weight": -1.0}, r"config\.objective: lm_weight must not be negative"),
+    ({"objective.null_condition": "querys"}, r"null_condition must be one of .*did you mean 'queries'\?"),
+    ({"objective.loss_chunk": 7}, r"objective\.loss_chunk=7 does not divide rows\.length=96"),
+    ({"model.dtype": "float16"}, r"config\.model\.dtype must be one of 'float32', 'bfloat16'"),
+    ({"model.unet.in_channels": 4}, r"config\.model: unet\.in_channels is 4, but the autoencoder's latents have 48"),
+    ({"model.visual_projector": {"kind": "mlp"}}, r"a linear projector has depth 1, an mlp one of 2 or more"),
+    ({"model.num_queries": 95}, r"rows\.length=96 has no room for an image to paint, which takes 97 tokens"),
+    ({"rows.length": 1024}, r"rows\.length=1024 exceeds model\.llama\.max_position_embeddings=512"),
+    ({"rows.dream_size": 30}, r"rows\.dream_size=30 must be a positive multiple of 8"),
+    ({"rows.microbatches": 3}, r"rows\.microbatches=3 does not divide rows\.per_step=8"),
+    ({"rows.see_slots": -1}, r"must not be negative"),
+    ({"data.corpora.pairs.weight": -1.0}, r"config\.data\.corpora\.pairs: the weight of a corpus must be positive"),
+    ({"data.flip": 2.0}, r"config\.data: flip is a probability"),
+    ({"parameters.trainable": (("llama/(", True),)}, r"trainable: 'llama/\(' is not a regular expression"),
+    ({"parameters.trainable": (("llama/.*",),)}, r"config\.parameters\.trainable\[0\] must have 2 entries, got 1"),
+    ({"sharding": {"fsdp": 0}}, r"config\.sharding: mesh sizes must be positive"),
+    ({"sharding": {"rules": {"embd": ("fsdp",)}}}, r"unknown logical axis 'embd'"),
+    ({"sharding": {"rules": {"embed": ("fspd",)}}}, r"rules\.embed: unknown mesh axes \['fspd'\]"),
+    ({"checkpoint.keep": 0}, r"config\.checkpoint: every and keep must be positive"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_broken_configurations(config, changes, message):
+    settings = config.to_dict()
+    for path, value in changes.items():
+        *groups, name = path.split(".")
+        at = settings
+        for group in groups:
+            at = at[group]
+        at[name] = value
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_experiment(settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_setting_is_named(config):
+    settings = config.to_dict()
+    del settings["optimizer"]
+    with pytest.raises(ConfigError, match=r"config\.optimizer is missing"):
+        read_experiment(settings)
