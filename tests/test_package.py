@@ -17,10 +17,10 @@ PACKAGE = Path(dreamllm_jax.__file__).parent
 MAY_IMPORT = {
     "batch": set(),
     "vocabulary": set(),
-    "sharding": set(),
+    "sharding": set(),  # rules from names to axes, and the constraint that reads them
     "diffusion": set(),
     "data": {"batch", "vocabulary"},
-    "models": {"diffusion", "vocabulary"},
+    "models": {"diffusion", "sharding", "vocabulary"},
     "objectives": {"batch", "diffusion", "models"},
     "interop": {"diffusion", "models", "vocabulary"},
     "training": {"batch", "configuration", "data", "interop", "models", "objectives", "sharding"},

@@ -285,10 +285,8 @@ class Attention(_Part):
                 q_index=context.q_index,
                 causal=True,
             )
-        out = constrain(out, ("rows", "tokens", "act_heads", None))
-        return self.linear(config.hidden_size, "o_proj", ("heads", "embed"), config.attention_bias)(
-            out.reshape(*x.shape[:2], -1)
-        ), cache
+        out = constrain(out, ("rows", "tokens", "act_heads", None)).reshape(*x.shape[:2], -1)
+        return self.linear(config.hidden_size, "o_proj", ("heads", "embed"), config.attention_bias)(out), cache
 
 
 class MLP(_Part):
