@@ -16,15 +16,15 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"configs/tiny.py takes no argument, got {arg!r}")
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1500
+    config.steps = 1000
     config.log_every = 50
 
     config.model = {
         "llama": {
             "vocab_size": 512,  # 8 special tokens included
             "hidden_size": 128,
-            "intermediate_size": 352,
-            "num_hidden_layers": 4,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 512,

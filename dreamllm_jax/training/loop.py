@@ -81,10 +81,10 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         with use(mesh, experiment.sharding), MetricsLog(workdir, start) as log:
             for step in range(start + 1, experiment.steps + 1):
                 batch = to_mesh(next(batches), rows)
+                began = time.monotonic()
                 state, metrics = train_step(state, batch, draws_key)
                 pending.append(metrics)
                 if step == start + 1:
-                    began = time.monotonic()
                     jax.block_until_ready(metrics)
                     _logger.info("first step, compilation included, took %.1f s", time.monotonic() - began)
                     progress.restart()

