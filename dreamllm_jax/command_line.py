@@ -17,13 +17,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags and runs `main`; an error of the user ends it with status 1 and one line that says which."""
 
     def guarded(argv: Sequence[str]) -> None:
-        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of every save
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        logger = logging.getLogger("dreamllm_jax")
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+        _show_progress()
         if len(argv) > 1:
             sys.exit(f"error: unexpected arguments {' '.join(argv[1:])}; every setting is a --flag")
         try:
@@ -33,4 +27,22 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 raise
             sys.exit(f"error: {error}")
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Flags, with errors in a configuration file's name or in an overridden setting told as plainly as other flags'."""
+    try:
+        return flags.FLAGS(list(argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error.args[0] if error.args else error).split())} (--help lists the flags)")
+
+
+def _show_progress() -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every step of every save
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("dreamllm_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

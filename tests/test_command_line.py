@@ -1,0 +1,53 @@
+"""A user's error on the command line is one line that names the thing, and status 1, before anything is compiled."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "give --config=FILE.py and --workdir=DIR"),
+        (
+            ["train", "--config=configs/tiny.py", "--workdir={tmp}", "--config.rows.length=30"],
+            "config.rows: ",
+        ),
+        (
+            ["train", "--config=configs/tiny.py", "--workdir={tmp}", "--config.data.path={tmp}/nothing"],
+            "{tmp}/nothing",
+        ),
+        (["evaluate", "--workdir={tmp}"], "has no config.json: it is not the --workdir of a training run"),
+        (["report", "--workdir={tmp}"], "metrics.jsonl is missing"),
+        (["report", "--workdir={tmp}", "extra"], "unexpected arguments extra"),
+    ],
+    ids=["nothing", "short rows", "no data", "no run", "no metrics", "extra"],
+)
+def test_errors(arguments, message, tmp_path):
+    module, *flags = [argument.format(tmp=tmp_path) for argument in arguments]
+    command = [sys.executable, "-m", f"dreamllm_jax.{module}", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message.format(tmp=tmp_path) in errors[0], result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_misspelt_override_is_refused():
+    command = [
+        sys.executable,
+        "-m",
+        "dreamllm_jax.train",
+        "--config=configs/tiny.py",
+        "--workdir=x",
+        "--config.stepz=3",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "stepz" in result.stderr.splitlines()[-1]
+    assert not (ROOT / "x").exists()
