@@ -38,16 +38,10 @@ def test_errors(arguments, message, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_misspelt_override_is_refused():
-    command = [
-        sys.executable,
-        "-m",
-        "dreamllm_jax.train",
-        "--config=configs/tiny.py",
-        "--workdir=x",
-        "--config.stepz=3",
-    ]
+def test_a_misspelt_override_is_refused(tmp_path):
+    flags = ["--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}", "--config.stepz=3"]
+    command = [sys.executable, "-m", "dreamllm_jax.train", *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode != 0
-    assert "stepz" in result.stderr.splitlines()[-1]
-    assert not (ROOT / "x").exists()
+    assert result.returncode == 1
+    assert 'Did you mean "steps" instead of "stepz"?' in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

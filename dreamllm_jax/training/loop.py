@@ -78,7 +78,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         # The loop.
         start = int(state.step)
         progress, pending = Progress(experiment.steps), []
-        with use(mesh, experiment.sharding), MetricsLog(workdir, start) as log:
+        with use(mesh, experiment.sharding), MetricsLog(workdir, start, jax.process_index() == 0) as log:
             for step in range(start + 1, experiment.steps + 1):
                 batch = to_mesh(next(batches), rows)
                 began = time.monotonic()

@@ -14,10 +14,14 @@ Scalars = Mapping[str, float]
 class MetricsLog:
     """`metrics.jsonl` (one line a step) and TensorBoard files in a run's directory.
 
-    A run that continues at `step` drops the lines of the steps after it, so that no step stands there twice.
+    A run that continues at `step` drops the lines of the steps after it, so that no step stands there twice. Of several
+    hosts the first writes; for the others `active` is False and nothing happens.
     """
 
-    def __init__(self, workdir: epath.PathLike, step: int):
+    def __init__(self, workdir: epath.PathLike, step: int, active: bool = True):
+        self._active = active
+        if not active:
+            return
         workdir = epath.Path(workdir)
         self._path = workdir / "metrics.jsonl"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
@@ -30,10 +34,13 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._board.close()
+        if self._active:
+            self._file.close()
+            self._board.close()
 
     def write(self, step: int, scalars: Scalars) -> None:
+        if not self._active:
+            return
         self._file.write(json.dumps({"step": step, **scalars}) + "\n")
         self._file.flush()
         for name, value in scalars.items():
