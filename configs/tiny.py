@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"configs/tiny.py takes no argument, got {arg!r}")
     config = ConfigDict()
     config.seed = 0
-    config.steps = 600
+    config.steps = 1000
     config.log_every = 50
 
     config.model = {
@@ -70,5 +70,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.objective = {"lm_weight": 1.0, "dm_weight": 10.0, "drop_prob": 0.1}
     config.optimizer = {"learning_rate": 2e-3, "warmup_ratio": 0.05, "b2": 0.95}
-    config.checkpoint = {"every": 200, "keep": 2}
+    config.checkpoint = {"every": 250, "keep": 2}
     return config

@@ -27,3 +27,6 @@ fi
 echo "== installing dreamllm_jax[$1] into $VIRTUAL_ENV"
 python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
 python -m pip check
+
+# Torch is an option here: transformers need not remark on its absence.
+export TRANSFORMERS_NO_ADVISORY_WARNINGS=1
