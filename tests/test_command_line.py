@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
     [
         (["train"], "give --config=FILE.py and --workdir=DIR"),
         (
-            ["train", "--config=configs/tiny.py", "--workdir={tmp}", "--config.rows.length=30"],
-            "config.rows: ",
+            ["train", "--config=configs/tiny.py", "--workdir={tmp}", "--config.rows.length=10"],
+            "rows.length=10 has no room for an image to see, which takes 18 tokens",
         ),
         (
             ["train", "--config=configs/tiny.py", "--workdir={tmp}", "--config.data.path={tmp}/nothing"],
