@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 from dreamllm_jax import report, runs
@@ -122,6 +123,23 @@ def test_the_model_loads_and_generates(finished):
     assert page.count("<img") == 2 * PAIRS + 2 and all(caption in page for caption in result.captions)
     written = json.loads((workdir / "evaluation" / "recall.json").read_text())
     assert written["pairs"] == PAIRS and written["creation_top1"] == result.creation_top1
+
+
+def test_a_folder_of_the_users_own_pictures(tmp_path):
+    folder, config = tmp_path / "mine", settings()
+    folder.mkdir()
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "green")):
+        PIL.Image.new("RGB", (40, 30), colour).save(folder / f"{name}.jpg")
+    lines = [
+        {"file": f"{name}.jpg", "text": f"a {colour} wall"}
+        for name, colour in zip("abc", ("red", "blue", "green"), strict=True)
+    ]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = runs.start(config | {"data": {"path": str(folder)}}, tmp_path / "run")
+    corpus = Corpus(run.experiment.data.path, "pairs")
+    assert sorted(corpus[i].texts[0].text for i in range(len(corpus))) == ["a blue wall", "a green wall", "a red wall"]
+    assert run.experiment.model.special_tokens == run.tokenizer.special
+    assert (tmp_path / "run" / "tokenizer.json").exists()
 
 
 def test_missing_runs_are_named(tmp_path):
