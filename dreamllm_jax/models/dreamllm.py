@@ -187,9 +187,3 @@ class DreamLLM(nn.Module):
         latents = moments[..., : config.vae.latent_channels]
         self.denoise(latents, jnp.zeros(1, jnp.int32), self.condition(hidden[:, : config.num_queries]))
         self.paint(latents)
-
-
-def init_params(config: DreamLLMConfig, key: jax.Array) -> dict:
-    """Fresh parameters with their logical axes (boxed as `nn.LogicallyPartitioned`)."""
-    params = DreamLLM(config).init(key).get("params", {})
-    return dict(params)

@@ -92,6 +92,8 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
                     _log(log, progress, step, pending, learning_rate)
                     pending = []
                 checkpoints.save(step, state, batches, last=step == experiment.steps)
+        filled = ", ".join(f"{name} {share:.0%}" for name, share in batches.fill().items())
+        _logger.info("data read: %s; rows filled: %s", dict(batches.totals), filled)
         return state
 
 
