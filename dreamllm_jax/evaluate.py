@@ -20,7 +20,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the training run."
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
 _PAIRS = flags.DEFINE_integer("pairs", 64, "How many pairs of the corpus `pairs` to ask for.", lower_bound=2)
 _SAMPLING_STEPS = flags.DEFINE_integer("sampling_steps", 50, "Denoising steps of a picture.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 2.0, "Classifier-free guidance scale; 1 for none.")
+_GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance scale; 1 for none.")
 
 
 def main(_) -> None:

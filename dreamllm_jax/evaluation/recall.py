@@ -51,7 +51,7 @@ def recall(
     pairs: Sequence[Document],
     *,
     steps: int = 50,
-    guidance: float = 2.0,
+    guidance: float = 3.0,
     max_tokens: int = 32,
     seed: int = 0,
 ) -> Recall:
