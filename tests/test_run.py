@@ -38,7 +38,7 @@ def settings() -> dict:
         "optimizer": {"learning_rate": 1e-3, "warmup_ratio": 0.2},
         "checkpoint": {"every": 2, "keep": 2},
         "steps": STEPS,
-        "log_every": 1,
+        "log_every": 4,
     }
 
 

@@ -88,10 +88,12 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
                     jax.block_until_ready(metrics)
                     _logger.info("first step, compilation included, took %.1f s", time.monotonic() - began)
                     progress.restart()
-                if step % experiment.log_every == 0 or step == experiment.steps:
+                last = step == experiment.steps
+                # Before a checkpoint too: what is logged must reach as far as what is saved.
+                if step % experiment.log_every == 0 or step % experiment.checkpoint.every == 0 or last:
                     _log(log, progress, step, pending, learning_rate)
                     pending = []
-                checkpoints.save(step, state, batches, last=step == experiment.steps)
+                checkpoints.save(step, state, batches, last=last)
         filled = ", ".join(f"{name} {share:.0%}" for name, share in batches.fill().items())
         _logger.info("data read: %s; rows filled: %s", dict(batches.totals), filled)
         return state
