@@ -62,6 +62,7 @@ def assert_equal_runs(got, want):
         ShardingConfig(data=8, fsdp=1),
         ShardingConfig(fsdp=8),
         ShardingConfig(fsdp=1, sequence=8),
+        ShardingConfig(fsdp=1, tensor=8),
         ShardingConfig(fsdp=2, tensor=4),
         ShardingConfig(data=2, fsdp=2, tensor=2),
         ShardingConfig(fsdp=2, sequence=2, tensor=2),
