@@ -61,6 +61,27 @@ def _special_tokens(ids: Mapping[str, Any]) -> SpecialTokens:
     return SpecialTokens(bos=ids["<s>"], eos=ids["</s>"], pad=ids["[PAD]"], **added)
 
 
+def require_same_model(directory: Path, model: DreamLLMConfig) -> None:
+    """Checks that a checkpoint is of `model`: what no tensor's shape shows (token ids, heads, bases, layers) included.
+
+    Raises:
+      ValueError: naming the first setting in which they differ.
+    """
+    _require_same(dataclasses.asdict(read_config(directory)), dataclasses.asdict(model), "config.model", directory)
+
+
+# How a model is computed or was begun, not what it is.
+_FREE = ("dtype", "remat", "initializer_range", "sample_size")
+
+
+def _require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str, directory: Path) -> None:
+    for name in [name for name in ours if name not in _FREE]:
+        if isinstance(ours[name], Mapping) and isinstance(theirs.get(name), Mapping):
+            _require_same(theirs[name], ours[name], f"{path}.{name}", directory)
+        elif theirs.get(name) != ours[name]:
+            raise ValueError(f"{path}.{name} is {ours[name]!r}, but {directory} has {theirs.get(name)!r}")
+
+
 def read_params(directory: Path, template: Mapping[str, Any]) -> dict[str, Any]:
     """The checkpoint's parameters as our tree of numpy arrays.
 

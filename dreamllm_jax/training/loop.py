@@ -11,7 +11,7 @@ from etils import epath
 from dreamllm_jax.configuration import Experiment
 from dreamllm_jax.data.pipeline import make_loader
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.interop.dreamllm import read_params
+from dreamllm_jax.interop.dreamllm import read_params, require_same_model
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.checkpoints import Checkpoints
@@ -59,9 +59,9 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
             state = checkpoints.restore(abstract, batches)
             _logger.info("continuing %s from step %d", workdir, int(state.step))
         elif experiment.parameters.init_from:
-            params = read_params(
-                epath.Path(experiment.parameters.init_from), merge_params(abstract.trainable, abstract.frozen)
-            )
+            source = epath.Path(experiment.parameters.init_from)
+            require_same_model(source, experiment.model)
+            params = read_params(source, merge_params(abstract.trainable, abstract.frozen))
             state = state_from_params(abstract, params, optimizer)
         else:
             state = init_state(abstract, experiment.model, optimizer, init_key)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dreamllm_jax.interop.dreamllm import read_config, read_params
+from dreamllm_jax.interop.dreamllm import read_config, read_params, require_same_model
 from dreamllm_jax.interop.names import from_torch, to_torch, torch_name
 from dreamllm_jax.models.projectors import ProjectorConfig
 from dreamllm_jax.vocabulary import SpecialTokens
@@ -100,6 +100,20 @@ def test_a_checkpoint_is_read_whole(checkpoint):
     assert got.keys() == want.keys()
     for path in want:
         np.testing.assert_array_equal(got[path], want[path], err_msg=path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoint):
+    require_same_model(checkpoint, dataclasses.replace(CONFIG, dtype="bfloat16", remat="full"))
+    llama = dataclasses.replace(CONFIG.llama, rope_theta=5e5)
+    for other, message in (
+        ({"llama": llama}, r"config\.model\.llama\.rope_theta is 500000\.0, but .* has 10000\.0"),
+        (
+            {"special_tokens": dataclasses.replace(TOKENS, dream=3)},
+            r"config\.model\.special_tokens\.dream is 3, but .* 59",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            require_same_model(checkpoint, dataclasses.replace(CONFIG, **other))
 
 
 def test_shards_are_read(checkpoint):
