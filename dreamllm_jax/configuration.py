@@ -1,4 +1,4 @@
-"""Turns a ConfigDict into typed, frozen dataclasses, refusing what does not fit before anything expensive starts."""
+"""Turns nested settings into typed, frozen dataclasses, refusing what does not fit by the name of its key."""
 
 import dataclasses
 import difflib
@@ -7,14 +7,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from dreamllm_jax.data.pipeline import DataConfig, RowShape
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
-from dreamllm_jax.objectives import ObjectiveConfig
-from dreamllm_jax.sharding import ShardingConfig
-from dreamllm_jax.training.checkpoints import CheckpointConfig
-from dreamllm_jax.training.optimizer import OptimizerConfig
-from dreamllm_jax.training.state import ParametersConfig
-
 T = TypeVar("T")
 
 
@@ -22,101 +14,13 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message is one line for the user."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RowsConfig:
-    """The shape of a batch.
-
-    Attributes:
-      per_step: rows of the global batch.
-      length: tokens in a row.
-      see_slots, dream_slots: room for images to read and to paint in a row.
-      dream_size: side of the painted images in pixels.
-      microbatches: parts in which the rows are computed one after the other, to save memory.
-    """
-
-    per_step: int = 8
-    length: int = 2048
-    see_slots: int = 4
-    dream_slots: int = 4
-    dream_size: int = 512
-    microbatches: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Everything a run depends on.
-
-    Attributes:
-      steps: optimizer steps of the whole run.
-      seed: of parameters, data order and draws.
-      log_every: steps between two progress lines.
-    """
-
-    model: DreamLLMConfig
-    data: DataConfig
-    rows: RowsConfig
-    optimizer: OptimizerConfig
-    steps: int
-    parameters: ParametersConfig = ParametersConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    sharding: ShardingConfig = ShardingConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    seed: int = 0
-    log_every: int = 20
-
-    def __post_init__(self):
-        rows, model = self.rows, self.model
-        if self.steps < 1 or self.log_every < 1:
-            raise ConfigError(f"steps and log_every must be positive, got {self.steps} and {self.log_every}")
-        if rows.per_step < 1 or rows.microbatches < 1 or rows.per_step % rows.microbatches:
-            raise ConfigError(f"rows.microbatches={rows.microbatches} does not divide rows.per_step={rows.per_step}")
-        if rows.see_slots < 0 or rows.dream_slots < 0:
-            raise ConfigError("rows.see_slots and rows.dream_slots must not be negative")
-        for slots, name, need in (
-            (rows.see_slots, "an image to see", model.clip.num_patches + 2),
-            (rows.dream_slots, "an image to paint", model.num_queries + 2),
-        ):
-            if slots and need >= rows.length:
-                raise ConfigError(f"rows.length={rows.length} has no room for {name}, which takes {need} tokens")
-        if rows.length > model.llama.max_position_embeddings and model.llama.rope_scaling is None:
-            raise ConfigError(
-                f"rows.length={rows.length} exceeds model.llama.max_position_embeddings="
-                f"{model.llama.max_position_embeddings}: shorten the rows or set model.llama.rope_scaling"
-            )
-        multiple = model.vae.downscale * 2 ** (len(model.unet.block_out_channels) - 1)
-        if rows.dream_slots and (rows.dream_size < 1 or rows.dream_size % multiple):
-            raise ConfigError(
-                f"rows.dream_size={rows.dream_size} must be a positive multiple of {multiple} for this UNet"
-            )
-        chunk = self.objective.loss_chunk
-        if chunk and rows.length % chunk:
-            raise ConfigError(f"objective.loss_chunk={chunk} does not divide rows.length={rows.length}")
-
-    @property
-    def row_shape(self) -> RowShape:
-        return RowShape(
-            length=self.rows.length,
-            see_slots=self.rows.see_slots,
-            dream_slots=self.rows.dream_slots,
-            num_patches=self.model.clip.num_patches,
-            num_queries=self.model.num_queries,
-            see_size=self.model.clip.image_size,
-            dream_size=self.rows.dream_size,
-        )
-
-
-def read_experiment(config: Mapping[str, Any]) -> Experiment:
-    """A configuration (ConfigDict or nested dict) as an `Experiment`.
+def read(cls: type[T], config: Any, path: str = "config") -> T:
+    """Reads a nested mapping (ConfigDict or dict) as the frozen dataclass `cls`.
 
     Raises:
       ConfigError: naming the first key that is unknown (with the nearest known one), missing, of the wrong type, or in
         conflict with another.
     """
-    return read(Experiment, config)
-
-
-def read(cls: type[T], config: Any, path: str = "config") -> T:
-    """Reads a nested mapping as the frozen dataclass `cls`; see `read_experiment` for what it refuses."""
     if isinstance(config, cls):
         return config
     if not isinstance(config, Mapping) and not hasattr(config, "items"):

@@ -1,10 +1,8 @@
 """A run's directory: what is in force there, and the model that was trained in it.
 
 workdir/config.json      the complete configuration
-workdir/tokenizer.json
+workdir/model.json, tokenizer/, frozen/, checkpoints/    see `training.saved`
 workdir/data/            the documents, if the run prepared them itself
-workdir/frozen/          frozen parameters
-workdir/checkpoints/     by step
 workdir/metrics.jsonl    a line a step; tensorboard/ beside it
 """
 
@@ -13,22 +11,21 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 
-from dreamllm_jax.configuration import ConfigError, Experiment, read_experiment
+from dreamllm_jax.configuration import ConfigError
 from dreamllm_jax.data.pipeline import data_tokenizer
 from dreamllm_jax.data.preparation import prepare
 from dreamllm_jax.data.storage import SUMMARY
-from dreamllm_jax.data.tokenizer import FILE as TOKENIZER_FILE
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.experiment import Experiment, read_experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.training.checkpoints import Checkpoints, host_template
-from dreamllm_jax.training.state import abstract_params, merge_params, split_params
+from dreamllm_jax.training.initial import open_initial
+from dreamllm_jax.training.saved import CONFIG_FILE, TOKENIZER, find, write_description
 
-CONFIG_FILE = "config.json"
 DATA = "data"
 
 
@@ -50,15 +47,21 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
       ConfigError: a setting that cannot be used, or one that differs from what the run began with.
       FileNotFoundError, ValueError: data or a tokenizer that is missing or does not fit.
     """
-    experiment = read_experiment(config)
     workdir = epath.Path(workdir).absolute()
     first = jax.process_index() == 0
-    if (workdir / CONFIG_FILE).exists():
+    begun = (workdir / CONFIG_FILE).exists()
+    config, initial_tokenizer = _with_initial(config, workdir if begun else None)
+    experiment = read_experiment(config)
+    if begun:
         _check_unchanged(json.loads((workdir / CONFIG_FILE).read_text()), config, workdir)
     elif first:
         workdir.mkdir(parents=True, exist_ok=True)
 
     data = experiment.data
+    if initial_tokenizer is not None and not data.tokenizer:
+        if first and not begun:
+            load_tokenizer(initial_tokenizer).save(workdir / TOKENIZER)
+        data = dataclasses.replace(data, tokenizer=str(workdir / TOKENIZER))
     if not (epath.Path(data.path) / SUMMARY).exists():
         target = workdir / DATA
         if first:
@@ -83,8 +86,36 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
     model = dataclasses.replace(experiment.model, special_tokens=tokenizer.special)
     if first:
         (workdir / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        tokenizer.save(workdir / TOKENIZER_FILE)
+        write_description(workdir, model, tokenizer)
     return Run(workdir, dataclasses.replace(experiment, model=model, data=data), tokenizer)
+
+
+def _with_initial(
+    config: Mapping[str, Any], begun: epath.Path | None
+) -> tuple[Mapping[str, Any], epath.PathLike | None]:
+    """Takes from the model that a run begins with what its configuration leaves out: the model's shape, the tokenizer.
+
+    Args:
+      begun: the run's directory if it was begun before, which then knows both.
+
+    Returns:
+      The complete configuration, and the tokenizer of the model that the run begins with.
+    """
+    init_from = config.get("parameters", {}).get("init_from", "")
+    if not init_from:
+        return config, None
+    if begun is None:
+        initial = open_initial(init_from)
+        model, text_tokenizer = dataclasses.asdict(initial.config), initial.tokenizer
+    else:
+        model, text_tokenizer = json.loads((begun / CONFIG_FILE).read_text())["model"], begun / TOKENIZER
+    return {**config, "model": _merged(model, config.get("model", {}))}, text_tokenizer
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
 def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], workdir: epath.Path) -> None:
@@ -131,12 +162,16 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Trained:
         experiment = dataclasses.replace(
             experiment, data=dataclasses.replace(experiment.data, path=str(workdir / DATA))
         )
-    tokenizer = load_tokenizer(workdir / TOKENIZER_FILE)
-    config = dataclasses.replace(experiment.model, special_tokens=tokenizer.special)
-    parameters = experiment.parameters
-    trainable, frozen = split_params(nn.unbox(abstract_params(config)), parameters.trainable)
-    with Checkpoints(workdir, experiment.checkpoint) as checkpoints:
-        leaves = checkpoints.restore_params(
-            host_template(trainable, parameters.dtype), host_template(frozen, parameters.frozen_dtype), step
-        )
-    return Trained(dataclasses.replace(experiment, model=config), tokenizer, DreamLLM(config), merge_params(*leaves))
+    tokenizer, model, params = load_model(workdir if step is None else f"{workdir}@{step}")
+    return Trained(dataclasses.replace(experiment, model=model.config), tokenizer, model, params)
+
+
+def load_model(name: epath.PathLike) -> tuple[Tokenizer, DreamLLM, dict]:
+    """Tokenizer, model and parameters, as stored, on the first local device; `name` and errors as of `saved.find`."""
+    found = find(str(name))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for path, leaf in found.leaves().items()
+    }
+    params = unflatten_dict(found.restore(wanted), sep="/")
+    return load_tokenizer(found.tokenizer), DreamLLM(found.config), params

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dreamllm_jax.configuration import ConfigError, read_experiment
+from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax.experiment import read_experiment
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.py"
 

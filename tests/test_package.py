@@ -17,13 +17,15 @@ PACKAGE = Path(dreamllm_jax.__file__).parent
 MAY_IMPORT = {
     "batch": set(),
     "vocabulary": set(),
+    "configuration": set(),
+    "directories": set(),
     "sharding": set(),  # rules from names to axes, and the constraint that reads them
     "diffusion": set(),
-    "data": {"batch", "vocabulary"},
+    "data": {"batch", "command_line", "directories", "vocabulary"},
     "models": {"diffusion", "sharding", "vocabulary"},
     "objectives": {"batch", "diffusion", "models"},
     "interop": {"diffusion", "models", "vocabulary"},
-    "training": {"batch", "configuration", "data", "interop", "models", "objectives", "sharding"},
+    "training": {"batch", "configuration", "data", "experiment", "interop", "models", "objectives", "sharding"},
     "generation": {"batch", "data", "diffusion", "models", "vocabulary"},
 }
 INTEROP_KNOWS_NAMES_AND_SHAPES = ("interop/names.py", "interop/files.py")

@@ -15,6 +15,7 @@ from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.evaluation import recall
 from dreamllm_jax.generation.documents import generate_document, save_document
 from dreamllm_jax.training import metrics as metrics_module
+from dreamllm_jax.training import saved
 from dreamllm_jax.training.loop import train
 from dreamllm_jax.training.metrics import read_metrics
 from tests.tiny import tiny_config
@@ -139,7 +140,32 @@ def test_a_folder_of_the_users_own_pictures(tmp_path):
     corpus = Corpus(run.experiment.data.path, "pairs")
     assert sorted(corpus[i].texts[0].text for i in range(len(corpus))) == ["a blue wall", "a green wall", "a red wall"]
     assert run.experiment.model.special_tokens == run.tokenizer.special
-    assert (tmp_path / "run" / "tokenizer.json").exists()
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_a_run_begins_with_another_runs_model(finished, tmp_path):
+    """As the second stage begins with the first: weights, shape and tokenizer come from there, the rest from here."""
+    first, _ = finished
+    changes = {
+        "model": {"remat": "dots"},
+        "parameters": {"trainable": [["queries/.*", True], [".*", False]], "init_from": f"{first}@4"},
+        "steps": 2,
+    }
+    before = saved.find(f"{first}@4").part("llama")
+    second = jax.device_get(start_and_train(tmp_path, **changes))
+    assert set(second.trainable) == {"queries/dream_queries"}
+    want = before["layers"]["mlp"]["up_proj"]["kernel"].astype(second.frozen["llama/norm/scale"].dtype)
+    np.testing.assert_array_equal(second.frozen["llama/layers/mlp/up_proj/kernel"], want)
+    now = saved.find(str(tmp_path))
+    assert now.config == dataclasses.replace(saved.find(str(first)).config, remat="dots") and now.step == 2
+    assert start_and_train(tmp_path, **changes).step == 2  # and is continued by the same words
+
+    shape = dataclasses.asdict(now.config.llama) | {"rope_theta": 5e5}
+    other = changes | {"model": {"llama": shape}}
+    with pytest.raises(ValueError, match=r"config\.model\.llama\.rope_theta is 500000\.0, but .*@4 has 10000\.0"):
+        start_and_train(tmp_path / "other", **other)
+    with pytest.raises(FileNotFoundError, match=r"a checkpoint of step 3 \(there are \[4, 6\]\)"):
+        start_and_train(tmp_path / "third", parameters=settings()["parameters"] | {"init_from": f"{first}@3"})
 
 
 def test_missing_runs_are_named(tmp_path):

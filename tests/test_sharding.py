@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dreamllm_jax.models.dreamllm import abstract_params
 from dreamllm_jax.sharding import (
     DEFAULT_RULES,
     MESH_AXES,
@@ -17,7 +18,6 @@ from dreamllm_jax.sharding import (
     rows_sharding,
     use,
 )
-from dreamllm_jax.training.state import abstract_params
 from tests.tiny import tiny_config
 
 MESH = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}

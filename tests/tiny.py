@@ -11,12 +11,11 @@ import numpy as np
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.models.clip import ClipVisionConfig
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
+from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
 from dreamllm_jax.models.llama import LlamaConfig
 from dreamllm_jax.models.projectors import ProjectorConfig
 from dreamllm_jax.models.unet import UNetConfig
 from dreamllm_jax.models.vae import AutoencoderConfig
-from dreamllm_jax.training.state import abstract_params
 from tests.parity import random_weights
 
 SEE_SIZE, DREAM_SIZE = 16, 16

@@ -1,41 +1,47 @@
-"""python -m dreamllm_jax.data prepare SOURCE --to=DIR
+"""Makes a data set that can be trained on:
 
-SOURCE is openmoji, photographs, or a folder of pictures with captions.jsonl or captions.csv.
+python -m dreamllm_jax.data prepare SOURCE --to=DIR
 """
 
-import sys
+import argparse
 import time
 
-from absl import app, flags
+from absl.flags import argparse_flags
 
+from dreamllm_jax import command_line
 from dreamllm_jax.data.preparation import prepare
 
-_TO = flags.DEFINE_string("to", None, "Directory of the data set to make.", required=True)
-_PAIRS = flags.DEFINE_integer("pairs", 0, "Captioned pictures to take; 0: 24, or all of a folder.", lower_bound=0)
-_SIZE = flags.DEFINE_integer("size", 64, "Pixels on the shorter side of a stored picture, at most.", lower_bound=1)
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 512, "Ids of the tokenizer that is trained.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Tokenizer to use instead: a .model, a tokenizer.json, a directory.")
+
+def parser() -> argparse_flags.ArgumentParser:
+    """The commands and their flags."""
+    top = argparse_flags.ArgumentParser(
+        prog="python -m dreamllm_jax.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = top.add_subparsers(required=True, metavar="prepare").add_parser("prepare", help="pictures -> documents")
+    add.set_defaults(main=_prepare)
+    add.add_argument("source", help="openmoji, photographs, or a folder with captions.jsonl or captions.csv")
+    add.add_argument("--to", required=True, help="directory of the data set to make")
+    add.add_argument("--pairs", type=int, default=0, help="captioned pictures to take; 0: 24, or all of a folder")
+    add.add_argument("--size", type=int, default=64, help="pixels on the shorter side of a stored picture, at most")
+    add.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer that is trained")
+    add.add_argument("--tokenizer", default="", help="to use instead: a .model, a tokenizer.json, a directory")
+    return top
 
 
-def main(arguments: list[str]) -> None:
-    if len(arguments) != 3 or arguments[1] != "prepare":
-        raise app.UsageError("the command is: prepare SOURCE --to=DIR")
+def _prepare(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
-    try:
-        summary = prepare(
-            arguments[2],
-            _TO.value,
-            pairs=_PAIRS.value,
-            size=_SIZE.value,
-            vocab_size=_VOCAB_SIZE.value,
-            text_tokenizer=_TOKENIZER.value,
-        )
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    summary = prepare(
+        arguments.source,
+        arguments.to,
+        pairs=arguments.pairs,
+        size=arguments.size,
+        vocab_size=arguments.vocab_size,
+        text_tokenizer=arguments.tokenizer,
+    )
     for name, counts in sorted(summary["corpora"].items()):
         print(f"{name:15} {counts['documents']:8,} documents {counts['images']:8,} images")
-    print(f"{_TO.value}: {summary['vocab_size']} token ids, {time.monotonic() - started:.1f} s")
+    print(f"{arguments.to}: {summary['vocab_size']} token ids, {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run_commands(parser())

@@ -87,7 +87,7 @@ def data_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:
     if config.tokenizer:
         return tokenizer.load_tokenizer(config.tokenizer)
     storage.read_summary(config.path)
-    return tokenizer.load_tokenizer(epath.Path(config.path) / tokenizer.FILE)
+    return tokenizer.load_tokenizer(epath.Path(config.path) / tokenizer.FOLDER)
 
 
 def make_loader(

@@ -7,6 +7,7 @@ from typing import Any
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.corpora import compose, folder, openmoji, photographs
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM
+from dreamllm_jax.directories import building
 
 SOURCES = {"openmoji": openmoji, "photographs": photographs}
 DEFAULT_PAIRS = 24
@@ -68,8 +69,8 @@ def prepare(
     else:
         names = openmoji.names().values() if source == "openmoji" else ()
         chosen = tokenizer.train_tokenizer(_training_texts([*(text for _, text in captioned), *names]), vocab_size)
-    with storage.building(to) as directory:
-        chosen.save(directory / tokenizer.FILE)
+    with building(to) as directory:
+        chosen.save(directory / tokenizer.FOLDER)
         summary = {
             "settings": settings,
             "vocab_size": chosen.vocab_size,

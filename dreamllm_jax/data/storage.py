@@ -1,15 +1,13 @@
 """Documents on disk: a TFDS data set of array_record shards for each corpus, written and read without TensorFlow.
 
 DIR/dataset.json          what it was made from, written last
-DIR/tokenizer.json        the tokenizer that goes with it
+DIR/tokenizer/            the tokenizer that goes with it
 DIR/<corpus>/1.0.0/...    one TFDS data set for each corpus
 """
 
-import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,29 +119,6 @@ class Corpus:
         if index not in self._kept:
             self._kept[index] = from_record(self._source[index])
         return self._kept[index]
-
-
-@contextlib.contextmanager
-def building(directory: str | os.PathLike) -> Iterator[Path]:
-    """A temporary directory beside `directory` that takes its name only if the block ends well.
-
-    Raises:
-      FileExistsError: `directory` is there already.
-    """
-    target = Path(directory).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not a data set; choose another name or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.building-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:

@@ -9,19 +9,22 @@ import io
 import json
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import sentencepiece
 from etils import epath
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
 
-FILE = "tokenizer.json"
+FOLDER = "tokenizer"  # where checkpoints and data sets keep theirs
+FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
+_LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 _BPE = 2  # TrainerSpec.ModelType
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece.Type
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece.Type, and GGUF's token_type
 
 
 class Tokenizer:
@@ -29,11 +32,16 @@ class Tokenizer:
 
     Attributes:
       special: the ids of the special tokens.
-      hf: the same tokenizer as transformers' class, to be saved with an exported model.
+      new_tokens: ids that were appended to a base vocabulary just now: no model has seen them.
+      hf: the same tokenizer as transformers' class.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerFast):
+    def __init__(
+        self, hf: PreTrainedTokenizerFast, new_tokens: Sequence[int] = (), sentencepiece_model: bytes | None = None
+    ):
         self.hf = hf
+        self.new_tokens = tuple(new_tokens)
+        self.sentencepiece_model = sentencepiece_model
         ids = {token: hf.convert_tokens_to_ids(token) for token in ADDED_TOKENS}
         self.special = SpecialTokens(
             bos=hf.bos_token_id,
@@ -59,19 +67,48 @@ class Tokenizer:
             [int(i) for i in ids], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes `tokenizer.json`."""
-        epath.Path(path).write_text(self.hf.backend_tokenizer.to_str())
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the files by which transformers (and `load_tokenizer`) read a tokenizer.
+
+        That is `tokenizer.json`, `tokenizer_config.json`, `added_tokens.json`, `special_tokens_map.json`, and
+        `tokenizer.model` if it came from SentencePiece.
+        """
+        directory = epath.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        backend = self.hf.backend_tokenizer
+        (directory / FILE).write_text(backend.to_str())
+        if self.sentencepiece_model is not None:
+            (directory / SENTENCEPIECE_FILE).write_bytes(self.sentencepiece_model)
+        names = {name: token for name, token in self.hf.special_tokens_map.items() if isinstance(token, str)}
+        names["additional_special_tokens"] = [token for token in ADDED_TOKENS if token != "[PAD]"]
+        flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        added = {
+            str(index): {flag: getattr(token, flag) for flag in flags}
+            for index, token in sorted(backend.get_added_tokens_decoder().items())
+        }
+        ids = {token: backend.token_to_id(token) for token in ADDED_TOKENS}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **names,
+            "added_tokens_decoder": added,
+            "clean_up_tokenization_spaces": False,
+        }
+        for file, content in (
+            ("tokenizer_config.json", config),
+            ("added_tokens.json", ids),
+            ("special_tokens_map.json", names),
+        ):
+            (directory / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def __getstate__(self):
-        return {"hf": self.hf}
+        return {"hf": self.hf, "new_tokens": self.new_tokens, "sentencepiece_model": self.sentencepiece_model}
 
     def __setstate__(self, state):
-        self.__init__(state["hf"])
+        self.__init__(**state)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Reads a SentencePiece `.model`, a `tokenizer.json`, or a Hugging Face directory holding either.
+    """Reads a SentencePiece `.model`, a `tokenizer.json`, a Hugging Face directory holding either, or a `.gguf` model.
 
     The special tokens that are missing are appended, those already there keep their ids. A directory may give the ids
     of the appended tokens in `added_tokens.json` or in its config's `special_tokens2ids_dict`.
@@ -85,21 +122,25 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise FileNotFoundError(f"no tokenizer at {path}")
     added = _recorded_ids(path) if path.is_dir() else {}
     if path.is_dir():
-        candidates = [path / "tokenizer.model", path / FILE]
+        candidates = [path / SENTENCEPIECE_FILE, path / FILE]
         found = [p for p in candidates if p.exists()]
         if not found:
-            raise FileNotFoundError(f"neither tokenizer.model nor {FILE} in {path}")
+            raise FileNotFoundError(f"neither {SENTENCEPIECE_FILE} nor {FILE} in {path}")
         directory, path = path, found[0]
     else:
         directory = None
+    model = None
     if path.suffix == ".model":
-        fast, names = from_sentencepiece(path.read_bytes()), {"bos_token": "<s>", "eos_token": "</s>"}
+        model = path.read_bytes()
+        fast, names = from_sentencepiece(model), dict(_LLAMA_NAMES)
     elif path.suffix == ".json":
         fast = FastTokenizer.from_str(path.read_text())
         names = _special_names(fast, directory)
+    elif path.suffix == ".gguf":
+        fast, names = from_gguf(path)
     else:
-        raise ValueError(f"{path}: a tokenizer is a SentencePiece .model, a {FILE} or a directory with one of them")
-    return _with_special_tokens(fast, names, added)
+        raise ValueError(f"{path}: a tokenizer is a SentencePiece .model, a {FILE}, a .gguf or a directory with one")
+    return _with_special_tokens(fast, names, added, model)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -131,7 +172,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         num_threads=1,
         minloglevel=2,
     )
-    return _with_special_tokens(from_sentencepiece(model.getvalue()), {"bos_token": "<s>", "eos_token": "</s>"}, {})
+    return _with_special_tokens(from_sentencepiece(model.getvalue()), dict(_LLAMA_NAMES), {}, model.getvalue())
 
 
 def from_sentencepiece(model: bytes) -> FastTokenizer:
@@ -150,13 +191,20 @@ def from_sentencepiece(model: bytes) -> FastTokenizer:
     spec = proto.normalizer_spec
     if spec.precompiled_charsmap or not spec.add_dummy_prefix or spec.remove_extra_whitespaces:
         raise ValueError("the SentencePiece model normalises text in a way LLaMA's does not; give a tokenizer.json")
-    strange = [p.piece for p in proto.pieces if p.type not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE)]
+    return _bpe(
+        [(p.piece, p.score, p.type) for p in proto.pieces], proto.trainer_spec.unk_id, proto.trainer_spec.bos_id
+    )
+
+
+def _bpe(pieces: list[tuple[str, float, int]], unknown: int, bos: int) -> FastTokenizer:
+    """(piece, score, type) of a SentencePiece vocabulary as the `tokenizers` model that equals it."""
+    strange = [piece for piece, _, kind in pieces if kind not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE)]
     if strange:
         raise ValueError(
             f"the SentencePiece model has user-defined pieces ({strange[0]!r}, ...); give a tokenizer.json"
         )
-    vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    vocabulary = {piece: index for index, (piece, _, _) in enumerate(pieces)}
+    scores = {piece: score for piece, score, kind in pieces if kind == _NORMAL}
     merges = [
         (score, len(piece[:cut]), len(piece[cut:]), piece[:cut], piece[cut:])
         for piece, score in scores.items()
@@ -164,12 +212,11 @@ def from_sentencepiece(model: bytes) -> FastTokenizer:
         if piece[:cut] in scores and piece[cut:] in scores
     ]
     merges.sort(key=lambda merge: merge[:3], reverse=True)
-    unknown = proto.pieces[proto.trainer_spec.unk_id].piece
     fast = FastTokenizer(
         models.BPE(
             vocabulary,
             [(left, right) for *_, left, right in merges],
-            unk_token=unknown,
+            unk_token=pieces[unknown][0],
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -178,18 +225,85 @@ def from_sentencepiece(model: bytes) -> FastTokenizer:
     fast.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    controls = [piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)]
-    fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in controls])
+    first = pieces[bos][0]
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A", pair=f"{first} $A {first}:1 $B:1", special_tokens=[(first, bos)]
+    )
+    _mark_special(fast, [piece for piece, _, kind in pieces if kind in (_UNKNOWN, _CONTROL)])
     return fast
 
 
-def _with_special_tokens(fast: FastTokenizer, names: dict[str, str], recorded: dict[str, int]) -> Tokenizer:
+# How text is split before merging, by the name that GGUF files give: llama.cpp's `llama_vocab_pre_type`.
+_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_SPLITS = {
+    "gpt-2": _WORDS,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS]),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                behavior="isolated",
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+
+def from_gguf(path: str | os.PathLike) -> tuple[FastTokenizer, dict[str, str]]:
+    """The tokenizer inside a `.gguf` model, and the names of its bos and eos.
+
+    Raises:
+      ImportError: the gguf package is not installed.
+      ValueError: a kind of tokenizer that is not supported.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError(f"reading {path} needs the gguf package: pip install 'dreamllm_jax[gguf]'") from None
+    fields = gguf.GGUFReader(path).fields
+
+    def field(name: str, default: Any = None) -> Any:
+        found = fields.get(f"tokenizer.ggml.{name}")
+        return default if found is None else found.contents()
+
+    tokens, kinds, kind = field("tokens"), field("token_type"), field("model")
+    bos, eos = field("bos_token_id", 1), field("eos_token_id", 2)
+    if kind == "llama":
+        fast = _bpe(list(zip(tokens, field("scores"), kinds, strict=True)), field("unknown_token_id", 0), bos)
+    elif kind == "gpt2" and field("pre", "gpt-2") in _SPLITS:
+        merges = [tuple(merge.split(" ")) for merge in field("merges")]
+        fast = FastTokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
+        fast.pre_tokenizer = _SPLITS[field("pre", "gpt-2")]
+        fast.decoder = decoders.ByteLevel()
+        _mark_special(fast, [token for token, type_ in zip(tokens, kinds, strict=True) if type_ == _CONTROL])
+    else:
+        raise ValueError(
+            f"{path}: its tokenizer ({kind}, {field('pre')}) is not supported; give another with --tokenizer"
+        )
+    return fast, {"bos_token": tokens[bos], "eos_token": tokens[eos]}
+
+
+def _mark_special(fast: FastTokenizer, tokens: Iterable[str]) -> None:
+    fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+
+
+def _with_special_tokens(
+    fast: FastTokenizer, names: dict[str, str], recorded: dict[str, int], sentencepiece_model: bytes | None = None
+) -> Tokenizer:
     wanted = sorted(ADDED_TOKENS, key=lambda token: (recorded.get(token, 1 << 30), ADDED_TOKENS.index(token)))
-    fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in wanted])
+    new = [token for token in wanted if fast.token_to_id(token) is None and token not in recorded]
+    _mark_special(fast, wanted)
     for token, index in recorded.items():
         if fast.token_to_id(token) != index:
             raise ValueError(f"the special token {token} should have the id {index}, got {fast.token_to_id(token)}")
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", **names))
+    if fast.token_to_id("<unk>") is not None:
+        names = {"unk_token": "<unk>", **names}
+    hf = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", **names)
+    return Tokenizer(hf, [fast.token_to_id(token) for token in new], sentencepiece_model)
 
 
 def _recorded_ids(directory: epath.Path) -> dict[str, int]:
@@ -205,7 +319,7 @@ def _recorded_ids(directory: epath.Path) -> dict[str, int]:
 
 def _special_names(fast: FastTokenizer, directory: epath.Path | None) -> dict[str, str]:
     """The names of bos and eos: from the directory's tokenizer_config.json, else LLaMA's."""
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    names = dict(_LLAMA_NAMES)
     if directory is not None and (directory / "tokenizer_config.json").exists():
         config = json.loads((directory / "tokenizer_config.json").read_text())
         for name in names:

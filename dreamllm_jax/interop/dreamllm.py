@@ -1,122 +1,358 @@
-"""Reads checkpoints of the original program (RunpeiDong/DreamLLM)."""
+"""Checkpoints of the original program (RunpeiDong/DreamLLM).
+
+The language model is stored as Hugging Face's; its plugins have a file each (`save_model` of
+`omni/models/dreamllm/modeling_plugins.py`): `dream_embedding.bin`, `clip_vision_embedding.bin`,
+`stable_diffusion_head.bin`, or, in older checkpoints, only queries and projectors in `dream_queries.pt`,
+`clip_vision_model_projector.pt`, `unet_projector.pt`. The towers' shapes are those of the directories that
+`config.json` refers to, and so are their weights where no plugin file holds them.
+"""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.diffusion.schedule import schedule_config_from_diffusers
-from dreamllm_jax.interop.files import read_json, read_model, read_tensors
-from dreamllm_jax.interop.names import from_torch
-from dreamllm_jax.models.clip import clip_config_from_hf
+from dreamllm_jax.interop import files
+from dreamllm_jax.interop.clip import PREFIX, clip_part, open_clip, read_clip_config, write_clip
+from dreamllm_jax.interop.diffusion import (
+    DiffusionConfigs,
+    open_diffusion,
+    read_diffusion_configs,
+    rename_legacy_attention,
+    write_diffusion,
+)
+from dreamllm_jax.interop.files import Tensor
+from dreamllm_jax.interop.llama import hf_settings, hf_tensors, llama_part, write_generation_config
+from dreamllm_jax.interop.source import Source, join, split
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
-from dreamllm_jax.models.llama import llama_config_from_hf
+from dreamllm_jax.models.llama import llama_config_from_hf, rope_frequencies
 from dreamllm_jax.models.projectors import ProjectorConfig
-from dreamllm_jax.models.unet import unet_config_from_diffusers
-from dreamllm_jax.models.vae import autoencoder_config_from_diffusers
-from dreamllm_jax.vocabulary import SpecialTokens
+from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
+
+_logger = logging.getLogger(__name__)
+
+_VISION, _QUERIES, _HEAD = "clip_vision_embedding", "dream_embedding", "stable_diffusion_head"
+_OLD_VISION, _OLD_QUERIES, _OLD_HEAD = "clip_vision_model_projector.pt", "dream_queries.pt", "unet_projector.pt"
 
 
-def read_config(directory: Path, config: Mapping[str, Any] | None = None) -> DreamLLMConfig:
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where a checkpoint keeps what; `plugins` are the settings of `plugins_init_kwargs`."""
+
+    directory: Path
+    settings: Mapping[str, Any]
+    plugins: Mapping[str, Mapping[str, Any]]
+    clip: Path
+    diffusion: Path
+
+    def plugin(self, name: str, file: str) -> Path | None:
+        """A plugin's file: of the checkpoint itself, else of the directory that its settings name."""
+        named = self.plugins[name].get("pretrained_model_name_or_path")
+        for directory in [self.directory, *_places(self.directory, named)]:
+            if (directory / file).is_file():
+                return directory / file
+        return None
+
+
+def _places(directory: Path, name: str | None) -> list[Path]:
+    """Where something may be that a configuration refers to by name: in the checkpoint, at that path, beside it.
+
+    In the checkpoint comes first, whatever the path: it may name where the checkpoint was before.
+    """
+    if not name:
+        return []
+    return [directory / Path(name).name, directory / name, Path(name), directory.parent / Path(name).name]
+
+
+def _layout(directory: Path, clip: Path | None, diffusion: Path | None, settings: Mapping[str, Any] | None) -> _Layout:
+    settings = files.read_json(directory / "config.json") if settings is None else settings
+    if settings.get("model_type") != "dreamllm":
+        raise ValueError(f"{directory}/config.json has model_type {settings.get('model_type')!r}, expected 'dreamllm'")
+    plugins = settings.get("plugins_init_kwargs", {})
+    if missing := [name for name in (_VISION, _QUERIES, _HEAD) if name not in plugins]:
+        raise ValueError(f"{directory}/config.json: plugins_init_kwargs has no {', '.join(missing)}")
+
+    def tower(given: Path | None, plugin: str, key: str, inside: str, flag: str) -> Path:
+        name = plugins[plugin].get(key)
+        candidates = [given] if given else _places(directory, name)
+        for candidate in candidates:
+            if (candidate / inside).is_file():
+                return candidate
+        raise FileNotFoundError(
+            f"{directory}/config.json refers to {name!r} ({key}), and no {inside} is found in "
+            f"{', '.join(map(str, candidates)) or 'any directory'}: name the directory with --{flag}"
+        )
+
+    return _Layout(
+        directory,
+        settings,
+        plugins,
+        tower(clip, _VISION, "clip_vision_model_name_or_path", "config.json", "clip"),
+        tower(diffusion, _HEAD, "diffusion_name_or_path", "unet/config.json", "diffusion"),
+    )
+
+
+def read_config(
+    directory: Path,
+    settings: Mapping[str, Any] | None = None,
+    clip: Path | None = None,
+    diffusion: Path | None = None,
+) -> DreamLLMConfig:
     """The model described by a checkpoint's `config.json` and the towers' configurations it refers to.
 
     Args:
-      directory: the checkpoint; towers named by relative paths are looked for inside it.
-      config: in place of the directory's `config.json`.
+      directory: the checkpoint.
+      settings: in place of the directory's `config.json`.
+      clip, diffusion: directories of the towers, where those that `config.json` names are not to be found.
 
     Raises:
       FileNotFoundError, ValueError: naming the file or the setting that is missing or not supported.
     """
-    config = read_json(directory / "config.json") if config is None else config
-    if config.get("model_type") != "dreamllm":
-        raise ValueError(f"{directory}/config.json has model_type {config.get('model_type')!r}, expected 'dreamllm'")
-    plugins = config["plugins_init_kwargs"]
-    vision, head = plugins["clip_vision_embedding"], plugins["stable_diffusion_head"]
-    diffusion = directory / head["diffusion_name_or_path"]
-    clip = clip_config_from_hf(read_json(directory / vision["clip_vision_model_name_or_path"] / "config.json"))
-    clip = dataclasses.replace(clip, select_layer=vision["select_layer"])
-    return DreamLLMConfig(
-        llama=llama_config_from_hf(config),
-        clip=clip,
-        vae=autoencoder_config_from_diffusers(read_json(diffusion / "vae" / "config.json")),
-        unet=unet_config_from_diffusers(read_json(diffusion / "unet" / "config.json")),
-        schedule=schedule_config_from_diffusers(read_json(diffusion / "scheduler" / "scheduler_config.json")),
-        visual_projector=ProjectorConfig(
-            kind=vision["projector_type"],
-            depth=vision["projector_depth"],
-            post_layernorm=vision["use_additional_post_layernorm"],
-            layer_norm_eps=clip.layer_norm_eps,
-        ),
-        condition_projector=ProjectorConfig(kind=head["projector_type"], depth=head["projector_depth"]),
-        num_queries=plugins["dream_embedding"]["num_dream_queries"],
-        special_tokens=_special_tokens(config["special_tokens2ids_dict"]),
-    )
+    return _config(_layout(directory, clip, diffusion, settings))
+
+
+def _config(layout: _Layout) -> DreamLLMConfig:
+    vision, head, queries = (layout.plugins[name] for name in (_VISION, _HEAD, _QUERIES))
+    clip = read_clip_config(layout.clip, vision.get("select_layer", -2))
+    diffusion = read_diffusion_configs(layout.diffusion)
+    try:
+        return DreamLLMConfig(
+            llama=llama_config_from_hf(layout.settings),
+            clip=clip,
+            vae=diffusion.vae,
+            unet=diffusion.unet,
+            schedule=diffusion.schedule,
+            visual_projector=_projector(
+                _VISION,
+                vision,
+                post_layernorm=vision.get("use_additional_post_layernorm", False),
+                layer_norm_eps=clip.layer_norm_eps,
+            ),
+            condition_projector=_projector(_HEAD, head),
+            num_queries=queries.get("num_dream_queries", 64),
+            special_tokens=_special_tokens(layout.settings.get("special_tokens2ids_dict", {})),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{layout.directory}/config.json: {error}") from None
+
+
+def _projector(plugin: str, settings: Mapping[str, Any], **more) -> ProjectorConfig:
+    kind = settings.get("projector_type", "linear")
+    if kind not in ("linear", "mlp"):
+        raise ValueError(f"projector_type {kind!r} of {plugin} is not supported: only 'linear' and 'mlp' are")
+    return ProjectorConfig(kind=kind, depth=settings.get("projector_depth", 1), **more)
 
 
 def _special_tokens(ids: Mapping[str, Any]) -> SpecialTokens:
-    ids = {**ids, **ids["additional_special_tokens"]}
-    added = {f.name: ids[f"<{f.name}>"] for f in dataclasses.fields(SpecialTokens) if f"<{f.name}>" in ids}
+    ids = {**ids, **ids.get("additional_special_tokens", {})}
+    if missing := [token for token in ("<s>", "</s>", *ADDED_TOKENS) if token not in ids]:
+        raise ValueError(f"special_tokens2ids_dict has no {', '.join(missing)}")
+    added = {token.strip("<>"): ids[token] for token in ADDED_TOKENS if token != "[PAD]"}
     return SpecialTokens(bos=ids["<s>"], eos=ids["</s>"], pad=ids["[PAD]"], **added)
 
 
-def require_same_model(directory: Path, model: DreamLLMConfig) -> None:
-    """Checks that a checkpoint is of `model`: what no tensor's shape shows (token ids, heads, bases, layers) included.
+def open_dreamllm(
+    directory: Path,
+    settings: Mapping[str, Any] | None = None,
+    clip: Path | None = None,
+    diffusion: Path | None = None,
+) -> Source:
+    """A checkpoint of the original program; arguments as of `read_config`.
 
     Raises:
-      ValueError: naming the first setting in which they differ.
+      FileNotFoundError, ValueError: naming every file or tensor that is missing, unexpected or wrongly shaped;
+        ImportError without PyTorch, for the plugin files are pickles.
     """
-    _require_same(dataclasses.asdict(read_config(directory)), dataclasses.asdict(model), "config.model", directory)
+    layout = _layout(directory, clip, diffusion, settings)
+    config = _config(layout)
+    llama = llama_part(config.llama, files.open_model(directory, "model", "pytorch_model"), directory)
+    vision, left_out = _vision(layout, config)
+    parts = {"llama": llama.tensors, "queries": _queries(layout), **vision, **_head(layout)}
+    try:
+        source = join(config, parts, llama.left_out + left_out)
+    except ValueError as error:
+        raise ValueError(f"{directory} and its config.json: {error}") from None
+    return dataclasses.replace(source, tokenizer=directory)
 
 
-# How a model is computed or was begun, not what it is.
-_FREE = ("dtype", "remat", "initializer_range", "sample_size")
+def _missing(layout: _Layout, name: str, old: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{layout.directory} has neither {name}.bin nor {old}")
 
 
-def _require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str, directory: Path) -> None:
-    for name in [name for name in ours if name not in _FREE]:
-        if isinstance(ours[name], Mapping) and isinstance(theirs.get(name), Mapping):
-            _require_same(theirs[name], ours[name], f"{path}.{name}", directory)
-        elif theirs.get(name) != ours[name]:
-            raise ValueError(f"{path}.{name} is {ours[name]!r}, but {directory} has {theirs.get(name)!r}")
+def _queries(layout: _Layout) -> dict[str, Tensor]:
+    new, old = layout.plugin(_QUERIES, f"{_QUERIES}.bin"), layout.plugin(_QUERIES, _OLD_QUERIES)
+    if old and new:
+        _logger.warning("%s is taken before %s, as the original program does", old, new)
+    if old:  # the parameter itself, pickled
+        tensors = {name or "dream_queries": tensor for name, tensor in files.open_tensors(old).items()}
+    elif new:
+        tensors = files.open_tensors(new)
+    else:
+        raise _missing(layout, _QUERIES, _OLD_QUERIES)
+    return {name: _first(tensor) for name, tensor in tensors.items()}
 
 
-def read_params(directory: Path, template: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint's parameters as our tree of numpy arrays.
+def _first(tensor: Tensor) -> Tensor:
+    """The queries without the batch axis they are stored with."""
+    if len(tensor.shape) != 3 or tensor.shape[0] != 1:
+        return tensor
+    return Tensor(tensor.shape[1:], tensor.dtype, lambda: tensor.read()[0])
+
+
+def _vision(layout: _Layout, config: DreamLLMConfig) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
+    if path := layout.plugin(_VISION, f"{_VISION}.bin"):
+        prefixes = {"clip_vision_model.": "clip", "projector.": "projector", "post_layernorm.": "norm"}
+        found = split(files.open_tensors(path), prefixes, path.name)
+        clip = clip_part(config.clip, found["clip"])
+        norm = {f"post_layernorm.{name}": tensor for name, tensor in found["norm"].items()}
+        return {"clip": clip.tensors, "visual_projector": found["projector"] | norm}, clip.left_out
+    if path := layout.plugin(_VISION, _OLD_VISION):
+        clip = open_clip(layout.clip, config.clip.select_layer)
+        return {"clip": clip.tensors, "visual_projector": files.open_tensors(path)}, clip.left_out
+    raise _missing(layout, _VISION, _OLD_VISION)
+
+
+def _head(layout: _Layout) -> dict[str, dict[str, Tensor]]:
+    if path := layout.plugin(_HEAD, f"{_HEAD}.bin"):
+        prefixes = {"vae.": "vae", "unet.": "unet", "projector.": "condition_projector"}
+        found = split(files.open_tensors(path), prefixes, path.name)
+        return {**found, "vae": rename_legacy_attention(found["vae"])}
+    if path := layout.plugin(_HEAD, _OLD_HEAD):
+        unet, vae, _ = open_diffusion(layout.diffusion)
+        return {"unet": unet.tensors, "vae": vae.tensors, "condition_projector": files.open_tensors(path)}
+    raise _missing(layout, _HEAD, _OLD_HEAD)
+
+
+def write_dreamllm(
+    directory: Path,
+    config: DreamLLMConfig,
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    max_shard_size: int,
+    location: str = "",
+) -> None:
+    """Writes what the original's `DreamLLMForCausalMLM.from_pretrained` and its plugins load, tokenizer excepted.
 
     Args:
-      template: shapes of the parameter tree of `read_config(directory)`.
+      tensors: part of the parameter tree -> torch name -> array.
+      location: where the directory will be used. The original looks for the towers at the paths that `config.json`
+        names, relative ones from where it is started: they are named as folders of `location`.
 
     Raises:
-      FileNotFoundError, ValueError: naming every tensor that is missing, unexpected or wrongly shaped.
+      ValueError: naming a setting that the original program does not know.
     """
-    llm = read_model(directory, "pytorch_model" if (directory / "pytorch_model.bin").is_file() else "model")
-    vision = read_tensors(directory / "clip_vision_embedding.bin")
-    head = read_tensors(directory / "stable_diffusion_head.bin")
-    queries = read_tensors(directory / "dream_embedding.bin")
+    require_expressible(config)
+    llama = config.llama
+    dtype = tensors["llama"]["embed_tokens.weight"].dtype
+    settings = hf_settings(llama, config.special_tokens, str(dtype))
+    del settings["mlp_bias"], settings["head_dim"]
+    if llama.rope_scaling is not None:
+        settings["rope_scaling"] = {"type": llama.rope_scaling.rope_type, "factor": llama.rope_scaling.factor}
+    files.write_json(
+        directory / "config.json",
+        {
+            "architectures": ["DreamLLMForCausalMLM"],
+            "model_type": "dreamllm",
+            **settings,
+            **_plugin_settings(config, location),
+        },
+    )
+    write_generation_config(directory, config.special_tokens)
+    buffers = {
+        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": rope_frequencies(
+            dataclasses.replace(llama, rope_scaling=None), 1
+        )
+        for layer in range(llama.num_hidden_layers)
+    }
+    files.write_safetensors(directory, "model", hf_tensors(tensors["llama"]) | buffers, max_shard_size)
 
-    def part(name: str, tensors: Mapping[str, np.ndarray]) -> dict:
-        if not template.get(name):  # a part without parameters
-            return {}
-        try:
-            return from_torch(template[name], tensors)
-        except ValueError as error:
-            raise ValueError(f"{directory}, {name}: {error}") from None
+    files.write_pickle(
+        directory / f"{_QUERIES}.bin", {name: queries[None] for name, queries in tensors["queries"].items()}
+    )
+    vision = {f"clip_vision_model.{PREFIX}{name}": tensor for name, tensor in tensors["clip"].items()}
+    for name, tensor in tensors["visual_projector"].items():
+        vision[name if name.startswith("post_layernorm.") else f"projector.{name}"] = tensor
+    files.write_pickle(directory / f"{_VISION}.bin", vision)
+    head = {
+        f"{prefix}.{name}": tensor
+        for prefix, part in (("vae", "vae"), ("unet", "unet"), ("projector", "condition_projector"))
+        for name, tensor in tensors[part].items()
+    }
+    files.write_pickle(directory / f"{_HEAD}.bin", head)
+
+    write_clip(directory / "clip", config.clip, tensors["clip"], max_shard_size)
+    configs = DiffusionConfigs(config.unet, config.vae, config.schedule)
+    write_diffusion(directory / "diffusion", configs, tensors["unet"], tensors["vae"], max_shard_size)
+
+
+def require_expressible(config: DreamLLMConfig) -> None:
+    """Raises ValueError naming a setting that the original program does not know."""
+    llama, scaling = config.llama, config.llama.rope_scaling
+    for problem, name in (
+        (llama.mlp_bias, "llama.mlp_bias"),
+        (llama.head_dim * llama.num_attention_heads != llama.hidden_size, f"llama.head_dim={llama.head_dim}"),
+        (scaling and scaling.rope_type not in ("linear", "dynamic"), "llama.rope_scaling of type llama3"),
+        (config.condition_projector.post_layernorm, "condition_projector.post_layernorm"),
+        (
+            config.visual_projector.post_layernorm
+            and config.visual_projector.layer_norm_eps != config.clip.layer_norm_eps,
+            "visual_projector.layer_norm_eps other than clip.layer_norm_eps",
+        ),
+    ):
+        if problem:
+            raise ValueError(f"the original program has no {name}: export with --format=hf or diffusers")
+
+
+def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
+    ids = config.special_tokens
+    width = config.llama.hidden_size
+
+    def plugin(kind: str, **settings) -> dict[str, Any]:
+        target = f"omni.models.dreamllm.modeling_plugins.{kind}"
+        return {
+            "_target_": target,
+            "embed_hidden_size": width,
+            "pretrained_model_name_or_path": None,
+            **settings,
+        }
+
+    def projector(chosen: ProjectorConfig) -> dict[str, Any]:
+        return {"projector_type": chosen.kind, "projector_depth": chosen.depth, "freeze_projector": False}
 
     return {
-        "llama": part("llama", {n.removeprefix("model."): t for n, t in llm.items() if "rotary_emb.inv_freq" not in n}),
-        "clip": part("clip", _under(vision, "clip_vision_model.vision_model.", drop="embeddings.position_ids")),
-        "visual_projector": part(
-            "visual_projector", {**_under(vision, "projector."), **_under(vision, "post_layernorm.", "post_layernorm.")}
-        ),
-        "queries": part("queries", {name: tensor[0] for name, tensor in queries.items()}),
-        "condition_projector": part("condition_projector", _under(head, "projector.")),
-        "vae": part("vae", _under(head, "vae.")),
-        "unet": part("unet", _under(head, "unet.")),
+        "plugins_init_kwargs": {
+            _VISION: plugin(
+                "CLIPVisionEmbedding",
+                clip_vision_model_name_or_path=str(Path(location, "clip")),
+                select_layer=config.clip.select_layer,
+                use_additional_post_layernorm=config.visual_projector.post_layernorm,
+                freeze_clip_vision_model=True,
+                freeze_embedding_layers=True,
+                local_files_only=True,
+                **projector(config.visual_projector),
+            ),
+            _QUERIES: plugin("DreamEmbedding", num_dream_queries=config.num_queries, freeze_dream_queries=False),
+            _HEAD: plugin(
+                "StableDiffusionHead",
+                diffusion_name_or_path=str(Path(location, "diffusion")),
+                freeze_unet=True,
+                freeze_vae=True,
+                local_files_only=True,
+                **projector(config.condition_projector),
+            ),
+        },
+        "plugins_type": {_VISION: "embedding", _QUERIES: "embedding", _HEAD: "head"},
+        "special_tokens2ids_dict": {
+            "<s>": ids.bos,
+            "</s>": ids.eos,
+            "[PAD]": ids.pad,
+            "additional_special_tokens": {
+                token: getattr(ids, token.strip("<>")) for token in ADDED_TOKENS if token != "[PAD]"
+            },
+        },
+        "loss_weight_lm": 1.0,
+        "loss_weight_vm": 10.0,
+        "loss_scale_schedule": "none",
     }
-
-
-def _under(tensors: Mapping[str, np.ndarray], prefix: str, new: str = "", drop: str = "") -> dict[str, np.ndarray]:
-    names = ((name, name.removeprefix(prefix)) for name in tensors if name.startswith(prefix))
-    return {new + short: tensors[name] for name, short in names if short != drop}

@@ -5,11 +5,14 @@ index of a module list is fused with its name (`resnets.1` -> `resnets_1`), a sc
 leading layer axis, and `weight` is called `kernel`, `scale` or `embedding` by what it is.
 """
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dreamllm_jax.interop.files import Tensor, stored
 
 SCANNED = "layers"
 _LISTED = re.compile(
@@ -46,51 +49,90 @@ def _to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
+def _is_scanned(path: str) -> bool:
+    return SCANNED in path.split("/")
+
+
 def _sources(path: str, shape: tuple[int, ...]) -> list[str]:
     """The torch tensors one of our leaves is made of: one, or one a layer."""
-    if SCANNED not in path.split("/"):
-        return [torch_name(path)]
-    return [torch_name(path, layer) for layer in range(shape[0])]
+    return [torch_name(path, layer) for layer in range(shape[0])] if _is_scanned(path) else [torch_name(path)]
 
 
-def from_torch(template: Mapping, tensors: Mapping[str, np.ndarray]) -> dict:
-    """Arranges torch tensors as our parameter tree.
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter of ours, still in the files of its torch tensors: one, or one a layer of a scanned stack."""
+
+    path: str
+    shape: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The widest of its tensors' types."""
+        return np.dtype(max((np.dtype(tensor.dtype) for tensor in self.tensors), key=lambda dtype: dtype.itemsize))
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The layers in our layout, read one at a time; of an unscanned parameter the one array it is."""
+        name, ndim = self.path.rsplit("/", 1)[-1], len(self.shape) - _is_scanned(self.path)
+        return (_to_ours(name, tensor.read(), ndim) for tensor in self.tensors)
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The array, or the part of it that `index` selects; a scanned stack is read layer by layer."""
+        if not _is_scanned(self.path):
+            return next(self.parts())[index]
+        layers, rest = (index or (slice(None),))[0], tuple(index[1:])
+        chosen = dataclasses.replace(self, tensors=self.tensors[layers])
+        return np.stack([part[rest] for part in chosen.parts()])
+
+
+def arrange(template: Mapping, tensors: Mapping[str, Tensor]) -> dict[str, Leaf]:
+    """Finds the torch tensors of every parameter.
 
     Args:
       template: the parameter tree's shapes (arrays or `jax.ShapeDtypeStruct`s).
-      tensors: torch name -> array, in torch's layout; exactly those the template needs.
+      tensors: torch name -> tensor, in torch's layout; exactly those the template needs.
 
     Returns:
-      The tree with numpy arrays in place of the template's leaves.
+      Path -> parameter, nothing read yet.
 
     Raises:
-      ValueError: listing every missing, unexpected or wrongly shaped tensor.
+      ValueError: listing every missing, unexpected or wrongly shaped tensor, with shapes.
     """
     leaves, problems, used = {}, [], set()
     for path, want in flatten_dict(template, sep="/").items():
         names, leaf = _sources(path, want.shape), path.rsplit("/", 1)[-1]
-        scanned = SCANNED in path.split("/")
+        shape = tuple(want.shape[1:] if _is_scanned(path) else want.shape)
+        expected = _to_torch(leaf, np.broadcast_to(0, shape)).shape
         used.update(names)
-        if missing := [name for name in names if name not in tensors]:
-            problems += [f"missing {name}" for name in missing]
-            continue
-        parts = [_to_ours(leaf, np.asarray(tensors[name]), len(want.shape) - scanned) for name in names]
-        shape = want.shape[1:] if scanned else want.shape
-        if wrong := [(n, p.shape) for n, p in zip(names, parts, strict=True) if p.shape != shape]:
-            problems += [f"{name} has shape {got} where {shape} is expected (our layout)" for name, got in wrong]
-            continue
-        leaves[path] = np.stack(parts) if scanned else parts[0]
-    problems += [f"unexpected {name} {np.shape(tensors[name])}" for name in sorted(set(tensors) - used)]
+        fitting = []
+        for name in names:
+            if name not in tensors:
+                problems.append(f"missing {name} {expected}")
+            elif tensors[name].shape not in (expected, (*expected, 1, 1) if leaf == "kernel" else None):
+                problems.append(f"{name} has shape {tensors[name].shape}, expected {expected}")
+            else:
+                fitting.append(tensors[name])
+        leaves[path] = Leaf(path, tuple(want.shape), tuple(fitting))
+    problems += [f"unexpected {name} {tensors[name].shape}" for name in sorted(set(tensors) - used)]
     if problems:
         raise ValueError(f"{len(problems)} tensors do not fit:\n  " + "\n  ".join(problems))
-    return unflatten_dict(leaves, sep="/")
+    return leaves
+
+
+def from_torch(template: Mapping, tensors: Mapping[str, np.ndarray]) -> dict:
+    """Torch tensors as our parameter tree of numpy arrays; arguments and errors as of `arrange`."""
+    leaves = arrange(template, {name: stored(np.asarray(tensor)) for name, tensor in tensors.items()})
+    return unflatten_dict({path: leaf.read() for path, leaf in leaves.items()}, sep="/")
+
+
+def torch_tensors(path: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """One of our parameters as the torch tensors it stands for, in torch's layout."""
+    leaf = path.rsplit("/", 1)[-1]
+    for name, part in zip(_sources(path, array.shape), array if _is_scanned(path) else [array], strict=True):
+        yield name, _to_torch(leaf, part)
 
 
 def to_torch(params: Mapping) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: our parameter tree as torch name -> array in torch's layout."""
-    tensors = {}
-    for path, array in flatten_dict(params, sep="/").items():
-        names, leaf = _sources(path, array.shape), path.rsplit("/", 1)[-1]
-        parts = np.asarray(array) if SCANNED in path.split("/") else [np.asarray(array)]
-        tensors.update((name, _to_torch(leaf, part)) for name, part in zip(names, parts, strict=True))
-    return tensors
+    flat = flatten_dict(params, sep="/")
+    return {name: part for path, array in flat.items() for name, part in torch_tensors(path, np.asarray(array))}

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -186,3 +187,8 @@ class DreamLLM(nn.Module):
         latents = moments[..., : config.vae.latent_channels]
         self.denoise(latents, jnp.zeros(1, jnp.int32), self.condition(hidden[:, : config.num_queries]))
         self.paint(latents)
+
+
+def abstract_params(config: DreamLLMConfig) -> dict:
+    """The parameter tree's shapes with their logical axes, nothing computed."""
+    return dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])

@@ -6,14 +6,12 @@ images in [-1, 1]. Legend: N images, H,W image and h,w,c latent height, width an
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dreamllm_jax.models.blocks import (
     Attention,
@@ -79,23 +77,6 @@ def autoencoder_config_from_diffusers(settings: Mapping[str, Any]) -> Autoencode
     """
     settings = {key: value for key, value in settings.items() if key != "force_upcast"}
     return read_diffusers_config(AutoencoderConfig, settings, _FIXED)
-
-
-_LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_LEGACY_NAME = re.compile(rf"(.*\.mid_block\.attentions\.\d+)\.({'|'.join(_LEGACY)})\.(weight|bias)")
-
-
-def rename_legacy_attention(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Gives the attention weights of an old `AutoencoderKL` checkpoint the names they have today.
-
-    Some of those checkpoints also store them as 1x1 convolutions, which `interop.names.from_torch` accepts.
-    """
-
-    def rename(name: str) -> str:
-        match = _LEGACY_NAME.fullmatch(name)
-        return f"{match[1]}.{_LEGACY[match[2]]}.{match[3]}" if match else name
-
-    return {rename(name): tensor for name, tensor in tensors.items()}
 
 
 def sample_moments(moments: jax.Array, noise: jax.Array) -> jax.Array:

@@ -7,12 +7,12 @@ the position in the data (`data`); the frozen parameters are written once, to `w
 import dataclasses
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 from orbax.checkpoint.checkpoint_managers import save_decision_policy as policies
 
+from dreamllm_jax.training.saved import CHECKPOINTS, FROZEN, PARAMS
 from dreamllm_jax.training.state import Leaves, TrainState
 
 
@@ -38,10 +38,10 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, config: CheckpointConfig = CheckpointConfig()):
         workdir = epath.Path(workdir).absolute()
-        self._frozen = workdir / "frozen"
+        self._frozen = workdir / FROZEN
         self._manager = ocp.CheckpointManager(
-            workdir / "checkpoints",
-            item_names=("params", "optimizer", "data"),
+            workdir / CHECKPOINTS,
+            item_names=(PARAMS, "optimizer", "data"),
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=policies.AnySavePolicy(
                     [policies.FixedIntervalPolicy(config.every), policies.PreemptionCheckpointingPolicy()]
@@ -85,7 +85,9 @@ class Checkpoints:
         Raises:
           FileNotFoundError: if there is no checkpoint.
         """
-        step = self._step(None)
+        step = self._manager.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{self._manager.directory} does not hold a checkpoint")
         optimizer = {"step": abstract.step, "state": abstract.opt_state}
         items = self._manager.restore(
             step,
@@ -98,30 +100,8 @@ class Checkpoints:
         frozen = self._restore_frozen(abstract.frozen)
         return TrainState(items.optimizer["step"], items.params, items.optimizer["state"], frozen)
 
-    def restore_params(self, trainable: Leaves, frozen: Leaves, step: int | None = None) -> tuple[Leaves, Leaves]:
-        """The parameters alone, of `step` or the newest checkpoint.
-
-        Raises:
-          FileNotFoundError: if there is no such checkpoint.
-        """
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(trainable))
-        return self._manager.restore(self._step(step), args=args).params, self._restore_frozen(frozen)
-
     def _restore_frozen(self, abstract: Leaves) -> Leaves:
         if not abstract:
             return {}
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(self._frozen, abstract)
-
-    def _step(self, step: int | None) -> int:
-        steps = self._manager.all_steps()
-        if not steps or (step is not None and step not in steps):
-            wanted = "a checkpoint" if step is None else f"a checkpoint of step {step} (there are {sorted(steps)})"
-            raise FileNotFoundError(f"{self._manager.directory} does not hold {wanted}")
-        return max(steps) if step is None else step
-
-
-def host_template(leaves: Leaves, dtype: str) -> Leaves:
-    """Shapes as `restore_params` takes them, to bring arrays of type `dtype` to the first local device."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=device), leaves)

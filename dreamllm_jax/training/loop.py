@@ -8,16 +8,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from dreamllm_jax.configuration import Experiment
 from dreamllm_jax.data.pipeline import make_loader
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.interop.dreamllm import read_params, require_same_model
+from dreamllm_jax.experiment import Experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.checkpoints import Checkpoints
+from dreamllm_jax.training.initial import open_initial, require_same_model
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dreamllm_jax.training.state import TrainState, abstract_state, init_state, merge_params, state_from_params
+from dreamllm_jax.training.state import TrainState, abstract_state, init_state, state_from_leaves
 from dreamllm_jax.training.step import compile_train_step, make_train_step
 
 _logger = logging.getLogger(__name__)
@@ -59,10 +59,10 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
             state = checkpoints.restore(abstract, batches)
             _logger.info("continuing %s from step %d", workdir, int(state.step))
         elif experiment.parameters.init_from:
-            source = epath.Path(experiment.parameters.init_from)
-            require_same_model(source, experiment.model)
-            params = read_params(source, merge_params(abstract.trainable, abstract.frozen))
-            state = state_from_params(abstract, params, optimizer)
+            initial = open_initial(experiment.parameters.init_from)
+            require_same_model(initial.config, experiment.model, experiment.parameters.init_from)
+            leaves = initial.restore({**abstract.trainable, **abstract.frozen})
+            state = state_from_leaves(abstract, leaves, optimizer)
         else:
             state = init_state(abstract, experiment.model, optimizer, init_key)
 

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig
+from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
 from dreamllm_jax.sharding import ShardingConfig, param_shardings
 
 Leaves = dict[str, jax.Array]  # parameter path, such as "queries/dream_queries" -> array
@@ -28,7 +28,8 @@ class ParametersConfig:
       trainable: (regular expression, trained?) pairs; a parameter follows the first that matches its whole path, such
         as `llama/layers/mlp/up_proj/kernel`, and every parameter must match one.
       dtype, frozen_dtype: storage types of trained and of frozen parameters.
-      init_from: directory of a checkpoint of the original program to begin with; empty for random parameters.
+      init_from: the model to begin with, empty for random parameters: the --to of `convert import`, another run's
+        directory (`DIR` or `DIR@STEP`), or a checkpoint of the original program.
     """
 
     trainable: tuple[tuple[str, bool], ...] = ((".*", True),)
@@ -80,11 +81,6 @@ def merge_params(trainable: Leaves, frozen: Leaves) -> dict:
     return unflatten_dict({**trainable, **frozen}, sep="/")
 
 
-def abstract_params(config: DreamLLMConfig) -> dict:
-    """The parameter tree's shapes with their logical axes, nothing computed."""
-    return dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
-
-
 def abstract_state(
     model: DreamLLMConfig,
     parameters: ParametersConfig,
@@ -133,17 +129,9 @@ def init_state(
     return jax.jit(init, out_shardings=_shardings(abstract))(key)
 
 
-def state_from_params(abstract: TrainState, params: Mapping, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state around parameters in the host's memory (a tree of numpy arrays, as from `interop`)."""
-    flat = flatten_dict(params, sep="/")
-
-    def put(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, lambda index: flat[path][index].astype(leaf.dtype)
-        )
-
-    trainable = {path: put(path, leaf) for path, leaf in abstract.trainable.items()}
-    frozen = {path: put(path, leaf) for path, leaf in abstract.frozen.items()}
+def state_from_leaves(abstract: TrainState, leaves: Leaves, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state around parameters that lie as `abstract` says."""
+    trainable, frozen = ({path: leaves[path] for path in part} for part in (abstract.trainable, abstract.frozen))
     opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract.opt_state))(trainable)
     step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
     return TrainState(step, trainable, opt_state, frozen)

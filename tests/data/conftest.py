@@ -7,6 +7,7 @@ from PIL import Image
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.corpora import compose
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM, RowShape
+from dreamllm_jax.directories import building
 
 COLOURS = {
     "a red square": (250, 10, 20),
@@ -42,8 +43,8 @@ def shape() -> RowShape:
 def dataset(tmp_path_factory, text_tokenizer):
     """A stored data set of all kinds of documents."""
     path = tmp_path_factory.mktemp("data") / "set"
-    with storage.building(path) as directory:
-        text_tokenizer.save(directory / tokenizer.FILE)
+    with building(path) as directory:
+        text_tokenizer.save(directory / tokenizer.FOLDER)
         corpora = {
             name: storage.write_corpus(directory, name, documents) for name, documents in compose.compose(PAIRS).items()
         }

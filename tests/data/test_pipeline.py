@@ -11,6 +11,7 @@ import pytest
 from dreamllm_jax.data import storage
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.pipeline import CorpusConfig, DataConfig, data_tokenizer, make_loader
+from dreamllm_jax.directories import building
 from tests.data.conftest import PAIRS, assert_sound
 
 
@@ -26,8 +27,8 @@ def assert_same(first, second):
 
 
 def write(path, tokenizer, **corpora):
-    with storage.building(path) as directory:
-        tokenizer.save(directory / "tokenizer.json")
+    with building(path) as directory:
+        tokenizer.save(directory / "tokenizer")
         counts = {name: storage.write_corpus(directory, name, documents) for name, documents in corpora.items()}
         storage.write_summary(directory, {"corpora": counts})
     return path

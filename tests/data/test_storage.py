@@ -4,6 +4,7 @@ import pytest
 
 from dreamllm_jax.data import storage
 from dreamllm_jax.data.document import Document, Image, Text, from_record, to_record
+from dreamllm_jax.directories import building
 
 DOCUMENTS = [
     Document("pair", (Text("häuser 漢字 <image>"), Image(b"\x00\xff\n not an image"))),
@@ -14,7 +15,7 @@ DOCUMENTS = [
 
 
 def write(directory, documents=DOCUMENTS):
-    with storage.building(directory) as temporary:
+    with building(directory) as temporary:
         counts = storage.write_corpus(temporary, "things", documents)
         storage.write_summary(temporary, {"corpora": {"things": counts}})
     return counts
@@ -49,7 +50,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="exists and is not a data set"):
+    with pytest.raises(FileExistsError, match="exists already; choose another name or remove it"):
         write(tmp_path / "set")
     (tmp_path / "set" / "mine.txt").unlink()
     write(tmp_path / "set")

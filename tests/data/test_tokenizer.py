@@ -74,7 +74,7 @@ def test_recorded_ids_of_a_checkpoint_are_kept(model, tmp_path):
 
 
 def test_saved_and_pickled(text_tokenizer, tmp_path):
-    text_tokenizer.save(tmp_path / tokenizer.FILE)
+    text_tokenizer.save(tmp_path)
     for copy in (
         tokenizer.load_tokenizer(tmp_path / tokenizer.FILE),
         tokenizer.load_tokenizer(tmp_path),

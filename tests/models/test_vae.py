@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from dreamllm_jax.interop.diffusion import rename_legacy_attention
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.models.vae import (
     Autoencoder,
@@ -16,7 +17,6 @@ from dreamllm_jax.models.vae import (
     PixelAutoencoder,
     PixelAutoencoderConfig,
     autoencoder_config_from_diffusers,
-    rename_legacy_attention,
     sample_moments,
 )
 

@@ -1,0 +1,46 @@
+"""Stage I of DreamLLM (arXiv 2309.11499, section 3.3): the towers are frozen, projectors and dream queries are learnt.
+
+    python -m dreamllm_jax.train --config=configs/alignment.py:checkpoints/initial --workdir=runs/alignment
+
+The argument is the model to begin with, as `convert import` writes it. The pictures are a few emoji, to try it out;
+`--config.data.path` names others.
+"""
+
+from ml_collections import ConfigDict
+
+from dreamllm_jax.training import saved
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if not arg:
+        raise ValueError("name the model to begin with: --config=configs/alignment.py:DIR")
+    model = saved.find(arg).config
+    picture = (model.unet.sample_size or 64) * model.vae.downscale
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1000
+    config.log_every = 10
+
+    config.model = {"dtype": "bfloat16"}  # the rest as the checkpoint says
+    config.parameters = {
+        "init_from": arg,
+        "trainable": (
+            ("(visual_projector|queries|condition_projector)/.*", True),
+            (".*", False),
+        ),
+    }
+
+    config.data = {
+        "path": "openmoji",
+        "corpora": {
+            "pairs": {"mode": "joint", "weight": 4.0},
+            "interleaved": {"mode": "joint", "weight": 1.0},
+        },
+    }
+    document = model.clip.num_patches + model.num_queries + 32
+    config.rows = {"per_step": 8, "length": 4 * document, "see_slots": 4, "dream_slots": 4, "dream_size": picture}
+
+    config.objective = {"lm_weight": 1.0, "dm_weight": 10.0, "drop_prob": 0.1}
+    config.optimizer = {"learning_rate": 2e-3, "warmup_ratio": 0.003}
+    config.checkpoint = {"every": 500, "keep": 2}
+    return config

@@ -1,0 +1,175 @@
+"""Checkpoints from PyTorch to ours and back:
+
+python -m dreamllm_jax.convert import --llama=DIR --clip=DIR --diffusion=DIR --to=DIR
+python -m dreamllm_jax.convert import --dreamllm=DIR --to=DIR
+python -m dreamllm_jax.convert export --checkpoint=DIR[@STEP] --format=dreamllm --to=DIR
+python -m dreamllm_jax.convert verify --checkpoint=DIR[@STEP] --torch=DIR
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from absl.flags import argparse_flags
+
+from dreamllm_jax import command_line
+from dreamllm_jax.conversion import DTYPES, PARTS, export_model, import_model
+from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.interop import verify
+from dreamllm_jax.interop.assemble import Additions, assemble
+from dreamllm_jax.interop.clip import open_clip
+from dreamllm_jax.interop.diffusion import open_diffusion
+from dreamllm_jax.interop.dreamllm import open_dreamllm
+from dreamllm_jax.interop.llama import open_llama
+from dreamllm_jax.interop.source import Source
+from dreamllm_jax.models.projectors import ProjectorConfig
+from dreamllm_jax.training import saved
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parser() -> argparse_flags.ArgumentParser:
+    """The commands and their flags."""
+    top = argparse_flags.ArgumentParser(
+        prog="python -m dreamllm_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(required=True, metavar="import|export|verify")
+
+    add = commands.add_parser("import", help="PyTorch checkpoints -> a checkpoint of ours")
+    add.set_defaults(main=_import)
+    add.add_argument("--to", required=True, help="directory to write, local or gs://")
+    add.add_argument("--llama", type=Path, help="LLaMA or Vicuna: a Hugging Face directory, or a .gguf file")
+    add.add_argument("--clip", type=Path, help="CLIP: a Hugging Face directory, whole or vision tower only")
+    add.add_argument("--diffusion", type=Path, help="Stable Diffusion: a diffusers directory")
+    add.add_argument("--dreamllm", type=Path, help="a checkpoint of the original program, instead of the three")
+    add.add_argument("--tokenizer", type=Path, help="tokenizer, if not the one beside the language model")
+    add.add_argument(
+        "--dtype",
+        type=_dtypes,
+        default={},
+        metavar="TYPE|PART:TYPE,...",
+        help="storage type of everything, or of parts such as llama:float32,unet:bfloat16; default: as it is stored",
+    )
+    add.add_argument("--num-queries", type=int, default=64, help="dream queries")
+    add.add_argument("--select-layer", type=int, default=-2, help="hidden state of CLIP that is read")
+    add.add_argument("--visual-depth", type=int, default=1, help="layers of the visual projector; 1 is linear")
+    add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
+    add.add_argument("--condition-depth", type=int, default=1, help="layers of the condition projector; 1 is linear")
+    add.add_argument("--new-tokens", choices=("normal", "mean"), default="normal", help="embeddings of new tokens")
+    add.add_argument("--seed", type=int, default=0, help="of what begins at random")
+
+    add = commands.add_parser("export", help="a checkpoint of ours -> PyTorch's formats")
+    add.set_defaults(main=_export)
+    add.add_argument("--checkpoint", required=True, metavar="DIR[@STEP]", help="imported model or run's directory")
+    add.add_argument("--format", required=True, choices=(*PARTS, "all"), help="all: a folder for each")
+    add.add_argument("--to", required=True, type=Path, help="local directory to write")
+    add.add_argument("--dtype", choices=tuple(DTYPES), default="", help="type of all tensors; default: as stored")
+    add.add_argument("--max-shard-size", type=_bytes, default=_bytes("5GB"), help="of one file, such as 5GB")
+    add.add_argument("--location", default="", help="where dreamllm's folder will be used, if not at --to")
+    add.add_argument("--no-check", dest="check", action="store_false", help="do not compare with torch afterwards")
+
+    add = commands.add_parser("verify", help="compare a checkpoint of ours with a PyTorch directory")
+    add.set_defaults(main=_verify)
+    add.add_argument("--checkpoint", required=True, metavar="DIR[@STEP]", help="imported model or run's directory")
+    add.add_argument("--torch", required=True, type=Path, help="directory in one of the formats of export")
+    return top
+
+
+def _dtypes(text: str) -> dict[str, str]:
+    chosen = {}
+    for item in text.split(","):
+        part, _, dtype = item.rpartition(":")
+        if dtype not in DTYPES or part not in ("", *PARTS["dreamllm"]):
+            raise argparse.ArgumentTypeError(
+                f"{item!r} is not PART:TYPE; parts are {', '.join(PARTS['dreamllm'])}, types {', '.join(DTYPES)}"
+            )
+        chosen |= dict.fromkeys([part] if part else PARTS["dreamllm"], dtype)
+    return chosen
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?B?)", text.upper())
+    if not match or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    towers = {"--llama": arguments.llama, "--clip": arguments.clip, "--diffusion": arguments.diffusion}
+    missing = [flag for flag, value in towers.items() if value is None]
+    if arguments.dreamllm is None and missing:
+        raise ValueError(f"give {', '.join(missing)} as well, or --dreamllm=DIR")
+    if arguments.dreamllm is not None and arguments.llama is not None:
+        raise ValueError("--dreamllm has its own language model: leave out --llama")
+    source, tokenizer = _assembled(arguments) if arguments.dreamllm is None else _original(arguments)
+    import_model(source, tokenizer, arguments.to, arguments.dtype)
+
+
+def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
+    llama, clip = open_llama(arguments.llama), open_clip(arguments.clip, arguments.select_layer)
+    unet, vae, schedule = open_diffusion(arguments.diffusion)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.llama)
+
+    def projector(depth: int, **more) -> ProjectorConfig:
+        return ProjectorConfig("linear" if depth == 1 else "mlp", depth, **more)
+
+    additions = Additions(
+        tokenizer.special,
+        tokenizer.vocab_size,
+        tokenizer.new_tokens,
+        arguments.new_tokens,
+        arguments.num_queries,
+        projector(
+            arguments.visual_depth,
+            post_layernorm=arguments.visual_layernorm,
+            layer_norm_eps=clip.config.layer_norm_eps,
+        ),
+        projector(arguments.condition_depth),
+        arguments.seed,
+    )
+    return assemble(llama, clip, unet, vae, schedule, additions), tokenizer
+
+
+def _original(arguments: argparse.Namespace) -> tuple[Source, Tokenizer | None]:
+    source = open_dreamllm(arguments.dreamllm, clip=arguments.clip, diffusion=arguments.diffusion)
+    try:
+        tokenizer = load_tokenizer(arguments.tokenizer or arguments.dreamllm)
+    except FileNotFoundError as error:
+        if arguments.tokenizer:
+            raise
+        print(f"warning: {error}: the checkpoint has no tokenizer; --tokenizer gives it one", file=sys.stderr)
+        return source, None
+    if tokenizer.special != source.config.special_tokens:
+        raise ValueError(
+            f"the tokenizer's special tokens are {tokenizer.special}, those of {arguments.dreamllm}/config.json "
+            f"{source.config.special_tokens}"
+        )
+    return source, tokenizer
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    formats = tuple(PARTS) if arguments.format == "all" else (arguments.format,)
+    passed = export_model(
+        saved.find(arguments.checkpoint),
+        arguments.to,
+        formats,
+        arguments.dtype,
+        arguments.max_shard_size,
+        arguments.location,
+        arguments.check,
+    )
+    if not passed:
+        sys.exit(f"error: {arguments.to} was written, but does not compute the same: see the table above")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    checkpoint = saved.find(arguments.checkpoint)
+    differences = verify.compare(checkpoint.config, checkpoint.part, arguments.torch)
+    print(verify.table(differences))
+    if not all(difference.passed for difference in differences):
+        sys.exit(f"error: {arguments.checkpoint} and {arguments.torch} do not compute the same")
+
+
+if __name__ == "__main__":
+    command_line.run_commands(parser())

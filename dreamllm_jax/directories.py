@@ -1,0 +1,38 @@
+"""Directories that are there whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def building(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary directory beside `directory` that takes its name only if the block ends well.
+
+    What a killed program left behind is removed by the next one that builds the same directory.
+
+    Raises:
+      FileExistsError: `directory` is there already and holds something.
+    """
+    target = Path(directory).absolute()
+    require_free(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.building")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_free(directory: str | os.PathLike) -> None:
+    """Raises FileExistsError if something stands at `directory`; an empty directory does not count."""
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{directory} exists already; choose another name or remove it")

@@ -1,0 +1,81 @@
+"""A DreamLLM to begin training with, from a LLaMA, a CLIP and a Stable Diffusion."""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from dreamllm_jax.diffusion.schedule import ScheduleConfig
+from dreamllm_jax.interop.files import Tensor, stored
+from dreamllm_jax.interop.llama import grow
+from dreamllm_jax.interop.names import to_torch
+from dreamllm_jax.interop.source import Part, Source, join
+from dreamllm_jax.models.dreamllm import DreamLLMConfig
+from dreamllm_jax.models.projectors import DreamQueries, Projector, ProjectorConfig
+from dreamllm_jax.vocabulary import SpecialTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Additions:
+    """What the three models do not have and DreamLLM needs.
+
+    Attributes:
+      special_tokens: their ids.
+      vocab_size: ids of the tokenizer.
+      new_tokens: ids the language model has never seen.
+      init: rows of new tokens: "normal", or the "mean" of the others.
+      num_queries, visual_projector, condition_projector: see `DreamLLMConfig`; they begin at random.
+      seed: of everything random here.
+    """
+
+    special_tokens: SpecialTokens
+    vocab_size: int
+    new_tokens: tuple[int, ...]
+    init: Literal["normal", "mean"] = "normal"
+    num_queries: int = 64
+    visual_projector: ProjectorConfig = ProjectorConfig()
+    condition_projector: ProjectorConfig = ProjectorConfig()
+    seed: int = 0
+
+
+def assemble(llama: Part, clip: Part, unet: Part, vae: Part, schedule: ScheduleConfig, additions: Additions) -> Source:
+    """Joins the towers (see `open_llama`, `open_clip`, `open_diffusion`) with fresh projectors and dream queries.
+
+    Raises:
+      ValueError: listing what is missing, unexpected or wrongly shaped in a tower.
+    """
+    llama = grow(llama, additions.vocab_size, list(additions.new_tokens), additions.init, additions.seed)
+    config = DreamLLMConfig(
+        llama=llama.config,
+        clip=clip.config,
+        vae=vae.config,
+        unet=unet.config,
+        schedule=schedule,
+        visual_projector=additions.visual_projector,
+        condition_projector=additions.condition_projector,
+        num_queries=additions.num_queries,
+        special_tokens=additions.special_tokens,
+    )
+    towers = {"llama": llama, "clip": clip, "unet": unet, "vae": vae}
+    tensors = {name: part.tensors for name, part in towers.items()} | _fresh(config, additions.seed)
+    return join(config, tensors, tuple(name for part in towers.values() for name in part.left_out))
+
+
+def _fresh(config: DreamLLMConfig, seed: int) -> dict[str, dict[str, Tensor]]:
+    width, condition = config.llama.hidden_size, config.unet.cross_attention_dim
+    visual, queries, projector = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "visual_projector": Projector(config.visual_projector, width, use_bias=True).init(
+            visual, np.zeros((1, 1, config.clip.hidden_size), np.float32)
+        ),
+        "queries": DreamQueries(config.num_queries, width).init(queries),
+        "condition_projector": Projector(config.condition_projector, condition, use_bias=False).init(
+            projector, np.zeros((1, 1, width), np.float32)
+        ),
+    }
+    return {
+        name: {key: stored(np.ascontiguousarray(array)) for key, array in to_torch(nn.unbox(tree["params"])).items()}
+        for name, tree in params.items()
+    }

@@ -1,0 +1,75 @@
+"""CLIP in Hugging Face's layout: a whole `CLIPModel` or its vision tower alone."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dreamllm_jax.interop import files
+from dreamllm_jax.interop.files import Tensor
+from dreamllm_jax.interop.source import Part
+from dreamllm_jax.models.clip import MEAN, STD, ClipVisionConfig, clip_config_from_hf
+
+# What a CLIP checkpoint holds beside the vision tower.
+_OTHERS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+_BUFFER = "embeddings.position_ids"
+PREFIX = "vision_model."
+
+
+def open_clip(directory: Path, select_layer: int = -2) -> Part:
+    """The vision tower of a CLIP directory.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
+    """
+    config = read_clip_config(directory, select_layer)
+    return clip_part(config, files.open_model(directory, "model", "pytorch_model"))
+
+
+def read_clip_config(directory: Path, select_layer: int = -2) -> ClipVisionConfig:
+    """The shape of the vision tower, from `config.json`; errors as of `open_clip`."""
+    try:
+        return clip_config_from_hf(files.read_json(directory / "config.json"), select_layer)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+
+
+def clip_part(config: ClipVisionConfig, tensors: Mapping[str, Tensor]) -> Part:
+    """The tensors of a `CLIPModel` or `CLIPVisionModel` as our part; the text tower and projections are left out."""
+    names = {name: name.removeprefix(PREFIX) for name in tensors}
+    left_out = tuple(name for name in names if name.startswith(_OTHERS) or names[name] == _BUFFER)
+    return Part(config, {new: tensors[old] for old, new in names.items() if old not in left_out}, left_out)
+
+
+def write_clip(
+    directory: Path, config: ClipVisionConfig, tensors: Mapping[str, np.ndarray], max_shard_size: int
+) -> None:
+    """Writes a directory that `CLIPVisionModel` and `CLIPImageProcessor` load."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "select_layer"}
+    settings |= {"torch_dtype": str(tensors["pre_layrnorm.weight"].dtype), "num_channels": 3}
+    files.write_json(
+        directory / "config.json",
+        {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **settings},
+    )
+    side = {"height": config.image_size, "width": config.image_size}
+    files.write_json(
+        directory / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": config.image_size},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": side,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(MEAN),
+            "image_std": list(STD),
+        },
+    )
+    files.write_safetensors(
+        directory, "model", {PREFIX + name: tensor for name, tensor in tensors.items()}, max_shard_size
+    )

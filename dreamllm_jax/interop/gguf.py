@@ -1,0 +1,110 @@
+"""LLaMA in llama.cpp's layout: one `.gguf` file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+
+from pathlib import Path
+
+import numpy as np
+
+from dreamllm_jax.interop.files import Tensor
+from dreamllm_jax.interop.source import Part
+from dreamllm_jax.models.llama import LlamaConfig
+
+_MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OUTSIDE = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
+
+
+def open_gguf_reader(path: Path):
+    """The gguf package's reader of a file.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file; ImportError if the gguf package is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError(f"reading {path} needs the gguf package: pip install 'dreamllm_jax[gguf]'") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} is truncated or not a GGUF file: {error}") from None
+
+
+def open_gguf(path: Path) -> Part:
+    """Reads the model; quantised weights are dequantised to float32.
+
+    Raises:
+      FileNotFoundError, ValueError, ImportError: as `open_gguf_reader`; ValueError for another architecture.
+    """
+    reader = open_gguf_reader(path)
+
+    def field(name: str, default=None):
+        found = reader.fields.get(name)
+        return default if found is None else found.contents()
+
+    if (architecture := field("general.architecture")) != "llama":
+        raise ValueError(f"{path}: architecture {architecture!r} is not supported, only 'llama' is")
+    if field("llama.rope.scaling.type", "none") != "none" or any(t.name == "rope_freqs.weight" for t in reader.tensors):
+        raise ValueError(f"{path}: scaled rotary frequencies are not read from GGUF; give the Hugging Face directory")
+    embedding = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    names = {tensor.name for tensor in reader.tensors}
+    heads = field("llama.attention.head_count")
+    config = LlamaConfig(
+        vocab_size=int(embedding.shape[1]),
+        hidden_size=field("llama.embedding_length"),
+        intermediate_size=field("llama.feed_forward_length"),
+        num_hidden_layers=field("llama.block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=field("llama.attention.head_count_kv", heads),
+        head_dim=field("llama.attention.key_length"),
+        max_position_embeddings=field("llama.context_length"),
+        rms_norm_eps=float(np.float32(field("llama.attention.layer_norm_rms_epsilon")).astype(str)),
+        rope_theta=field("llama.rope.freq_base", 10000.0),
+        attention_bias="blk.0.attn_q.bias" in names,
+        mlp_bias="blk.0.ffn_up.bias" in names,
+        tie_word_embeddings="output.weight" not in names,
+    )
+    heads_of = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    tensors = {}
+    for tensor in reader.tensors:
+        name = _torch_name(tensor.name)
+        kind = tensor.name.split(".")[-2]
+        tensors[name] = _tensor(tensor, heads_of.get(kind))
+    return Part(config, tensors)
+
+
+def _torch_name(name: str) -> str:
+    """`blk.0.attn_q.weight` -> `layers.0.self_attn.q_proj.weight`; names of no llama stay, to be reported."""
+    *place, module, leaf = name.split(".")
+    if not place and module in _OUTSIDE:
+        return f"{_OUTSIDE[module]}.{leaf}"
+    if len(place) == 2 and place[0] == "blk" and module in _MODULES:
+        return f"layers.{place[1]}.{_MODULES[module]}.{leaf}"
+    return name
+
+
+def _tensor(tensor, heads: int | None) -> Tensor:
+    """GGUF counts dimensions from the innermost; queries and keys are stored for pairwise rotation."""
+    import gguf
+
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    plain = tensor.tensor_type in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+
+    def read() -> np.ndarray:
+        array = tensor.data if plain else gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        array = np.asarray(array).reshape(shape)
+        if heads is None:
+            return array
+        return array.reshape(heads, -1, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+
+    return Tensor(shape, np.dtype(tensor.data.dtype if plain else np.float32), read)

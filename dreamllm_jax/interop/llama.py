@@ -1,0 +1,137 @@
+"""LLaMA in Hugging Face's layout: `config.json` and the tensors of `LlamaForCausalLM`."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamllm_jax.interop import files
+from dreamllm_jax.interop.files import Tensor
+from dreamllm_jax.interop.gguf import open_gguf
+from dreamllm_jax.interop.source import Part
+from dreamllm_jax.models.llama import LlamaConfig, llama_config_from_hf, rope_frequencies
+from dreamllm_jax.vocabulary import SpecialTokens
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+_BUFFER = "rotary_emb.inv_freq"
+
+
+def open_llama(path: Path) -> Part:
+    """A directory of Hugging Face's layout (also one of Vicuna), or a `.gguf` file.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
+    """
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    settings = files.read_json(path / "config.json")
+    try:
+        config = llama_config_from_hf(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from None
+    return llama_part(config, files.open_model(path, "model", "pytorch_model"), path)
+
+
+def llama_part(config: LlamaConfig, tensors: Mapping[str, Tensor], where: Path) -> Part:
+    """The tensors of `LlamaForCausalLM` as our part; rotary frequencies, which are computed, are only checked.
+
+    Raises:
+      ValueError: the frequencies are those of other heads or another base; two output matrices that should be tied.
+    """
+    buffers = {name: tensor for name, tensor in tensors.items() if name.endswith(_BUFFER)}
+    for name, tensor in buffers.items():
+        want = (config.head_dim // 2,)
+        if tensor.shape != want:
+            raise ValueError(
+                f"{where}: {name} has shape {tensor.shape}, expected {want} for num_attention_heads="
+                f"{config.num_attention_heads}: config.json is of another model"
+            )
+        got = tensor.read().astype(np.float32)
+        if config.rope_scaling is None and not np.allclose(got, rope_frequencies(config, 1), rtol=0.02):
+            raise ValueError(f"{where}: {name} does not belong to rope_theta={config.rope_theta} of config.json")
+    rest = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name not in buffers}
+    left_out = tuple(buffers)
+    if config.tie_word_embeddings and HEAD in rest:
+        if EMBEDDING in rest and not np.array_equal(rest[HEAD].read(), rest[EMBEDDING].read()):
+            raise ValueError(f"{where}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
+        del rest[HEAD]
+        left_out += (HEAD,)
+    return Part(config, rest, left_out)
+
+
+def grow(part: Part, vocab_size: int, new_tokens: list[int], init: str, seed: int = 0) -> Part:
+    """Makes room for a larger vocabulary, and initialises the rows of `new_tokens` in embedding and output matrix.
+
+    Args:
+      part: as from `open_llama`.
+      vocab_size: rows wanted; never fewer than there are.
+      new_tokens: ids whose rows are new (also if the matrix had them, unused, before).
+      init: "normal" (zero mean, the configuration's `initializer_range`) or "mean" (of all other rows).
+    """
+    config = part.config
+    old, vocab_size = config.vocab_size, max(vocab_size, config.vocab_size)
+    new = np.array(sorted({*new_tokens, *range(old, vocab_size)}), int)
+    kept = np.setdiff1d(np.arange(old), new)
+
+    def grown(name: str, tensor: Tensor) -> Tensor:
+        def read() -> np.ndarray:
+            rows = np.zeros((vocab_size, config.hidden_size), tensor.dtype)
+            rows[:old] = tensor.read()
+            if init == "mean":
+                rows[new] = rows[kept].mean(axis=0, dtype=np.float32)
+            else:
+                rng = np.random.default_rng([seed, name == HEAD])
+                rows[new] = rng.normal(0, config.initializer_range, (len(new), config.hidden_size))
+            return rows
+
+        return Tensor((vocab_size, config.hidden_size), tensor.dtype, read)
+
+    tensors = {name: grown(name, t) if name in (EMBEDDING, HEAD) else t for name, t in part.tensors.items()}
+    return dataclasses.replace(part, config=dataclasses.replace(config, vocab_size=vocab_size), tensors=tensors)
+
+
+def hf_settings(config: LlamaConfig, special: SpecialTokens, dtype: str) -> dict[str, Any]:
+    """The settings of a `config.json`, understood by transformers 4 and 5 alike."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "rope_scaling"}
+    if config.rope_scaling is not None:
+        scaling = {name: value for name, value in dataclasses.asdict(config.rope_scaling).items() if value is not None}
+        settings["rope_scaling"] = {**scaling, "type": config.rope_scaling.rope_type}
+    return {
+        **settings,
+        "rope_scaling": settings.get("rope_scaling"),
+        "hidden_act": "silu",
+        "bos_token_id": special.bos,
+        "eos_token_id": special.eos,
+        "pad_token_id": special.pad,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def hf_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Our part's tensors under the names of `LlamaForCausalLM`."""
+    return {name if name == HEAD else f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def write_llama(
+    directory: Path,
+    config: LlamaConfig,
+    special: SpecialTokens,
+    tensors: Mapping[str, np.ndarray],
+    max_shard_size: int,
+) -> None:
+    """Writes a directory that `LlamaForCausalLM.from_pretrained` loads."""
+    settings = hf_settings(config, special, str(tensors[EMBEDDING].dtype))
+    files.write_json(
+        directory / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **settings}
+    )
+    write_generation_config(directory, special)
+    files.write_safetensors(directory, "model", hf_tensors(tensors), max_shard_size)
+
+
+def write_generation_config(directory: Path, special: SpecialTokens) -> None:
+    """Writes `generation_config.json`: where a text begins and ends."""
+    settings = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
+    files.write_json(directory / "generation_config.json", settings)

@@ -1,0 +1,456 @@
+"""Whether a model of ours and a PyTorch directory compute the same: equal inputs through both, tower by tower.
+
+Torch's side are the public classes of transformers and diffusers, on the CPU. The towers take turns, each first in
+torch and then here, so that memory holds one tower of one side.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamllm_jax.interop.files import import_torch
+from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, take
+from dreamllm_jax.models.projectors import ProjectorConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+FLOAT32_LIMIT = 1e-5
+BFLOAT16_FACTOR, BFLOAT16_LIMIT = 2.0, 1e-3
+
+Values = dict[str, np.ndarray]  # the inputs, and "tower/output" as they are computed; float32 or int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far a tower of ours is from torch's; of several outputs, that of the one nearest to its limit or past it.
+
+    Attributes:
+      tower: "language model", "image encoder", "denoiser", "autoencoder" or "multimodal forward".
+      dtype: what ours computed in, "float32" or "bfloat16".
+      largest: largest absolute difference from torch's float32 result.
+      relative: L2 norm of the difference / L2 norm of torch's float32 result.
+      limit: the relative difference that is allowed.
+    """
+
+    tower: str
+    dtype: str
+    largest: float
+    relative: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.relative <= self.limit < math.inf  # infinite where torch's own result is not a number
+
+
+def compare(
+    config: DreamLLMConfig,
+    params: Callable[[str], Mapping[str, Any]],
+    directory: Path,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    text: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[Difference]:
+    """Runs every tower that the directory has on the same inputs in torch and here.
+
+    Our weights are first rounded to the type that torch's are stored in, so that an export in bfloat16 is judged by
+    what it computes and not by the digits it was not given. In float32 the relative difference may be `FLOAT32_LIMIT`.
+    In bfloat16, weights and computation, ours may be `BFLOAT16_FACTOR` times as far from torch's float32 result as
+    torch's own bfloat16 result is, plus `BFLOAT16_LIMIT`.
+
+    Args:
+      config: our model.
+      params: gives one part of the parameter tree, such as "llama", as a nested dict of numpy arrays of any float type.
+      directory: `LlamaForCausalLM` of transformers; or the folders `unet` and `vae`, perhaps `clip`, of diffusers; or a
+        checkpoint of the original program, whose towers' configurations are in folders inside it of the names in its
+        config.json, or at the paths that are named there.
+      dtypes: "float32", "bfloat16" or both.
+      text: token ids for the language model, cut at its longest; None for random ones.
+      seed: of the random inputs.
+
+    Returns:
+      A difference for each tower and type. "multimodal forward" is the logits and the condition for one sequence of
+      text, an image and dream queries; it needs a checkpoint of the original program with all its plugin files.
+
+    Raises:
+      ImportError: PyTorch is not installed.
+      ValueError: the directory is none of these; it is of another shape than our model; a tensor is missing,
+        unexpected or of the wrong shape; an id of `text` is beyond the vocabulary.
+    """
+    import_torch("verifying")
+    loaders = _loaders(config, Path(directory))
+    inputs = _inputs(config, text, seed)
+    theirs = {dtype: dict(inputs) for dtype in ("float32", *dtypes)}
+    ours = {dtype: dict(inputs) for dtype in dtypes}
+    for tower, (parts, run_theirs, run_ours) in _TOWERS.items():
+        if parts[0] in loaders:
+            try:
+                stored = _run_theirs(run_theirs, config, {p: loaders[p] for p in parts if p in loaders}, theirs)
+                _run_ours(run_ours, config, params, stored, ours)
+            except ValueError as error:
+                raise ValueError(f"{directory}, {tower}: {error}") from error
+    differences = []
+    for tower in dict.fromkeys(name.split("/")[0] for name in theirs["float32"] if "/" in name):
+        names = [name for name in theirs["float32"] if name.startswith(f"{tower}/")]
+        for dtype in dtypes:
+            found = [_difference(tower, name, dtype, ours, theirs) for name in names]
+            differences.append(max(found, key=lambda d: (not d.passed, d.relative / d.limit)))
+    return differences
+
+
+def table(differences: Sequence[Difference]) -> str:
+    """The differences as aligned text, a line each; the last column says ok or DIFFERS."""
+    rows = [("tower", "type", "largest difference", "relative difference", "limit", "verdict")]
+    for d in differences:
+        figures = (f"{figure:.1e}" for figure in (d.largest, d.relative, d.limit))
+        rows.append((d.tower, d.dtype, *figures, "ok" if d.passed else "DIFFERS"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _difference(tower: str, name: str, dtype: str, ours: Mapping, theirs: Mapping) -> Difference:
+    got, want, rounded = (side[name].astype(np.float64) for side in (ours[dtype], theirs["float32"], theirs[dtype]))
+    if got.shape != want.shape:
+        raise ValueError(f"{name} has shape {got.shape} here, but {want.shape} in torch")
+
+    def relative(values: np.ndarray) -> float:
+        error = float(np.linalg.norm(values - want) / (np.linalg.norm(want) or np.finfo(np.float64).tiny))
+        return math.inf if math.isnan(error) else error
+
+    limit = FLOAT32_LIMIT if dtype == "float32" else BFLOAT16_FACTOR * relative(rounded) + BFLOAT16_LIMIT
+    return Difference(tower, dtype, float(np.abs(got - want).max()), relative(got), limit)
+
+
+def _inputs(config: DreamLLMConfig, text: Sequence[int] | None, seed: int) -> Values:
+    """What both sides are given; images and latents in our layout."""
+    rng = np.random.default_rng(seed)
+    vocab_size, longest, ids = config.llama.vocab_size, config.llama.max_position_embeddings, config.special_tokens
+    text = rng.integers(vocab_size, size=min(32, longest)) if text is None else np.asarray(text)[:longest]
+    if wrong := [int(token) for token in text if not 0 <= token < vocab_size]:
+        raise ValueError(f"text has the id {wrong[0]}, but the vocabulary has {vocab_size}")
+    half = len(text) // 2
+    see = [ids.bos, *text[:half], ids.im_start, *[ids.im_patch] * config.clip.num_patches, ids.im_end]
+    dream = [*text[half:], ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]
+    side, latent_side = config.clip.image_size, 2 * 2 ** (config.unet.levels - 1)
+    picture = latent_side * config.vae.downscale
+    values = {
+        "text": [text],
+        "document": [see + dream],
+        "see_slots": [[half + 2]],
+        "dream_slots": [[len(see) + len(text) - half + 1]],
+        "pixels": rng.normal(size=(1, side, side, 3)),
+        "images": rng.uniform(-1, 1, (1, picture, picture, 3)),
+        "latents": rng.normal(size=(2, latent_side, latent_side, config.unet.in_channels)),
+        "timesteps": [17, 801],
+        "conditions": rng.normal(size=(2, config.num_queries, config.unet.cross_attention_dim)),
+    }
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    return {name: x.astype(np.float32 if x.dtype.kind == "f" else np.int32) for name, x in arrays.items()}
+
+
+# ---- Our side -------------------------------------------------------------------------------------------------------
+
+
+def _run_ours(run: Callable, config: DreamLLMConfig, params: Callable, stored: Mapping, sides: Mapping) -> None:
+    """Adds a tower's outputs to the values of each type; `stored` is what `_run_theirs` returned."""
+    tree = {}
+    for part, (dtype, count) in stored.items():
+        tree[part] = jax.tree.map(lambda leaf, to=dtype: np.asarray(leaf).astype(to, copy=False), params(part))
+        if (size := sum(leaf.size for leaf in jax.tree.leaves(tree[part]))) != count:
+            raise ValueError(f"{part} has {size:,} parameters here, but {count:,} there")
+    for dtype, values in sides.items():
+        own = dataclasses.replace(config, dtype=dtype, remat="none")
+        # An accelerator multiplies float32 with fewer digits unless told otherwise.
+        with jax.default_matmul_precision("float32") if dtype == "float32" else contextlib.nullcontext():
+            found = _apply(own, run, jax.tree.map(lambda leaf, to=dtype: leaf.astype(to, copy=False), tree), values)
+        values |= {name: np.asarray(array, np.float32) for name, array in found.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply(config: DreamLLMConfig, run: Callable, params: Mapping, values: Mapping) -> dict[str, jax.Array]:
+    return DreamLLM(config).apply({"params": params}, values, method=run)
+
+
+def _our_image_encoder(model: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+    return {"image encoder/states": model.clip(values["pixels"])}
+
+
+def _our_language_model(model: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+    def decode(x: jax.Array) -> jax.Array:
+        return model.decode(x, jnp.arange(x.shape[1])[None], jnp.ones(x.shape[:2], jnp.int32))[0]
+
+    outputs = {"language model/logits": model.logits(decode(model.embed(values["text"])))}
+    if "queries" in model.variables["params"]:
+        features = model.visual_projector(values["image encoder/states"])[None]
+        hidden = decode(model.embed(values["document"], features, values["see_slots"], values["dream_slots"]))
+        at_queries = take(hidden, values["dream_slots"], model.config.num_queries)[:, 0]
+        outputs["multimodal forward/logits"] = model.logits(hidden)
+        outputs["multimodal forward/condition"] = model.condition(at_queries)
+    return outputs
+
+
+def _our_denoiser(model: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+    return {"denoiser/prediction": model.denoise(values["latents"], values["timesteps"], values["conditions"])}
+
+
+def _our_autoencoder(model: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+    return {
+        "autoencoder/moments": model.moments(values["images"]),
+        "autoencoder/images": model.vae.decode(values["latents"]),
+    }
+
+
+# ---- Torch's side ---------------------------------------------------------------------------------------------------
+
+
+def _run_theirs(run: Callable, config: DreamLLMConfig, loaders: Mapping, sides: Mapping) -> dict[str, tuple[str, int]]:
+    """Adds a tower's outputs to the values of each type; returns part -> type it is stored in, parameter count."""
+    import torch
+
+    try:
+        modules = {part: load().eval() for part, load in loaders.items()}
+    except Exception as error:  # of many kinds, as loaders meet files that are not what they should be
+        raise ValueError(next(iter(str(error).splitlines()), repr(error))) from error
+    stored = {}
+    for part, module in modules.items():
+        _require_same_settings(part, config, module)
+        dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in module.parameters()))
+        stored[part] = str(dtype).removeprefix("torch."), sum(parameter.numel() for parameter in module.parameters())
+    for dtype, values in sides.items():  # float32 comes first: there is no way back from bfloat16
+        to = getattr(torch, dtype)
+        for module in modules.values():
+            for parameter in module.parameters():  # and no buffers: torch keeps rotary frequencies in float32
+                parameter.data = parameter.data.to(to)
+        with torch.inference_mode():
+            tensors = {name: torch.from_numpy(array) for name, array in values.items()}
+            tensors = {name: x.to(to) if x.is_floating_point() else x.long() for name, x in tensors.items()}
+            tensors = {name: x.permute(0, 3, 1, 2) if x.ndim == 4 else x for name, x in tensors.items()}
+            found = run(modules, tensors, config)
+        found = {name: x.permute(0, 2, 3, 1) if x.ndim == 4 else x for name, x in found.items()}
+        values |= {name: x.float().numpy() for name, x in found.items()}
+    return stored
+
+
+def _their_image_encoder(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
+    states = modules["clip"](values["pixels"], output_hidden_states=True).hidden_states
+    return {"image encoder/states": states[config.clip.select_layer][:, 1:]}
+
+
+def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
+    llama = modules["llama"]
+    outputs = {"language model/logits": llama(values["text"]).logits}
+    if "queries" in modules:
+        see, dream = int(values["see_slots"]), int(values["dream_slots"])
+        at_patches, at_queries = slice(see, see + config.clip.num_patches), slice(dream, dream + config.num_queries)
+        x = llama.get_input_embeddings()(values["document"])
+        x[:, at_patches] = modules["visual_projector"](values["image encoder/states"])
+        x[:, at_queries] = modules["queries"]["dream_queries"]
+        hidden = llama.model(inputs_embeds=x).last_hidden_state
+        outputs["multimodal forward/logits"] = llama.lm_head(hidden)
+        outputs["multimodal forward/condition"] = modules["condition_projector"](hidden[:, at_queries])
+    return outputs
+
+
+def _their_denoiser(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
+    return {"denoiser/prediction": modules["unet"](values["latents"], values["timesteps"], values["conditions"]).sample}
+
+
+def _their_autoencoder(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
+    moments = modules["vae"].encode(values["images"]).latent_dist.parameters
+    return {"autoencoder/moments": moments, "autoencoder/images": modules["vae"].decode(values["latents"]).sample}
+
+
+# Settings that both sides name alike.
+_SETTINGS = {
+    "llama": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim tie_word_embeddings",
+    "clip": "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size hidden_act",
+    "unet": "in_channels out_channels block_out_channels cross_attention_dim",
+    "vae": "latent_channels block_out_channels layers_per_block scaling_factor",
+}
+
+
+def _require_same_settings(part: str, config: DreamLLMConfig, module: "nn.Module") -> None:
+    for name in _SETTINGS.get(part, "").split():
+        ours, theirs = getattr(getattr(config, part), name, None), getattr(module.config, name, None)
+        theirs = tuple(theirs) if isinstance(theirs, list) else theirs
+        if ours != theirs:
+            raise ValueError(f"{part}.{name} is {ours} here, but {theirs} there")
+
+
+# Tower -> its parts, without the first of which there is none; torch's side; ours. The last uses what the first gave.
+_TOWERS = {
+    "image encoder": (["clip"], _their_image_encoder, _our_image_encoder),
+    "denoiser": (["unet"], _their_denoiser, _our_denoiser),
+    "autoencoder": (["vae"], _their_autoencoder, _our_autoencoder),
+    "language model": (
+        ["llama", "visual_projector", "queries", "condition_projector"],
+        _their_language_model,
+        _our_language_model,
+    ),
+}
+
+
+# ---- Torch's files --------------------------------------------------------------------------------------------------
+
+
+def _loaders(config: DreamLLMConfig, directory: Path) -> dict[str, Callable[[], "nn.Module"]]:
+    """Part -> what loads its torch module; the parts that the directory has."""
+    path, settings, loaders = directory / "config.json", {}, {}
+    if path.is_file():
+        try:
+            settings = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if settings.get("model_type") == "dreamllm":
+        return _dreamllm(config, directory, settings)
+    if settings.get("model_type") == "llama":
+        loaders["llama"] = functools.partial(_llama, directory)
+    if all((directory / part / "config.json").is_file() for part in ("unet", "vae")):
+        loaders |= {part: functools.partial(_diffusers, part, directory / part) for part in ("unet", "vae")}
+        if (directory / "clip" / "config.json").is_file():
+            loaders["clip"] = functools.partial(_clip, directory / "clip")
+    if not loaders:
+        raise ValueError(
+            f"{directory} is no model in PyTorch's formats: it has neither a config.json of model_type 'llama' or "
+            "'dreamllm' nor unet/config.json and vae/config.json"
+        )
+    return loaders
+
+
+def _llama(directory: Path, **more) -> "nn.Module":
+    from transformers import LlamaForCausalLM
+
+    return _pretrained(LlamaForCausalLM, directory, dtype="auto", attn_implementation="eager", **more)
+
+
+def _clip(folder: Path) -> "nn.Module":
+    from transformers import CLIPVisionModel
+
+    return _pretrained(CLIPVisionModel, folder, dtype="auto", attn_implementation="eager")
+
+
+def _diffusers(part: str, folder: Path) -> "nn.Module":
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import load_file
+
+    dtype = torch.float32  # what diffusers converts to, unless it is told the type
+    for pattern in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-*.safetensors"):
+        for path in folder.glob(pattern):
+            dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in load_file(path).values()))
+    cls = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
+    return _pretrained(cls, folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+
+
+def _pretrained(cls: type, folder: Path, **more) -> "nn.Module":
+    """A public class's own loader, which by itself only warns of tensors that do not fit."""
+    module, info = cls.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **more
+    )
+    _require_same_tensors(folder, *(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
+    return module
+
+
+# What may stand in a file beside parameters: buffers that are computed, and the rest of a whole CLIP.
+_BESIDE = re.compile(r".*\b(rotary_emb\.inv_freq|position_ids)$|(text_model|(text|visual)_projection|logit_scale)\b")
+
+
+def _require_same_tensors(file: Path, missing: Iterable, unexpected: Iterable, shapes: Iterable) -> None:
+    problems = [f"missing {name}" for name in sorted(missing)]
+    problems += [f"unexpected {name}" for name in sorted(unexpected) if not _BESIDE.match(name)]
+    problems += [f"{name} is {tuple(got)}, expected {tuple(want)}" for name, got, want in sorted(shapes) if got != want]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{file.name}: {', '.join(problems[:3])}{more}")
+
+
+_VISION, _QUERIES, _HEAD = "clip_vision_embedding", "dream_embedding", "stable_diffusion_head"
+
+
+def _dreamllm(config: DreamLLMConfig, directory: Path, settings: Mapping) -> dict[str, Callable[[], "nn.Module"]]:
+    """Loaders of a checkpoint of the original program: the plugins' modules are put together as they were stored."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch import nn
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+
+    plugins, width = settings.get("plugins_init_kwargs", {}), config.llama.hidden_size
+
+    def folder(plugin: str, key: str) -> Path:
+        name = plugins.get(plugin, {}).get(key) or ""
+        # The first, for a checkpoint may name the place where it is going to be used.
+        for where in (directory / Path(name).name, directory / name):
+            if name and where.is_dir():
+                return where
+        raise ValueError(f"config.json has {key}={name!r}, and there is no such folder")
+
+    def projector(chosen: ProjectorConfig, width_in: int, width_out: int, bias: bool) -> nn.Module:
+        layers = [nn.Linear(width_in, width_out, bias)]
+        for _ in range(1, chosen.depth):
+            layers += [nn.GELU(), nn.Linear(width_out, width_out, bias)]
+        return nn.Sequential(OrderedDict(projector=layers[0] if chosen.kind == "linear" else nn.Sequential(*layers)))
+
+    def fill(plugin: str, module: nn.Module) -> nn.Module:
+        file = directory / f"{plugin}.bin"
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = {name.replace(".vision_model.", "."): x for name, x in tensors.items() if not _BESIDE.match(name)}
+        own = module.state_dict()
+        shapes = [(name, tensors[name].shape, own[name].shape) for name in own.keys() & tensors.keys()]
+        _require_same_tensors(file, own.keys() - tensors.keys(), tensors.keys() - own.keys(), shapes)
+        module.load_state_dict(tensors, assign=True)  # as they are stored
+        return module
+
+    def llama() -> nn.Module:
+        names = {field.name for field in dataclasses.fields(config.llama)}
+        names |= {"hidden_act", "rope_parameters", "torch_dtype", "dtype"}
+        return _llama(directory, config=LlamaConfig(**{name: settings[name] for name in names & settings.keys()}))
+
+    def vision() -> dict[str, nn.Module]:
+        where = folder(_VISION, "clip_vision_model_name_or_path")
+        clip = CLIPVisionConfig.from_pretrained(where, local_files_only=True, attn_implementation="eager")
+        modules = {"projector": projector(config.visual_projector, config.clip.hidden_size, width, bias=True)}
+        if config.visual_projector.post_layernorm:
+            modules["post_layernorm"] = nn.LayerNorm(width, clip.layer_norm_eps)
+        filled = fill(_VISION, nn.ModuleDict({"clip_vision_model": CLIPVisionModel(clip), **modules}))
+        clip, *rest = filled.values()
+        return {"clip": clip, "visual_projector": nn.Sequential(*rest)}
+
+    def queries() -> nn.Module:
+        return fill(_QUERIES, nn.ParameterDict({"dream_queries": torch.zeros(1, config.num_queries, width)}))
+
+    def head() -> dict[str, nn.Module]:
+        where = folder(_HEAD, "diffusion_name_or_path")
+        with torch.device("meta"):  # not initialised, for every tensor comes from the file
+            modules = {
+                "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(where / "unet")),
+                "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(where / "vae")),
+                "projector": projector(config.condition_projector, width, config.unet.cross_attention_dim, bias=False),
+            }
+        filled = fill(_HEAD, nn.ModuleDict(modules))
+        return {"unet": filled["unet"], "vae": filled["vae"], "condition_projector": filled["projector"]}
+
+    loaders = {"llama": llama}
+    there = {plugin for plugin in (_VISION, _QUERIES, _HEAD) if (directory / f"{plugin}.bin").is_file()}
+    if _VISION in there:
+        loaders["clip"] = lambda: vision()["clip"]
+    if _HEAD in there:
+        loaders |= {"unet": lambda: head()["unet"], "vae": lambda: head()["vae"]}
+    if len(there) == 3:
+        loaders["visual_projector"] = lambda: vision()["visual_projector"]
+        loaders["condition_projector"] = lambda: head()["condition_projector"]
+        loaders["queries"] = queries
+    return loaders

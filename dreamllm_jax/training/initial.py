@@ -1,0 +1,49 @@
+"""The model that a run begins with: one of ours at rest, or a checkpoint of the original program."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from dreamllm_jax.interop.dreamllm import open_dreamllm
+from dreamllm_jax.interop.source import Source
+from dreamllm_jax.models.dreamllm import DreamLLMConfig
+from dreamllm_jax.training import saved
+from dreamllm_jax.training.saved import SavedModel
+
+
+def open_initial(name: str) -> SavedModel | Source:
+    """Opens what `parameters.init_from` names; both kinds have `config`, `tokenizer` and `restore`.
+
+    Args:
+      name: `DIR` or `DIR@STEP` of ours (see `saved.find`), or a directory of the original program.
+
+    Raises:
+      FileNotFoundError, ValueError: naming what is missing there or does not fit.
+    """
+    path = epath.Path(name)
+    if (path / "config.json").exists() and not (path / saved.MODEL).exists():
+        return open_dreamllm(path)
+    return saved.find(name)
+
+
+def require_same_model(theirs: DreamLLMConfig, ours: DreamLLMConfig, name: str) -> None:
+    """Checks that a checkpoint is of `ours`: what no tensor's shape shows (token ids, heads, bases) included.
+
+    Raises:
+      ValueError: naming the first setting in which they differ.
+    """
+    _require_same(dataclasses.asdict(theirs), dataclasses.asdict(ours), "config.model", name)
+
+
+# How a model is computed or was begun, not what it is.
+_FREE = ("dtype", "remat", "initializer_range", "sample_size")
+
+
+def _require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str, name: str) -> None:
+    for key in [key for key in ours if key not in _FREE]:
+        if isinstance(ours[key], Mapping) and isinstance(theirs.get(key), Mapping):
+            _require_same(theirs[key], ours[key], f"{path}.{key}", name)
+        elif theirs.get(key) != ours[key]:
+            raise ValueError(f"{path}.{key} is {ours[key]!r}, but {name} has {theirs.get(key)!r}")

@@ -1,0 +1,137 @@
+"""A model at rest: what `convert import` writes, or a run's directory at one of its steps.
+
+DIR/model.json      what model it is (`DreamLLMConfig`), written last
+DIR/tokenizer/      its tokenizer
+DIR/params/         all parameters, as imported; or, in the directory of a run:
+DIR/frozen/         the parameters that are not trained
+DIR/checkpoints/    the others, by step
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import unflatten_dict
+
+from dreamllm_jax.configuration import read
+from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.models.dreamllm import DreamLLMConfig
+
+MODEL, PARAMS, FROZEN, CHECKPOINTS = "model.json", "params", "frozen", "checkpoints"
+CONFIG_FILE = "config.json"  # of a run: its complete configuration
+
+# Small enough that a host which needs a shard does not read the whole array, and that little waits in memory.
+_CHUNK_BYTES, _FILE_BYTES = 64 << 20, 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A model's parameters in one or two Orbax directories.
+
+    Attributes:
+      step: steps it was trained for; 0 as imported.
+    """
+
+    directory: epath.Path
+    config: DreamLLMConfig
+    stores: tuple[epath.Path, ...]
+    step: int
+
+    @property
+    def tokenizer(self) -> epath.Path:
+        """Directory of the tokenizer, as `load_tokenizer` takes it."""
+        return self.directory / TOKENIZER
+
+    def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and stored types of all parameters, by path."""
+        found = {}
+        for store in self.stores:
+            metadata = _handler().metadata(store).tree
+            found |= {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in metadata.items()}
+        return found
+
+    def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The parameters that `abstract` names, as it asks for them: type and sharding."""
+        return self._restore(abstract, ocp.checkpoint_utils.construct_restore_args(dict(abstract)))
+
+    def read(self, paths: Iterable[str]) -> dict[str, np.ndarray]:
+        """Parameters as they are stored, in the host's memory."""
+        chosen = set(paths)
+        wanted = {path: leaf for path, leaf in self.leaves().items() if path in chosen}
+        return self._restore(wanted, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in wanted})
+
+    def part(self, name: str) -> dict[str, Any]:
+        """One part of the parameter tree, such as "llama", as `read` gives it."""
+        prefix = f"{name}/"
+        found = self.read(path for path in self.leaves() if path.startswith(prefix))
+        return unflatten_dict({path.removeprefix(prefix): array for path, array in found.items()}, sep="/")
+
+    def _restore(self, wanted: Mapping[str, Any], restore_args: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for store in self.stores:
+            here = set(_handler().metadata(store).tree)
+            item = {path: leaf for path, leaf in wanted.items() if path in here}
+            if item:
+                args = {path: restore_args[path] for path in item}
+                request = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+                found |= _handler().restore(store, args=request)
+        return {path: found[path] for path in wanted}
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # Not through a Checkpointer, which warns of every directory that a CheckpointManager wrote.
+    return ocp.PyTreeCheckpointHandler()
+
+
+def find(name: str) -> SavedModel:
+    """The model in a directory, `DIR` or `DIR@STEP`; the newest step if none is named.
+
+    Raises:
+      FileNotFoundError, ValueError: no model there, or not of that step; the message says what is.
+    """
+    path, at, wanted = str(name).rpartition("@")
+    if not at or not wanted.isdigit():
+        path, wanted = str(name), ""
+    directory = epath.Path(path).absolute()
+    if not (directory / MODEL).exists():
+        raise FileNotFoundError(
+            f"{directory} has no {MODEL}: it is not the --to of a finished `convert import`, nor the --workdir of a run"
+        )
+    config = read(DreamLLMConfig, json.loads((directory / MODEL).read_text()), f"{directory / MODEL}")
+    if (directory / PARAMS).exists():
+        if wanted not in ("", "0"):
+            raise FileNotFoundError(f"{directory} is an imported model: it has no step {wanted}")
+        return SavedModel(directory, config, (directory / PARAMS,), 0)
+    steps = sorted(ocp.path.step.checkpoint_steps(directory / CHECKPOINTS))
+    if not steps or (wanted and int(wanted) not in steps):
+        which = f"a checkpoint of step {wanted} (there are {steps})" if wanted else "a checkpoint"
+        raise FileNotFoundError(f"{directory / CHECKPOINTS} does not hold {which}")
+    step = int(wanted) if wanted else steps[-1]
+    stores = [directory / CHECKPOINTS / str(step) / PARAMS, directory / FROZEN]
+    return SavedModel(directory, config, tuple(store for store in stores if store.exists()), step)
+
+
+def write_description(directory: epath.Path, config: DreamLLMConfig, tokenizer: Tokenizer | None) -> None:
+    """Writes `model.json` and the tokenizer, if there is one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(directory / TOKENIZER)
+    (directory / MODEL).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def write_params(directory: epath.Path, leaves: Mapping[str, np.ndarray]) -> None:
+    """Writes all parameters of an imported model; arrays mapped from a file are not brought to memory."""
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    )
+    save_args = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in leaves}
+    request = ocp.args.PyTreeSave(dict(leaves), save_args=save_args, ocdbt_target_data_file_size=_FILE_BYTES)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)) as checkpointer:
+        checkpointer.save(directory / PARAMS, args=request)

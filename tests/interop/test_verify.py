@@ -1,0 +1,254 @@
+"""The comparison with PyTorch passes for equal models, and tells which tower of unequal ones differs."""
+
+import copy
+import dataclasses
+import json
+import math
+import shutil
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dreamllm_jax.interop.verify import Difference, compare, table
+from dreamllm_jax.models.llama import RopeScaling
+from dreamllm_jax.models.projectors import ProjectorConfig
+from dreamllm_jax.models.vae import PixelAutoencoderConfig
+from tests.tiny import MLP, tiny_config, tiny_params
+
+torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
+
+from tests.torch_reference import TorchDreamLLM  # noqa: E402
+
+CONFIG = tiny_config(visual_projector=MLP, condition_projector=ProjectorConfig(kind="mlp", depth=2))
+PARAMS = tiny_params(CONFIG)
+TOWERS = ["image encoder", "denoiser", "autoencoder", "language model", "multimodal forward"]
+PLUGINS = {
+    "clip_vision_embedding": {
+        "clip_vision_model_name_or_path": "clip",
+        "projector_type": "mlp",
+        "projector_depth": 2,
+        "select_layer": CONFIG.clip.select_layer,
+        "use_additional_post_layernorm": True,
+    },
+    "dream_embedding": {"num_dream_queries": CONFIG.num_queries},
+    # Where an export is to be used: its folders are found inside it all the same.
+    "stable_diffusion_head": {
+        "diffusion_name_or_path": "/elsewhere/diffusion",
+        "projector_type": "mlp",
+        "projector_depth": 2,
+    },
+}
+
+
+def write_dreamllm(model, directory):
+    """What the original program's `save_pretrained` and the plugins' `save_model` leave."""
+    model.llama.save_pretrained(directory)
+    path = directory / "config.json"
+    settings = json.loads(path.read_text())
+    settings["rope_theta"] = settings.pop("rope_parameters")["rope_theta"]
+    path.write_text(json.dumps(settings | {"model_type": "dreamllm", "plugins_init_kwargs": PLUGINS}))
+    model.clip.config.save_pretrained(directory / "clip")
+    model.unet.save_config(directory / "diffusion" / "unet")
+    model.vae.save_config(directory / "diffusion" / "vae")
+    clip = {f"clip_vision_model.vision_model.{name}": x for name, x in model.clip.state_dict().items()}
+    projector = {
+        name if name.startswith("post_layernorm") else f"projector.{name}": x
+        for name, x in model.visual_projector.state_dict().items()
+    }
+    torch.save(clip | projector, directory / "clip_vision_embedding.bin")
+    torch.save({"dream_queries": model.queries["dream_queries"].data[None]}, directory / "dream_embedding.bin")
+    parts = {"vae": model.vae, "unet": model.unet, "projector": model.condition_projector}
+    head = {f"{prefix}.{name}": x for prefix, part in parts.items() for name, x in part.state_dict().items()}
+    torch.save(head, directory / "stable_diffusion_head.bin")
+
+
+def write_diffusers(model, directory):
+    for name in ("unet", "vae", "clip"):
+        getattr(model, name).save_pretrained(directory / name)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """The model in float32 in the three layouts, and in bfloat16 in two of them."""
+    model = TorchDreamLLM(CONFIG, PARAMS)
+    root = tmp_path_factory.mktemp("torch")
+    write_dreamllm(model, root / "dreamllm")
+    write_diffusers(model, root / "diffusers")
+    model.llama.save_pretrained(root / "hf")
+    model.bfloat16()
+    write_dreamllm(model, root / "dreamllm_bfloat16")
+    write_diffusers(model, root / "diffusers_bfloat16")
+    return root
+
+
+def verdicts(differences):
+    return {difference.tower: difference.passed for difference in differences}
+
+
+@pytest.mark.parametrize(
+    ("layout", "towers"),
+    [
+        pytest.param("dreamllm", TOWERS, marks=pytest.mark.slow),
+        ("hf", ["language model"]),
+        ("diffusers", ["image encoder", "denoiser", "autoencoder"]),
+    ],
+)
+def test_the_same_model_passes(directories, layout, towers):
+    differences = compare(CONFIG, PARAMS.__getitem__, directories / layout)
+    assert [(d.tower, d.dtype) for d in differences] == [(t, d) for t in towers for d in ("float32", "bfloat16")]
+    assert all(d.passed for d in differences), table(differences)
+    for d in differences:
+        assert 0 < d.relative < d.limit and d.largest > 0
+        assert d.limit == 1e-5 if d.dtype == "float32" else 2e-3 < d.limit < 0.1
+
+
+@pytest.mark.parametrize("layout", [pytest.param("dreamllm_bfloat16", marks=pytest.mark.slow), "diffusers_bfloat16"])
+def test_what_torch_stores_in_fewer_digits_passes(directories, layout):
+    """Ours has all digits, and in any type: the comparison takes away those that torch's files do not have."""
+    differences = compare(CONFIG, PARAMS.__getitem__, directories / layout, dtypes=["float32"])
+    assert all(d.passed for d in differences), table(differences)
+
+    def rounded(part):
+        return unflatten_dict({k: x.astype(ml_dtypes.bfloat16) for k, x in flatten_dict(PARAMS[part]).items()})
+
+    assert compare(CONFIG, rounded, directories / layout, dtypes=["float32"]) == differences
+    float32 = directories / layout.removesuffix("_bfloat16")
+    assert not any(verdicts(compare(CONFIG, rounded, float32, dtypes=["float32"])).values())
+
+
+@pytest.mark.parametrize(
+    ("path", "differing"),
+    [
+        ("llama/layers/mlp/down_proj/kernel", {"language model", "multimodal forward"}),
+        ("clip/encoder/layers/mlp/fc2/kernel", {"image encoder", "multimodal forward"}),
+        ("visual_projector/post_layernorm/scale", {"multimodal forward"}),
+        ("queries/dream_queries", {"multimodal forward"}),
+        ("condition_projector/projector_2/kernel", {"multimodal forward"}),
+        ("unet/mid_block/attentions_0/transformer_blocks_0/attn2/to_v/kernel", {"denoiser"}),
+        ("vae/decoder/conv_in/kernel", {"autoencoder"}),
+    ],
+)
+def test_one_weight_that_differs_is_found(directories, path, differing):
+    flat = flatten_dict(copy.deepcopy(PARAMS), sep="/")
+    weight = flat[path].reshape(-1)  # in a stack of layers the largest of the first, which is always run
+    largest = np.abs(weight[: weight.size // len(flat[path])] if "layers" in path else weight).argmax()
+    weight[largest] *= 1.01
+    params = unflatten_dict(flat, sep="/")
+    differences = compare(CONFIG, params.__getitem__, directories / "dreamllm", dtypes=["float32"])
+    assert verdicts(differences) == {tower: tower not in differing for tower in TOWERS}, table(differences)
+    assert table(differences).count("DIFFERS") == len(differing)
+
+
+def test_rotary_scaling_of_old_configurations_is_read(directories, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(directories / "dreamllm" / name, tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2.0}}))
+    llama = dataclasses.replace(CONFIG.llama, rope_theta=5e4, rope_scaling=RopeScaling("linear", 2.0))
+    scaled = dataclasses.replace(CONFIG, llama=llama)
+    assert verdicts(compare(scaled, PARAMS.__getitem__, tmp_path, ["float32"])) == {"language model": True}
+    assert verdicts(compare(CONFIG, PARAMS.__getitem__, tmp_path, ["float32"])) == {"language model": False}
+
+
+def test_configurations_of_the_towers_are_found(directories, tmp_path):
+    """Inside the checkpoint (the other tests), else at the path that config.json names."""
+    directory = shutil.copytree(directories / "dreamllm", tmp_path / "dreamllm")
+    (directory / "clip").rename(tmp_path / "elsewhere")
+    assert error(CONFIG, directory) == (
+        f"{directory}, image encoder: config.json has clip_vision_model_name_or_path='clip', "
+        "and there is no such folder"
+    )
+    path = directory / "config.json"
+    path.write_text(path.read_text().replace('"clip"', json.dumps(str(tmp_path / "elsewhere"))))
+    (directory / "dream_embedding.bin").unlink()  # without which the towers cannot be joined
+    differences = compare(CONFIG, PARAMS.__getitem__, directory, ["float32"])
+    assert verdicts(differences) == dict.fromkeys(TOWERS[:-1], True)
+
+
+def error(config, directory, kind=ValueError, **more):
+    with pytest.raises(kind) as refused:
+        compare(config, PARAMS.__getitem__, directory, ["float32"], **more)
+    return str(refused.value)
+
+
+def test_what_is_no_model_is_named(directories, tmp_path, monkeypatch):
+    for name in (tmp_path, tmp_path / "missing"):
+        assert error(CONFIG, name) == (
+            f"{name} is no model in PyTorch's formats: it has neither a config.json of model_type 'llama' or "
+            "'dreamllm' nor unet/config.json and vae/config.json"
+        )
+    (tmp_path / "config.json").write_text("{")
+    assert error(CONFIG, tmp_path).startswith(f"{tmp_path}/config.json is not valid JSON: Expecting")
+    assert error(CONFIG, directories / "hf", text=[3, 64]) == "text has the id 64, but the vocabulary has 64"
+    monkeypatch.setitem(sys.modules, "torch", None)
+    want = "verifying needs PyTorch: pip install 'dreamllm_jax[torch]'"
+    assert error(CONFIG, directories / "hf", ImportError) == want
+
+
+def test_tensors_that_do_not_fit_are_named(directories, tmp_path):
+    shutil.copytree(directories / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = safetensors.load_file(path)
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # stands in old files, and is computed
+    safetensors.save_file(tensors, path, {"format": "pt"})
+    assert error(CONFIG, tmp_path / "hf") == f"{tmp_path}/hf, language model: hf: missing model.norm.weight"
+
+    shutil.copytree(directories / "diffusers", tmp_path / "diffusers")
+    path = tmp_path / "diffusers" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors.load_file(path)
+    del tensors["conv_in.weight"]
+    tensors |= {"conv_in.bias": torch.ones(3), "conv_in.scale": torch.ones(3)}
+    safetensors.save_file(tensors, path, {"format": "pt"})
+    assert error(CONFIG, tmp_path / "diffusers") == (
+        f"{tmp_path}/diffusers, denoiser: unet: missing conv_in.weight, unexpected conv_in.scale, "
+        "conv_in.bias is (3,), expected (8,)"
+    )
+    path.write_bytes(b"cut")
+    assert error(CONFIG, tmp_path / "diffusers").startswith(f"{tmp_path}/diffusers, denoiser: ")
+
+    shutil.copytree(directories / "dreamllm", tmp_path / "dreamllm")
+    path = tmp_path / "dreamllm" / "clip_vision_embedding.bin"
+    tensors = torch.load(path)
+    del tensors["clip_vision_model.vision_model.post_layernorm.bias"]
+    tensors["projector.projector.4.weight"] = tensors.pop("projector.projector.2.weight")
+    torch.save(tensors, path)
+    assert error(CONFIG, tmp_path / "dreamllm") == (
+        f"{tmp_path}/dreamllm, image encoder: clip_vision_embedding.bin: missing clip_vision_model.post_layernorm.bias,"
+        " missing projector.projector.2.weight, unexpected projector.projector.4.weight"
+    )
+
+
+def test_another_shape_is_named(directories):
+    def changed(part, **settings):
+        return dataclasses.replace(CONFIG, **{part: dataclasses.replace(getattr(CONFIG, part), **settings)})
+
+    hf, diffusers = directories / "hf", directories / "diffusers"
+    assert error(changed("llama", num_hidden_layers=3), hf) == (
+        f"{hf}, language model: llama.num_hidden_layers is 3 here, but 2 there"
+    )
+    assert error(changed("unet", block_out_channels=(8, 32)), diffusers) == (
+        f"{diffusers}, denoiser: unet.block_out_channels is (8, 32) here, but (8, 16) there"
+    )
+    pixels = tiny_config(vae=PixelAutoencoderConfig(), unet=dataclasses.replace(CONFIG.unet, in_channels=3))
+    assert error(pixels, diffusers) == f"{diffusers}, denoiser: unet.in_channels is 3 here, but 4 there"
+    clip = {**PARAMS, "clip": {**PARAMS["clip"], "more": np.zeros(5)}}
+    with pytest.raises(ValueError, match=r"image encoder: clip has [\d,]+ parameters here, but [\d,]+ there$"):
+        compare(CONFIG, clip.__getitem__, diffusers, ["float32"])
+
+
+def test_the_table_is_aligned():
+    differences = [
+        Difference("language model", "float32", 2.34e-6, 5.6e-7, 1e-5),
+        Difference("autoencoder", "bfloat16", math.nan, math.inf, 2.5e-2),
+    ]
+    assert table(differences).splitlines() == [
+        "tower           type      largest difference  relative difference  limit    verdict",
+        "language model  float32   2.3e-06             5.6e-07              1.0e-05  ok",
+        "autoencoder     bfloat16  nan                 inf                  2.5e-02  DIFFERS",
+    ]

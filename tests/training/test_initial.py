@@ -1,0 +1,42 @@
+"""A run begins with a checkpoint only if it is of the same model."""
+
+import dataclasses
+
+import pytest
+
+from dreamllm_jax.training.initial import open_initial, require_same_model
+from dreamllm_jax.vocabulary import SpecialTokens
+from tests.tiny import tiny_config
+
+CONFIG = tiny_config()
+
+
+def test_what_changes_only_the_computation_may_differ():
+    require_same_model(CONFIG, dataclasses.replace(CONFIG, dtype="bfloat16", remat="full"), "DIR")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"llama": dataclasses.replace(CONFIG.llama, rope_theta=5e5)},
+            r"^config\.model\.llama\.rope_theta is 500000\.0, but DIR has 10000\.0$",
+        ),
+        (
+            {"special_tokens": dataclasses.replace(SpecialTokens.last_of(64), dream=3)},
+            r"^config\.model\.special_tokens\.dream is 3, but DIR has 61$",
+        ),
+    ],
+    ids=["rotary base", "token"],
+)
+def test_another_model_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        require_same_model(CONFIG, dataclasses.replace(CONFIG, **changes), "DIR")
+
+
+def test_a_directory_without_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no model\.json: it is not the --to of a finished"):
+        open_initial(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"model_type 'llama', expected 'dreamllm'"):
+        open_initial(str(tmp_path))
