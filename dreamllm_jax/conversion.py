@@ -1,8 +1,7 @@
 """Checkpoints from PyTorch to ours and back, one tensor in memory at a time."""
 
-import json
+import contextlib
 import logging
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,9 +12,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from dreamllm_jax import __version__
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.directories import building, require_free
+from dreamllm_jax.directories import building, require_free, require_room
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.clip import write_clip
 from dreamllm_jax.interop.diffusion import DiffusionConfigs, write_diffusion
@@ -24,8 +22,10 @@ from dreamllm_jax.interop.files import Scratch, import_torch
 from dreamllm_jax.interop.llama import write_llama
 from dreamllm_jax.interop.names import torch_tensors
 from dreamllm_jax.interop.source import Source
+from dreamllm_jax.model_card import model_card
+from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.vae import AutoencoderConfig
-from dreamllm_jax.training.saved import CONFIG_FILE, MODEL, SavedModel, write_description, write_params
+from dreamllm_jax.training.saved import SavedModel, write_description, write_params
 
 _logger = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ PARTS = {
     "diffusers": ("clip", "vae", "unet"),
 }
 _GROUP_BYTES = 256 << 20  # parameters that are read from our checkpoint together, unless one alone is larger
-_SPARE_BYTES = 64 << 20
 
 
 def import_model(source: Source, tokenizer: Tokenizer | None, to: str, dtypes: Mapping[str, str]) -> None:
@@ -59,10 +58,10 @@ def import_model(source: Source, tokenizer: Tokenizer | None, to: str, dtypes: M
         if epath.Path(to).exists():
             raise FileExistsError(f"{to} exists already; choose another name or remove it")
         scratch_folder = Path(tempfile.gettempdir())
-        _require_room(scratch_folder, size, "to gather the tensors")
+        require_room(scratch_folder, size, "to gather the tensors")
     else:
         require_free(to)
-        _require_room(Path(to), 2 * size, "for the checkpoint, half of it while importing")
+        require_room(Path(to), 2 * size, "for the checkpoint, half of it while importing")
 
     def write(directory: epath.Path, folder: Path) -> None:
         with Scratch(folder / ".scratch") as scratch, _progress(size, "importing") as progress:
@@ -78,7 +77,7 @@ def import_model(source: Source, tokenizer: Tokenizer | None, to: str, dtypes: M
         with tempfile.TemporaryDirectory(dir=scratch_folder) as folder:
             write(epath.Path(to), Path(folder))
     else:
-        with building(to) as folder:
+        with _naming_a_full_disk(to), building(to) as folder:
             write(epath.Path(folder), folder)
     count = sum(int(np.prod(leaf.shape)) for leaf in source.leaves.values())
     _logger.info("%s: %s parameters, %.2f GiB", to, f"{count:,}", size / 2**30)
@@ -112,49 +111,62 @@ def export_model(
       FileExistsError, OSError, ImportError, ValueError: before anything is written: a target that exists, a disk that
         is too small, a format that needs torch, a model that the format cannot express.
     """
-    config = saved.config
     require_free(to)
     if "://" in str(to):
         raise ValueError(f"PyTorch's files are written to a local directory, which can then be copied to {to}")
-    if "dreamllm" in formats:
-        import_torch("--format=dreamllm")
-        require_expressible(config)
-    if set(formats) & {"dreamllm", "diffusers"} and not isinstance(config.vae, AutoencoderConfig):
-        raise ValueError("a model that paints pixels without an autoencoder has no PyTorch format: only --format=hf")
+    for kind in formats:
+        _require_expressible(saved.config, kind)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer.exists() else None
     parts = {part for kind in formats for part in PARTS[kind]}
     leaves = {path: leaf for path, leaf in saved.leaves().items() if _part(path) in parts}
     types = {path: np.dtype(DTYPES[dtype] if dtype else leaf.dtype) for path, leaf in leaves.items()}
     sizes = {path: int(np.prod(leaf.shape)) * types[path].itemsize for path, leaf in leaves.items()}
-    _require_room(to, _export_size(sizes, formats), "for the export, part of it while exporting")
+    require_room(to, _export_size(sizes, formats), "for the export, part of it while exporting")
 
-    with building(to) as directory:
+    passed = True
+    with _naming_a_full_disk(to), building(to) as directory:
+        folders = {kind: directory if len(formats) == 1 else directory / kind for kind in formats}
         with Scratch(directory / ".scratch") as scratch:
             tensors: dict[str, dict[str, np.ndarray]] = {part: {} for part in parts}
             for path, name, tensor in _torch_tensors(saved, sizes):
-                part = _part(path)
-                tensors[part][name] = scratch.keep([tensor], tensor.shape, types[path])
-            diffusion = DiffusionConfigs(config.unet, config.vae, config.schedule)
-            for kind in formats:
-                folder = directory if len(formats) == 1 else directory / kind
+                tensors[_part(path)][name] = scratch.keep([tensor], tensor.shape, types[path])
+            for kind, folder in folders.items():
                 folder.mkdir(exist_ok=True)
-                if kind == "hf":
-                    write_llama(folder, config.llama, config.special_tokens, tensors["llama"], max_shard_size)
-                elif kind == "diffusers":
-                    write_diffusion(folder, diffusion, tensors["unet"], tensors["vae"], max_shard_size)
-                    write_clip(folder / "clip", config.clip, tensors["clip"], max_shard_size)
-                else:
-                    place = Path(location or to.absolute(), *folder.relative_to(directory).parts)
-                    write_dreamllm(folder, config, tensors, max_shard_size, str(place))
+                place = Path(location or to.absolute(), *folder.relative_to(directory).parts)
+                _write(folder, kind, saved.config, tensors, max_shard_size, str(place))
                 if tokenizer is not None and kind != "diffusers":
                     tokenizer.save(folder)
-        passed = True
-        for kind in formats:
-            folder = directory if len(formats) == 1 else directory / kind
+        for kind, folder in folders.items():
             differences = _check(saved, folder) if check else None
             passed = passed and all(difference.passed for difference in differences or ())
-            (folder / "README.md").write_text(_card(saved, kind, differences))
+            (folder / "README.md").write_text(model_card(saved, kind, differences))
     return passed
+
+
+def _require_expressible(config: DreamLLMConfig, kind: str) -> None:
+    if kind == "dreamllm":
+        import_torch("--format=dreamllm")
+        require_expressible(config)
+    if kind != "hf" and not isinstance(config.vae, AutoencoderConfig):
+        raise ValueError("a model that paints pixels without an autoencoder has no PyTorch format: only --format=hf")
+
+
+def _write(
+    folder: Path,
+    kind: str,
+    config: DreamLLMConfig,
+    tensors: Mapping[str, Mapping[str, np.ndarray]],
+    max_shard_size: int,
+    location: str,
+) -> None:
+    if kind == "hf":
+        write_llama(folder, config.llama, config.special_tokens, tensors["llama"], max_shard_size)
+    elif kind == "diffusers":
+        configs = DiffusionConfigs(config.unet, config.vae, config.schedule)
+        write_diffusion(folder, configs, tensors["unet"], tensors["vae"], max_shard_size)
+        write_clip(folder / "clip", config.clip, tensors["clip"], max_shard_size)
+    else:
+        write_dreamllm(folder, config, tensors, max_shard_size, location)
 
 
 def _part(path: str) -> str:
@@ -189,13 +201,20 @@ def _export_size(sizes: Mapping[str, int], formats: Sequence[str]) -> int:
     return sum(size.values()) + files + towers
 
 
-def _require_room(folder: Path, size: int, purpose: str) -> None:
-    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size + _SPARE_BYTES:
+@contextlib.contextmanager
+def _naming_a_full_disk(to: str | Path) -> Iterator[None]:
+    """The libraries that write have as many ways to say so; some say it only in the error's context."""
+    try:
+        yield
+    except Exception as error:
+        chain = [error]
+        while chain[-1].__context__ is not None:
+            chain.append(chain[-1].__context__)
+        if not any("No space left on device" in str(link) for link in chain):
+            raise
         raise OSError(
-            f"{folder} needs {(size + _SPARE_BYTES) / 2**30:.2f} GiB {purpose}; free are {free / 2**30:.2f} GiB"
-        )
+            f"the disk of {to} is full; nothing was kept there: free some space, or choose another --to"
+        ) from error
 
 
 def _progress(size: int, description: str) -> tqdm:
@@ -218,63 +237,3 @@ def _check(saved: SavedModel, folder: Path) -> list[verify.Difference] | None:
     differences = verify.compare(saved.config, saved.part, folder)
     print(verify.table(differences))
     return differences
-
-
-_LOADING = {
-    "dreamllm": """from transformers import LlamaTokenizer
-from omni.models.dreamllm.modeling_dreamllm import DreamLLMForCausalMLM
-
-tokenizer = LlamaTokenizer.from_pretrained(path, padding_side="right")
-model = DreamLLMForCausalMLM.from_pretrained(path, tokenizer=tokenizer, reset_plugin_model_name_or_path=True)""",
-    "hf": """from transformers import AutoTokenizer, LlamaForCausalLM
-
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = LlamaForCausalLM.from_pretrained(path)""",
-    "diffusers": """from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPVisionModel
-
-unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
-vae = AutoencoderKL.from_pretrained(path, subfolder="vae")
-scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
-image_encoder = CLIPVisionModel.from_pretrained(path + "/clip")""",
-}
-_WHAT = {
-    "dreamllm": "A DreamLLM in the format of the [original program](https://github.com/RunpeiDong/DreamLLM)",
-    "hf": "The language model of a DreamLLM",
-    "diffusers": "The diffusion model and the image encoder of a DreamLLM",
-}
-
-
-def _card(saved: SavedModel, kind: str, differences: list[verify.Difference] | None) -> str:
-    """The model card of an export."""
-    run = saved.directory / CONFIG_FILE
-    trained = f"trained for {saved.step:,} steps" if saved.step else "as imported, not trained further"
-    checked = (
-        "Not compared with PyTorch when it was written; `python -m dreamllm_jax.convert verify` does."
-        if differences is None
-        else f"Differences between JAX and PyTorch on the same inputs:\n\n```\n{verify.table(differences)}\n```"
-    )
-    settings = json.loads((run if run.exists() else saved.directory / MODEL).read_text())
-    return f"""---
-library_name: {"diffusers" if kind == "diffusers" else "transformers"}
-tags: [dreamllm]
----
-
-# DreamLLM
-
-{_WHAT[kind]} ([arXiv 2309.11499](https://arxiv.org/abs/2309.11499)), {trained}, written by dreamllm_jax {__version__}.
-
-```python
-{_LOADING[kind]}
-```
-
-## Checked
-
-{checked}
-
-## Configuration
-
-```json
-{json.dumps(settings, indent=2)}
-```
-"""

@@ -7,6 +7,7 @@ python -m dreamllm_jax.convert verify --checkpoint=DIR[@STEP] --torch=DIR
 """
 
 import argparse
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -53,9 +54,10 @@ def parser() -> argparse_flags.ArgumentParser:
     )
     add.add_argument("--num-queries", type=int, default=64, help="dream queries")
     add.add_argument("--select-layer", type=int, default=-2, help="hidden state of CLIP that is read")
-    add.add_argument("--visual-depth", type=int, default=1, help="layers of the visual projector; 1 is linear")
+    kinds = {"type": _projector, "default": _projector("linear"), "metavar": "linear|mlp:DEPTH|conv"}
+    add.add_argument("--visual-projector", **kinds, help="from CLIP to the language model")
+    add.add_argument("--condition-projector", **kinds, help="from the language model to the U-Net")
     add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
-    add.add_argument("--condition-depth", type=int, default=1, help="layers of the condition projector; 1 is linear")
     add.add_argument("--new-tokens", choices=("normal", "mean"), default="normal", help="embeddings of new tokens")
     add.add_argument("--seed", type=int, default=0, help="of what begins at random")
 
@@ -88,6 +90,14 @@ def _dtypes(text: str) -> dict[str, str]:
     return chosen
 
 
+def _projector(text: str) -> ProjectorConfig:
+    kind, _, depth = text.partition(":")
+    try:
+        return ProjectorConfig(kind, int(depth or (2 if kind == "mlp" else 1)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?B?)", text.upper())
     if not match or match[2] not in _UNITS:
@@ -110,22 +120,19 @@ def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
     llama, clip = open_llama(arguments.llama), open_clip(arguments.clip, arguments.select_layer)
     unet, vae, schedule = open_diffusion(arguments.diffusion)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.llama)
-
-    def projector(depth: int, **more) -> ProjectorConfig:
-        return ProjectorConfig("linear" if depth == 1 else "mlp", depth, **more)
-
+    visual = dataclasses.replace(
+        arguments.visual_projector,
+        post_layernorm=arguments.visual_layernorm,
+        layer_norm_eps=clip.config.layer_norm_eps,
+    )
     additions = Additions(
         tokenizer.special,
         tokenizer.vocab_size,
         tokenizer.new_tokens,
         arguments.new_tokens,
         arguments.num_queries,
-        projector(
-            arguments.visual_depth,
-            post_layernorm=arguments.visual_layernorm,
-            layer_norm_eps=clip.config.layer_norm_eps,
-        ),
-        projector(arguments.condition_depth),
+        visual,
+        arguments.condition_projector,
         arguments.seed,
     )
     return assemble(llama, clip, unet, vae, schedule, additions), tokenizer

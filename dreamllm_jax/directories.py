@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+_SPARE_BYTES = 64 << 20  # for what is small and not counted
+
 
 @contextlib.contextmanager
 def building(directory: str | os.PathLike) -> Iterator[Path]:
@@ -36,3 +38,12 @@ def require_free(directory: str | os.PathLike) -> None:
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{directory} exists already; choose another name or remove it")
+
+
+def require_room(directory: str | os.PathLike, size: int, purpose: str) -> None:
+    """Raises OSError if the disk where `directory` is, or is to be, has less than `size` bytes free."""
+    target = Path(directory).absolute()
+    existing = next(parent for parent in [target, *target.parents] if parent.exists())
+    free, needed = shutil.disk_usage(existing).free, size + _SPARE_BYTES
+    if free < needed:
+        raise OSError(f"{directory} needs {needed / 2**30:.2f} GiB {purpose}; free are {free / 2**30:.2f} GiB")

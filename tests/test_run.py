@@ -8,12 +8,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from dreamllm_jax import report, runs
+from dreamllm_jax import conversion, report, runs
 from dreamllm_jax.configuration import ConfigError
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.evaluation import recall
 from dreamllm_jax.generation.documents import generate_document, save_document
+from dreamllm_jax.interop.dreamllm import open_dreamllm
 from dreamllm_jax.training import metrics as metrics_module
 from dreamllm_jax.training import saved
 from dreamllm_jax.training.loop import train
@@ -166,6 +167,23 @@ def test_a_run_begins_with_another_runs_model(finished, tmp_path):
         start_and_train(tmp_path / "other", **other)
     with pytest.raises(FileNotFoundError, match=r"a checkpoint of step 3 \(there are \[4, 6\]\)"):
         start_and_train(tmp_path / "third", parameters=settings()["parameters"] | {"init_from": f"{first}@3"})
+
+
+def test_a_run_goes_to_pytorch_and_back(finished, tmp_path):
+    """Trained and saved on eight devices; every bit arrives, and the libraries compute the same."""
+    pytest.importorskip("torch")
+    run = saved.find(f"{finished[0]}@4")
+    assert conversion.export_model(run, tmp_path / "out", ("dreamllm",))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained for 4 steps" in card and "multimodal forward" in card and '"drop_prob": 0.2' in card
+    conversion.import_model(open_dreamllm(tmp_path / "out"), None, str(tmp_path / "back"), {})
+    back = saved.find(str(tmp_path / "back"))
+    assert dataclasses.replace(back.config, remat=run.config.remat) == run.config
+    got, want = (model.read(model.leaves()) for model in (back, run))
+    assert got.keys() == want.keys()
+    for path in want:
+        assert got[path].dtype == want[path].dtype, path
+        np.testing.assert_array_equal(got[path], want[path], err_msg=path)
 
 
 def test_missing_runs_are_named(tmp_path):

@@ -141,8 +141,8 @@ def _config(layout: _Layout) -> DreamLLMConfig:
 
 def _projector(plugin: str, settings: Mapping[str, Any], **more) -> ProjectorConfig:
     kind = settings.get("projector_type", "linear")
-    if kind not in ("linear", "mlp"):
-        raise ValueError(f"projector_type {kind!r} of {plugin} is not supported: only 'linear' and 'mlp' are")
+    if kind not in ("linear", "mlp", "conv"):
+        raise ValueError(f"projector_type {kind!r} of {plugin} is not supported: only linear, mlp and conv are")
     return ProjectorConfig(kind=kind, depth=settings.get("projector_depth", 1), **more)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import mmap
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +23,9 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+
+
+_ALIGNMENT = 64  # bytes, as numpy and torch like their arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +196,7 @@ class Scratch:
         Raises:
           OSError: if the disk is full.
         """
-        start = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        start = -(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT
         self._file.seek(start)
         for part in parts:
             data = memoryview(np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8))
@@ -245,10 +247,8 @@ def _serialize(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def write_pickle(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a state dict as `torch.save` does."""
     torch = import_torch(f"writing {path.name}")
-    try:
-        torch.save({name: to_torch_tensor(tensor) for name, tensor in tensors.items()}, path)
-    except RuntimeError as error:
-        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
+    with path.open("wb") as file:  # torch's own writer would not say why it could not write
+        torch.save({name: to_torch_tensor(tensor) for name, tensor in tensors.items()}, file)
 
 
 def write_json(path: Path, content: Mapping) -> None:

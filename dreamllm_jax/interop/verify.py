@@ -399,6 +399,11 @@ def _dreamllm(config: DreamLLMConfig, directory: Path, settings: Mapping) -> dic
         raise ValueError(f"config.json has {key}={name!r}, and there is no such folder")
 
     def projector(chosen: ProjectorConfig, width_in: int, width_out: int, bias: bool) -> nn.Module:
+        if chosen.kind == "conv":
+            convolution = nn.Conv2d(width_in, width_out, 3, padding=1)
+            convolution.register_forward_pre_hook(lambda _, x: x[0].mT.unflatten(2, (math.isqrt(x[0].shape[1]), -1)))
+            convolution.register_forward_hook(lambda _, __, x: x.flatten(2).mT)
+            return nn.Sequential(OrderedDict(projector=convolution))
         layers = [nn.Linear(width_in, width_out, bias)]
         for _ in range(1, chosen.depth):
             layers += [nn.GELU(), nn.Linear(width_out, width_out, bias)]

@@ -8,6 +8,7 @@ DIR/checkpoints/    the others, by step
 """
 
 import dataclasses
+import gc
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -81,6 +82,7 @@ class SavedModel:
                 args = {path: restore_args[path] for path in item}
                 request = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
                 found |= _handler().restore(store, args=request)
+                gc.collect()  # Orbax's event loop leaves cycles that would hold what was restored before
         return {path: found[path] for path in wanted}
 
 

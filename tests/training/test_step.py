@@ -12,7 +12,7 @@ from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.objectives import ObjectiveConfig
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dreamllm_jax.training.state import ParametersConfig, abstract_state, state_from_params
+from dreamllm_jax.training.state import ParametersConfig, abstract_state, state_from_leaves
 from dreamllm_jax.training.step import compile_train_step, make_train_step
 from tests.parity import assert_same
 from tests.tiny import DREAM_SIZE, make_batch, random_rows, tiny_config, tiny_params
@@ -32,7 +32,12 @@ def run(sharding: ShardingConfig, microbatches: int = 1, steps: int = 2, paramet
     devices = jax.devices() if -1 in dataclasses.astuple(sharding) or sharding != ONE else jax.devices()[:1]
     mesh = make_mesh(sharding, devices)
     abstract = abstract_state(CONFIG, parameters, OPTIMIZER, mesh, sharding)
-    state = state_from_params(abstract, tiny_params(CONFIG), OPTIMIZER)
+    params = flatten_dict(tiny_params(CONFIG), sep="/")
+    leaves = {
+        path: jax.device_put(params[path].astype(leaf.dtype), leaf.sharding)
+        for path, leaf in (abstract.trainable | abstract.frozen).items()
+    }
+    state = state_from_leaves(abstract, leaves, OPTIMIZER)
     step = compile_train_step(make_train_step(DreamLLM(CONFIG), OBJECTIVE, OPTIMIZER, DREAM_SIZE, microbatches), state)
     metrics = []
     with use(mesh, sharding):
