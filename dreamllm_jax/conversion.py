@@ -130,6 +130,7 @@ def export_model(
             tensors: dict[str, dict[str, np.ndarray]] = {part: {} for part in parts}
             for path, name, tensor in _torch_tensors(saved, sizes):
                 tensors[_part(path)][name] = scratch.keep([tensor], tensor.shape, types[path])
+                del tensor  # a view, which would keep its parameter while the next is read
             for kind, folder in folders.items():
                 folder.mkdir(exist_ok=True)
                 place = Path(location or to.absolute(), *folder.relative_to(directory).parts)

@@ -48,7 +48,7 @@ BROKEN = [
     ({"objective.loss_chunk": 7}, r"objective\.loss_chunk=7 does not divide rows\.length=128"),
     ({"model.dtype": "float16"}, r"config\.model\.dtype must be one of 'float32', 'bfloat16'"),
     ({"model.unet.in_channels": 4}, r"config\.model: unet\.in_channels is 4, but the autoencoder's latents have 48"),
-    ({"model.visual_projector": {"kind": "mlp"}}, r"a linear projector has depth 1, an mlp one of 2 or more"),
+    ({"model.visual_projector": {"kind": "mlp"}}, r"an mlp projector has a depth of 2 or more, the others 1"),
     ({"model.num_queries": 127}, r"rows\.length=128 has no room for an image to paint, which takes 129 tokens"),
     ({"rows.length": 1024}, r"rows\.length=1024 exceeds model\.llama\.max_position_embeddings=512"),
     ({"rows.dream_size": 30}, r"rows\.dream_size=30 must be a positive multiple of 8"),
