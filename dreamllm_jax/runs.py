@@ -21,6 +21,7 @@ from dreamllm_jax.data.pipeline import data_tokenizer
 from dreamllm_jax.data.preparation import prepare
 from dreamllm_jax.data.storage import SUMMARY
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.distributed import difference, require_same
 from dreamllm_jax.experiment import Experiment, read_experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.training.initial import open_initial
@@ -47,6 +48,7 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
       ConfigError: a setting that cannot be used, or one that differs from what the run began with.
       FileNotFoundError, ValueError: data or a tokenizer that is missing or does not fit.
     """
+    require_same({"config": config, "workdir": str(workdir)}, "command line")
     workdir = epath.Path(workdir).absolute()
     first = jax.process_index() == 0
     begun = (workdir / CONFIG_FILE).exists()
@@ -125,17 +127,9 @@ def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], workdir:
         old, new = before.get(name), now.get(name)
         if old != new:
             raise ConfigError(
-                f"{workdir} was begun with another config.{name} ({_difference(old, new)}): restore it, or choose "
+                f"{workdir} was begun with another config.{name} ({difference(old, new)}): restore it, or choose "
                 "another --workdir"
             )
-
-
-def _difference(old: Any, new: Any) -> str:
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return f"{old!r}, now {new!r}"
-    return "; ".join(
-        f"{key}: {_difference(old.get(key), new.get(key))}" for key in {**old, **new} if old.get(key) != new.get(key)
-    )
 
 
 @dataclasses.dataclass(frozen=True)

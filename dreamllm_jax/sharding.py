@@ -159,6 +159,10 @@ def rows_sharding(mesh: Mesh, config: ShardingConfig, rows: int) -> NamedShardin
     return NamedSharding(mesh, PartitionSpec(tuple(axes)))
 
 
-def to_mesh(tree, sharding: NamedSharding):
-    """This host's rows (numpy) -> global arrays on the mesh."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+def to_mesh(tree, sharding: NamedSharding, rows: int):
+    """This host's part (numpy) of a batch of `rows` rows -> global arrays on the mesh."""
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (rows, *x.shape[1:]))
+
+    return jax.tree.map(place, tree)

@@ -8,16 +8,21 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from dreamllm_jax import command_line, runs
+from dreamllm_jax import command_line, distributed, runs
 from dreamllm_jax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().", lock_config=True)
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; not needed on Cloud TPU or one host.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes take part, one a host.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.")
+_TIMEOUT = flags.DEFINE_integer("timeout", distributed.TIMEOUT, "Seconds that hosts wait for each other at the start.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (local or gs://): the same again continues it.")
 
 
 def main(_) -> None:
     if _CONFIG.value is None or not _WORKDIR.value:
         sys.exit("error: give --config=FILE.py and --workdir=DIR")
+    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value)
     run = runs.start(_CONFIG.value.to_dict(), _WORKDIR.value)
     train(run.experiment, run.tokenizer, run.workdir)
 

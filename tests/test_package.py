@@ -19,13 +19,24 @@ MAY_IMPORT = {
     "vocabulary": set(),
     "configuration": set(),
     "directories": set(),
+    "distributed": set(),
     "sharding": set(),  # rules from names to axes, and the constraint that reads them
     "diffusion": set(),
     "data": {"batch", "command_line", "directories", "vocabulary"},
     "models": {"diffusion", "sharding", "vocabulary"},
     "objectives": {"batch", "diffusion", "models"},
     "interop": {"diffusion", "models", "vocabulary"},
-    "training": {"batch", "configuration", "data", "experiment", "interop", "models", "objectives", "sharding"},
+    "training": {
+        "batch",
+        "configuration",
+        "data",
+        "distributed",
+        "experiment",
+        "interop",
+        "models",
+        "objectives",
+        "sharding",
+    },
     "generation": {"batch", "data", "diffusion", "models", "vocabulary"},
 }
 INTEROP_KNOWS_NAMES_AND_SHAPES = ("interop/names.py", "interop/files.py")

@@ -97,17 +97,17 @@ def make_loader(
     *,
     rows_per_step: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    mine: slice = slice(None),
 ) -> "Loader":
-    """An endless iterator over batches of NumPy arrays: this host's rows of each step.
+    """An endless iterator over batches of NumPy arrays.
+
+    Args:
+      mine: the rows of each step that this host feeds; the whole stream is the same, whatever a host takes of it.
 
     Raises:
       FileNotFoundError: the data set or one of the corpora is not there.
-      ValueError: the rows cannot be divided among the hosts, or have no room for a corpus's documents.
+      ValueError: the rows have no room for a corpus's documents.
     """
-    if rows_per_step % process_count:
-        raise ValueError(f"{rows_per_step} rows a step cannot be divided among {process_count} hosts")
     summary = storage.read_summary(config.path)
     corpora = dict(config.corpora) or {name: CorpusConfig() for name in sorted(summary["corpora"])}
     streams = {}
@@ -120,8 +120,6 @@ def make_loader(
         (rows,) = streams.values()
     else:
         rows = grain.IterDataset.mix(list(streams.values()), weights=[corpus.weight for corpus in corpora.values()])
-    share = rows_per_step // process_count
-    mine = slice(process_index * share, (process_index + 1) * share)
     batches = rows.batch(rows_per_step, drop_remainder=True, batch_fn=_Slice(mine))
     batches = batches.map(_Decode(shape, text_tokenizer.special.pad))
     if config.workers:

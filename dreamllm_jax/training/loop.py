@@ -10,6 +10,7 @@ from etils import epath
 
 from dreamllm_jax.data.pipeline import make_loader
 from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.distributed import local_rows
 from dreamllm_jax.experiment import Experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
@@ -43,8 +44,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         tokenizer,
         rows_per_step=experiment.rows.per_step,
         seed=experiment.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        mine=local_rows(rows, experiment.rows.per_step),
     )
 
     # Model, optimizer and state.
@@ -80,7 +80,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         progress, pending = Progress(experiment.steps), []
         with use(mesh, experiment.sharding), MetricsLog(workdir, start, jax.process_index() == 0) as log:
             for step in range(start + 1, experiment.steps + 1):
-                batch = to_mesh(next(batches), rows)
+                batch = to_mesh(next(batches), rows, experiment.rows.per_step)
                 began = time.monotonic()
                 state, metrics = train_step(state, batch, draws_key)
                 pending.append(metrics)

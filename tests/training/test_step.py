@@ -42,7 +42,7 @@ def run(sharding: ShardingConfig, microbatches: int = 1, steps: int = 2, paramet
     metrics = []
     with use(mesh, sharding):
         for seed in range(steps):
-            batch = to_mesh(make_batch(CONFIG, random_rows(CONFIG, seed)), rows_sharding(mesh, sharding, 8))
+            batch = to_mesh(make_batch(CONFIG, random_rows(CONFIG, seed)), rows_sharding(mesh, sharding, 8), 8)
             state, numbers = step(state, batch, jax.random.key(3))
             metrics.append({name: float(value) for name, value in numbers.items()})
     return metrics, jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding.spec, state)

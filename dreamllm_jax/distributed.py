@@ -1,0 +1,109 @@
+"""Many hosts, one program: how they find each other, and what they must agree on before anything is compiled."""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+TIMEOUT = 300  # seconds that hosts wait for each other at the start
+
+
+def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1, timeout: int = TIMEOUT) -> None:
+    """Joins this process with the other hosts' into one JAX program; to be called before anything of JAX is used.
+
+    On a Cloud TPU slice of several hosts, or several slices, JAX finds out by itself who takes part; elsewhere the
+    three arguments say it. With neither, this process stays alone. Where the others do not come in time, the process
+    ends with status 1 and one line that says so.
+
+    Args:
+      coordinator: address `host:port` of process 0, the same on all.
+      num_processes: how many take part.
+      process_id: which of them this is, from 0.
+      timeout: seconds after which to give up waiting for the others.
+
+    Raises:
+      ValueError: some of the three arguments without the others, or out of range.
+    """
+    alone = not coordinator and num_processes <= 0 and process_id < 0
+    if alone and not _is_cloud_tpu_cluster():
+        return
+    if not alone and (not coordinator or num_processes <= 0 or not 0 <= process_id < num_processes):
+        raise ValueError(
+            "--coordinator=HOST:PORT, --num_processes=N and --process_id=0..N-1 go together, got "
+            f"{coordinator!r}, {num_processes} and {process_id}"
+        )
+    who = "this host of the TPU slice" if alone else f"process {process_id} of {num_processes}"
+    where = "" if alone else f" at {coordinator}"
+    line = (
+        f"error: {who} did not meet the others{where} within {timeout} s: start all with the same --coordinator and "
+        "--num_processes, each with its own --process_id"
+    )
+    # JAX itself would abort the process with a stack trace.
+    timer = threading.Timer(timeout, _give_up, [line])
+    timer.daemon = True
+    timer.start()
+    known = () if alone else (coordinator, num_processes, process_id)
+    jax.distributed.initialize(*known, initialization_timeout=timeout + 60)
+    timer.cancel()
+    require_same({"num_processes": num_processes}, "--num_processes")
+
+
+def _give_up(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _is_cloud_tpu_cluster() -> bool:
+    several_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return several_hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1
+
+
+def require_same(settings: Mapping[str, Any], name: str) -> None:
+    """Checks that all processes were given the same settings; each says what it has otherwise.
+
+    Raises:
+      ValueError: naming the settings in which this process differs from the first, or the first from another.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = np.frombuffer(json.dumps(settings, sort_keys=True).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([mine.size]))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: mine.size] = mine
+    everyone = multihost_utils.process_allgather(padded)
+    texts = [bytes(row[:size]).decode() for row, size in zip(everyone, sizes[:, 0], strict=True)]
+    other = next((index for index, text in enumerate(texts) if text != texts[0]), None)
+    if other is not None:
+        different = difference(json.loads(texts[0]), json.loads(texts[other]))
+        raise ValueError(f"process {other} was given another {name} than process 0 ({different}): start all alike")
+
+
+def difference(old: Any, new: Any) -> str:
+    """What changed between two nested settings, in words."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return f"{old!r}, now {new!r}"
+    return "; ".join(
+        f"{key}: {difference(old.get(key), new.get(key))}" for key in {**old, **new} if old.get(key) != new.get(key)
+    )
+
+
+def local_rows(sharding: NamedSharding, rows: int) -> slice:
+    """The rows of a global batch that this process's devices hold, and it must therefore feed.
+
+    Raises:
+      ValueError: they are not one block.
+    """
+    spans = {index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows,)).values()}
+    start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
+    if sum(b - a for a, b in spans) != stop - start:
+        raise ValueError(
+            f"this host's devices hold the rows {sorted(spans)}, which are not one block: change sharding.*"
+        )
+    return slice(start, stop)

