@@ -143,6 +143,17 @@ def test_one_weight_that_differs_is_found(directories, path, differing):
     assert table(differences).count("DIFFERS") == len(differing)
 
 
+def test_a_model_that_amplifies_rounding_is_judged_by_torchs_own(directories, monkeypatch):
+    """With a limit that float32 cannot keep, ours must be as near to float64 as torch is; wrong weights are not."""
+    monkeypatch.setattr("dreamllm_jax.interop.verify.FLOAT32_LIMIT", 1e-9)
+    (right,) = compare(CONFIG, PARAMS.__getitem__, directories / "hf", dtypes=["float32"])
+    assert right.passed and 1e-9 < right.relative < right.limit < 1e-5, right
+    wrong = copy.deepcopy(PARAMS)
+    wrong["llama"]["norm"]["scale"] *= 1.00001
+    (differing,) = compare(CONFIG, wrong.__getitem__, directories / "hf", dtypes=["float32"])
+    assert not differing.passed and differing.limit == right.limit
+
+
 def test_rotary_scaling_of_old_configurations_is_read(directories, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(directories / "dreamllm" / name, tmp_path)
