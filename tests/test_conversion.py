@@ -121,6 +121,9 @@ def test_out_and_in_again_is_bit_identical(imported, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "imported", [("safetensors", "float32"), ("tied, whole clip, 1.5", "float32")], indirect=True, ids=str
+)
 def test_the_libraries_load_what_is_exported_and_compute_the_same(imported, tmp_path):
     checkpoint = saved.find(str(imported.ours))
     assert export_model(checkpoint, tmp_path / "out", ("dreamllm", "hf", "diffusers"), dtype="float32")
