@@ -117,6 +117,7 @@ def export_model(
     for kind in formats:
         _require_expressible(saved.config, kind)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer.exists() else None
+    _warn_of_tokenizer(tokenizer, formats)
     parts = {part for kind in formats for part in PARTS[kind]}
     leaves = {path: leaf for path, leaf in saved.leaves().items() if _part(path) in parts}
     types = {path: np.dtype(DTYPES[dtype] if dtype else leaf.dtype) for path, leaf in leaves.items()}
@@ -142,6 +143,15 @@ def export_model(
             passed = passed and all(difference.passed for difference in differences or ())
             (folder / "README.md").write_text(model_card(saved, kind, differences))
     return passed
+
+
+def _warn_of_tokenizer(tokenizer: Tokenizer | None, formats: Sequence[str]) -> None:
+    if tokenizer is None:
+        _logger.warning("the checkpoint has no tokenizer, and neither has the export")
+    elif "dreamllm" in formats and tokenizer.sentencepiece_model is None:
+        _logger.warning(
+            "the tokenizer is not SentencePiece's: the original program's scripts miss their tokenizer.model"
+        )
 
 
 def _require_expressible(config: DreamLLMConfig, kind: str) -> None:

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dreamllm_jax import gguf_reader
 from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
 
 FOLDER = "tokenizer"  # where checkpoints and data sets keep theirs
@@ -257,18 +258,13 @@ def from_gguf(path: str | os.PathLike) -> tuple[FastTokenizer, dict[str, str]]:
     """The tokenizer inside a `.gguf` model, and the names of its bos and eos.
 
     Raises:
-      ImportError: the gguf package is not installed.
+      FileNotFoundError, ValueError, ImportError: as `gguf_reader.open_gguf_reader`.
       ValueError: a kind of tokenizer that is not supported.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError(f"reading {path} needs the gguf package: pip install 'dreamllm_jax[gguf]'") from None
-    fields = gguf.GGUFReader(path).fields
+    reader = gguf_reader.open_gguf_reader(path)
 
     def field(name: str, default: Any = None) -> Any:
-        found = fields.get(f"tokenizer.ggml.{name}")
-        return default if found is None else found.contents()
+        return gguf_reader.field(reader, f"tokenizer.ggml.{name}", default)
 
     tokens, kinds, kind = field("tokens"), field("token_type"), field("model")
     bos, eos = field("bos_token_id", 1), field("eos_token_id", 2)

@@ -23,8 +23,6 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-
-
 _ALIGNMENT = 64  # bytes, as numpy and torch like their arrays
 
 
@@ -39,10 +37,6 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
 def stored(array: np.ndarray) -> Tensor:

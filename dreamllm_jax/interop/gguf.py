@@ -1,9 +1,11 @@
-"""LLaMA in llama.cpp's layout: one `.gguf` file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+"""LLaMA in llama.cpp's layout: one `.gguf` file."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 
+from dreamllm_jax import gguf_reader
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.models.llama import LlamaConfig
@@ -22,36 +24,15 @@ _MODULES = {
 _OUTSIDE = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
 
 
-def open_gguf_reader(path: Path):
-    """The gguf package's reader of a file.
-
-    Raises:
-      FileNotFoundError, ValueError: naming the file; ImportError if the gguf package is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError(f"reading {path} needs the gguf package: pip install 'dreamllm_jax[gguf]'") from None
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or not a GGUF file: {error}") from None
-
-
 def open_gguf(path: Path) -> Part:
     """Reads the model; quantised weights are dequantised to float32.
 
     Raises:
-      FileNotFoundError, ValueError, ImportError: as `open_gguf_reader`; ValueError for another architecture.
+      FileNotFoundError, ValueError, ImportError: as `gguf_reader.open_gguf_reader`.
+      ValueError: another architecture, or rotary frequencies that are scaled.
     """
-    reader = open_gguf_reader(path)
-
-    def field(name: str, default=None):
-        found = reader.fields.get(name)
-        return default if found is None else found.contents()
-
+    reader = gguf_reader.open_gguf_reader(path)
+    field = functools.partial(gguf_reader.field, reader)
     if (architecture := field("general.architecture")) != "llama":
         raise ValueError(f"{path}: architecture {architecture!r} is not supported, only 'llama' is")
     if field("llama.rope.scaling.type", "none") != "none" or any(t.name == "rope_freqs.weight" for t in reader.tensors):

@@ -6,6 +6,7 @@ leading layer axis, and `weight` is called `kernel`, `scale` or `embedding` by w
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping
 
@@ -68,8 +69,9 @@ class Leaf:
 
     @property
     def dtype(self) -> np.dtype:
-        """The widest of its tensors' types."""
-        return np.dtype(max((np.dtype(tensor.dtype) for tensor in self.tensors), key=lambda dtype: dtype.itemsize))
+        """The type of all its tensors, or one that holds the values of all: float32, or wider."""
+        kinds = {np.dtype(tensor.dtype) for tensor in self.tensors}
+        return kinds.pop() if len(kinds) == 1 else functools.reduce(np.promote_types, kinds, np.dtype(np.float32))
 
     def parts(self) -> Iterator[np.ndarray]:
         """The layers in our layout, read one at a time; of an unscanned parameter the one array it is."""
