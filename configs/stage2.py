@@ -1,5 +1,5 @@
-"""Stage II of DreamLLM, I-GPT pretraining on interleaved documents (arXiv 2309.11499, section 3.3): the llama is trained
-with projectors and queries; CLIP and Stable Diffusion stay frozen.
+"""Stage II of DreamLLM, I-GPT pretraining on interleaved documents (arXiv 2309.11499, section 3.3): the llama is
+trained with projectors and queries; CLIP and Stable Diffusion stay frozen.
 
     python -m dreamllm_jax.plan --config=configs/stage2.py:7b --topology=v5p-16
     python -m dreamllm_jax.train --config=configs/stage2.py:7b --workdir=gs://… \

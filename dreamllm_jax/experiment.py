@@ -80,9 +80,6 @@ class Experiment:
             raise ConfigError(
                 f"rows.dream_size={rows.dream_size} must be a positive multiple of {multiple} for this UNet"
             )
-        chunk = self.objective.loss_chunk
-        if chunk and rows.length % chunk:
-            raise ConfigError(f"objective.loss_chunk={chunk} does not divide rows.length={rows.length}")
 
     @property
     def row_shape(self) -> RowShape:

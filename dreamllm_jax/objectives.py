@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from dreamllm_jax import chunks
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.diffusion import schedule
 from dreamllm_jax.models.dreamllm import DreamLLM, take
 from dreamllm_jax.models.vae import sample_moments
+from dreamllm_jax.sharding import constrain, gathered, shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,9 @@ class ObjectiveConfig:
       snr_gamma: gamma of the min-SNR weights (Hang et al. 2023), None for plain means.
       detach_condition: no denoising gradient reaches the llama and the queries. The original does this wherever its
         condition projector is frozen; here freezing concerns weights only.
-      loss_chunk: tokens of each row whose logits exist at a time; 0 for all. It must divide the row's length.
+      loss_chunk: at most how many tokens of each row have logits at a time; 0 for all.
+      image_chunk: at most how many images each device puts through CLIP, the autoencoder and the UNet at a time; 0 for
+        all.
     """
 
     lm_weight: float = 1.0
@@ -49,10 +53,11 @@ class ObjectiveConfig:
     input_perturbation: float = 0.0
     snr_gamma: float | None = None
     detach_condition: bool = False
-    loss_chunk: int = 0
+    loss_chunk: int = 256
+    image_chunk: int = 8
 
     def __post_init__(self):
-        for name in ("lm_weight", "dm_weight", "noise_offset", "input_perturbation", "loss_chunk"):
+        for name in ("lm_weight", "dm_weight", "noise_offset", "input_perturbation", "loss_chunk", "image_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0.0 <= self.drop_prob <= 1.0:
@@ -116,43 +121,46 @@ def draw(
 
 
 def next_token_nll(
-    hidden: Float[Array, "B L E"], head: Float[Array, "E V"], tokens: Int[Array, "B L"], chunk: int = 0
+    hidden: Float[Array, "B L E"], head: Float[Array, "E V"], targets: Int[Array, "B L"]
 ) -> Float[Array, "B L"]:
-    """-log p(tokens[:, i]) given the hidden state at i - 1, in float32; 0 at i = 0.
+    """-log p(targets) given the hidden states, in float32."""
+    logits = jnp.einsum("ble,ev->blv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    # A sum, not a gather: its gradient is an elementwise operation.
+    chosen = jnp.arange(head.shape[1]) == targets[..., None]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+
+
+def next_token_loss(
+    hidden: Float[Array, "B L E"],
+    head: Float[Array, "E V"],
+    tokens: Int[Array, "B L"],
+    weights: Float[Array, "B L"],
+    chunk: int = 0,
+) -> Float[Array, ""]:
+    """Sum over tokens of weight · -log p(token given the hidden state before it).
+
+    No logits of all tokens ever exist, and none of chunks whose tokens have no weight.
 
     Args:
-      chunk: how many positions' logits exist at a time (forward and backward); 0 for all.
-
-    Raises:
-      ValueError: if `chunk` does not divide L.
+      weights: of predicting `tokens[:, i]`; those of the first token of a row must be 0.
+      chunk: at most how many tokens of each row are computed at a time; 0 for all.
     """
-    rows, length, _ = hidden.shape
-    targets = jnp.roll(tokens, -1, axis=1)
 
-    def nll(hidden, targets):
-        logits = jnp.einsum("ble,ev->blv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
+    def total(head, items):
+        hidden, targets, weights = items
+        nll = next_token_nll(hidden, head, targets)
+        return jnp.sum(jnp.where(weights > 0, nll * weights, 0.0))
 
-    if chunk and length % chunk:
-        raise ValueError(f"objective.loss_chunk={chunk} does not divide the row length {length}")
-    if chunk in (0, length):
-        losses = nll(hidden, targets)
-    else:
-
-        def split(x):  # [B, L, ...] -> [chunks, B, chunk, ...]
-            return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
-
-        losses = jax.lax.map(lambda xs: jax.checkpoint(nll)(*xs), (split(hidden), split(targets)))
-        losses = jnp.moveaxis(losses, 0, 1).reshape(rows, length)
-    return jnp.roll(losses, 1, axis=1).at[:, 0].set(0.0)
+    targets, weights = jnp.roll(tokens, -1, axis=1), jnp.roll(weights, -1, axis=1)
+    head = gathered(head.astype(hidden.dtype), ("embed", "vocab"))
+    number = chunks.count(tokens.shape[1], chunk)
+    return chunks.chunked_sum(total, head, (hidden, targets, weights), weights > 0, number)
 
 
 @struct.dataclass
 class Prediction:
     """What `denoise` compared, for one image each."""
 
-    condition: Float[Array, "N Q C"]
     latents: Float[Array, "N h w c"]
     noisy_latents: Float[Array, "N h w c"]
     prediction: Float[Array, "N h w c"]
@@ -160,31 +168,41 @@ class Prediction:
     error: Float[Array, "N"]
 
 
+def conditions(
+    model: DreamLLM, config: ObjectiveConfig, params: dict, hidden: Float[Array, "N Q E"], drop: Bool[Array, "N"] | None
+) -> Float[Array, "N Q C"]:
+    """What the UNet is given for each image: the projected hidden states at its queries, or the null condition's.
+
+    Args:
+      hidden: the llama's final hidden states at the image's queries.
+      drop: which images get the null condition.
+    """
+    apply = functools.partial(model.apply, {"params": params})
+    if drop is not None:
+        null = apply(config.null_condition == "queries", method="null_hidden")
+        hidden = jnp.where(drop[:, None, None], null.astype(hidden.dtype), hidden)
+    if config.detach_condition:
+        hidden = jax.lax.stop_gradient(hidden)
+    return apply(hidden, method="condition")
+
+
 def denoise(
     model: DreamLLM,
     config: ObjectiveConfig,
     params: dict,
-    hidden: Float[Array, "N Q E"],
+    condition: Float[Array, "N Q C"],
     moments: Float[Array, "N h w 2c"],
     draws: Draws,
 ) -> Prediction:
     """The denoising error of each image under its condition (DreamLLM, eq. 5), weighted by min-SNR if configured.
 
     Args:
-      hidden: the llama's final hidden states at the image's queries.
       moments: the autoencoder's output for the image.
       draws: with the leading axes (B, D) flattened to N.
     """
     apply = functools.partial(model.apply, {"params": params})
     alphas = schedule.alphas_cumprod(model.config.schedule)
     prediction_type = model.config.schedule.prediction_type
-
-    if draws.drop is not None:
-        null = apply(config.null_condition == "queries", method="null_hidden")
-        hidden = jnp.where(draws.drop[:, None, None], null.astype(hidden.dtype), hidden)
-    if config.detach_condition:
-        hidden = jax.lax.stop_gradient(hidden)
-    condition = apply(hidden, method="condition")
 
     latents = sample_moments(moments, draws.posterior_noise) * model.config.vae.scaling_factor
     noise = draws.noise
@@ -203,7 +221,7 @@ def denoise(
     error = jnp.mean(jnp.square(prediction - target), axis=(1, 2, 3))
     if config.snr_gamma is not None:
         error = error * schedule.min_snr_weights(alphas, draws.timesteps, config.snr_gamma, prediction_type)
-    return Prediction(condition, latents, noisy, prediction, target, error)
+    return Prediction(latents, noisy, prediction, target, error)
 
 
 @struct.dataclass
@@ -222,16 +240,59 @@ def _mean(total: Array, count: Array) -> Array:
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), 0.0)
 
 
-def hidden_states(model: DreamLLM, params: dict, batch: Batch) -> Float[Array, "B L E"]:
+def hidden_states(model: DreamLLM, params: dict, batch: Batch, image_chunk: int = 0) -> Float[Array, "B L E"]:
     """The llama's final hidden states for packed rows, images and queries spliced in."""
     apply = functools.partial(model.apply, {"params": params})
-    rows, see, dream = batch.tokens.shape[0], batch.see_slots.shape[1], batch.dream_slots.shape[1]
+    see, dream = batch.see_slots.shape[1], batch.dream_slots.shape[1]
     features = None
     if see:
-        features = apply(batch.see_images.reshape(-1, *batch.see_images.shape[2:]), method="see")
-        features = features.reshape(rows, see, *features.shape[1:])
+        see_model = jax.checkpoint(lambda images: _regroup(apply(_flat(images), method="see"), len(images)))
+        images = _by_device(batch.see_images)
+        number = chunks.count(images.shape[1], image_chunk)
+        features = chunks.join(jax.lax.map(see_model, chunks.split(images, number)))
+        features = features.reshape(*batch.see_slots.shape, *features.shape[2:])
     x = apply(batch.tokens, features, batch.see_slots, batch.dream_slots if dream else None, method="embed")
     return apply(x, batch.positions, batch.segment_ids, method="decode")[0]
+
+
+def denoising_loss(
+    model: DreamLLM, config: ObjectiveConfig, params: dict, hidden: Float[Array, "B L E"], batch: Batch, draws: Draws
+) -> Float[Array, ""]:
+    """Sum of the filled dream slots' denoising errors, `config.image_chunk` images of each device at a time."""
+    queries = take(hidden, batch.dream_slots, model.config.num_queries)
+    condition = conditions(model, config, params, _flat(queries), _flat(draws.drop))
+    pictures = batch.dream_images if batch.dream_moments is None else batch.dream_moments
+    filled = batch.dream_slots >= 0
+
+    def total(towers, items):
+        condition, pictures, draws, filled = jax.tree.map(_flat, items)
+        given = {**params, **towers}
+        moments = pictures
+        if batch.dream_moments is None:
+            moments = model.apply({"params": given}, pictures, method="moments")
+        error = denoise(model, config, given, condition, moments, draws).error
+        return jnp.sum(jnp.where(filled, error, 0.0))
+
+    towers = {name: params[name] for name in ("vae", "unet") if name in params}
+    condition = condition.reshape(*filled.shape, *condition.shape[1:])
+    items = jax.tree.map(_by_device, (condition, pictures, draws, filled))
+    number = chunks.count(items[-1].shape[1], config.image_chunk)
+    return chunks.chunked_sum(total, towers, items, items[-1], number)
+
+
+def _flat(tree):
+    """[a, b, ...] -> [a · b, ...] in every leaf."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _regroup(x: Array, groups: int) -> Array:
+    return x.reshape(groups, -1, *x.shape[1:])
+
+
+def _by_device(x: Array) -> Array:
+    """Images [B, S, ...] -> [devices, images of each, ...]."""
+    devices = shards("images", x.shape[0] * x.shape[1])
+    return constrain(_regroup(_flat(x), devices), ("images", *[None] * (x.ndim - 1)))
 
 
 def joint_loss(
@@ -254,22 +315,14 @@ def joint_loss(
       error an image). Empty slots, padding and tokens of weight 0 contribute exactly nothing to loss and gradients.
     """
     totals = Totals.of(batch) if totals is None else totals
-    hidden = hidden_states(model, params, batch)
+    hidden = hidden_states(model, params, batch, config.image_chunk)
     lm_loss = dm_loss = jnp.zeros((), jnp.float32)
-
     if config.lm_weight:
         head = model.apply({"params": params}, method="head_kernel")
-        nll = next_token_nll(hidden, head, batch.tokens, config.loss_chunk)
-        lm_loss = _mean(jnp.sum(jnp.where(batch.loss_weights > 0, nll * batch.loss_weights, 0.0)), totals.tokens)
-
+        lm_loss = _mean(
+            next_token_loss(hidden, head, batch.tokens, batch.loss_weights, config.loss_chunk), totals.tokens
+        )
     if config.dm_weight and batch.dream_slots.shape[1]:
-        flat = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
-        moments = flat(batch.dream_moments)
-        if moments is None:
-            moments = model.apply({"params": params}, flat(batch.dream_images), method="moments")
-        queries = flat(take(hidden, batch.dream_slots, model.config.num_queries))
-        error = denoise(model, config, params, queries, moments, flat(draws)).error
-        dm_loss = _mean(jnp.sum(jnp.where(flat(batch.dream_slots) >= 0, error, 0.0)), totals.images)
-
+        dm_loss = _mean(denoising_loss(model, config, params, hidden, batch, draws), totals.images)
     loss = (config.lm_weight * lm_loss + config.dm_weight * dm_loss) / config.scale
     return loss, {"loss": loss, "lm_loss": lm_loss, "dm_loss": dm_loss}

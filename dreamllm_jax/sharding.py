@@ -7,8 +7,9 @@ whole.
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -24,6 +25,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "images": ("data", "fsdp", "sequence", "tensor"),  # the towers are small: no chip repeats another's image
     "act_embed": (),
     "act_heads": ("tensor",),
+    "attention_heads": ("tensor", "sequence"),  # while attending, whole rows meet: their heads are split instead
     "act_mlp": ("tensor",),
     # The llama's weights.
     "vocab": ("tensor",),
@@ -123,6 +125,16 @@ def partition_spec(
     return PartitionSpec(*parts)
 
 
+def shards(axis: str, size: int) -> int:
+    """Over how many devices a dimension of `size` with this logical axis is split; outside `use`, 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = dict(nn.get_logical_axis_rules())
+    if mesh.empty or not rules:
+        return 1
+    (part,) = partition_spec((axis,), (size,), rules, mesh.shape)
+    return math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Asks for an activation to be split as its logical axes say; outside `use` it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -130,6 +142,51 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     if mesh.empty or not rules:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, rules, mesh.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A weight, whole along "embed", along which only its storage is split; its gradient is scattered again.
+
+    Cast the weight to the type of the computation before: then what travels is small both ways.
+
+    Args:
+      weight: laid out as its logical axes say.
+      axes: its logical axes; those other than "embed" stay split, and so does what is computed from them.
+    """
+    return constrain(weight, tuple(None if axis == "embed" else axis for axis in axes))
+
+
+def _gathered_fwd(weight, axes):
+    return gathered(weight, axes), None
+
+
+def _gathered_bwd(axes, _, gradient):
+    return (constrain(gradient, axes),)
+
+
+gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def platform() -> str:
+    """What is being compiled for: "tpu", "gpu" or "cpu"; inside `use`, the kind of the mesh's devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def on_shards(function: Callable, axes: Sequence[Sequence[str | None]], *args: jax.Array) -> jax.Array:
+    """`function(*args)` computed by each device on its own shards, for kernels that the partitioner cannot look into.
+
+    Args:
+      function: of arrays, to an array that is laid out as the first of them.
+      axes: the logical axes of each argument; along those that the rules split, the function must be independent.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*args)
+    rules = dict(nn.get_logical_axis_rules())
+    specs = tuple(partition_spec(a, x.shape, rules, mesh.shape) for a, x in zip(axes, args, strict=True))
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
 
 
 def param_shardings(boxed: dict, mesh: Mesh, config: ShardingConfig) -> dict:

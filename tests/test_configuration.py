@@ -45,7 +45,6 @@ BROKEN = [
     ({"optimizer.warmup_ratio": 3.0}, r"warmup_ratio must lie in \[0, 1\]"),
     ({"objective.lm_weight": -1.0}, r"config\.objective: lm_weight must not be negative"),
     ({"objective.null_condition": "querys"}, r"null_condition must be one of .*did you mean 'queries'\?"),
-    ({"objective.loss_chunk": 7}, r"objective\.loss_chunk=7 does not divide rows\.length=128"),
     ({"model.dtype": "float16"}, r"config\.model\.dtype must be one of 'float32', 'bfloat16'"),
     ({"model.unet.in_channels": 4}, r"config\.model: unet\.in_channels is 4, but the autoencoder's latents have 48"),
     ({"model.visual_projector": {"kind": "mlp"}}, r"an mlp projector has a depth of 2 or more, the others 1"),

@@ -11,9 +11,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.objectives import ObjectiveConfig, draw, next_token_nll
+from dreamllm_jax.objectives import ObjectiveConfig, draw
 from dreamllm_jax.training.step import loss_and_gradients
-from tests.parity import assert_same, relative_error
+from tests.parity import assert_same
 from tests.tiny import DREAM_SIZE, DREAM_SLOTS, MLP, make_batch, random_rows, tiny_config, tiny_params
 
 EVERYTHING = ObjectiveConfig(
@@ -34,6 +34,7 @@ VELOCITY = ObjectiveConfig(
     null_condition="original",
     snr_gamma=0.5,
     loss_chunk=8,
+    image_chunk=1,
 )
 
 
@@ -146,19 +147,6 @@ def test_stored_moments_equal_images(everything):
         lambda leaves, batch, draws: loss_and_gradients(case.model, case.objective, {}, leaves, batch, draws)[0]
     )
     np.testing.assert_allclose(loss(case.leaves, batch, case.draws)["loss"], case.run()[0]["loss"], rtol=1e-6)
-
-
-def test_next_token_loss_in_chunks():
-    rng = np.random.default_rng(0)
-    hidden, head = rng.normal(size=(2, 12, 8)), rng.normal(size=(8, 20))
-    tokens = rng.integers(0, 20, (2, 12))
-    whole = next_token_nll(hidden, head, tokens)
-    np.testing.assert_allclose(next_token_nll(hidden, head, tokens, chunk=4), whole, rtol=1e-6)
-    logp = jax.nn.log_softmax(hidden @ head)
-    assert relative_error(whole[:, 5], -np.take_along_axis(logp[:, 4], tokens[:, 5:6], 1)[:, 0]) < 1e-6
-    assert not np.any(whole[:, 0])
-    with pytest.raises(ValueError, match="loss_chunk=5 does not divide"):
-        next_token_nll(hidden, head, tokens, chunk=5)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ Legend: B rows, T queries, S keys, H query heads, K key heads, D head dimension.
 import jax
 import jax.numpy as jnp
 
+from dreamllm_jax.models import splash
+from dreamllm_jax.sharding import constrain, on_shards, platform
+
 Array = jax.Array
 
 # Scores (T x S, of one head) held at once; longer rows of queries are taken in chunks.
@@ -74,11 +77,16 @@ def attend(
     Raises:
       ValueError: the heads do not divide, or segments are given for one side only.
     """
-    queries, keys = q.shape[1], k.shape[1]
+    queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if (q_segments is None) != (k_segments is None):
         raise ValueError("attention needs the segments of queries and keys, or of neither")
+    packed_rows = causal and q_segments is not None and q_index is None and k_index is None
+    if packed_rows and platform() == "tpu" and splash.supports(queries, keys, dim):
+        heads = ("rows", None, "attention_heads", None)
+        q, k, v = (constrain(x, heads) for x in (q, k, v))
+        return on_shards(splash.causal_attention, (heads, heads, heads, ("rows", None)), q, k, v, q_segments)
     q_index = jnp.arange(queries)[None] if q_index is None else q_index
     k_index = jnp.arange(keys)[None] if k_index is None else k_index
 

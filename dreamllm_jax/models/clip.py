@@ -226,7 +226,7 @@ class ClipVision(_Part):
       config: the tower's shape.
       dtype: type of the computation; norms' statistics and softmax are float32 in any case.
       param_dtype: type of the parameters.
-      remat: what a layer keeps for the backward pass: "none", "dots" or "full" (see `rematerialised`).
+      remat: what a layer keeps for the backward pass: "none" (everything) or "full" (its input).
     """
 
     remat: str = "full"

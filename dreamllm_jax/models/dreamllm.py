@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
+from dreamllm_jax.models import remat
 from dreamllm_jax.models.clip import ClipVision, ClipVisionConfig, normalise_pixels
 from dreamllm_jax.models.llama import KVCache, Llama, LlamaConfig
 from dreamllm_jax.models.projectors import DreamQueries, Projector, ProjectorConfig
@@ -30,7 +31,8 @@ class DreamLLMConfig:
       num_queries: dream queries an image is painted from.
       special_tokens: ids; None for the last eight of the vocabulary.
       dtype: what the towers compute in; parameters are stored as the training configuration says.
-      remat: what the backward pass of the llama recomputes ("none", "dots", "full"); other towers: all or nothing.
+      remat: what the llama's layers keep for their backward pass: "none" (everything), "dots", "full" (nothing),
+        "offload", or names (see `models.remat`).
     """
 
     llama: LlamaConfig
@@ -43,9 +45,10 @@ class DreamLLMConfig:
     num_queries: int = 64
     special_tokens: SpecialTokens | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: str = "full"
 
     def __post_init__(self):
+        remat.check(self.remat)
         if self.unet.in_channels != self.vae.latent_channels:
             raise ValueError(
                 f"unet.in_channels is {self.unet.in_channels}, but the autoencoder's latents have "
@@ -86,9 +89,9 @@ class DreamLLM(nn.Module):
     def setup(self):
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        remat = config.remat != "none"
+        whole = "none" if config.remat == "none" else "full"
         self.llama = Llama(config.llama, dtype=dtype, remat=config.remat)
-        self.clip = ClipVision(config.clip, dtype=dtype, remat=config.remat)
+        self.clip = ClipVision(config.clip, dtype=dtype, remat=whole)
         self.visual_projector = Projector(config.visual_projector, config.llama.hidden_size, use_bias=True, dtype=dtype)
         self.queries = DreamQueries(config.num_queries, config.llama.hidden_size, dtype=dtype)
         self.condition_projector = Projector(
@@ -96,7 +99,7 @@ class DreamLLM(nn.Module):
         )
         pixel = isinstance(config.vae, PixelAutoencoderConfig)
         self.vae = (PixelAutoencoder if pixel else Autoencoder)(config.vae, dtype=dtype)
-        self.unet = UNet(config.unet, dtype=dtype, remat=remat)
+        self.unet = UNet(config.unet, dtype=dtype)
 
     def see(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P E"]:
         """What the llama is given for an image: CLIP features through the visual projector."""

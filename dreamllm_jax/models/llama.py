@@ -8,6 +8,7 @@ N layers.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ import numpy as np
 from flax import struct
 
 from dreamllm_jax.models.attention import attend
-from dreamllm_jax.models.remat import rematerialised
-from dreamllm_jax.sharding import constrain
+from dreamllm_jax.models.remat import keep, rematerialised
+from dreamllm_jax.sharding import constrain, gathered
 
 Array = jax.Array
 
@@ -166,8 +167,17 @@ def rope_frequencies(config: LlamaConfig, length: int) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
+def _half_turn(dim: int) -> np.ndarray:
+    """f32[D, D] such that (first, second) @ it = (-second, first) for the halves of a head."""
+    identity, zero = np.eye(dim // 2, dtype=np.float32), np.zeros((dim // 2, dim // 2), np.float32)
+    return np.block([[zero, identity], [-identity, zero]])
+
+
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates each head's first half against its second half (the Hugging Face convention).
+
+    The halves are swapped by an exact product with a signed permutation: on TPU that costs less than cutting vectors of
+    128 lanes in two.
 
     Args:
       x: f[B, T, H, D] queries or keys.
@@ -177,9 +187,15 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     Returns:
       f[B, T, H, D] in the type of `x`.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = jnp.einsum(
+        "bthd,de->bthe",
+        x,
+        jnp.asarray(_half_turn(x.shape[-1]), x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    cos, sin = (jnp.concatenate([part, part], axis=-1)[:, :, None] for part in (cos, sin))
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
 @struct.dataclass
@@ -235,7 +251,37 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        return rms_norm(x, self.param("scale", init, (x.shape[-1],), self.param_dtype), self.eps)
+        normed = rms_norm(x, self.param("scale", init, (x.shape[-1],), self.param_dtype), self.eps)
+        # Fused into the products that follow, the norm would be computed for each, and its gradient slow them down.
+        return jax.lax.optimization_barrier(normed)
+
+
+class Linear(nn.Module):
+    """A product with a kernel that is stored as a matrix and gathered where it is used.
+
+    Inputs and outputs may have several axes, heads and their dimension: on TPU, reshaping the kernel instead of them
+    spares copies of activations.
+    """
+
+    inputs: tuple[int, ...]
+    features: tuple[int, ...]
+    use_bias: bool
+    axes: tuple[str, str]
+    std: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = math.prod(self.inputs), math.prod(self.features)
+        kernel = self.param("kernel", _weight(self.std, *self.axes), shape, self.param_dtype)
+        kernel = gathered(kernel.astype(self.dtype), self.axes).reshape(*self.inputs, *self.features)
+        out = jnp.tensordot(x, kernel, axes=len(self.inputs))
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            bias = self.param("bias", zeros, shape[1:], self.param_dtype)
+            out = out + bias.astype(self.dtype).reshape(self.features)
+        return out
 
 
 class _Part(nn.Module):
@@ -245,16 +291,11 @@ class _Part(nn.Module):
     dtype: Any
     param_dtype: Any
 
-    def linear(self, features: int, name: str, axes: tuple[str, str], bias: bool) -> nn.Dense:
-        return nn.Dense(
-            features,
-            use_bias=bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=_weight(self.config.initializer_range, *axes),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-            name=name,
-        )
+    def linear(
+        self, inputs: tuple[int, ...], features: tuple[int, ...], name: str, axes: tuple[str, str], bias: bool
+    ) -> Linear:
+        std = self.config.initializer_range
+        return Linear(inputs, features, bias, axes, std, self.dtype, self.param_dtype, name=name)
 
 
 class Attention(_Part):
@@ -262,14 +303,18 @@ class Attention(_Part):
 
     @nn.compact
     def __call__(self, x: Array, cache: tuple[Array, Array] | None, layer: Array, context: _Context):
-        config, heads = self.config, (*x.shape[:2], -1, self.config.head_dim)
-        q_width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        q = self.linear(q_width, "q_proj", ("embed", "heads"), config.attention_bias)(x).reshape(heads)
-        k = self.linear(kv_width, "k_proj", ("embed", "kv_heads"), config.attention_bias)(x).reshape(heads)
-        v = self.linear(kv_width, "v_proj", ("embed", "kv_heads"), config.attention_bias)(x).reshape(heads)
+        config = self.config
+        width, bias = (config.hidden_size,), config.attention_bias
+        q_heads = config.num_attention_heads, config.head_dim
+        kv_heads = config.num_key_value_heads, config.head_dim
+        q = self.linear(width, q_heads, "q_proj", ("embed", "heads"), bias)(x)
+        k = self.linear(width, kv_heads, "k_proj", ("embed", "kv_heads"), bias)(x)
+        v = self.linear(width, kv_heads, "v_proj", ("embed", "kv_heads"), bias)(x)
+        q, k = jax.lax.optimization_barrier((q, k))  # so that the products write the layout that attention reads
         q = constrain(q, ("rows", "tokens", "act_heads", None))
         q, k = apply_rope(q, context.cos, context.sin), apply_rope(k, context.cos, context.sin)
         if cache is None:
+            q, k, v = (keep(x, "attention") for x in (q, k, v))
             out = attend(q, k, v, q_segments=context.segment_ids, k_segments=context.segment_ids, causal=True)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
@@ -285,8 +330,8 @@ class Attention(_Part):
                 q_index=context.q_index,
                 causal=True,
             )
-        out = constrain(out, ("rows", "tokens", "act_heads", None)).reshape(*x.shape[:2], -1)
-        return self.linear(config.hidden_size, "o_proj", ("heads", "embed"), config.attention_bias)(out), cache
+        out = constrain(out, ("rows", "tokens", "act_heads", None))
+        return self.linear(q_heads, width, "o_proj", ("heads", "embed"), bias)(out), cache
 
 
 class MLP(_Part):
@@ -295,10 +340,14 @@ class MLP(_Part):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         config = self.config
-        gate = self.linear(config.intermediate_size, "gate_proj", ("embed", "mlp"), config.mlp_bias)(x)
-        up = self.linear(config.intermediate_size, "up_proj", ("embed", "mlp"), config.mlp_bias)(x)
-        inner = constrain(nn.silu(gate) * up, ("rows", "tokens", "act_mlp"))
-        return self.linear(config.hidden_size, "down_proj", ("mlp", "embed"), config.mlp_bias)(inner)
+        width, inner_width = (config.hidden_size,), (config.intermediate_size,)
+        gate = self.linear(width, inner_width, "gate_proj", ("embed", "mlp"), config.mlp_bias)(x)
+        up = self.linear(width, inner_width, "up_proj", ("embed", "mlp"), config.mlp_bias)(x)
+        gate, up = keep(gate, "gate"), keep(up, "up")
+        up = jax.lax.optimization_barrier(up)  # fused into the products, what follows would slow them down
+        inner = jax.lax.optimization_barrier(nn.silu(gate) * up)
+        inner = constrain(inner, ("rows", "tokens", "act_mlp"))
+        return self.linear(inner_width, width, "down_proj", ("mlp", "embed"), config.mlp_bias)(inner)
 
 
 class Block(_Part):
@@ -312,7 +361,7 @@ class Block(_Part):
         attended, cache = Attention(config, self.dtype, self.param_dtype, name="self_attn")(
             normed, cache, layer, context
         )
-        x = constrain(x + attended, residual)
+        x = keep(constrain(x + attended, residual), "attention")
         normed = RMSNorm(config.rms_norm_eps, self.param_dtype, name="post_attention_layernorm")(x)
         x = constrain(x + MLP(config, self.dtype, self.param_dtype, name="mlp")(normed), residual)
         return (x, cache), None
@@ -338,7 +387,7 @@ class Llama(nn.Module):
       config: the model's shape.
       dtype: type of the computation; norms' statistics, rotations and softmax are float32 in any case.
       param_dtype: type of the parameters.
-      remat: what a layer keeps for the backward pass: "none", "dots" or "full" (see `rematerialised`).
+      remat: what a layer keeps for the backward pass (see `remat`).
     """
 
     config: LlamaConfig

@@ -232,7 +232,7 @@ def test_remat_changes_no_number():
         return jax.jit(jax.value_and_grad(lambda p: jnp.square(hidden_of(model, p, tokens)[0]).sum()))(params)
 
     want = outcome("none")
-    for policy in ("dots", "full"):
+    for policy in ("dots", "attention+gate", "offload", "full"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), outcome(policy), want)
     with pytest.raises(ValueError, match="unknown remat policy 'ful'"):
         outcome("ful")

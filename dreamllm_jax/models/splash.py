@@ -1,0 +1,56 @@
+"""Causal attention of packed rows on TPU, through JAX's splash attention kernel.
+
+Scores exist a tile at a time in the chip's vector memory, and tiles above the diagonal are not computed.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+Array = jax.Array
+
+TILE = 128  # row lengths must be multiples of it
+_BLOCK = 1024
+
+
+def supports(queries: int, keys: int, head_dim: int) -> bool:
+    """Whether `causal_attention` takes rows of this shape."""
+    return queries == keys and queries % TILE == 0 and head_dim % TILE == 0
+
+
+def causal_attention(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
+    """Each token attends to its segment up to itself; see `attention.attend`.
+
+    Args:
+      q: f[B, T, H, D] queries.
+      k: f[B, T, K, D] keys.
+      v: f[B, T, K, D] values.
+      segments: i32[B, T]; the output on padding (segment 0) is zero.
+      interpret: run the kernel step by step in Python, on any device.
+
+    Returns:
+      f[B, T, H, D].
+    """
+    _, length, heads, dim = q.shape
+    block = next(size for size in (_BLOCK, _BLOCK // 2, _BLOCK // 4, TILE) if length % size == 0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=min(block, _BLOCK // 2),
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=min(block, _BLOCK // 2),
+            use_fused_bwd_kernel=True,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",  # see `remat`
+        interpret=interpret,
+    )
+    q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    attend = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))
+    out = attend(q, k, v, segments).swapaxes(1, 2)
+    return jnp.where((segments != 0)[..., None, None], out, 0).astype(q.dtype)
