@@ -29,7 +29,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "act_mlp": ("tensor",),
     # The llama's weights.
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "sequence"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -37,7 +37,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "layers": (),
     # The image towers' and projectors' weights.
     "tower_in": (),
-    "tower_out": ("fsdp",),
+    "tower_out": ("fsdp", "sequence"),
     "tower_norm": (),
 }
 
@@ -49,7 +49,7 @@ class ShardingConfig:
     Attributes:
       data: replicas of the weights; the axis that crosses slices.
       fsdp: shards of weights and optimizer state; rows are split over `data` and `fsdp`.
-      sequence: parts of a row.
+      sequence: parts of a row; weights and optimizer state are split over it too.
       tensor: parts of heads and of the feed-forward width.
       rules: logical axis -> mesh axes, for the names that differ from `DEFAULT_RULES`.
     """

@@ -8,7 +8,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from dreamllm_jax import command_line, distributed, runs
+from dreamllm_jax import command_line, compilation, distributed, runs
 from dreamllm_jax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().", lock_config=True)
@@ -24,6 +24,7 @@ def main(_) -> None:
         sys.exit("error: give --config=FILE.py and --workdir=DIR")
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value)
     run = runs.start(_CONFIG.value.to_dict(), _WORKDIR.value)
+    compilation.keep_programs(run.workdir)
     train(run.experiment, run.tokenizer, run.workdir)
 
 

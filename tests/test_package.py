@@ -19,15 +19,17 @@ MAY_IMPORT = {
     "vocabulary": set(),
     "configuration": set(),
     "directories": set(),
+    "chunks": set(),
+    "compilation": set(),
     "gguf_reader": set(),
     "distributed": set(),
     "sharding": set(),  # rules from names to axes, and the constraint that reads them
     "diffusion": set(),
     "data": {"batch", "command_line", "directories", "gguf_reader", "vocabulary"},
     "models": {"diffusion", "sharding", "vocabulary"},
-    "objectives": {"batch", "diffusion", "models"},
+    "objectives": {"batch", "chunks", "diffusion", "models", "sharding"},
     "interop": {"diffusion", "gguf_reader", "models", "vocabulary"},
-    "training": {"batch", "configuration", "data", "distributed", "experiment"}
+    "training": {"batch", "compilation", "configuration", "data", "distributed", "experiment"}
     | {"interop", "models", "objectives", "sharding"},
     "generation": {"batch", "data", "diffusion", "models", "vocabulary"},
 }

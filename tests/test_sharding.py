@@ -1,12 +1,17 @@
 """Every axis has a rule, every mesh that cannot be is refused."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
-from dreamllm_jax.models.dreamllm import abstract_params
+from dreamllm_jax.configuration import read
+from dreamllm_jax.models import published
+from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
 from dreamllm_jax.sharding import (
     DEFAULT_RULES,
     MESH_AXES,
@@ -32,6 +37,19 @@ def test_every_weight_has_axes_with_rules():
     shardings = param_shardings(boxed, make_mesh(ShardingConfig(fsdp=4, tensor=2)), ShardingConfig())
     assert shardings["llama"]["layers"]["mlp"]["up_proj"]["kernel"].spec == P(None, "fsdp", "tensor")
     assert shardings["llama"]["lm_head"]["kernel"].spec == P("fsdp", "tensor")
+
+
+@pytest.mark.parametrize("config", [ShardingConfig(fsdp=8), ShardingConfig(fsdp=2, sequence=2, tensor=2)], ids=str)
+def test_no_large_weight_of_the_published_model_is_replicated(config):
+    model = read(DreamLLMConfig, published.dreamllm("7b"))
+    mesh = make_mesh(config)
+    boxed = abstract_params(model)
+    shardings = flatten_dict(param_shardings(boxed, mesh, config), sep="/")
+    for path, leaf in flatten_dict(nn.unbox(boxed), sep="/").items():
+        parts = leaf.size // math.prod(shardings[path].shard_shape(leaf.shape))
+        assert parts >= 4 or leaf.size * leaf.dtype.itemsize <= 2**20, f"{path} {leaf.shape} lies in {parts} parts"
+        if path.startswith("llama") and "kernel" in path:
+            assert parts == 8, path
 
 
 def test_partition_specs():

@@ -1,4 +1,7 @@
-"""Attention: one function for every tower, behind which a device's own kernels can stand.
+"""Attention: one function for every tower, behind which a device's own kernels stand.
+
+Packed rows go through the splash attention kernel on TPU; half precision goes through cuDNN on GPU; all else, and every
+CPU, through plain XLA, in chunks of queries.
 
 What a query may see is told by segments and indices, never by a materialised mask.
 
@@ -42,6 +45,14 @@ def _attend(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
         weights = jnp.where(visible, weights, 0.0)
     out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return out.reshape(rows, queries, heads, -1).astype(q.dtype)
+
+
+def _cudnn(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
+    """cuDNN's fused attention (GPU, half precision): scores never leave the chip, what is visible does."""
+    if visible is None:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="cudnn")
+    return jnp.where(visible.any(-1)[..., None, None], out, 0)
 
 
 def attend(
@@ -89,6 +100,9 @@ def attend(
         return on_shards(splash.causal_attention, (heads, heads, heads, ("rows", None)), q, k, v, q_segments)
     q_index = jnp.arange(queries)[None] if q_index is None else q_index
     k_index = jnp.arange(keys)[None] if k_index is None else k_index
+
+    if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= 128:
+        return _cudnn(q, k, v, _visible(q_segments, k_segments, q_index, k_index, causal))
 
     def part(q, q_segments, q_index):
         return _attend(q, k, v, _visible(q_segments, k_segments, q_index, k_index, causal))

@@ -50,7 +50,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
     # Model, optimizer and state.
     model = DreamLLM(experiment.model)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
-    abstract = abstract_state(experiment.model, experiment.parameters, optimizer, mesh, experiment.sharding)
+    abstract = abstract_state(experiment.model, experiment.parameters, experiment.optimizer, mesh, experiment.sharding)
     _log_parameters(abstract)
     init_key, draws_key = jax.random.split(jax.random.key(experiment.seed))
 

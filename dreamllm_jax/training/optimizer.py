@@ -15,7 +15,7 @@ class OptimizerConfig:
       warmup_ratio: share of the run's steps over which the learning rate rises linearly from 0.
       end_value: learning rate at the last step, as a share of the peak.
       clip_norm: gradients of a larger global norm are scaled down to it; 0 for no clipping.
-      mu_dtype: storage type of the first moment.
+      mu_dtype, nu_dtype: storage types of the first and second moments; bfloat16 is rounded to at random (`rounding`).
     """
 
     learning_rate: float = 2e-5
@@ -27,6 +27,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    nu_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if self.learning_rate <= 0 or self.eps <= 0:
@@ -53,13 +54,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (decoupled weight decay, Loshchilov and Hutter 2019)."""
+    """Clipping by global norm, then AdamW (decoupled weight decay, Loshchilov and Hutter 2019); all in float32."""
     adamw = optax.adamw(
         learning_rate_schedule(config, steps),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mu_dtype=config.mu_dtype,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

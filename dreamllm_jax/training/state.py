@@ -1,6 +1,7 @@
 """The training state: what is trained, what is frozen, and how both lie on the mesh."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from jaxtyping import Array, Int
 
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
 from dreamllm_jax.sharding import ShardingConfig, param_shardings
+from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 Leaves = dict[str, jax.Array]  # parameter path, such as "queries/dream_queries" -> array
 
@@ -84,7 +86,7 @@ def merge_params(trainable: Leaves, frozen: Leaves) -> dict:
 def abstract_state(
     model: DreamLLMConfig,
     parameters: ParametersConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: OptimizerConfig,
     mesh: Mesh,
     sharding: ShardingConfig,
 ) -> TrainState:
@@ -104,15 +106,23 @@ def abstract_state(
 
     def place(path, leaf):
         name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(name, replicated))
+        moment = next((key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)), None)
+        dtype = {"mu": optimizer.mu_dtype, "nu": optimizer.nu_dtype}.get(moment, leaf.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings.get(name, replicated))
 
     trainable, frozen = typed(trainable, parameters.dtype), typed(frozen, parameters.frozen_dtype)
-    opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trainable))
+    opt_state = jax.tree_util.tree_map_with_path(
+        place, jax.eval_shape(make_optimizer(optimizer, steps=1).init, trainable)
+    )
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), trainable, opt_state, frozen)
 
 
 def _shardings(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _fresh(abstract: TrainState, optimizer: optax.GradientTransformation, trainable: Leaves) -> Any:
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), optimizer.init(trainable), abstract.opt_state)
 
 
 def init_state(
@@ -124,7 +134,7 @@ def init_state(
         params = flatten_dict(nn.unbox(DreamLLM(model).init(key)["params"]), sep="/")
         trainable = {path: params[path].astype(leaf.dtype) for path, leaf in abstract.trainable.items()}
         frozen = {path: params[path].astype(leaf.dtype) for path, leaf in abstract.frozen.items()}
-        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), frozen)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, _fresh(abstract, optimizer, trainable), frozen)
 
     return jax.jit(init, out_shardings=_shardings(abstract))(key)
 
@@ -132,6 +142,7 @@ def init_state(
 def state_from_leaves(abstract: TrainState, leaves: Leaves, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state around parameters that lie as `abstract` says."""
     trainable, frozen = ({path: leaves[path] for path in part} for part in (abstract.trainable, abstract.frozen))
-    opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract.opt_state))(trainable)
+    fresh = functools.partial(_fresh, abstract, optimizer)
+    opt_state = jax.jit(fresh, out_shardings=_shardings(abstract.opt_state))(trainable)
     step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
     return TrainState(step, trainable, opt_state, frozen)

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from dreamllm_jax.batch import Batch
+from dreamllm_jax.compilation import TPU_OPTIONS
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.objectives import Draws, ObjectiveConfig, Totals, draw, joint_loss
 from dreamllm_jax.sharding import constrain
+from dreamllm_jax.training.rounding import narrow, widen
 from dreamllm_jax.training.state import Leaves, TrainState, merge_params
 
 Metrics = dict[str, jax.Array]
+ROUNDING = 2**32 - 1  # folded into a step's key; draws fold the numbers of their rows
 
 
 def loss_and_gradients(
@@ -69,14 +72,16 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         rows, slots = batch.dream_slots.shape
-        draws = None
-        if slots:
-            draws = draw(jax.random.fold_in(key, state.step), rows, slots, latent_shape, timesteps, objective)
+        step_key = jax.random.fold_in(key, state.step)
+        draws = draw(step_key, rows, slots, latent_shape, timesteps, objective) if slots else None
         metrics, gradients = loss_and_gradients(
             model, objective, state.trainable, state.frozen, batch, draws, microbatches
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        stored = state.trainable, state.opt_state
+        params, opt_state = widen(stored)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        updated = optax.apply_updates(params, updates), opt_state
+        trainable, opt_state = narrow(updated, stored, jax.random.fold_in(step_key, ROUNDING))
         metrics = metrics | {
             "grad_norm": optax.tree.norm(gradients),
             "tokens": jnp.sum(batch.segment_ids > 0),
@@ -90,4 +95,5 @@ def make_train_step(
 def compile_train_step(train_step: Callable, state: TrainState) -> Callable:
     """Jits a train step: the old state's memory is reused, and the new state lies where the old one did."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    options = TPU_OPTIONS if state.step.sharding.mesh.devices.flat[0].platform == "tpu" else None
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)

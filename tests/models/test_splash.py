@@ -1,0 +1,77 @@
+"""The TPU kernel for packed rows computes what plain XLA does; it is run step by step, on a CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dreamllm_jax.models import attention, splash
+from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
+
+LENGTH, HEADS, KEY_HEADS, DIM = 256, 4, 2, 128
+
+
+def inputs(rows):
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (
+        jnp.asarray(rng.normal(size=(rows, LENGTH, heads, DIM)), jnp.float32)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)
+    )
+    ends = np.sort(rng.integers(1, LENGTH, (rows, 3)), axis=1)
+    segments = 1 + (np.arange(LENGTH)[None, :, None] >= ends[:, None]).sum(-1)
+    return q, k, v, jnp.asarray(np.where(segments == 4, 0, segments)), cotangent  # the last quarter or so is padding
+
+
+def outcome(attend, q, k, v, segments, cotangent):
+    out, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
+    return out, *pullback(cotangent)
+
+
+def plain(q, k, v, segments):
+    return attention.attend(q, k, v, q_segments=segments, k_segments=segments, causal=True)
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """`attend` chooses as if it were compiled for TPU, and the kernel runs where we are."""
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    interpreted = functools.partial(splash.causal_attention, interpret=True)
+    monkeypatch.setattr(splash, "causal_attention", interpreted)
+
+
+def test_forward_and_gradients_equal_plain_attention():
+    *arrays, cotangent = inputs(rows=2)
+    got = jax.jit(functools.partial(outcome, functools.partial(splash.causal_attention, interpret=True)))(
+        *arrays, cotangent
+    )
+    want = jax.jit(functools.partial(outcome, plain))(*arrays, cotangent)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    padding = np.asarray(arrays[3]) == 0
+    assert padding.any() and not np.asarray(got[0])[padding].any()
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(on_tpu):
+    """Rows over two devices, heads over `tensor` and `sequence`, whose parts of the rows meet first."""
+    *arrays, cotangent = inputs(rows=2)
+    want = outcome(plain, *arrays, cotangent)
+    config = ShardingConfig(fsdp=2, sequence=2, tensor=1)
+    with use(make_mesh(config, jax.devices()[:4]), config):
+        got = jax.jit(functools.partial(outcome, plain))(*arrays, cotangent)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_attend_chooses_the_kernel_for_packed_rows_alone(on_tpu, monkeypatch):
+    calls = []
+    monkeypatch.setattr(splash, "causal_attention", lambda q, k, v, segments: calls.append(q.shape) or q)
+    q, k, v, segments, _ = inputs(rows=1)
+    plain(q, k, v, segments)
+    assert calls == [q.shape]
+    attention.attend(q, k, v, causal=False)
+    attention.attend(q, k, v, q_segments=segments, k_segments=segments, q_index=segments, causal=True)
+    plain(q[:, :100], k[:, :100], v[:, :100], segments[:, :100])
+    assert len(calls) == 1
