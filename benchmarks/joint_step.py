@@ -1,0 +1,68 @@
+"""Times one joint training step of this project on the devices there are, with random weights and pictures.
+
+python -m benchmarks.joint_step --size=1b --rows=4
+"""
+
+import json
+import time
+
+import jax
+
+from benchmarks.shapes import experiment, parser, peak_flops, random_batch
+from dreamllm_jax.flops import model_flops
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
+from dreamllm_jax.training.optimizer import make_optimizer
+from dreamllm_jax.training.state import abstract_state, init_state
+from dreamllm_jax.training.step import compile_train_step, make_train_step
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0]).parse_args()
+    settings = experiment(arguments)
+    mesh = make_mesh(settings.sharding)
+    sharding = rows_sharding(mesh, settings.sharding, arguments.rows)
+    optimizer = make_optimizer(settings.optimizer, settings.steps)
+    abstract = abstract_state(settings.model, settings.parameters, settings.optimizer, mesh, settings.sharding)
+    state = init_state(abstract, settings.model, optimizer, jax.random.key(0))
+    batch = to_mesh(random_batch(settings), sharding, arguments.rows)
+    step = compile_train_step(
+        make_train_step(DreamLLM(settings.model), settings.objective, optimizer, settings.rows.dream_size), state
+    )
+    with use(mesh, settings.sharding):
+        began = time.monotonic()
+        compiled = step.lower(state, batch, jax.random.key(1)).compile()
+        compile_seconds = time.monotonic() - began
+        for _ in range(2):
+            state, metrics = compiled(state, batch, jax.random.key(1))
+        jax.block_until_ready(metrics)
+        began = time.monotonic()
+        for _ in range(arguments.steps):
+            state, metrics = compiled(state, batch, jax.random.key(1))
+        jax.block_until_ready((state, metrics))
+    seconds = (time.monotonic() - began) / arguments.steps
+    device, flops = jax.devices()[0], model_flops(settings)
+    peak = peak_flops(device.device_kind)
+    stats = device.memory_stats() or {}
+    print(
+        json.dumps(
+            {
+                "program": "dreamllm_jax",
+                "device": f"{jax.device_count()} x {device.device_kind}",
+                "jax": jax.__version__,
+                **vars(arguments),
+                "loss": float(metrics["loss"]),
+                "step_seconds": seconds,
+                "tokens_per_second": arguments.rows * settings.rows.length / seconds,
+                "images_per_second": arguments.rows * (arguments.see + arguments.dream) / seconds,
+                "model_tflops_per_second": flops / seconds / 1e12,
+                "mfu": flops / seconds / (jax.device_count() * peak) if peak else None,
+                "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
+                "compile_seconds": compile_seconds,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

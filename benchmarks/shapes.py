@@ -1,0 +1,110 @@
+"""What both sides of a benchmark agree on: the experiment and a synthetic batch."""
+
+import argparse
+
+import numpy as np
+
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.chips import CHIPS
+from dreamllm_jax.experiment import Experiment, read_experiment
+from dreamllm_jax.models import published
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags of both programs."""
+    flags = argparse.ArgumentParser(description=description)
+    flags.add_argument("--size", default="1b", help="of the llama: 1b, 7b or 13b, or tiny to try the program out")
+    flags.add_argument("--rows", type=int, default=4, help="rows of 2048 tokens a step")
+    flags.add_argument("--see", type=int, default=2, help="images a row reads")
+    flags.add_argument("--dream", type=int, default=2, help="images a row paints")
+    flags.add_argument("--remat", default="full", help="what the llama keeps for its backward pass (ours only)")
+    flags.add_argument("--image_chunk", type=int, default=8, help="images in the towers at a time (ours only)")
+    flags.add_argument("--steps", type=int, default=10, help="timed steps, after two that are not")
+    return flags
+
+
+# Dense bfloat16 FLOP/s of NVIDIA's data sheets (SXM modules).
+_GPUS = {"NVIDIA H100": 989.4e12, "NVIDIA H200": 989.4e12, "NVIDIA A100": 312e12}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a device by the name that JAX or PyTorch gives it; None if it is not known."""
+    for chip in CHIPS.values():
+        if device_kind in chip.device_kinds:
+            return chip.peak_flops
+    return next((peak for name, peak in _GPUS.items() if device_kind.startswith(name)), None)
+
+
+_TINY_LLAMA = {
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+_TINY_UNET = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 64,
+    "attention_head_dim": (1, 2),
+    "use_linear_projection": True,
+}
+_TINY_VAE = {
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+}
+
+
+def experiment(arguments: argparse.Namespace) -> Experiment:
+    """Stage II: the llama, projectors and queries are trained, the towers frozen in bfloat16."""
+    tiny = arguments.size == "tiny"
+    model = published.dreamllm("1b" if tiny else arguments.size)
+    if tiny:
+        model |= {"llama": _TINY_LLAMA, "unet": _TINY_UNET, "vae": _TINY_VAE}
+        model["clip"] |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+    return read_experiment(
+        {
+            "model": model | {"remat": arguments.remat},
+            "data": {"path": ""},
+            "steps": 1000,
+            "rows": {
+                "per_step": arguments.rows,
+                "length": 2048,
+                "see_slots": arguments.see,
+                "dream_slots": arguments.dream,
+                "dream_size": 64 if tiny else 512,
+            },
+            "parameters": {
+                "trainable": (("(llama|visual_projector|queries|condition_projector)/.*", True), (".*", False)),
+            },
+            "objective": {"lm_weight": 1.0, "dm_weight": 10.0, "image_chunk": arguments.image_chunk},
+            "optimizer": {"learning_rate": 1e-5, "warmup_ratio": 0.0},
+        }
+    )
+
+
+def random_batch(experiment: Experiment, seed: int = 0) -> Batch:
+    """One document fills each row: pictures to read, then pictures to paint, then text; every slot is filled."""
+    rng, rows, model = np.random.default_rng(seed), experiment.rows, experiment.model
+    shape = rows.per_step, rows.length
+    see = 2 + np.arange(rows.see_slots) * (model.clip.num_patches + 2)
+    painted_from = 2 + rows.see_slots * (model.clip.num_patches + 2)
+    dream = painted_from + np.arange(rows.dream_slots) * (model.num_queries + 2)
+    weights = np.ones(shape, np.float32)
+    weights[:, : painted_from + rows.dream_slots * (model.num_queries + 2)] = 0
+    size = model.clip.image_size
+    return Batch(
+        tokens=rng.integers(3, model.llama.vocab_size - 8, shape).astype(np.int32),
+        segment_ids=np.ones(shape, np.int32),
+        positions=np.broadcast_to(np.arange(rows.length, dtype=np.int32), shape).copy(),
+        loss_weights=weights,
+        see_images=rng.integers(0, 256, (rows.per_step, rows.see_slots, size, size, 3)).astype(np.uint8),
+        see_slots=np.broadcast_to(see, (rows.per_step, rows.see_slots)).astype(np.int32),
+        dream_images=rng.integers(
+            0, 256, (rows.per_step, rows.dream_slots, rows.dream_size, rows.dream_size, 3)
+        ).astype(np.uint8),
+        dream_slots=np.broadcast_to(dream, (rows.per_step, rows.dream_slots)).astype(np.int32),
+    )
