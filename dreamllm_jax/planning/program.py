@@ -21,8 +21,8 @@ import numpy as np
 from dreamllm_jax.planning.hlo import Instruction, Module, executions, parse
 
 Groups = list[tuple[int, ...]]
-COLLECTIVES = frozenset(
-    "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split()
+_COLLECTIVE = re.compile(
+    "(all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-(?:permute|broadcast))(-start)?"
 )
 
 
@@ -81,7 +81,8 @@ def read_program(text: str, mesh: Mapping[str, int]) -> Program:
             elif instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes:
                 declared = re.search(r'"?cost_estimate"?:\s*\{[^}]*?"?flops"?:\s*"?(\d+)', instruction.attributes)
                 kernel_flops += part.count * (int(declared[1]) if declared else 0)
-            elif (kind := instruction.opcode.removesuffix("-start")) in COLLECTIVES:
+            elif collective := _COLLECTIVE.fullmatch(instruction.opcode):
+                kind = collective[1]
                 # Fusions that start, continue and end one collective each hold it.
                 channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                 key = (kind, channel[1] if channel else instruction.name, part.fused or part.computation)
@@ -245,9 +246,9 @@ def wire_bytes(
 
 # Memory traffic.
 
-_MOVES_NOTHING = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call partition-id replica-id after-all iota "
-    "opt-barrier optimization-barrier domain rng-get-and-update-state infeed outfeed".split()
+_MOVES_NOTHING = re.compile(
+    "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|(partition|replica)-id|after-all|iota|"
+    "opt(imization)?-barrier|domain|rng-get-and-update-state|infeed|outfeed|async.*|.*-done"
 )
 
 
@@ -255,9 +256,7 @@ def traffic(module: Module, computation: str, instruction: Instruction) -> float
     """HBM bytes that one scheduled instruction reads and writes."""
     opcode, scope = instruction.opcode, module.computations[computation]
     operands = [scope[name] for name in instruction.operands if name in scope]
-    if opcode in _MOVES_NOTHING or opcode.endswith("-done") or opcode.startswith("async"):
-        return 0.0
-    if "AllocateBuffer" in instruction.attributes:
+    if _MOVES_NOTHING.fullmatch(opcode) or "AllocateBuffer" in instruction.attributes:
         return 0.0
     if opcode == "fusion":
         return _fusion_traffic(module, operands, instruction)
