@@ -90,6 +90,8 @@ class Topology:
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.kind == "v4":
             options["chip_config_name"] = "megacore"  # both cores as one device
+        if self.chips == self.slices:
+            options["chips_per_host_bounds"] = (1, 1, 1)  # of a host's chips only one
         try:
             import libtpu  # noqa: F401
         except ImportError:
