@@ -17,8 +17,8 @@ _MAX_ROWS_PER_SHARD = 256
 def fit(experiment: Experiment, topology: Topology) -> CompiledStep:
     """The largest rows.per_step that fits with full rematerialisation, then the cheapest rematerialisation for it.
 
-    Rows are doubled or halved from where the configuration begins. Trials are compiled at low effort, which reads memory
-    a little too low, the last one at normal effort; if that does not fit after all, the next dearer choice is tried.
+    Rows are doubled or halved from where the configuration begins. Trials are compiled at low effort, which reads
+    memory a little too low, the last one at normal effort; if that does not fit, the next dearer choice is tried.
 
     Returns:
       The step that fits, or the smallest one, which does not.
