@@ -18,9 +18,9 @@ from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from dreamllm_jax import command_line, runs  # noqa: E402
+from dreamllm_jax.chips import Topology, find_topology  # noqa: E402
 from dreamllm_jax.configuration import ConfigError  # noqa: E402
 from dreamllm_jax.experiment import Experiment, read_experiment  # noqa: E402
-from dreamllm_jax.planning.chips import Topology, find_topology  # noqa: E402
 from dreamllm_jax.planning.estimate import as_json, describe, remedy  # noqa: E402
 from dreamllm_jax.planning.search import fit  # noqa: E402
 from dreamllm_jax.planning.step import compile_step  # noqa: E402

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "configuration": set(),
     "directories": set(),
     "gguf_reader": set(),
+    "chips": set(),
     "distributed": set(),
     "sharding": set(),  # rules from names to axes, and the constraint that reads them
     "diffusion": set(),
@@ -27,8 +28,10 @@ MAY_IMPORT = {
     "models": {"diffusion", "sharding", "vocabulary"},
     "objectives": {"batch", "diffusion", "models"},
     "interop": {"diffusion", "gguf_reader", "models", "vocabulary"},
-    "training": {"batch", "configuration", "data", "distributed", "experiment"}
+    "flops": {"experiment", "models"},
+    "training": {"batch", "chips", "configuration", "data", "distributed", "experiment", "flops"}
     | {"interop", "models", "objectives", "sharding"},
+    "planning": {"batch", "chips", "experiment", "flops", "models", "sharding", "training"},
     "generation": {"batch", "data", "diffusion", "models", "vocabulary"},
 }
 INTEROP_KNOWS_NAMES_AND_SHAPES = ("interop/names.py", "interop/files.py")

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -159,22 +159,37 @@ def valid_taps(
 # Collectives.
 
 
+# Sizes of the axes; the devices' order, as iota's dimensions and their transposition or as a list; the axes that meet.
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))?"
+    r" \{([^}]*)\}"
+)
+
+
 def communicating(attributes: str, mesh: Mapping[str, int]) -> Groups | None:
     """The groups of devices that a collective runs over, without those of one; None for one group of all.
 
-    Understands `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, `mesh['a'=2,'b'=4] {'b'}` and source-target pairs.
+    Understands `{{0,1},{2,3}}`, `[2,4]<=[4,2]T(1,0)`, `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}` and
+    source-target pairs.
+
+    Raises:
+      ValueError: groups in another notation.
     """
     if pairs := re.search(r"source_target_pairs=(\{\{[\d,{}\s]*\}\}|\{\})", attributes):
         groups = _listed(pairs[1])
         return [pair for pair in groups if pair[0] != pair[1]]
-    if grid := re.search(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\(([^)]*)\))?\s*\{([^}]*)\}", attributes):
+    if grid := re.search(_MESH_GROUPS, attributes):
         groups = _along_axes(*grid.groups())
     elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        groups = [tuple(group) for group in _iota(*iota.groups()).tolist()]
+        shape, dims, transpose = iota.groups()
+        groups = [tuple(group) for group in _iota([int(n) for n in shape.split(",")], dims, transpose).tolist()]
     elif listed := re.search(r"replica_groups=(\{\{[\d,{}\s]*\}\})", attributes):
         groups = _listed(listed[1])
-    else:
+    elif "replica_groups={}" in attributes or "replica_groups=" not in attributes:
         return None if math.prod(mesh.values()) > 1 else []
+    else:
+        raise ValueError(f"the groups of a collective are written in an unknown way: {attributes[:300]}")
     return [group for group in groups if len(group) > 1]
 
 
@@ -182,16 +197,16 @@ def _listed(text: str) -> Groups:
     return [tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,\s]+)\}", text)]
 
 
-def _iota(shape: str, dims: str, transpose: str | None) -> np.ndarray:
+def _iota(shape: Sequence[int], dims: str, transpose: str | None) -> np.ndarray:
     """Devices 0, 1, ... laid out as `dims`, transposed, and read in `shape`."""
-    dims = [int(dim) for dim in dims.split(",")]
-    devices = np.arange(math.prod(dims)).reshape(dims)
+    sizes = [int(dim) for dim in dims.split(",")]
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
     if transpose:
         devices = devices.transpose([int(axis) for axis in transpose.split(",")])
-    return devices.reshape([int(size) for size in shape.split(",")])
+    return devices.reshape(shape)
 
 
-def _along_axes(sizes: str, devices: str | None, along: str) -> Groups:
+def _along_axes(sizes: str, dims: str | None, transpose: str | None, listed: str | None, along: str) -> Groups:
     """The groups along axes of a mesh; `'a':(2)4` is the part of size 4 of axis `a` that follows a part of size 2."""
     axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
     chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", along)
@@ -206,13 +221,12 @@ def _along_axes(sizes: str, devices: str | None, along: str) -> Groups:
         for part, is_grouped in parts:
             (grouped if is_grouped else kept).append(len(shape))
             shape.append(part)
-    grid = np.arange(math.prod(shape))
-    if devices and (iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", devices)):
-        grid = _iota(*iota.groups()).reshape(-1)
-    elif devices:
-        grid = np.array([int(device) for device in devices.split(",")])
+    if listed:
+        devices = np.array([int(device) for device in listed.split(",")]).reshape(shape)
+    else:
+        devices = _iota(shape, dims or str(math.prod(shape)), transpose)
     group_size = math.prod(shape[axis] for axis in grouped)
-    return [tuple(group) for group in grid.reshape(shape).transpose(kept + grouped).reshape(-1, group_size).tolist()]
+    return [tuple(group) for group in devices.transpose(kept + grouped).reshape(-1, group_size).tolist()]
 
 
 def axes_of(groups: Groups | None, mesh: Mapping[str, int]) -> str:

@@ -3,8 +3,8 @@
 import dataclasses
 import logging
 
+from dreamllm_jax.chips import Topology
 from dreamllm_jax.experiment import Experiment
-from dreamllm_jax.planning.chips import Topology
 from dreamllm_jax.planning.step import CompiledStep, Effort, compile_step
 from dreamllm_jax.sharding import make_mesh
 

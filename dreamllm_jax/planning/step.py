@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dreamllm_jax.batch import Batch
+from dreamllm_jax.chips import Topology
 from dreamllm_jax.experiment import Experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.planning.chips import Topology
 from dreamllm_jax.planning.program import Program, read_program
 from dreamllm_jax.sharding import make_mesh, rows_sharding, use
 from dreamllm_jax.training.optimizer import make_optimizer
