@@ -137,6 +137,10 @@ def compile_step(experiment: Experiment, topology: Topology, effort: Effort = "n
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_EXHAUSTED = (
+    r"total memory required .* \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+)
 
 
 def exhausted(message: str) -> tuple[int, int]:
@@ -145,7 +149,7 @@ def exhausted(message: str) -> tuple[int, int]:
     Raises:
       RuntimeError: it is another message.
     """
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    found = next((match for pattern in _EXHAUSTED if (match := re.search(pattern, message))), None)
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         raise RuntimeError(message)
     needed, needed_unit, limit, limit_unit = found.groups()
