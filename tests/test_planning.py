@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dreamllm_jax.planning import hlo
-from dreamllm_jax.planning.program import axes_of, communicating, read_program, valid_taps
+from dreamllm_jax.planning.program import axes_of, between_slices, communicating, read_program, valid_taps
 
 MESH = {"data": 2, "tensor": 4}
 
@@ -142,6 +142,20 @@ def test_collectives_in_loops_count_every_time():
 def test_groups_in_every_notation(attributes, groups, axis):
     assert communicating(f", channel_id=1, {attributes}, dimensions={{0}}", MESH) == groups
     assert axes_of(groups, MESH) == axis
+
+
+@pytest.mark.parametrize(
+    ("transfer", "slices", "kind", "factor"),
+    [
+        ("ALL_REDUCE", "1,2", "all-reduce", 1.0),
+        ("ALL_REDUCE", "1:4", "all-reduce", 1.5),
+        ("ALL_GATHER", "1,2,3", "all-gather", 2.0),
+        ("REDUCE_SCATTER", "1:4", "reduce-scatter", 0.75),
+    ],
+)
+def test_transfers_between_slices(transfer, slices, kind, factor):
+    attributes = f'_xla_megascale_target="{{{slices}}}x{{0:3}}",_xla_megascale_transfer_type="{transfer}"'
+    assert between_slices(attributes) == (kind, factor)
 
 
 def test_groups_in_an_unknown_notation_are_refused():

@@ -2,7 +2,7 @@
 
     compute   the compiler's estimated cycles / clock + FLOPs of Pallas kernels / half of the peak
     ici       bytes that a chip sends inside its slice / bandwidth of all its links
-    dcn       bytes that it sends along the mesh axis `data` where that crosses slices / its share of the network
+    dcn       bytes that it sends to other slices / its share of the network
     step      the largest of the three: collectives are taken to hide behind compute, or compute behind them
 
 So a step will hardly be faster, and where its collectives do not overlap it will be slower, up to the sum of the three.
@@ -40,10 +40,9 @@ def estimate(step: CompiledStep) -> Estimate | None:
     if step.program is None or step.effort == "low":
         return None
     experiment, program, chip, rows = step.experiment, step.program, step.topology.chip, step.experiment.rows
-    across = {one for one in program.collectives if step.topology.slices > 1 and "data" in one.axis.split("+")}
     compute = program.cycles / chip.clock + program.kernel_flops / (KERNEL_UTILISATION * chip.peak_flops)
-    ici = sum(one.bytes for one in program.collectives if one not in across) / chip.ici_bandwidth
-    dcn = sum(one.bytes for one in across) / chip.dcn_bandwidth
+    ici = sum(one.bytes for one in program.collectives if not one.between_slices) / chip.ici_bandwidth
+    dcn = sum(one.bytes for one in program.collectives if one.between_slices) / chip.dcn_bandwidth
     seconds = max(compute, ici, dcn)
     model = sum(part.model for part in step_flops(experiment).values())
     hours = experiment.steps * seconds / 3600
@@ -91,10 +90,7 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
         "model_flops": sum(part.model for part in flops.values()),
         "compiled_flops": chips * (program.mxu_flops + program.kernel_flops) if program else None,
         "estimated": dataclasses.asdict(estimated) if estimated else dict.fromkeys(names),
-        "collectives": [
-            {"kind": one.kind, "axis": one.axis, "count": one.count, "bytes": one.bytes}
-            for one in (program.collectives if program else ())
-        ],
+        "collectives": [dataclasses.asdict(one) for one in (program.collectives if program else ())],
         "compile_seconds": step.compile_seconds,
         "effort": step.effort,
     }
@@ -155,7 +151,8 @@ def _program_lines(step: CompiledStep) -> list[str]:
     lines = [f"  {'compiled program':20} {chips * (program.mxu_flops + program.kernel_flops) / 1e12:>9,.1f}"]
     lines += ["", "collectives                 axis           count     a chip sends"]
     for one in sorted(program.collectives, key=lambda one: -one.bytes):
-        lines.append(f"  {one.kind:25} {one.axis:12} {one.count:>7,.0f} {one.bytes / 1e9:>13,.3f} GB")
+        where = "  between slices" if one.between_slices else ""
+        lines.append(f"  {one.kind:25} {one.axis:12} {one.count:>7,.0f} {one.bytes / 1e9:>13,.3f} GB{where}")
     estimated = estimate(step)
     lines += ["", f"compiled in {step.compile_seconds:.0f} s at {step.effort} effort"]
     if estimated is None:

@@ -33,12 +33,14 @@ class Collective:
     Attributes:
       kind: as in the program; an all-gather that overlaps with a matrix product is a loop of collective-permutes.
       axis: the mesh axis they run along, several joined by "+", or "other".
+      between_slices: over the data center's network; the rest runs between the chips of a slice.
       count: how many are executed.
       bytes: what a chip sends.
     """
 
     kind: str
     axis: str
+    between_slices: bool
     count: float
     bytes: float
 
@@ -64,13 +66,13 @@ def read_program(text: str, mesh: Mapping[str, int]) -> Program:
 
     Args:
       text: from `compiled.as_text()`.
-      mesh: mesh axis -> size, in the order in which the devices lie.
+      mesh: mesh axis -> size, in the order in which the devices lie; the first is the one that crosses slices.
     """
     module = parse(text)
     executed, unknown = executions(module)
     flops: dict[str, float] = collections.defaultdict(float)
     kernel_flops = cycles = hbm_bytes = 0.0
-    sums: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    sums: dict[tuple[str, str, bool], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     seen: set[tuple] = set()
     for part in executed:
         computation = module.computations[part.computation]
@@ -90,9 +92,16 @@ def read_program(text: str, mesh: Mapping[str, int]) -> Program:
                 if key not in seen and groups != []:
                     seen.add(key)
                     operand = sum(computation[name].bytes for name in instruction.operands)
-                    total = sums[kind, axes_of(groups, mesh)]
+                    if kind == "all-reduce" and part.fused and "all-reduce-scatter" in part.computation:
+                        kind = "reduce-scatter"  # each chip keeps its slice of the sum
+                    total = sums[kind, axes_of(groups, mesh), False]
                     total[0] += part.count
                     total[1] += part.count * wire_bytes(instruction, kind, operand, groups, mesh)
+            elif instruction.opcode == "send" and "_xla_megascale_transfer_type" in instruction.attributes:
+                kind, factor = between_slices(instruction.attributes)
+                total = sums[kind, next(iter(mesh)), True]
+                total[0] += part.count
+                total[1] += part.count * factor * computation[instruction.operands[0]].bytes
             if not part.fused:
                 estimated = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
                 if estimated and int(estimated[1]) < 2**62:  # which stands for none
@@ -258,11 +267,27 @@ def wire_bytes(
     return share * operand_bytes * (2 if kind == "all-reduce" else 1)
 
 
+def between_slices(attributes: str) -> tuple[str, float]:
+    """Kind of a transfer between slices, and bytes that a chip sends for each that it hands over.
+
+    The collective is left to a runtime on the hosts, which works slice by slice: `_xla_megascale_target="{1,2}x..."`.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)[1].lower().replace("_", "-")
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', attributes)
+    slices = 0
+    for group in target[1].split(",") if target else ():
+        first, _, last = group.partition(":")
+        slices += int(last or first) - int(first) + 1
+    slices = max(slices, 2)
+    factors = {"all-reduce": 2 * (slices - 1) / slices, "all-gather": slices - 1, "collective-permute": 1}
+    return kind, factors.get(kind, (slices - 1) / slices)
+
+
 # Memory traffic.
 
 _MOVES_NOTHING = re.compile(
     "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|(partition|replica)-id|after-all|iota|"
-    "opt(imization)?-barrier|domain|rng-get-and-update-state|infeed|outfeed|async.*|.*-done"
+    "opt(imization)?-barrier|domain|rng-get-and-update-state|infeed|outfeed|send|recv|async.*|.*-done"
 )
 
 
