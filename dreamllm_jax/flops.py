@@ -5,15 +5,14 @@ convolution's taps on padding do not count. The backward pass has a product for 
 and one for the gradient of every input that depends on a trained weight: through frozen layers gradients pass on their
 way to trained ones, and nothing flows into the layers before the first of them.
 
-Two totals differ by what is computed again to save memory:
+Two totals differ:
 
-    executed    what the compiled program computes, recomputation (`model.remat`, chunks of attention and of the loss)
-                included
-    model       what the mathematics asks for, without recomputation. Model FLOPs utilisation (MFU) is defined on it
-                (PaLM, arXiv 2204.02311, appendix B): model FLOPs / (seconds * chips * peak FLOP/s)
-
-Attention is counted over the full square of queries and keys, as the appendix does and as XLA computes it;
-`Flops.masked` is the part above the diagonal, which a causal kernel may skip.
+    model       what the mathematics asks for, without recomputation, attention over the full square of queries and
+                keys. Model FLOPs utilisation is defined on it (PaLM, arXiv 2204.02311, appendix B):
+                MFU = model FLOPs / (seconds * chips * peak FLOP/s)
+    executed    what the compiled program computes: recomputation (`model.remat`, chunks of attention) and rotary
+                embedding's product with a permutation included; without the tiles above the diagonal that a causal
+                attention kernel skips
 """
 
 import dataclasses
@@ -21,10 +20,12 @@ import re
 from collections.abc import Callable
 
 from dreamllm_jax.experiment import Experiment
+from dreamllm_jax.models import splash
 from dreamllm_jax.models.attention import MAX_SCORES
 from dreamllm_jax.models.clip import ClipVisionConfig
 from dreamllm_jax.models.llama import LlamaConfig
 from dreamllm_jax.models.projectors import ProjectorConfig
+from dreamllm_jax.models.remat import NAMES
 from dreamllm_jax.models.unet import UNetConfig
 from dreamllm_jax.models.vae import AutoencoderConfig, PixelAutoencoderConfig
 
@@ -36,23 +37,20 @@ class Flops:
     """FLOPs of a part of a step.
 
     Attributes:
-      forward, backward: of either pass, without recomputation.
-      recomputed: what the backward pass computes a second time.
-      masked: the share of `forward` and `backward` whose attention scores a causal mask throws away.
+      model: forward and backward.
+      masked: the part of `model` whose attention scores a causal mask throws away.
+      products: executed by XLA's own products and convolutions.
+      kernels: executed by attention kernels, which XLA cannot look into.
     """
 
-    forward: float = 0.0
-    backward: float = 0.0
-    recomputed: float = 0.0
+    model: float = 0.0
     masked: float = 0.0
-
-    @property
-    def model(self) -> float:
-        return self.forward + self.backward
+    products: float = 0.0
+    kernels: float = 0.0
 
     @property
     def executed(self) -> float:
-        return self.model + self.recomputed
+        return self.products + self.kernels
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -66,11 +64,14 @@ def model_flops(experiment: Experiment) -> float:
     return sum(part.model for part in step_flops(experiment).values())
 
 
-def step_flops(experiment: Experiment) -> dict[str, Flops]:
+def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops]:
     """FLOPs of one step by part.
 
     `clip` and `unet` include the projector behind and before them, `head` is the product with the vocabulary. Slots for
-    images count whether filled or not, for the program computes them all.
+    images count whether filled or not, though the program skips chunks that are empty on every chip.
+
+    Args:
+      platform: what the step is compiled for; "tpu" has an attention kernel.
     """
     model, rows, objective = experiment.model, experiment.rows, experiment.objective
     llama, rules = model.llama, experiment.parameters.trainable
@@ -82,34 +83,33 @@ def step_flops(experiment: Experiment) -> dict[str, Flops]:
     learns_text = objective.lm_weight > 0
     flops = dict.fromkeys(PARTS, Flops())
 
-    # What is read.
+    # What is read. Nothing of it is kept for the backward pass.
     features_live = False
     if seen:
         clip = _clip(_Tally(trained), model.clip, seen, model.remat != "none")
-        _projector(clip, "visual_projector", model.visual_projector, seen, model.clip.num_patches,
-                   model.clip.hidden_size, llama.hidden_size)  # fmt: skip
+        last = _projector(
+            clip, "visual_projector", model.visual_projector, seen, model.clip.num_patches, model.clip.hidden_size,
+            llama.hidden_size,
+        )  # fmt: skip
+        clip.recompute(clip.forward - last)
         flops["clip"], features_live = clip.total, clip.live
 
     # The language model, and its document without a prompt.
     live = trained("llama/embed_tokens/embedding") or features_live
     live |= rows.dream_slots > 0 and trained("queries/dream_queries")
     reached = learns_text or (painted > 0 and not objective.detach_condition)  # by a gradient
-    hidden = _llama(_Tally(trained, live), llama, rows.per_step, rows.length, model.remat, reached)
+    hidden = _llama(_Tally(trained, live), llama, rows.per_step, rows.length, model.remat, reached, platform)
     flops["llm"] = hidden.total
     if painted and objective.drop_prob:
         length = len(model.special_tokens.null_document(model.num_queries))
-        null = _llama(
-            _Tally(trained, live), llama, rows.microbatches, length, model.remat, not objective.detach_condition
-        )
+        reached = not objective.detach_condition
+        null = _llama(_Tally(trained, live), llama, rows.microbatches, length, model.remat, reached, platform)
         flops["llm"] += null.total
 
     if learns_text:
         head = _Tally(trained, hidden.live)
         path = "llama/embed_tokens/embedding" if llama.tie_word_embeddings else "llama/lm_head/kernel"
-        logits = _dense(rows.per_step * rows.length, llama.hidden_size, llama.vocab_size)
-        head.product(path, logits)
-        if objective.loss_chunk not in (0, rows.length):
-            head.recompute(logits)
+        head.product(path, _dense(rows.per_step * rows.length, llama.hidden_size, llama.vocab_size))
         flops["head"] = head.total
 
     # What is painted.
@@ -117,10 +117,11 @@ def step_flops(experiment: Experiment) -> dict[str, Flops]:
         side = rows.dream_size // model.vae.downscale
         vae = _autoencoder(_Tally(trained), model.vae, painted, rows.dream_size)
         condition = _Tally(trained, hidden.live and not objective.detach_condition)
-        _projector(condition, "condition_projector", model.condition_projector, painted, model.num_queries,
-                   llama.hidden_size, model.unet.cross_attention_dim)  # fmt: skip
-        unet = _unet(_Tally(trained, vae.live), model.unet, painted, side, model.num_queries, condition.live,
-                     model.remat != "none")  # fmt: skip
+        _projector(
+            condition, "condition_projector", model.condition_projector, painted, model.num_queries, llama.hidden_size,
+            model.unet.cross_attention_dim,
+        )  # fmt: skip
+        unet = _unet(_Tally(trained, vae.live), model.unet, painted, side, model.num_queries, condition.live)
         flops["vae"], flops["unet"] = vae.total, condition.total + unet.total
     return flops
 
@@ -128,37 +129,54 @@ def step_flops(experiment: Experiment) -> dict[str, Flops]:
 class _Tally:
     """Adds up the products along a tower.
 
-    `live` says whether what has been computed so far depends on a trained weight, so that gradients go back to it.
+    `live` says whether what has been computed so far depends on a trained weight, so that gradients go back to it;
+    `forward` is what the forward pass has executed.
     """
 
     def __init__(self, trained: Callable[[str], bool], live: bool = False):
-        self.trained, self.live, self.total = trained, live, Flops()
+        self.trained, self.live, self.forward, self.total = trained, live, 0.0, Flops()
 
     def product(self, path: str, flops: float, live: bool | None = None) -> None:
         """A product of activations (of the tower so far, or as `live` says) with the weight at `path`."""
         live, trained = self.live if live is None else live, self.trained(path)
-        self.total += Flops(flops, flops * (live + trained))
+        self.forward += flops
+        self.total += Flops(model=flops * (1 + live + trained), products=flops * (1 + live + trained))
         self.live |= live or trained
 
     def attention(
         self, batch: float, queries: int, keys: int, width: int, keys_live: bool, causal: bool = False
     ) -> None:
-        """Scores and their product with the values, as `models.attention` computes them.
+        """Scores and their product with the values, as `models.attention` computes them without a kernel.
 
-        Four products of the backward pass: towards weights, values, queries and keys. Many scores are taken in chunks,
+        The backward pass has four products: towards weights, values, queries and keys. Many scores are taken in chunks,
         computed again in the backward pass.
         """
         one = 2.0 * batch * queries * keys * width
-        backward = one * ((self.live or keys_live) + 2 * keys_live + self.live)
-        masked = (2 * one + backward) * (1 - 1 / queries) / 2 if causal else 0.0
+        flops = one * (2 + (self.live or keys_live) + 2 * keys_live + self.live)
         self.live |= keys_live
-        self.total += Flops(2 * one, backward, masked=masked)
+        self.forward += 2 * one
+        self.total += Flops(flops, flops * (1 - 1 / queries) / 2 if causal else 0.0, flops)
         if queries * keys > MAX_SCORES:
             self.recompute(one)
 
+    def causal_kernel(self, batch: float, length: int, width: int) -> None:
+        """The same by `models.splash`: a square of tiles without those above the diagonal.
+
+        Its backward pass computes the scores again, as a fifth product.
+        """
+        square = 2.0 * batch * length**2 * width
+        flops = square * (2 + 4 * self.live)
+        self.total += Flops(flops, flops * (1 - 1 / length) / 2, kernels=_tiles(length) * square * (2 + 5 * self.live))
+
     def recompute(self, flops: float) -> None:
-        """Computes something again, if there is a backward pass."""
-        self.total += Flops(recomputed=flops * self.live)
+        """Executes products again, if there is a backward pass."""
+        self.total += Flops(products=flops * self.live)
+
+
+def _tiles(length: int) -> float:
+    """Share of the tiles of a causal attention kernel that are not wholly above the diagonal."""
+    tiles = length // next(size for size in (1024, 512, 256, 128) if length % size == 0)
+    return (tiles + 1) / (2 * tiles)
 
 
 def _dense(tokens: float, inputs: int, outputs: int) -> float:
@@ -174,38 +192,53 @@ def _convolution(
     return 2.0 * images * taps**2 * inputs * outputs
 
 
-def _llama(tally: _Tally, config: LlamaConfig, rows: int, length: int, remat: str, reached: bool) -> _Tally:
+def _llama(
+    tally: _Tally, config: LlamaConfig, rows: int, length: int, remat: str, reached: bool, platform: str
+) -> _Tally:
     """The layers; `reached` says whether a gradient comes from above."""
-    path, tokens, width = "llama/layers", rows * length, config.hidden_size
-    query_width = config.num_attention_heads * config.head_dim
-    key_width, inner = config.num_key_value_heads * config.head_dim, config.intermediate_size
-    weights = {
-        "self_attn/q_proj": (width, query_width),
-        "self_attn/k_proj": (width, key_width),
-        "self_attn/v_proj": (width, key_width),
-        "self_attn/o_proj": (query_width, width),
-        "mlp/gate_proj": (width, inner),
-        "mlp/up_proj": (width, inner),
-        "mlp/down_proj": (inner, width),
+    path, tokens, width, dim = "llama/layers", rows * length, config.hidden_size, config.head_dim
+    query_width, key_width = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    inner = config.intermediate_size
+    products = {
+        "self_attn/q_proj": _dense(tokens, width, query_width),
+        "self_attn/k_proj": _dense(tokens, width, key_width),
+        "self_attn/v_proj": _dense(tokens, width, key_width),
+        "self_attn/o_proj": _dense(tokens, query_width, width),
+        "mlp/gate_proj": _dense(tokens, width, inner),
+        "mlp/up_proj": _dense(tokens, width, inner),
+        "mlp/down_proj": _dense(tokens, inner, width),
     }
     # The layers are one scan: what is live in one is live in all.
-    names = [f"{name}/kernel" for name in weights] + ["input_layernorm/scale", "post_attention_layernorm/scale"]
+    names = [f"{name}/kernel" for name in products] + ["input_layernorm/scale", "post_attention_layernorm/scale"]
     tally.live |= any(tally.trained(f"{path}/{name}") for name in names)
-    live = tally.live
-    tally.live &= reached
-    layer = _Tally(tally.trained if reached else lambda _: False, tally.live)
-    for name, (inputs, outputs) in weights.items():
-        layer.product(f"{path}/{name}/kernel", _dense(tokens, inputs, outputs))
-    products = layer.total.forward
-    layer.attention(rows, length, length, query_width, layer.live, causal=True)
-    attention = layer.total.forward - products
-    if remat == "full":  # all but the last product, whose result nothing in the layer needs
-        layer.recompute(products - _dense(tokens, inner, width) + attention)
-    elif remat == "dots":  # what a product with a weight gave is kept
-        output_trained = layer.trained(f"{path}/self_attn/o_proj/kernel")
-        layer.recompute(attention if output_trained else attention / 2)
+    layer = _Tally(tally.trained if reached else lambda _: False, tally.live and reached)
+    for name, flops in products.items():
+        layer.product(f"{path}/{name}/kernel", flops)
+
+    rotation = _dense(tokens, dim, query_width + key_width)  # halves swapped by a permutation matrix
+    layer.total += Flops(products=rotation * (1 + layer.live))
+    has_kernel = platform == "tpu" and splash.supports(length, length, dim)
+    if has_kernel:
+        layer.causal_kernel(rows, length, query_width)
+    else:
+        layer.attention(rows, length, length, query_width, layer.live, causal=True)
+
+    if remat != "none":
+        kept = {"full": (), "dots": NAMES, "offload": NAMES}.get(remat, remat.split("+"))
+        scores = 2.0 * rows * length**2 * query_width
+        if "attention" not in kept:
+            layer.recompute(sum(flops for name, flops in products.items() if name.startswith("self_attn")) + rotation)
+            if has_kernel:
+                layer.total += Flops(kernels=_tiles(length) * 2 * scores * layer.live)
+            else:
+                layer.recompute(2 * scores)
+        elif not has_kernel:  # its queries, keys and values are kept, its output is not
+            layer.recompute(scores * (1 + layer.trained(f"{path}/self_attn/o_proj/kernel")))
+        for name in ("gate", "up"):
+            if name not in kept:
+                layer.recompute(products[f"mlp/{name}_proj"])
     tally.total += layer.total * config.num_hidden_layers
-    tally.live = live or tally.trained("llama/norm/scale")
+    tally.live |= tally.trained("llama/norm/scale")
     return tally
 
 
@@ -221,41 +254,41 @@ def _clip(tally: _Tally, config: ClipVisionConfig, images: int, remat: bool) -> 
         layer.product(f"{path}/self_attn/{name}/kernel", _dense(tokens, width, width))
     layer.attention(images, config.num_patches + 1, config.num_patches + 1, width, layer.live)
     layer.product(f"{path}/mlp/fc1/kernel", _dense(tokens, width, inner))
-    before_last = layer.total.forward
+    before_last = layer.forward
     layer.product(f"{path}/mlp/fc2/kernel", _dense(tokens, inner, width))
     if remat:
         layer.recompute(before_last)
     tally.total += layer.total * config.depth
+    tally.forward += layer.forward * config.depth
     return tally
 
 
 def _projector(
     tally: _Tally, path: str, config: ProjectorConfig, images: int, tokens: int, inputs: int, outputs: int
-) -> None:
+) -> float:
+    """Returns the FLOPs of its last product."""
     if config.kind == "conv":
-        tally.product(f"{path}/projector/kernel", _convolution(images, round(tokens**0.5), inputs, outputs))
-        return
+        last = _convolution(images, round(tokens**0.5), inputs, outputs)
+        tally.product(f"{path}/projector/kernel", last)
+        return last
     for i in range(config.depth):
         name = "projector" if config.kind == "linear" else f"projector_{2 * i}"
-        tally.product(f"{path}/{name}/kernel", _dense(images * tokens, outputs if i else inputs, outputs))
+        last = _dense(images * tokens, outputs if i else inputs, outputs)
+        tally.product(f"{path}/{name}/kernel", last)
+    return last
 
 
 def _resnet(
-    tally: _Tally, path: str, images: int, side: int, inputs: int, outputs: int,
-    time: tuple[int, bool] | None = None, remat: bool = False,
-) -> None:  # fmt: skip
+    tally: _Tally, path: str, images: int, side: int, inputs: int, outputs: int, time: tuple[int, bool] | None = None
+) -> None:
     """`time` is the width of the time embedding, and whether it is live."""
-    live, first = tally.live, _convolution(images, side, inputs, outputs)
-    again = first
-    tally.product(f"{path}/conv1/kernel", first)
+    live = tally.live
+    tally.product(f"{path}/conv1/kernel", _convolution(images, side, inputs, outputs))
     if time:
-        again += _dense(images, time[0], outputs)
         tally.product(f"{path}/time_emb_proj/kernel", _dense(images, time[0], outputs), live=time[1])
     tally.product(f"{path}/conv2/kernel", _convolution(images, side, outputs, outputs))
     if inputs != outputs:
         tally.product(f"{path}/conv_shortcut/kernel", _dense(images * side**2, inputs, outputs), live=live)
-    if remat:
-        tally.recompute(again)
 
 
 def _autoencoder(tally: _Tally, config: AutoencoderConfig | PixelAutoencoderConfig, images: int, side: int) -> _Tally:
@@ -290,9 +323,7 @@ def _self_attention(tally: _Tally, path: str, images: int, tokens: int, width: i
     tally.product(f"{path}/to_out_0/kernel", product)
 
 
-def _unet(
-    tally: _Tally, config: UNetConfig, images: int, side: int, queries: int, condition_live: bool, remat: bool
-) -> _Tally:
+def _unet(tally: _Tally, config: UNetConfig, images: int, side: int, queries: int, condition_live: bool) -> _Tally:
     widths, path = config.block_out_channels, "unet"
     layers = config.per_block(config.layers_per_block)
     depths = config.per_block(config.transformer_layers_per_block)
@@ -304,13 +335,13 @@ def _unet(
     tally.total += clock.total
 
     def resnet(name: str, inputs: int, outputs: int) -> None:
-        _resnet(tally, f"{path}/{name}", images, side, inputs, outputs, time, remat)
+        _resnet(tally, f"{path}/{name}", images, side, inputs, outputs, time)
 
     def transformer(name: str, level: int) -> None:
         width, tokens = widths[level], images * side**2
         tally.product(f"{path}/{name}/proj_in/kernel", _dense(tokens, width, width))
         for i in range(depths[level]):
-            block, before = f"{path}/{name}/transformer_blocks_{i}", tally.total.forward
+            block = f"{path}/{name}/transformer_blocks_{i}"
             _self_attention(tally, f"{block}/attn1", images, side**2, width)
             tally.product(f"{block}/attn2/to_q/kernel", _dense(tokens, width, width))
             context = _Tally(tally.trained, condition_live)
@@ -321,10 +352,7 @@ def _unet(
             tally.attention(images, side**2, queries, width, context.live)
             tally.product(f"{block}/attn2/to_out_0/kernel", _dense(tokens, width, width))
             tally.product(f"{block}/ff/net_0/proj/kernel", _dense(tokens, width, 8 * width))
-            again = tally.total.forward - before
             tally.product(f"{block}/ff/net_2/kernel", _dense(tokens, 4 * width, width))
-            if remat:
-                tally.recompute(again)
         tally.product(f"{path}/{name}/proj_out/kernel", _dense(tokens, width, width))
 
     tally.product(f"{path}/conv_in/kernel", _convolution(images, side, config.in_channels, widths[0]))

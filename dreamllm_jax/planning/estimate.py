@@ -1,6 +1,7 @@
 """What a compiled step means to the one who pays for it: does it fit, how long does it take, what comes of it.
 
-    compute   the compiler's estimated cycles / clock + FLOPs of Pallas kernels / half of the peak
+    compute   the compiler's estimated cycles / clock + FLOPs of Pallas kernels / half of the peak; the kernels' FLOPs
+              are those that they declare or, where that is more, those of attention by `flops`
     ici       bytes that a chip sends inside its slice / bandwidth of all its links
     dcn       bytes that it sends to other slices / its share of the network
     step      the largest of the three: collectives are taken to hide behind compute, or compute behind them
@@ -40,18 +41,19 @@ def estimate(step: CompiledStep) -> Estimate | None:
     if step.program is None or step.effort == "low":
         return None
     experiment, program, chip, rows = step.experiment, step.program, step.topology.chip, step.experiment.rows
-    compute = program.cycles / chip.clock + program.kernel_flops / (KERNEL_UTILISATION * chip.peak_flops)
+    flops = sum(step_flops(experiment).values(), Flops())
+    kernel_flops = max(program.kernel_flops, flops.kernels / step.topology.chips)
+    compute = program.cycles / chip.clock + kernel_flops / (KERNEL_UTILISATION * chip.peak_flops)
     ici = sum(one.bytes for one in program.collectives if not one.between_slices) / chip.ici_bandwidth
     dcn = sum(one.bytes for one in program.collectives if one.between_slices) / chip.dcn_bandwidth
     seconds = max(compute, ici, dcn)
-    model = sum(part.model for part in step_flops(experiment).values())
     hours = experiment.steps * seconds / 3600
     return Estimate(
         compute_seconds=compute,
         ici_seconds=ici,
         dcn_seconds=dcn,
         step_seconds=seconds,
-        mfu=model / (seconds * step.topology.chips * chip.peak_flops),
+        mfu=flops.model / (seconds * step.topology.chips * chip.peak_flops),
         tokens_per_second=rows.per_step * rows.length / seconds,
         images_per_second=rows.per_step * (rows.see_slots + rows.dream_slots) / seconds,
         days=hours / 24,
@@ -62,8 +64,8 @@ def estimate(step: CompiledStep) -> Estimate | None:
 def as_json(step: CompiledStep) -> dict[str, Any]:
     """Everything as plain values: memory in bytes a chip, FLOPs a step of all chips, collectives in bytes a chip sends.
 
-    `flops` is what is executed by the configuration's arithmetic, `model_flops` the part that MFU is defined on, and
-    `compiled_flops` what was counted in the program (matrix products and what Pallas kernels declare).
+    `flops` is what is executed by the configuration's arithmetic, `kernel_flops` the part of it in attention kernels,
+    `model_flops` what MFU is defined on, and `compiled_flops` what was counted in the program outside of kernels.
     """
     flops, memory, program, chips = step_flops(step.experiment), step.memory, step.program, step.topology.chips
     estimated = estimate(step)
@@ -87,8 +89,9 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
             "total": sum(part.executed for part in flops.values()),
             **{name: part.executed for name, part in flops.items()},
         },
+        "kernel_flops": sum(part.kernels for part in flops.values()),
         "model_flops": sum(part.model for part in flops.values()),
-        "compiled_flops": chips * (program.mxu_flops + program.kernel_flops) if program else None,
+        "compiled_flops": chips * program.mxu_flops if program else None,
         "estimated": dataclasses.asdict(estimated) if estimated else dict.fromkeys(names),
         "collectives": [dataclasses.asdict(one) for one in (program.collectives if program else ())],
         "compile_seconds": step.compile_seconds,
@@ -107,7 +110,7 @@ def describe(step: CompiledStep) -> str:
         f"room for {rows.see_slots} images to see and {rows.dream_slots} to paint; remat {step.experiment.model.remat}",
         *_parameter_lines(step),
         *_memory_lines(step),
-        *_flops_lines(step_flops(step.experiment)),
+        *_flops_lines(step),
     ]
     if program is not None:
         lines += _program_lines(step)
@@ -137,19 +140,27 @@ def _memory_lines(step: CompiledStep) -> list[str]:
     ]
 
 
-def _flops_lines(flops: dict[str, Flops]) -> list[str]:
+def _flops_lines(step: CompiledStep) -> list[str]:
+    flops = step_flops(step.experiment)
     total = sum(flops.values(), Flops())
     lines = ["", "TFLOP a step           executed       model"]
     for name, part in [*((name, flops[name]) for name in PARTS), ("in all", total)]:
         if part.executed:
-            lines.append(f"  {name:20} {part.executed / 1e12:>9,.1f}   {part.model / 1e12:>9,.1f}")
+            lines.append(f"  {name:20} {_figure(part.executed / 1e12)}   {_figure(part.model / 1e12)}")
+    if step.program is not None:
+        compiled = step.topology.chips * step.program.mxu_flops
+        lines.append(f"  {'compiled program':20} {_figure(compiled / 1e12)}   (without attention kernels;")
+        lines.append(f"  {'':20} {_figure(total.products / 1e12)}    expected)")
     return lines
 
 
+def _figure(value: float) -> str:
+    return f"{value:>9,.1f}" if value >= 1 else f"{value:>9.2g}"
+
+
 def _program_lines(step: CompiledStep) -> list[str]:
-    program, chips = step.program, step.topology.chips
-    lines = [f"  {'compiled program':20} {chips * (program.mxu_flops + program.kernel_flops) / 1e12:>9,.1f}"]
-    lines += ["", "collectives                 axis           count     a chip sends"]
+    program = step.program
+    lines = ["", "collectives                 axis           count     a chip sends"]
     for one in sorted(program.collectives, key=lambda one: -one.bytes):
         where = "  between slices" if one.between_slices else ""
         lines.append(f"  {one.kind:25} {one.axis:12} {one.count:>7,.0f} {one.bytes / 1e9:>13,.3f} GB{where}")
