@@ -118,18 +118,16 @@ def find_topology(name: str) -> Topology:
     Raises:
       ValueError: saying what there is.
     """
-    match = re.fullmatch(r"(\w+?)(?:-(\d+)|:(\d+(?:x\d+)+))(?:x(\d+))?", name)
-    match = match or re.fullmatch(r"(\w+)()()()", name)
+    match = re.fullmatch(r"(\w+?)(?:-(\d+)(?:x(\d+))?|:(\d+(?:x\d+)*))?", name)
     if match is None:
         raise ValueError(f"{name!r} is no slice of TPU chips; write it as v5p-128, v5p-128x2 or v5p:4x4x4")
-    kind, size, shape, slices = match.groups()
+    kind, size, slices, shape = match.groups()
     chip = CHIPS.get(_ALIASES.get(kind, kind))
     if chip is None:
         near = difflib.get_close_matches(kind, CHIPS, n=1)
         raise ValueError(f"no chip {kind!r}: there are {', '.join(CHIPS)}{f'; is it {near[0]}?' if near else ''}")
     shapes = _SHAPES[chip.dimensions]
-    if shape:
-        # `x` joins both the sides of a slice and the number of slices.
+    if shape:  # and perhaps the number of slices after its sides
         sides = shape.split("x")
         if len(sides) > chip.dimensions:
             *sides, slices = sides
@@ -137,11 +135,12 @@ def find_topology(name: str) -> Topology:
             raise ValueError(f"{name!r}: a slice of {chip.kind} has {chip.dimensions} sides, as {shapes[16]}")
         shape = "x".join(sides)
     else:
-        shape = shapes.get(int(size) // chip.cores) if size and int(size) % chip.cores == 0 else None
+        chips, rest = divmod(int(size or 0), chip.cores)
+        shape = None if rest else shapes.get(chips)
         if shape is None:
             names = [f"{chip.kind}-{chips * chip.cores}" for chips in shapes]
             raise ValueError(f"{name!r} is no slice of {chip.kind}: there are {', '.join(names)}")
-    if slices is not None and slices != "" and int(slices) < 1:
+    if slices == "0":
         raise ValueError(f"{name!r}: the number of slices must be positive")
     return Topology(name, chip, shape, int(slices or 1))
 

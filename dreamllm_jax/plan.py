@@ -7,10 +7,17 @@ import json
 import os
 import sys
 
-# Before JAX is imported: the compiler is asked, not a TPU, even where there is one; and it need not look for one.
+# Before JAX is imported: the compiler is asked, not a TPU, even where there is one; and without its remarks.
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-_QUIET = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_LOG_DIR": "disabled"}
-_QUIET |= dict.fromkeys(("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL"), "3")
+_QUIET = {
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
 for _name, _value in _QUIET.items():
     os.environ.setdefault(_name, _value)
 
