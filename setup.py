@@ -57,8 +57,8 @@ setup(
         # To read llama.cpp's models.
         "gguf": gguf,
         "quickstart": quickstart,
-        # torch: the tests compare with the PyTorch classes.
-        "dev": [*torch, *gguf, "build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0"],
+        # torch: the tests compare with the PyTorch classes. tpu: its compiler needs no TPU.
+        "dev": [*torch, *gguf, "jax[tpu]", "build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0"],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -1,4 +1,4 @@
-"""Times the same step as `joint_step`, written with transformers and diffusers in PyTorch: SDPA, torch.compile, bfloat16.
+"""Times the same step as `joint_step`, in PyTorch: transformers and diffusers, SDPA, torch.compile, bfloat16.
 
     python -m benchmarks.joint_step_torch --size=1b --rows=4
 

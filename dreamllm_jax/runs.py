@@ -52,7 +52,7 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
     workdir = epath.Path(workdir).absolute()
     first = jax.process_index() == 0
     begun = (workdir / CONFIG_FILE).exists()
-    config, initial_tokenizer = _with_initial(config, workdir if begun else None)
+    config, initial_tokenizer = with_initial(config, workdir if begun else None)
     experiment = read_experiment(config)
     if begun:
         _check_unchanged(json.loads((workdir / CONFIG_FILE).read_text()), config, workdir)
@@ -92,7 +92,7 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
     return Run(workdir, dataclasses.replace(experiment, model=model, data=data), tokenizer)
 
 
-def _with_initial(
+def with_initial(
     config: Mapping[str, Any], begun: epath.Path | None
 ) -> tuple[Mapping[str, Any], epath.PathLike | None]:
     """Takes from the model that a run begins with what its configuration leaves out: the model's shape, the tokenizer.

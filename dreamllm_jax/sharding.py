@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -76,10 +77,11 @@ class ShardingConfig:
 
 
 def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all).
+    """The mesh over `devices` (default: all). Of several slices of chips, `data` crosses them, every other axis lies
+    inside one.
 
     Raises:
-      ValueError: if the configured sizes do not multiply to the number of devices.
+      ValueError: if the configured sizes do not multiply to the number of devices, or `data` to that of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.sequence, config.tensor]
@@ -90,7 +92,17 @@ def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = Non
             f"the mesh ({asked}) does not fit {len(devices)} devices: change sharding.*, or use -1 for one axis"
         )
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    axis_types = (AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"sharding.data={sizes[0]} must be a multiple of the {slices} slices, for it is the axis that crosses them"
+        )
+    inside = [sizes[0] // slices, *sizes[1:]]
+    grid = mesh_utils.create_hybrid_device_mesh(inside, [slices, 1, 1, 1], devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=axis_types)
 
 
 @contextlib.contextmanager

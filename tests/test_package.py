@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "chunks": set(),
     "compilation": set(),
     "gguf_reader": set(),
+    "chips": set(),
     "distributed": set(),
     "sharding": set(),  # rules from names to axes, and the constraint that reads them
     "diffusion": set(),
@@ -29,8 +30,10 @@ MAY_IMPORT = {
     "models": {"diffusion", "sharding", "vocabulary"},
     "objectives": {"batch", "chunks", "diffusion", "models", "sharding"},
     "interop": {"diffusion", "gguf_reader", "models", "vocabulary"},
-    "training": {"batch", "compilation", "configuration", "data", "distributed", "experiment"}
+    "flops": {"experiment", "models"},
+    "training": {"batch", "chips", "compilation", "configuration", "data", "distributed", "experiment", "flops"}
     | {"interop", "models", "objectives", "sharding"},
+    "planning": {"batch", "chips", "experiment", "flops", "models", "sharding", "training"},
     "generation": {"batch", "data", "diffusion", "models", "vocabulary"},
 }
 INTEROP_KNOWS_NAMES_AND_SHAPES = ("interop/names.py", "interop/files.py")

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 from etils import epath
 
+from dreamllm_jax.chips import chip_of
 from dreamllm_jax.data.pipeline import make_loader
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.distributed import local_rows
 from dreamllm_jax.experiment import Experiment
+from dreamllm_jax.flops import model_flops
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.checkpoints import Checkpoints
@@ -77,7 +79,9 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
 
         # The loop.
         start = int(state.step)
-        progress, pending = Progress(experiment.steps), []
+        chip = chip_of(mesh.devices.flat[0])
+        flops_per_chip = model_flops(experiment) / mesh.size
+        progress, pending = Progress(experiment.steps, flops_per_chip, chip and chip.peak_flops), []
         with use(mesh, experiment.sharding), MetricsLog(workdir, start, jax.process_index() == 0) as log:
             for step in range(start + 1, experiment.steps + 1):
                 batch = to_mesh(next(batches), rows, experiment.rows.per_step)

@@ -67,10 +67,23 @@ def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
 
 
 class Progress:
-    """Rates since the last line, and the line itself."""
+    """Rates since the last line, and the line itself.
 
-    def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic):
+    Args:
+      steps: of the whole run.
+      flops_per_chip: model FLOPs of one step, divided among the chips (see `dreamllm_jax.flops`).
+      peak_flops: FLOP/s that a chip is capable of; None where that is not known: then there is no MFU.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        flops_per_chip: float,
+        peak_flops: float | None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._steps, self._clock = steps, clock
+        self._flops_per_chip, self._peak_flops = flops_per_chip, peak_flops
         self._since = clock()
 
     def restart(self) -> None:
@@ -81,16 +94,22 @@ class Progress:
         """Rates over the `steps` since the last call, in which so many tokens and images were read."""
         seconds = max(self._clock() - self._since, 1e-9)
         self._since = self._clock()
-        return {
+        flops_per_second = steps * self._flops_per_chip / seconds
+        rates = {
             "seconds_per_step": seconds / max(steps, 1),
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
+            "tflops_per_second_per_chip": flops_per_second / 1e12,
         }
+        return rates | ({"mfu": flops_per_second / self._peak_flops} if self._peak_flops else {})
 
     def line(self, step: int, scalars: Scalars) -> str:
         left = int((self._steps - step) * scalars["seconds_per_step"])
+        mfu = f" (MFU {scalars['mfu']:.1%})" if "mfu" in scalars else ""
         return (
             f"step {step}/{self._steps}  loss {scalars['loss']:.4f}  lm {scalars['lm_loss']:.4f}  "
             f"dm {scalars['dm_loss']:.4f}  {scalars['tokens_per_second']:,.0f} tokens/s  "
-            f"{scalars['images_per_second']:,.1f} images/s  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            f"{scalars['images_per_second']:,.1f} images/s  "
+            f"{scalars['tflops_per_second_per_chip']:,.3g} TFLOP/s/chip{mfu}  "
+            f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )

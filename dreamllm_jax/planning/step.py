@@ -1,0 +1,173 @@
+"""The training step, assembled from shapes alone and compiled for chips that need not be there."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.chips import Topology
+from dreamllm_jax.experiment import Experiment
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.planning.program import Program, read_program
+from dreamllm_jax.sharding import make_mesh, rows_sharding, use
+from dreamllm_jax.training.optimizer import make_optimizer
+from dreamllm_jax.training.state import TrainState, abstract_state
+from dreamllm_jax.training.step import compile_train_step, make_train_step
+
+# "low" compiles several times faster: FLOPs and collectives are the same, memory reads up to a fifth too low, and the
+# estimated cycles mean nothing.
+Effort = Literal["low", "normal"]
+_OPTIONS = {"low": {"exec_time_optimization_effort": -1.0}, "normal": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip.
+
+    Attributes:
+      limit: what a program may use.
+      peak: what the step needs at most at a time; `temporaries` is what is neither weights nor optimizer state:
+        activations, gradients, the batch.
+    """
+
+    limit: int
+    peak: int
+    weights: int
+    optimizer: int
+
+    @property
+    def temporaries(self) -> int:
+        return self.peak - self.weights - self.optimizer
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """The parameters of one part of the model that are stored and treated alike."""
+
+    part: str
+    count: int
+    dtype: str
+    trained: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What compiling a step has told; `program` is None if the memory does not suffice."""
+
+    experiment: Experiment
+    topology: Topology
+    effort: Effort
+    mesh: dict[str, int]
+    parameters: tuple[Parameters, ...]
+    memory: Memory
+    program: Program | None
+    compile_seconds: float
+
+
+def lower_step(experiment: Experiment, devices: Sequence[jax.Device]) -> tuple[Mesh, TrainState, jax.stages.Lowered]:
+    """Traces the training step for `devices`; also gives the mesh and the state's shapes.
+
+    Raises:
+      ValueError: a mesh that does not fit the devices, or rows that it does not divide.
+    """
+    rows, model = experiment.rows, experiment.model
+    mesh = make_mesh(experiment.sharding, devices)
+    batch = _abstract_batch(experiment, rows_sharding(mesh, experiment.sharding, rows.per_step))
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    state = abstract_state(model, experiment.parameters, experiment.optimizer, mesh, experiment.sharding)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    step = make_train_step(DreamLLM(model), experiment.objective, optimizer, rows.dream_size, rows.microbatches)
+    with use(mesh, experiment.sharding):
+        return mesh, state, compile_train_step(step, state).lower(state, batch, key)
+
+
+def _abstract_batch(experiment: Experiment, sharding: NamedSharding) -> Batch:
+    shape, rows = experiment.row_shape, experiment.rows.per_step
+
+    def of(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=sharding)
+
+    return Batch(
+        tokens=of("int32", shape.length),
+        segment_ids=of("int32", shape.length),
+        positions=of("int32", shape.length),
+        loss_weights=of("float32", shape.length),
+        see_images=of("uint8", shape.see_slots, shape.see_size, shape.see_size, 3),
+        see_slots=of("int32", shape.see_slots),
+        dream_images=of("uint8", shape.dream_slots, shape.dream_size, shape.dream_size, 3),
+        dream_slots=of("int32", shape.dream_slots),
+    )
+
+
+def compile_step(experiment: Experiment, topology: Topology, effort: Effort = "normal") -> CompiledStep:
+    """Compiles the training step for a topology.
+
+    Raises:
+      ImportError: there is no TPU compiler.
+      ValueError: a mesh that does not fit the chips, rows that it does not divide.
+    """
+    mesh, state, lowered = lower_step(experiment, topology.devices())
+    weights, optimizer = _bytes_per_chip((state.trainable, state.frozen)), _bytes_per_chip(state.opt_state)
+    limit, program = topology.chip.hbm_bytes, None
+    began = time.monotonic()
+    try:
+        compiled = lowered.compile(compiler_options=_OPTIONS[effort])
+    except jax.errors.JaxRuntimeError as error:
+        peak, limit = exhausted(str(error))
+    else:
+        peak = compiled.memory_analysis().peak_memory_in_bytes
+        program = read_program(compiled.as_text(), mesh.shape)
+    seconds = time.monotonic() - began
+    memory = Memory(limit, max(peak, weights + optimizer), weights, optimizer)
+    return CompiledStep(
+        experiment, topology, effort, dict(mesh.shape), count_parameters(state), memory, program, seconds
+    )
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_EXHAUSTED = (
+    r"total memory required .* \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+)
+
+
+def exhausted(message: str) -> tuple[int, int]:
+    """Bytes (needed, there are) of one chip, from what the compiler says when its memory does not suffice.
+
+    Raises:
+      RuntimeError: it is another message.
+    """
+    found = next((match for pattern in _EXHAUSTED if (match := re.search(pattern, message))), None)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        raise RuntimeError(message)
+    needed, needed_unit, limit, limit_unit = found.groups()
+    return int(float(needed) * _UNITS[needed_unit]), int(float(limit) * _UNITS[limit_unit])
+
+
+def _bytes_per_chip(tree) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def count_parameters(state: TrainState) -> tuple[Parameters, ...]:
+    """The parameters by part, storage type, and whether they are trained."""
+    counts: dict[tuple[str, str, bool], int] = {}
+    for leaves, trained in ((state.trainable, True), (state.frozen, False)):
+        for path, leaf in leaves.items():
+            key = (path.split("/")[0], str(np.dtype(leaf.dtype)), trained)
+            counts[key] = counts.get(key, 0) + math.prod(leaf.shape)
+    return tuple(Parameters(part, count, dtype, trained) for (part, dtype, trained), count in sorted(counts.items()))
