@@ -1,6 +1,7 @@
 """What an experiment consists of: every part's configuration, and how they must fit together."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,6 +93,28 @@ class Experiment:
             see_size=self.model.clip.image_size,
             dream_size=self.rows.dream_size,
         )
+
+
+def require_mesh_fits(experiment: Experiment, mesh: Mapping[str, int]) -> None:
+    """Refuses a mesh over which the llama or its rows cannot be split, and would silently be repeated.
+
+    Args:
+      mesh: sizes of the mesh axes.
+
+    Raises:
+      ConfigError: naming the axis and the size that it does not divide.
+    """
+    llama = experiment.model.llama
+    for axes, name, size in (
+        (("tensor",), "model.llama.num_attention_heads", llama.num_attention_heads),
+        (("tensor",), "model.llama.intermediate_size", llama.intermediate_size),
+        (("fsdp", "sequence"), "model.llama.hidden_size", llama.hidden_size),
+        (("sequence",), "rows.length", experiment.rows.length),
+    ):
+        parts = math.prod(mesh[axis] for axis in axes)
+        if size % parts:
+            given = " x ".join(f"sharding.{axis}={mesh[axis]}" for axis in axes if mesh[axis] > 1)
+            raise ConfigError(f"{given} does not divide {name}={size}: change the mesh")
 
 
 def read_experiment(config: Mapping[str, Any]) -> Experiment:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreamllm_jax.configuration import ConfigError
-from dreamllm_jax.experiment import read_experiment
+from dreamllm_jax.experiment import read_experiment, require_mesh_fits
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.py"
 
@@ -44,6 +44,8 @@ BROKEN = [
     ({"optimizer.learning_rate": -1.0}, r"config\.optimizer: learning_rate and eps must be positive"),
     ({"optimizer.warmup_ratio": 3.0}, r"warmup_ratio must lie in \[0, 1\]"),
     ({"objective.lm_weight": -1.0}, r"config\.objective: lm_weight must not be negative"),
+    ({"objective.image_chunk": -1}, r"config\.objective: image_chunk must not be negative"),
+    ({"model.remat": "attentoin"}, r"config\.model: unknown remat policy 'attentoin': choose from none, dots, full"),
     ({"objective.null_condition": "querys"}, r"null_condition must be one of .*did you mean 'queries'\?"),
     ({"model.dtype": "float16"}, r"config\.model\.dtype must be one of 'float32', 'bfloat16'"),
     ({"model.unet.in_channels": 4}, r"config\.model: unet\.in_channels is 4, but the autoencoder's latents have 48"),
@@ -83,3 +85,32 @@ def test_a_missing_setting_is_named(config):
     del settings["optimizer"]
     with pytest.raises(ConfigError, match=r"config\.optimizer is missing"):
         read_experiment(settings)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"tensor": 3}, r"sharding\.tensor=3 does not divide model\.llama\.num_attention_heads=4"),
+        ({"sequence": 3}, r"sharding\.sequence=3 does not divide model\.llama\.hidden_size=128"),
+        ({"fsdp": 256}, r"sharding\.fsdp=256 does not divide model\.llama\.hidden_size=128"),
+        ({"fsdp": 2, "sequence": 128}, r"fsdp=2 x sharding\.sequence=128 does not divide"),
+    ],
+    ids=str,
+)
+def test_meshes_that_the_model_cannot_be_split_over(config, mesh, message):
+    experiment = read_experiment(config)
+    require_mesh_fits(experiment, {"data": 1, "fsdp": 4, "sequence": 2, "tensor": 2})
+    with pytest.raises(ConfigError, match=message):
+        require_mesh_fits(experiment, {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1, **mesh})
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_the_published_stages_are_read(stage, size):
+    spec = importlib.util.spec_from_file_location(stage, TINY.with_name(f"{stage}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    experiment = read_experiment(module.get_config(size))
+    assert experiment.model.llama.num_hidden_layers == {"7b": 32, "13b": 40}[size]
+    with pytest.raises(ValueError, match="unknown size '8b': choose from 1b, 7b, 13b"):
+        module.get_config("8b")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.chips import Topology
-from dreamllm_jax.experiment import Experiment
+from dreamllm_jax.experiment import Experiment, require_mesh_fits
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.planning.program import Program, read_program
 from dreamllm_jax.sharding import make_mesh, rows_sharding, use
@@ -83,6 +83,7 @@ def lower_step(experiment: Experiment, devices: Sequence[jax.Device]) -> tuple[M
     """
     rows, model = experiment.rows, experiment.model
     mesh = make_mesh(experiment.sharding, devices)
+    require_mesh_fits(experiment, mesh.shape)
     batch = _abstract_batch(experiment, rows_sharding(mesh, experiment.sharding, rows.per_step))
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     state = abstract_state(model, experiment.parameters, experiment.optimizer, mesh, experiment.sharding)

@@ -12,7 +12,7 @@ from dreamllm_jax.chips import chip_of
 from dreamllm_jax.data.pipeline import make_loader
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.distributed import local_rows
-from dreamllm_jax.experiment import Experiment
+from dreamllm_jax.experiment import Experiment, require_mesh_fits
 from dreamllm_jax.flops import model_flops
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
@@ -39,6 +39,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
     """
     # Mesh and data.
     mesh = make_mesh(experiment.sharding)
+    require_mesh_fits(experiment, mesh.shape)
     rows = rows_sharding(mesh, experiment.sharding, experiment.rows.per_step)
     batches = make_loader(
         experiment.data,
