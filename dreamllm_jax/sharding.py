@@ -123,13 +123,25 @@ def partition_spec(
     return PartitionSpec(*parts)
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Asks for an activation to be split as its logical axes say; outside `use` it does nothing."""
+def mesh_spec(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """How an array with these logical axes lies on the mesh in force; outside `use` it is not split."""
     mesh = jax.sharding.get_abstract_mesh()
     rules = dict(nn.get_logical_axis_rules())
-    if mesh.empty or not rules:
+    return PartitionSpec() if mesh.empty or not rules else partition_spec(axes, shape, rules, mesh.shape)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Asks for an activation to be split as its logical axes say; outside `use` it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty or not nn.get_logical_axis_rules():
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, rules, mesh.shape))
+    return jax.lax.with_sharding_constraint(x, mesh_spec(axes, x.shape))
+
+
+def platform() -> str:
+    """The platform that is compiled for: that of the mesh in force, or the default one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def param_shardings(boxed: dict, mesh: Mesh, config: ShardingConfig) -> dict:

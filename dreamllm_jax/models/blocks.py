@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from dreamllm_jax.models.attention import attend
-from dreamllm_jax.sharding import constrain
+from dreamllm_jax.models.full_attention_tpu import full_attention, supported
+from dreamllm_jax.sharding import constrain, platform
 
 _kernel = nn.initializers.lecun_normal()
 _ONES = nn.with_logical_partitioning(nn.initializers.ones, ("tower_norm",))
@@ -101,11 +102,15 @@ class Attention(nn.Module):
         context = x if context is None else context
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
-            dense = Dense(width, use_bias=self.norm_num_groups is not None, dtype=self.dtype, name=name)
-            return dense(inputs).reshape(*inputs.shape[:2], self.heads, width // self.heads)
+            return Dense(width, use_bias=self.norm_num_groups is not None, dtype=self.dtype, name=name)(inputs)
 
-        out = attend(project("to_q", x), project("to_k", context), project("to_v", context), causal=False)
-        return Dense(width, dtype=self.dtype, name="to_out_0")(out.reshape(x.shape))
+        q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
+        if platform() == "tpu" and q.dtype == jnp.bfloat16 and supported(q, k, self.heads):
+            out = full_attention(q, k, v, self.heads)
+        else:
+            q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))
+            out = attend(q, k, v, causal=False).reshape(x.shape)
+        return Dense(width, dtype=self.dtype, name="to_out_0")(out)
 
 
 class Downsample2D(nn.Module):
