@@ -228,7 +228,7 @@ class Transformer2DModel(nn.Module):
                 return Dense(channels, dtype=self.dtype, name=name)
             return Conv(channels, kernel_size=(1, 1), padding=0, dtype=self.dtype, name=name)
 
-        h = GroupNorm(self.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        h = GroupNorm(num_groups=self.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         h = projection("proj_in")(h).reshape(n, height * width, channels)
         block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         for i in range(self.layers):
@@ -349,5 +349,5 @@ class UNet(nn.Module):
         x = block(MidBlock, config.levels - 1, "mid_block")(x, temb, condition)
         for i, kind in enumerate(config.up_block_types):
             x = block(UpBlock, config.levels - 1 - i, f"up_blocks_{i}", kind)(x, skips, temb, condition)
-        norm = GroupNorm(config.norm_num_groups, epsilon=config.norm_eps, dtype=self.dtype, name="conv_norm_out")
+        norm = GroupNorm(num_groups=config.norm_num_groups, epsilon=config.norm_eps, dtype=self.dtype, name="conv_norm_out")
         return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(norm(x))).astype(jnp.float32)
