@@ -1,13 +1,13 @@
 """Attention without a mask as one TPU kernel (FlashAttention, Dao et al. 2205.14135), for heads packed in the channels.
 
-A block is 128 lanes wide, as wide as a TPU's registers and matrix units, and holds two heads of 64 (or one of 128) side
-by side, just as the projections leave them: nothing is padded or transposed. A head is singled out by zeroing the other's
-lanes in one operand of a product, which takes a matrix unit as long as a product half as deep.
+A block is 128 lanes wide, as wide as a TPU's registers and matrix units, and holds two heads of 64 (or one of 128)
+side by side, just as the projections leave them: nothing is padded or transposed. A head is singled out by zeroing the
+other's lanes in one operand of a product, which takes a matrix unit as long as a product half as deep.
 
 The keys and values of a block stay in fast memory while the queries pass by, so scores never leave the chip, and one
 backward kernel computes all three gradients from the saved log-sum-exp.
 
-Legend: N images, T queries, S keys, C channels of all heads, R rows of queries or keys in a block, G blocks of channels.
+Legend: N images, T queries, S keys, C channels of all heads, R rows of queries or keys in a block, G channel blocks.
 """
 
 import functools
@@ -148,8 +148,8 @@ def _backward_kernel(
 def _call(kernel: Callable, products: int, outputs: str, heads: int, interpret: bool, *arrays: Array) -> list[Array]:
     """Runs a kernel on the images this device holds.
 
-    `arrays` are q, k, v and, going backward, out, lse and dout; `outputs` names the array that each output is shaped like
-    ("l" for lse), `products` counts the matrix products of T x S x C.
+    `arrays` are q, k, v and, going backward, out, lse and dout; `outputs` names the array that each output is shaped
+    like ("l" for lse), `products` counts the matrix products of T x S x C.
     """
     q, k = arrays[:2]
     images, queries, channels = q.shape
