@@ -137,23 +137,26 @@ def partition_spec(
     return PartitionSpec(*parts)
 
 
-def shards(axis: str, size: int) -> int:
-    """Over how many devices a dimension of `size` with this logical axis is split; outside `use`, 1."""
+def mesh_spec(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """How an array with these logical axes lies on the mesh in force; outside `use` it is not split."""
     mesh = jax.sharding.get_abstract_mesh()
     rules = dict(nn.get_logical_axis_rules())
-    if mesh.empty or not rules:
-        return 1
-    (part,) = partition_spec((axis,), (size,), rules, mesh.shape)
-    return math.prod(mesh.shape[a] for a in ((part,) if isinstance(part, str) else part or ()))
+    return PartitionSpec() if mesh.empty or not rules else partition_spec(axes, shape, rules, mesh.shape)
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Asks for an activation to be split as its logical axes say; outside `use` it does nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rules = dict(nn.get_logical_axis_rules())
-    if mesh.empty or not rules:
+    if jax.sharding.get_abstract_mesh().empty or not nn.get_logical_axis_rules():
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, rules, mesh.shape))
+    return jax.lax.with_sharding_constraint(x, mesh_spec(axes, x.shape))
+
+
+def shards(axis: str, size: int) -> int:
+    """Over how many devices a dimension of `size` with this logical axis is split; outside `use`, 1."""
+    spec = mesh_spec((axis,), (size,))
+    part = spec[0] if spec else None
+    axes = (part,) if isinstance(part, str) else part or ()
+    return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -196,8 +199,7 @@ def on_shards(function: Callable, axes: Sequence[Sequence[str | None]], *args: j
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*args)
-    rules = dict(nn.get_logical_axis_rules())
-    specs = tuple(partition_spec(a, x.shape, rules, mesh.shape) for a, x in zip(axes, args, strict=True))
+    specs = tuple(mesh_spec(a, x.shape) for a, x in zip(axes, args, strict=True))
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
 
 

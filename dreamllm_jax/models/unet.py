@@ -169,6 +169,17 @@ class TimestepEmbedding(nn.Module):
         return Dense(self.width, name="linear_2")(nn.silu(Dense(self.width, name="linear_1")(x)))
 
 
+class _Halves(Dense):
+    """A linear layer whose output comes in two halves: made apart, neither they nor their gradients are copied."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
+        parts = zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2), strict=True)
+        return tuple(x @ weights + offset for weights, offset in parts)
+
+
 class GEGLU(nn.Module):
     """A linear layer gated by the exact GELU of another (Shazeer 2002.05202)."""
 
@@ -177,8 +188,10 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        values, gates = jnp.split(Dense(2 * self.width, dtype=self.dtype, name="proj")(x), 2, axis=-1)
-        return values * nn.gelu(gates, approximate=False)
+        values, gates = _Halves(2 * self.width, dtype=self.dtype, name="proj")(x)
+        gates = gates.astype(jnp.float32)
+        gates = 0.5 * gates * (1 + jax.lax.erf(gates * 0.5**0.5))  # half the work of erfc
+        return (values * gates).astype(self.dtype)
 
 
 class FeedForward(nn.Module):
@@ -223,17 +236,19 @@ class Transformer2DModel(nn.Module):
         """f[N,h,w,c], f[N,Q,C] -> f[N,h,w,c]."""
         n, height, width, channels = x.shape
 
-        def projection(name: str) -> nn.Module:
+        def project(name: str, h: jax.Array) -> jax.Array:
             if self.use_linear_projection:
-                return Dense(channels, dtype=self.dtype, name=name)
-            return Conv(channels, kernel_size=(1, 1), padding=0, dtype=self.dtype, name=name)
+                return Dense(channels, dtype=self.dtype, name=name)(h)
+            conv = Conv(channels, kernel_size=(1, 1), padding=0, dtype=self.dtype, name=name)
+            return conv(h.reshape(x.shape)).reshape(h.shape)
 
-        h = GroupNorm(self.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-        h = projection("proj_in")(h).reshape(n, height * width, channels)
+        h = GroupNorm(num_groups=self.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        # Only positions from here on: the projections change the layout on their way, where a reshape would be a copy.
+        h = project("proj_in", h.reshape(n, height * width, channels))
         block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         for i in range(self.layers):
             h = block(self.heads, self.dtype, name=f"transformer_blocks_{i}")(h, condition)
-        return shard_images(x + projection("proj_out")(h.reshape(x.shape)))
+        return shard_images(x + project("proj_out", h).reshape(x.shape))
 
 
 class _Level(nn.Module):
@@ -349,5 +364,7 @@ class UNet(nn.Module):
         x = block(MidBlock, config.levels - 1, "mid_block")(x, temb, condition)
         for i, kind in enumerate(config.up_block_types):
             x = block(UpBlock, config.levels - 1 - i, f"up_blocks_{i}", kind)(x, skips, temb, condition)
-        norm = GroupNorm(config.norm_num_groups, epsilon=config.norm_eps, dtype=self.dtype, name="conv_norm_out")
+        norm = GroupNorm(
+            num_groups=config.norm_num_groups, epsilon=config.norm_eps, dtype=self.dtype, name="conv_norm_out"
+        )
         return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(norm(x))).astype(jnp.float32)

@@ -138,7 +138,7 @@ class Encoder(nn.Module):
             resample = "down" if i < last else None
             x = _Layers(channels, config.layers_per_block, groups, resample, self.dtype, name=f"down_blocks_{i}")(x)
         x = _MidBlock(groups, self.dtype, name="mid_block")(x)
-        x = nn.silu(GroupNorm(groups, epsilon=_EPS, dtype=self.dtype, name="conv_norm_out")(x))
+        x = nn.silu(GroupNorm(num_groups=groups, epsilon=_EPS, dtype=self.dtype, name="conv_norm_out")(x))
         return Conv(2 * config.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         for i, channels in enumerate(reversed(config.block_out_channels)):
             resample = "up" if i < last else None
             x = _Layers(channels, config.layers_per_block + 1, groups, resample, self.dtype, name=f"up_blocks_{i}")(x)
-        x = nn.silu(GroupNorm(groups, epsilon=_EPS, dtype=self.dtype, name="conv_norm_out")(x))
+        x = nn.silu(GroupNorm(num_groups=groups, epsilon=_EPS, dtype=self.dtype, name="conv_norm_out")(x))
         return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(x)
 
 
