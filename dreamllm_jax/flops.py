@@ -83,15 +83,14 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
     learns_text = objective.lm_weight > 0
     flops = dict.fromkeys(PARTS, Flops())
 
-    # What is read. Nothing of it is kept for the backward pass.
+    # What is read.
     features_live = False
     if seen:
         clip = _clip(_Tally(trained), model.clip, seen, model.remat != "none")
-        last = _projector(
+        _projector(
             clip, "visual_projector", model.visual_projector, seen, model.clip.num_patches, model.clip.hidden_size,
             llama.hidden_size,
         )  # fmt: skip
-        clip.recompute(clip.forward - last)
         flops["clip"], features_live = clip.total, clip.live
 
     # The language model, and its document without a prompt.
@@ -265,17 +264,13 @@ def _clip(tally: _Tally, config: ClipVisionConfig, images: int, remat: bool) -> 
 
 def _projector(
     tally: _Tally, path: str, config: ProjectorConfig, images: int, tokens: int, inputs: int, outputs: int
-) -> float:
-    """Returns the FLOPs of its last product."""
+) -> None:
     if config.kind == "conv":
-        last = _convolution(images, round(tokens**0.5), inputs, outputs)
-        tally.product(f"{path}/projector/kernel", last)
-        return last
+        tally.product(f"{path}/projector/kernel", _convolution(images, round(tokens**0.5), inputs, outputs))
+        return
     for i in range(config.depth):
         name = "projector" if config.kind == "linear" else f"projector_{2 * i}"
-        last = _dense(images * tokens, outputs if i else inputs, outputs)
-        tally.product(f"{path}/{name}/kernel", last)
-    return last
+        tally.product(f"{path}/{name}/kernel", _dense(images * tokens, outputs if i else inputs, outputs))
 
 
 def _resnet(

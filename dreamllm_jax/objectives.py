@@ -246,10 +246,10 @@ def hidden_states(model: DreamLLM, params: dict, batch: Batch, image_chunk: int 
     see, dream = batch.see_slots.shape[1], batch.dream_slots.shape[1]
     features = None
     if see:
-        see_model = jax.checkpoint(lambda images: _regroup(apply(_flat(images), method="see"), len(images)))
         images = _by_device(batch.see_images)
-        number = chunks.count(images.shape[1], image_chunk)
-        features = chunks.join(jax.lax.map(see_model, chunks.split(images, number)))
+        parts = chunks.split(images, chunks.count(images.shape[1], image_chunk))
+        features = jax.lax.map(lambda part: _regroup(apply(_flat(part), method="see"), len(part)), parts)
+        features = chunks.join(features)
         features = features.reshape(*batch.see_slots.shape, *features.shape[2:])
     x = apply(batch.tokens, features, batch.see_slots, batch.dream_slots if dream else None, method="embed")
     return apply(x, batch.positions, batch.segment_ids, method="decode")[0]
