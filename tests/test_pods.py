@@ -1,0 +1,54 @@
+"""The 7B llama compiled for slices of TPUs: memory, FLOPs and traffic of what a pod would run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def plan(tmp_path, arguments):
+    """Figures of stage II without images, compiled at low effort."""
+    pytest.importorskip("libtpu")
+    figures = tmp_path / "plan.json"
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-m", "dreamllm_jax.plan", "--config=configs/stage2.py:7b", "--effort=low"]
+        + ["--config.rows.see_slots=0", "--config.rows.dream_slots=0", f"--json={figures}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(figures.read_text())
+
+
+@pytest.mark.slow
+def test_eight_chips_of_v5p(tmp_path):
+    """Weights travel twice and gradients once, in bfloat16; logits and attention scores are never whole."""
+    figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=8"])
+    parameters = sum(one["count"] for one in figures["parameters"] if one["part"] == "llama")
+    sent = sum(one["bytes"] for one in figures["collectives"])
+    assert 3 * 2 * parameters * 7 / 8 == pytest.approx(sent, rel=0.25) and sent < 45e9
+    assert {one["axis"] for one in figures["collectives"] if one["bytes"] > 2**20} == {"fsdp"}
+    assert figures["compiled_flops"] == pytest.approx(figures["flops"]["total"] - figures["kernel_flops"], rel=0.03)
+    assert figures["compiled_flops"] < 8 * 825e12
+    assert figures["hbm"]["peak"] < 22 * 2**30
+    # float32 weights and moments lie on one chip each; a second whole copy of anything large would show.
+    assert figures["hbm"]["weights"] + figures["hbm"]["optimizer"] < 1.05 * 12 * parameters / 8 + 2**29
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor", "sequence"])
+def test_parts_of_heads_and_of_rows(tmp_path, axis):
+    arguments = ["--topology=v5p-16", "--rows_per_chip=4", f"--config.sharding.{axis}=2"]
+    figures = plan(tmp_path, [*arguments, "--config.model.llama.num_hidden_layers=2"])
+    assert figures["mesh"][axis] == 2 and figures["mesh"]["fsdp"] == 4
+    assert any(axis in one["axis"] for one in figures["collectives"])
+    assert figures["compiled_flops"] == pytest.approx(figures["flops"]["total"] - figures["kernel_flops"], rel=0.03)
