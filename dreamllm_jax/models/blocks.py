@@ -136,9 +136,7 @@ class Attention(nn.Module):
         """f[N,T,c], f[N,S,C] -> f[N,T,c]."""
         width = x.shape[-1]
         if self.norm_num_groups is not None:
-            x = GroupNorm(num_groups=self.norm_num_groups, epsilon=self.norm_eps, dtype=self.dtype, name="group_norm")(
-                x
-            )
+            x = GroupNorm(self.norm_eps, self.dtype, self.norm_num_groups, name="group_norm")(x)
         context = x if context is None else context
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
@@ -181,10 +179,8 @@ class _DoublingConv(nn.Module):
         bias = self.param("bias", Conv.bias_init, (channels,)).astype(self.dtype)
 
         def convolve(x: jax.Array, weights: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
-            dimensions = ("NHWC", "HWIO", "NHWC")
-            return jax.lax.conv_general_dilated(
-                x, weights.astype(self.dtype), (1, 1), padding, dimension_numbers=dimensions
-            )
+            layout, weights = ("NHWC", "HWIO", "NHWC"), weights.astype(self.dtype)
+            return jax.lax.conv_general_dilated(x, weights, (1, 1), padding, dimension_numbers=layout)
 
         if size != (2 * height, 2 * width):
             x = x.repeat(2, axis=1).repeat(2, axis=2)[:, : size[0], : size[1]]

@@ -100,6 +100,7 @@ def test_images_are_split_over_the_mesh(images):
     [
         (4096, 4096, 320, 5, True),
         (4096, 77, 320, 5, True),
+        (9216, 9216, 320, 5, True),
         (64, 64, 1280, 20, True),
         (4096, 4096, 512, 1, False),  # a head of 512
         (64, 64, 320, 8, False),  # heads of 40
