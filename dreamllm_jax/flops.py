@@ -19,8 +19,10 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+import jax
+
 from dreamllm_jax.experiment import Experiment
-from dreamllm_jax.models import splash
+from dreamllm_jax.models import full_attention_tpu, splash
 from dreamllm_jax.models.attention import MAX_SCORES
 from dreamllm_jax.models.clip import ClipVisionConfig
 from dreamllm_jax.models.llama import LlamaConfig
@@ -114,13 +116,14 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
     # What is painted.
     if painted:
         side = rows.dream_size // model.vae.downscale
-        vae = _autoencoder(_Tally(trained), model.vae, painted, rows.dream_size)
+        kernels = platform == "tpu" and model.dtype == "bfloat16"
+        vae = _autoencoder(_Tally(trained, kernels=kernels), model.vae, painted, rows.dream_size)
         condition = _Tally(trained, hidden.live and not objective.detach_condition)
         _projector(
             condition, "condition_projector", model.condition_projector, painted, model.num_queries, llama.hidden_size,
             model.unet.cross_attention_dim,
         )  # fmt: skip
-        unet = _unet(_Tally(trained, vae.live), model.unet, painted, side, model.num_queries, condition.live)
+        unet = _unet(_Tally(trained, vae.live, kernels), model.unet, painted, side, model.num_queries, condition.live)
         flops["vae"], flops["unet"] = vae.total, condition.total + unet.total
     return flops
 
@@ -132,8 +135,9 @@ class _Tally:
     `forward` is what the forward pass has executed.
     """
 
-    def __init__(self, trained: Callable[[str], bool], live: bool = False):
-        self.trained, self.live, self.forward, self.total = trained, live, 0.0, Flops()
+    def __init__(self, trained: Callable[[str], bool], live: bool = False, kernels: bool = False):
+        self.trained, self.live, self.kernels = trained, live, kernels
+        self.forward, self.total = 0.0, Flops()
 
     def product(self, path: str, flops: float, live: bool | None = None) -> None:
         """A product of activations (of the tower so far, or as `live` says) with the weight at `path`."""
@@ -143,20 +147,25 @@ class _Tally:
         self.live |= live or trained
 
     def attention(
-        self, batch: float, queries: int, keys: int, width: int, keys_live: bool, causal: bool = False
+        self, batch: int, queries: int, keys: int, width: int, keys_live: bool, causal: bool = False, heads: int = 0
     ) -> None:
-        """Scores and their product with the values, as `models.attention` computes them without a kernel.
+        """Scores and their product with the values.
 
-        The backward pass has four products: towards weights, values, queries and keys. Many scores are taken in chunks,
-        computed again in the backward pass.
+        The backward pass has four products: towards weights, values, queries and keys. A kernel, if there is one (for
+        `heads`, in bfloat16), computes all of them and the scores again. Without a kernel many scores are taken in
+        chunks, computed again in the backward pass.
         """
         one = 2.0 * batch * queries * keys * width
         flops = one * (2 + (self.live or keys_live) + 2 * keys_live + self.live)
         self.live |= keys_live
         self.forward += 2 * one
-        self.total += Flops(flops, flops * (1 - 1 / queries) / 2 if causal else 0.0, flops)
-        if queries * keys > MAX_SCORES:
-            self.recompute(one)
+        masked = flops * (1 - 1 / queries) / 2 if causal else 0.0
+        q, k = (jax.ShapeDtypeStruct((batch, length, width), "bfloat16") for length in (queries, keys))
+        if self.kernels and heads and full_attention_tpu.supported(q, k, heads):
+            self.total += Flops(flops, masked, kernels=one * (2 + 5 * self.live))
+        else:
+            self.total += Flops(flops, masked, flops)
+            self.recompute(one * (queries * keys > MAX_SCORES))
 
     def causal_kernel(self, batch: float, length: int, width: int) -> None:
         """The same by `models.splash`: a square of tiles without those above the diagonal.
@@ -303,18 +312,18 @@ def _autoencoder(tally: _Tally, config: AutoencoderConfig | PixelAutoencoderConf
             tally.product(f"{block}/downsamplers_0/conv/kernel", halved)
             side //= 2
     _resnet(tally, f"{path}/mid_block/resnets_0", images, side, inputs, inputs)
-    _self_attention(tally, f"{path}/mid_block/attentions_0", images, side**2, inputs)
+    _self_attention(tally, f"{path}/mid_block/attentions_0", images, side**2, inputs, heads=1)
     _resnet(tally, f"{path}/mid_block/resnets_1", images, side, inputs, inputs)
     tally.product(f"{path}/conv_out/kernel", _convolution(images, side, inputs, moments))
     tally.product("vae/quant_conv/kernel", _dense(images * side**2, moments, moments))
     return tally
 
 
-def _self_attention(tally: _Tally, path: str, images: int, tokens: int, width: int) -> None:
+def _self_attention(tally: _Tally, path: str, images: int, tokens: int, width: int, heads: int) -> None:
     live, product = tally.live, _dense(images * tokens, width, width)
     for name in ("to_q", "to_k", "to_v"):
         tally.product(f"{path}/{name}/kernel", product, live=live)
-    tally.attention(images, tokens, tokens, width, tally.live)
+    tally.attention(images, tokens, tokens, width, tally.live, heads=heads)
     tally.product(f"{path}/to_out_0/kernel", product)
 
 
@@ -337,14 +346,14 @@ def _unet(tally: _Tally, config: UNetConfig, images: int, side: int, queries: in
         tally.product(f"{path}/{name}/proj_in/kernel", _dense(tokens, width, width))
         for i in range(depths[level]):
             block = f"{path}/{name}/transformer_blocks_{i}"
-            _self_attention(tally, f"{block}/attn1", images, side**2, width)
+            _self_attention(tally, f"{block}/attn1", images, side**2, width, config.heads[level])
             tally.product(f"{block}/attn2/to_q/kernel", _dense(tokens, width, width))
             context = _Tally(tally.trained, condition_live)
             for projection in ("to_k", "to_v"):
                 product = _dense(images * queries, config.cross_attention_dim, width)
                 context.product(f"{block}/attn2/{projection}/kernel", product, live=condition_live)
             tally.total += context.total
-            tally.attention(images, side**2, queries, width, context.live)
+            tally.attention(images, side**2, queries, width, context.live, heads=config.heads[level])
             tally.product(f"{block}/attn2/to_out_0/kernel", _dense(tokens, width, width))
             tally.product(f"{block}/ff/net_0/proj/kernel", _dense(tokens, width, 8 * width))
             tally.product(f"{block}/ff/net_2/kernel", _dense(tokens, 4 * width, width))
@@ -378,8 +387,11 @@ def _unet(tally: _Tally, config: UNetConfig, images: int, side: int, queries: in
             if kind.startswith("CrossAttn"):
                 transformer(f"up_blocks_{block}/attentions_{i}", level)
         if level:
-            side = skips[-1][1]
-            doubled = _convolution(images, side, width, width)
+            small, side = side, skips[-1][1]
+            if side == 2 * small:  # even and odd rows and columns: four convolutions of 2x2
+                doubled = 4 * _convolution(images, small, width, width, kernel=2, padding=(1, 0))
+            else:
+                doubled = _convolution(images, side, width, width)
             tally.product(f"{path}/up_blocks_{block}/upsamplers_0/conv/kernel", doubled)
     tally.product(f"{path}/conv_out/kernel", _convolution(images, side, width, config.out_channels))
     return tally

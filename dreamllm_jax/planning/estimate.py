@@ -147,10 +147,11 @@ def _flops_lines(step: CompiledStep) -> list[str]:
     for name, part in [*((name, flops[name]) for name in PARTS), ("in all", total)]:
         if part.executed:
             lines.append(f"  {name:20} {_figure(part.executed / 1e12)}   {_figure(part.model / 1e12)}")
+    if total.kernels:
+        lines.append(f"  {'outside of kernels':20} {_figure(total.products / 1e12)}")
     if step.program is not None:
         compiled = step.topology.chips * step.program.mxu_flops
-        lines.append(f"  {'compiled program':20} {_figure(compiled / 1e12)}   (without attention kernels;")
-        lines.append(f"  {'':20} {_figure(total.products / 1e12)}    expected)")
+        lines.append(f"  {'compiled program':20} {_figure(compiled / 1e12)}   counted there, outside of kernels")
     return lines
 
 
@@ -177,7 +178,7 @@ def _program_lines(step: CompiledStep) -> list[str]:
         f"model FLOPs utilised   {estimated.mfu:.1%} of {step.topology.chip.peak_flops / 1e12:,.0f} TFLOP/s a chip",
         f"throughput             {estimated.tokens_per_second:,.0f} tokens/s, "
         f"{estimated.images_per_second:,.1f} images/s (slots, filled or not)",
-        f"{step.experiment.steps:,} steps           {estimated.days:.2f} days, {estimated.chip_hours:,.0f} chip-hours",
+        f"{f'{step.experiment.steps:,} steps':22} {estimated.days:.2f} days, {estimated.chip_hours:,.0f} chip-hours",
     ]
 
 

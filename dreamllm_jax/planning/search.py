@@ -10,7 +10,7 @@ from dreamllm_jax.sharding import make_mesh
 
 _logger = logging.getLogger(__name__)
 
-_CHEAPEST_FIRST = ("none", "dots", "full")
+_CHEAPEST_FIRST = ("none", "dots", "attention+gate", "attention", "full")
 _MAX_ROWS_PER_SHARD = 256
 
 

@@ -127,6 +127,7 @@ def compile_step(experiment: Experiment, topology: Topology, effort: Effort = "n
         compiled = lowered.compile(compiler_options=_OPTIONS[effort])
     except jax.errors.JaxRuntimeError as error:
         peak, limit = exhausted(str(error))
+        peak = max(peak, limit + 1)  # what fits by the figures alone may still be too scattered
     else:
         peak = compiled.memory_analysis().peak_memory_in_bytes
         program = read_program(compiled.as_text(), mesh.shape)
