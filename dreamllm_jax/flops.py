@@ -267,7 +267,6 @@ def _clip(tally: _Tally, config: ClipVisionConfig, images: int, remat: bool) -> 
     if remat:
         layer.recompute(before_last)
     tally.total += layer.total * config.depth
-    tally.forward += layer.forward * config.depth
     return tally
 
 
