@@ -21,7 +21,7 @@ from dreamllm_jax.batch import Batch
 from dreamllm_jax.diffusion import schedule
 from dreamllm_jax.models.dreamllm import DreamLLM, take
 from dreamllm_jax.models.vae import sample_moments
-from dreamllm_jax.sharding import constrain, gathered, shards
+from dreamllm_jax.sharding import constrain, gathered, shards, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,9 +246,12 @@ def hidden_states(model: DreamLLM, params: dict, batch: Batch, image_chunk: int 
     see, dream = batch.see_slots.shape[1], batch.dream_slots.shape[1]
     features = None
     if see:
+        see_model = functools.partial(
+            model.apply, {"params": whole({name: params[name] for name in ("clip", "visual_projector")})}, method="see"
+        )
         images = _by_device(batch.see_images)
         parts = chunks.split(images, chunks.count(images.shape[1], image_chunk))
-        features = jax.lax.map(lambda part: _regroup(apply(_flat(part), method="see"), len(part)), parts)
+        features = jax.lax.map(lambda part: _regroup(see_model(_flat(part)), len(part)), parts)
         features = chunks.join(features)
         features = features.reshape(*batch.see_slots.shape, *features.shape[2:])
     x = apply(batch.tokens, features, batch.see_slots, batch.dream_slots if dream else None, method="embed")
@@ -273,7 +276,7 @@ def denoising_loss(
         error = denoise(model, config, given, condition, moments, draws).error
         return jnp.sum(jnp.where(filled, error, 0.0))
 
-    towers = {name: params[name] for name in ("vae", "unet") if name in params}
+    towers = whole({name: params[name] for name in ("vae", "unet") if name in params})
     condition = condition.reshape(*filled.shape, *condition.shape[1:])
     items = jax.tree.map(_by_device, (condition, pictures, draws, filled))
     number = chunks.count(items[-1].shape[1], config.image_chunk)

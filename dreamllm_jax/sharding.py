@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,7 +39,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "layers": (),
     # The image towers' and projectors' weights.
     "tower_in": (),
-    "tower_out": ("fsdp", "sequence"),
+    "tower_out": ("fsdp", "sequence", "tensor"),
     "tower_norm": (),
 }
 
@@ -181,6 +182,16 @@ def _gathered_bwd(axes, _, gradient):
 
 
 gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def whole(weights: Any) -> Any:
+    """Weights of which every device needs all, gathered at once: an image tower's, before its chunks of images.
+
+    Left split, each convolution would become a loop over a few channels at a time.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return weights
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), weights)
 
 
 def platform() -> str:

@@ -275,7 +275,10 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         shape = math.prod(self.inputs), math.prod(self.features)
         kernel = self.param("kernel", _weight(self.std, *self.axes), shape, self.param_dtype)
-        kernel = gathered(kernel.astype(self.dtype), self.axes).reshape(*self.inputs, *self.features)
+        kernel = kernel.astype(self.dtype)
+        if x.size >= kernel.size:  # of a few tokens, as while generating, the products travel instead
+            kernel = gathered(kernel, self.axes)
+        kernel = kernel.reshape(*self.inputs, *self.features)
         out = jnp.tensordot(x, kernel, axes=len(self.inputs))
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
