@@ -168,7 +168,7 @@ def main() -> None:
                 "device": name,
                 "torch": torch.__version__,
                 **vars(arguments),
-                "loss": float(loss),
+                "loss": loss.item(),
                 "step_seconds": seconds,
                 "tokens_per_second": arguments.rows * settings.rows.length / seconds,
                 "images_per_second": arguments.rows * (arguments.see + arguments.dream) / seconds,
