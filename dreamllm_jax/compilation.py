@@ -5,8 +5,15 @@ from etils import epath
 
 CACHE = "compiled"
 
-# Options of the TPU compiler, each with its reason. Only what was compared on compiled programs stands here.
-TPU_OPTIONS: dict[str, bool | int | str] = {}
+# Options of the TPU compiler, each with its reason. Without these five nothing else happens while a layer's weights are
+# gathered; with them, a gather is spread over the steps of a product that does not need it.
+TPU_OPTIONS: dict[str, bool | int | str] = {
+    "xla_enable_async_all_gather": True,  # gathers may begin before their result is needed
+    "xla_tpu_enable_async_collective_fusion": True,  # and run inside other operations' fusions
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,  # gathers too, not only reductions
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,  # several of them one after the other
+    "xla_tpu_overlap_compute_collective_tc": True,  # on the core that multiplies
+}
 
 
 def keep_programs(workdir: epath.PathLike) -> None:
