@@ -46,10 +46,10 @@ def test_eight_chips_of_v5p(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["tensor", "sequence"])
-def test_parts_of_heads_and_of_rows(tmp_path, axis):
-    arguments = ["--topology=v5p-16", "--rows_per_chip=4", f"--config.sharding.{axis}=2"]
-    figures = plan(tmp_path, [*arguments, "--config.model.llama.num_hidden_layers=2"])
-    assert figures["mesh"][axis] == 2 and figures["mesh"]["fsdp"] == 4
-    assert any(axis in one["axis"] for one in figures["collectives"])
+def test_parts_of_heads_and_of_rows(tmp_path):
+    split = ["--config.sharding.tensor=2", "--config.sharding.sequence=2", "--config.model.llama.num_hidden_layers=2"]
+    figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=4", *split])
+    assert figures["mesh"] == {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
+    for axis in ("fsdp", "sequence", "tensor"):
+        assert any(axis in one["axis"] for one in figures["collectives"]), axis
     assert figures["compiled_flops"] == pytest.approx(figures["flops"]["total"] - figures["kernel_flops"], rel=0.03)

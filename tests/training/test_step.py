@@ -114,13 +114,12 @@ def test_frozen_parameters_stay_bit_identical(alone):
 
 @pytest.mark.slow
 def test_narrow_storage_is_kept_and_follows_the_wide_one(alone):
-    """bfloat16 weights and moments: as many bits as asked for, the same on any mesh, near what float32 gives."""
+    """bfloat16 weights and moments: as many bits as asked for, losses near what float32 gives."""
     parameters = dataclasses.replace(FROZEN_TOWERS, dtype="bfloat16")
     settings = dataclasses.replace(SETTINGS, mu_dtype="bfloat16", nu_dtype="bfloat16")
-    one, many = (run(sharding, parameters=parameters, settings=settings) for sharding in (ONE, ShardingConfig(fsdp=8)))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(one[1].trainable)} == {"bfloat16"}
+    narrow = run(ShardingConfig(fsdp=8), parameters=parameters, settings=settings)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow[1].trainable)} == {"bfloat16"}
     for name in ("mu", "nu"):
-        assert {leaf.dtype.name for leaf in jax.tree.leaves(optax.tree.get(one[1].opt_state, name))} == {"bfloat16"}
-    for a, b, wide in zip(one[0], many[0], alone[0], strict=True):
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-3)
-        np.testing.assert_allclose(a["loss"], wide["loss"], rtol=2e-2)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(optax.tree.get(narrow[1].opt_state, name))} == {"bfloat16"}
+    for got, wide in zip(narrow[0], alone[0], strict=True):
+        np.testing.assert_allclose(got["loss"], wide["loss"], rtol=2e-2)
