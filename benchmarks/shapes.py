@@ -4,10 +4,10 @@ import argparse
 
 import numpy as np
 
+from dreamllm_jax import published
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.chips import CHIPS
 from dreamllm_jax.experiment import Experiment, read_experiment
-from dreamllm_jax.models import published
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -61,7 +61,7 @@ _TINY_VAE = {
 def experiment(arguments: argparse.Namespace) -> Experiment:
     """Stage II: the llama, projectors and queries are trained, the towers frozen in bfloat16."""
     tiny = arguments.size == "tiny"
-    model = published.dreamllm("1b" if tiny else arguments.size)
+    model = published.model("1b" if tiny else arguments.size)
     if tiny:
         model |= {"llama": _TINY_LLAMA, "unet": _TINY_UNET, "vae": _TINY_VAE}
         model["clip"] |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -87,10 +87,9 @@ def _sum_fwd(function, shared, stacked):
 
         _, filled = stacked_tree.unflatten(leaves)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(compute))
-        sums, by_items = jax.lax.cond(filled.any(), compute, lambda: zeros) if chunks > 1 else compute()
+        sums, by_items = jax.lax.cond(filled.any(), compute, lambda: zeros)
         return jax.tree.map(jnp.add, carry, sums), by_items
 
-    chunks = stacked[0].value.shape[0]
     start = jnp.zeros((), jnp.float32), [jnp.zeros(leaf.shape, jnp.float32) for leaf in varied]
     (total, by_shared), by_items = jax.lax.scan(add, start, [leaf.value for leaf in stacked])
     by_shared = [g.astype(leaf.dtype) for g, leaf in zip(by_shared, varied, strict=True)]

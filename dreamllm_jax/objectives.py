@@ -142,8 +142,8 @@ def next_token_loss(
     No logits of all tokens ever exist, and none of chunks whose tokens have no weight.
 
     Args:
-      weights: of predicting `tokens[:, i]`; those of the first token of a row must be 0.
-      chunk: at most how many tokens of each row are computed at a time; 0 for all.
+      weights: of predicting `tokens[:, i]`; those of a row's first token count for nothing.
+      chunk: at most how many tokens of each row (of each device's part of it) are computed at a time; 0 for all.
     """
 
     def total(head, items):
@@ -151,10 +151,16 @@ def next_token_loss(
         nll = next_token_nll(hidden, head, targets)
         return jnp.sum(jnp.where(weights > 0, nll * weights, 0.0))
 
-    targets, weights = jnp.roll(tokens, -1, axis=1), jnp.roll(weights, -1, axis=1)
+    parts = shards("tokens", tokens.shape[1])
+
+    def by_part(x):  # [B, L, ...] -> [B · parts, L / parts, ...]: what one device holds of a row stays there
+        x = x.reshape(-1, x.shape[1] // parts, *x.shape[2:])
+        return constrain(x, ("row_parts", *[None] * (x.ndim - 1)))
+
+    weights = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)  # nothing precedes a row's first token
+    items = jax.tree.map(by_part, (hidden, jnp.roll(tokens, -1, axis=1), weights))
     head = gathered(head.astype(hidden.dtype), ("embed", "vocab"))
-    number = chunks.count(tokens.shape[1], chunk)
-    return chunks.chunked_sum(total, head, (hidden, targets, weights), weights > 0, number)
+    return chunks.chunked_sum(total, head, items, items[-1] > 0, chunks.count(tokens.shape[1] // parts, chunk))
 
 
 @struct.dataclass

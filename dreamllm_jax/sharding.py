@@ -24,6 +24,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     # Activations.
     "rows": ("data", "fsdp"),
     "tokens": ("sequence",),
+    "row_parts": ("data", "fsdp", "sequence"),  # the devices' parts of rows, one after the other
     "images": ("data", "fsdp", "sequence", "tensor"),  # the towers are small: no chip repeats another's image
     "act_embed": (),
     "act_heads": ("tensor",),

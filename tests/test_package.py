@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "chunks": set(),
     "compilation": set(),
     "gguf_reader": set(),
+    "published": set(),
     "chips": set(),
     "distributed": set(),
     "sharding": set(),  # rules from names to axes, and the constraint that reads them

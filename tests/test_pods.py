@@ -52,3 +52,4 @@ def test_parts_of_heads_and_of_rows(tmp_path):
     assert figures["mesh"] == {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
     for axis in ("fsdp", "sequence", "tensor"):
         assert any(axis in one["axis"] for one in figures["collectives"]), axis
+    assert figures["compiled_flops"] == pytest.approx(figures["flops"]["total"] - figures["kernel_flops"], rel=0.03)

@@ -9,8 +9,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec as P
 
+from dreamllm_jax import published
 from dreamllm_jax.configuration import read
-from dreamllm_jax.models import published
 from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
 from dreamllm_jax.sharding import (
     DEFAULT_RULES,
@@ -40,7 +40,7 @@ def test_every_weight_has_axes_with_rules():
 
 
 def test_no_large_weight_of_the_published_model_is_replicated():
-    boxed = abstract_params(read(DreamLLMConfig, published.dreamllm("7b")))
+    boxed = abstract_params(read(DreamLLMConfig, published.model("7b")))
     weights = flatten_dict(nn.unbox(boxed), sep="/")
     for config in (ShardingConfig(fsdp=8), ShardingConfig(fsdp=2, sequence=2, tensor=2)):
         shardings = flatten_dict(param_shardings(boxed, make_mesh(config), config), sep="/")

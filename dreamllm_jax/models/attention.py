@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dreamllm_jax.models import splash
-from dreamllm_jax.sharding import constrain, on_shards, platform
+from dreamllm_jax.sharding import constrain, mesh_spec, on_shards, platform
 
 Array = jax.Array
 
@@ -96,6 +96,9 @@ def attend(
     packed_rows = causal and q_segments is not None and q_index is None and k_index is None
     if packed_rows and platform() == "tpu" and splash.supports(queries, keys, dim):
         heads = ("rows", None, "attention_heads", None)
+        if mesh_spec(heads, q.shape) != mesh_spec(heads, k.shape):  # a query's head must find its key's on its device
+            groups = q.shape[2] // k.shape[2]
+            k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
         q, k, v = (constrain(x, heads) for x in (q, k, v))
         return on_shards(splash.causal_attention, (heads, heads, heads, ("rows", None)), q, k, v, q_segments)
     q_index = jnp.arange(queries)[None] if q_index is None else q_index

@@ -89,9 +89,9 @@ class DreamLLM(nn.Module):
     def setup(self):
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        whole = "none" if config.remat == "none" else "full"
+        towers_remat = "none" if config.remat == "none" else "full"
         self.llama = Llama(config.llama, dtype=dtype, remat=config.remat)
-        self.clip = ClipVision(config.clip, dtype=dtype, remat=whole)
+        self.clip = ClipVision(config.clip, dtype=dtype, remat=towers_remat)
         self.visual_projector = Projector(config.visual_projector, config.llama.hidden_size, use_bias=True, dtype=dtype)
         self.queries = DreamQueries(config.num_queries, config.llama.hidden_size, dtype=dtype)
         self.condition_projector = Projector(

@@ -229,7 +229,6 @@ class Transformer2DModel(nn.Module):
     norm_num_groups: int
     use_linear_projection: bool
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
@@ -245,9 +244,8 @@ class Transformer2DModel(nn.Module):
         h = GroupNorm(num_groups=self.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         # Only positions from here on: the projections change the layout on their way, where a reshape would be a copy.
         h = project("proj_in", h.reshape(n, height * width, channels))
-        block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         for i in range(self.layers):
-            h = block(self.heads, self.dtype, name=f"transformer_blocks_{i}")(h, condition)
+            h = BasicTransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{i}")(h, condition)
         return shard_images(x + project("proj_out", h).reshape(x.shape))
 
 
@@ -258,7 +256,6 @@ class _Level(nn.Module):
     level: int
     cross_attention: bool = True
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @property
     def layers(self) -> int:
@@ -270,10 +267,11 @@ class _Level(nn.Module):
         return self.transformer(i, x, condition) if self.cross_attention else x
 
     def resnet(self, i: int, x: jax.Array, temb: jax.Array) -> jax.Array:
-        cls = nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D
         config = self.config
         channels = config.block_out_channels[self.level]
-        return cls(channels, config.norm_num_groups, config.norm_eps, self.dtype, name=f"resnets_{i}")(x, temb)
+        return ResnetBlock2D(channels, config.norm_num_groups, config.norm_eps, self.dtype, name=f"resnets_{i}")(
+            x, temb
+        )
 
     def transformer(self, i: int, x: jax.Array, condition: jax.Array) -> jax.Array:
         config = self.config
@@ -283,7 +281,6 @@ class _Level(nn.Module):
             norm_num_groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
             dtype=self.dtype,
-            remat=self.remat,
             name=f"attentions_{i}",
         )(x, condition)
 
@@ -326,14 +323,10 @@ class UpBlock(_Level):
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or the velocity: the network is the same) in latents at given timesteps, under a condition.
-
-    `remat` recomputes resnets and transformer blocks in the backward pass instead of keeping their intermediates.
-    """
+    """Predicts the noise (or the velocity: the network is the same) in noisy latents, under a condition."""
 
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, latents: jax.Array, timesteps: jax.Array, condition: jax.Array) -> jax.Array:
@@ -354,7 +347,7 @@ class UNet(nn.Module):
         condition = shard_images(condition.astype(self.dtype))
 
         def block(cls: type[_Level], level: int, name: str, kind: str = "CrossAttn") -> _Level:
-            return cls(config, level, kind.startswith("CrossAttn"), self.dtype, self.remat, name=name)
+            return cls(config, level, kind.startswith("CrossAttn"), self.dtype, name=name)
 
         x = Conv(finest, dtype=self.dtype, name="conv_in")(shard_images(latents.astype(self.dtype)))
         skips = [x]

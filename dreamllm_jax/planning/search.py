@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 
 from dreamllm_jax.chips import Topology
 from dreamllm_jax.experiment import Experiment
@@ -60,7 +61,4 @@ def fit(experiment: Experiment, topology: Topology) -> CompiledStep:
 
 def _row_shards(experiment: Experiment, topology: Topology) -> int:
     mesh = make_mesh(experiment.sharding, topology.devices())
-    shards = 1
-    for axis in experiment.sharding.all_rules["rows"]:
-        shards *= mesh.shape[axis]
-    return shards
+    return math.prod(mesh.shape[axis] for axis in experiment.sharding.all_rules["rows"])

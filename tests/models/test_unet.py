@@ -75,14 +75,12 @@ def run(model, params, latents, timesteps, condition, cotangent):
     return {"output": out, "latents": latents, "condition": condition}, weights
 
 
-# One of them rematerialised: both must equal the same reference.
-@pytest.fixture(scope="module", params=[("1.5", False), ("2.x", True)], ids=["1.5", "2.x-remat"])
+@pytest.fixture(scope="module", params=["1.5", "2.x"])
 def case(request):
     """A torch U-Net, ours with its weights, inputs, and what ours makes of them."""
-    family, remat = request.param
-    reference = randomised(diffusers.UNet2DConditionModel(**FAMILIES[family]))
+    reference = randomised(diffusers.UNet2DConditionModel(**FAMILIES[request.param]))
     config = unet_config_from_diffusers(dict(reference.config))
-    model, inputs = UNet(config, remat=remat), make_inputs(config)
+    model, inputs = UNet(config), make_inputs(config)
     params = from_torch(shapes_of(model, inputs), tensors(reference))
     cotangent = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
     return reference, model, params, (*inputs, cotangent), run(model, params, *inputs, cotangent)
@@ -100,24 +98,8 @@ def test_state_dict_round_trip(case):
     assert_same(to_torch(params), tensors(reference), tolerance=0)
 
 
-def test_remat_is_in_the_program(case):
-    _, model, params, (*inputs, _), _ = case
-    program = jax.make_jaxpr(model.apply)({"params": params}, *inputs)
-    names = {str(equation.primitive) for equation in program.eqns}
-    assert any("remat" in name or "checkpoint" in name for name in names) == model.remat
-
-
-@pytest.mark.slow
-def test_remat_changes_nothing(case):
-    _, model, params, inputs, want = case
-    got = run(model.clone(remat=not model.remat), params, *inputs)
-    assert_same(got[0] | to_torch(got[1]), want[0] | to_torch(want[1]), 5e-6)
-
-
 def test_bfloat16_is_near_float32(case):
     _, model, params, (*inputs, _), (want, _) = case
-    if model.remat:
-        pytest.skip("one family is enough")
     got = compiled(model.clone(dtype=jnp.bfloat16).apply)({"params": params}, *inputs)
     assert got.dtype == jnp.float32
     assert relative_error(got, want["output"]) < 0.03
@@ -125,8 +107,6 @@ def test_bfloat16_is_near_float32(case):
 
 def test_odd_sizes_upsample_to_the_skip_connection(case):
     reference, model, params, *_ = case
-    if model.remat:
-        pytest.skip("one family is enough")
     latents, timesteps, condition = make_inputs(model.config, size=(7, 10))
     got = compiled(model.apply)({"params": params}, latents, timesteps, condition)
     with torch.no_grad():
