@@ -41,7 +41,7 @@ class ObjectiveConfig:
         condition projector is frozen; here freezing concerns weights only.
       loss_chunk: at most how many tokens of each row have logits at a time; 0 for all.
       image_chunk: at most how many images each device puts through CLIP, the autoencoder and the UNet at a time; 0 for
-        all.
+        all, which on CPU is several times faster.
     """
 
     lm_weight: float = 1.0
