@@ -55,14 +55,20 @@ def test_forward_and_gradients_equal_plain_attention():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "tensor", [1, 2]
-)  # 2: four parts of the query heads, of which there are four, but two key heads
-def test_a_mesh_changes_nothing(on_tpu, tensor):
+    "config",
+    [
+        ShardingConfig(fsdp=2, sequence=2),
+        ShardingConfig(fsdp=2, sequence=2, tensor=2),
+        ShardingConfig(fsdp=2, tensor=4),  # divides the four query heads, but not the two key heads
+    ],
+    ids=["sequence=2", "sequence=2,tensor=2", "tensor=4"],
+)
+def test_a_mesh_changes_nothing(on_tpu, config):
     """Rows over two devices, heads over `tensor` and `sequence`, whose parts of the rows meet first."""
     *arrays, cotangent = inputs(rows=2)
     want = outcome(plain, *arrays, cotangent)
-    config = ShardingConfig(fsdp=2, sequence=2, tensor=tensor)
-    with use(make_mesh(config, jax.devices()[: 4 * tensor]), config):
+    devices = jax.devices()[: config.fsdp * config.sequence * config.tensor]
+    with use(make_mesh(config, devices), config):
         got = jax.jit(functools.partial(outcome, plain))(*arrays, cotangent)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
