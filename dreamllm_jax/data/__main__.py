@@ -1,15 +1,42 @@
-"""Makes a data set that can be trained on:
+"""Makes data sets, and what belongs to them:
 
-python -m dreamllm_jax.data prepare SOURCE --to=DIR
+python -m dreamllm_jax.data prepare SOURCE --to=DIR                     a small set of all kinds of documents
+python -m dreamllm_jax.data import FORMAT SOURCE --to=DIR --name=NAME   a corpus from a public layout
+python -m dreamllm_jax.data sample DIR --name=NAME --to=PAGE.html       documents as the model will see them
+python -m dreamllm_jax.data precompute DIR --checkpoint=MODEL           what the frozen image towers make of the images
 """
 
 import argparse
+import dataclasses
 import time
 
 from absl.flags import argparse_flags
 
 from dreamllm_jax import command_line
+from dreamllm_jax.data import sheet, storage, stored
+from dreamllm_jax.data.corpora.conversations import Llava
+from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
+from dreamllm_jax.data.corpora.openmoji import OpenMoji
+from dreamllm_jax.data.corpora.pairs import Folder, ImagePairs, WebDataset
+from dreamllm_jax.data.corpora.plain import PlainText
+from dreamllm_jax.data.corpora.records import Format
+from dreamllm_jax.data.corpora.tfds_sets import Tfds
+from dreamllm_jax.data.importing import Options, import_corpus
 from dreamllm_jax.data.preparation import prepare
+from dreamllm_jax.data.tokens import MODES, RowShape
+
+FORMATS: dict[str, type[Format]] = {
+    "webdataset": WebDataset,
+    "folder": Folder,
+    "image_pairs": ImagePairs,
+    "mmc4": Mmc4,
+    "obelics": Obelics,
+    "instruct_interleaved": InstructInterleaved,
+    "llava": Llava,
+    "text": PlainText,
+    "tfds": Tfds,
+    "openmoji": OpenMoji,
+}
 
 
 def parser() -> argparse_flags.ArgumentParser:
@@ -17,7 +44,8 @@ def parser() -> argparse_flags.ArgumentParser:
     top = argparse_flags.ArgumentParser(
         prog="python -m dreamllm_jax.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = top.add_subparsers(required=True, metavar="prepare").add_parser("prepare", help="pictures -> documents")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add = commands.add_parser("prepare", help="a small set of all kinds of documents, and a tokenizer")
     add.set_defaults(main=_prepare)
     add.add_argument("source", help="openmoji, photographs, or a folder with captions.jsonl or captions.csv")
     add.add_argument("--to", required=True, help="directory of the data set to make")
@@ -25,7 +53,69 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--size", type=int, default=64, help="pixels on the shorter side of a stored picture, at most")
     add.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer that is trained")
     add.add_argument("--tokenizer", default="", help="to use instead: a .model, a tokenizer.json, a directory")
+
+    formats = commands.add_parser("import", help="a corpus from a public layout").add_subparsers(
+        required=True, metavar="FORMAT"
+    )
+    for name, kind in FORMATS.items():
+        add = formats.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__)
+        add.set_defaults(main=_import, kind=kind)
+        _add_import_flags(add, kind)
+
+    add = commands.add_parser("sample", help="a page of documents as the model will see them")
+    add.set_defaults(main=_sample)
+    add.add_argument("directory", help="a data set")
+    add.add_argument("--name", required=True, help="one of its corpora")
+    add.add_argument("--to", required=True, help="the HTML file to write")
+    _add_sample_flags(add)
+    add.add_argument("--tokenizer", default="", help="a .model, a tokenizer.json, a directory; else the data set's own")
+
+    add = commands.add_parser("precompute", help="what the frozen image towers make of a data set's images")
+    add.set_defaults(main=_precompute)
+    add.add_argument("directory", help="a data set")
+    add.add_argument("--checkpoint", required=True, help="the model: an imported one, or the directory of a run")
+    add.add_argument("--names", nargs="+", choices=stored.NAMES, default=["moments"], help="what to compute")
+    add.add_argument("--corpora", nargs="+", default=[], help="of which corpora; default all")
+    add.add_argument("--size", type=int, default=512, help="pixels on a side of the painted images: rows.dream_size")
+    add.add_argument("--dtype", choices=stored.DTYPES, default="bfloat16", help="type to store: data.stored_dtype")
+    add.add_argument("--batch", type=int, default=32, help="images at once on each device")
     return top
+
+
+def _add_import_flags(add: argparse.ArgumentParser, kind: type[Format]) -> None:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    has_default = fields["source"].default is not dataclasses.MISSING
+    source = {"nargs": "?", "default": fields["source"].default} if has_default else {}
+    add.add_argument("source", help="file or directory to read", **source)
+    for field in fields.values():
+        if "help" in field.metadata:
+            add.add_argument(
+                f"--{field.name}", type=type(field.default), default=field.default, help=field.metadata["help"]
+            )
+    add.add_argument("--to", required=True, help="directory of the data set; others of its corpora stay")
+    add.add_argument("--name", required=True, help="of the corpus in the data set")
+    add.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
+    add.add_argument("--beam", default="", help="instead, options of a Beam pipeline, as '--runner=DataflowRunner ...'")
+    add.add_argument("--max_bad", type=float, default=0.5, help="largest share of records that may be unusable")
+    if "size" not in fields:
+        add.add_argument("--size", type=int, default=512, help="pixels on the shorter side of a stored image, at most")
+    add.add_argument("--least", type=int, default=16, help="images with a shorter side are left out")
+    add.add_argument("--tokenizer", default="", help="counts tokens: a .model, a tokenizer.json, a directory")
+    add.add_argument(
+        "--sample", dest="count", type=int, default=0, help="also write DIR/NAME.html with so many documents"
+    )
+    _add_shape_flags(add)
+
+
+def _add_sample_flags(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--count", type=int, default=32, help="how many documents")
+    _add_shape_flags(add)
+
+
+def _add_shape_flags(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--mode", choices=MODES, default="joint", help="of the page's documents")
+    add.add_argument("--length", type=int, default=2048, help="tokens in a row of the page")
+    add.add_argument("--slots", type=int, default=8, help="images to read and to paint in a row of the page")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -41,6 +131,57 @@ def _prepare(arguments: argparse.Namespace) -> None:
     for name, counts in sorted(summary["corpora"].items()):
         print(f"{name:15} {counts['documents']:8,} documents {counts['images']:8,} images")
     print(f"{arguments.to}: {summary['vocab_size']} token ids, {time.monotonic() - started:.1f} s")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+    names = [field.name for field in dataclasses.fields(arguments.kind) if hasattr(arguments, field.name)]
+    summary = import_corpus(
+        arguments.kind(**{name: getattr(arguments, name) for name in names}),
+        arguments.to,
+        arguments.name,
+        Options(arguments.size, arguments.least, arguments.tokenizer),
+        workers=arguments.workers,
+        beam=arguments.beam,
+        max_bad=arguments.max_bad,
+    )
+    counted = ", ".join(f"{summary[what]:,} {what}" for what in ("documents", "images", "tokens") if summary[what])
+    print(f"{arguments.to}/{arguments.name}: {counted}, {time.monotonic() - began:.1f} s")
+    for reason, count in summary["dropped"].items():
+        print(f"  dropped {reason:15} {count:8,}")
+    if arguments.count:
+        arguments.directory, arguments.to = arguments.to, f"{arguments.to}/{arguments.name}.html"
+        _sample(arguments)
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    shape = RowShape(arguments.length, arguments.slots, arguments.slots, 256, 64, 224, 512)
+    sheet.write_sheet(
+        arguments.directory, arguments.name, arguments.to, arguments.count, shape, arguments.mode, arguments.tokenizer
+    )
+    print(arguments.to)
+
+
+def _precompute(arguments: argparse.Namespace) -> None:
+    from dreamllm_jax import runs
+    from dreamllm_jax.precompute import precompute
+
+    corpora = arguments.corpora or sorted(storage.read_summary(arguments.directory)["corpora"])
+    _, model, params = runs.load_model(arguments.checkpoint)
+    for corpus in corpora:
+        for name in arguments.names:
+            computed = precompute(
+                arguments.directory,
+                corpus,
+                name,
+                model,
+                params,
+                made_by=arguments.checkpoint,
+                size=arguments.size,
+                dtype=arguments.dtype,
+                batch=arguments.batch,
+            )
+            print(f"{corpus} {name}: {computed:,} documents computed")
 
 
 if __name__ == "__main__":

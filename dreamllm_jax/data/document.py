@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 Role = Literal["", "system", "user", "assistant"]
 Kind = Literal["pair", "image_image", "interleaved", "instruct_interleaved", "conversation", "text"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -24,10 +26,14 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """An image as encoded bytes (PNG, JPEG, ...). In a conversation the assistant's images are painted, others read."""
+    """An image as encoded bytes (PNG, JPEG, ...). In a conversation the assistant's images are painted, others read.
+
+    `stored` holds what the frozen towers made of it, where that was computed beforehand: `moments` and `features`.
+    """
 
     data: bytes
     role: Role = ""
+    stored: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 Segment = Text | Image
@@ -71,6 +77,11 @@ class Document:
         return tuple(s for s in self.segments if isinstance(s, Text))
 
     @property
+    def blank(self) -> bool:
+        """Whether it says nothing, though it is of a kind that is all about its text."""
+        return self.kind in ("pair", "text") and not any(s.text.strip() for s in self.texts)
+
+    @property
     def images(self) -> tuple[Image, ...]:
         return tuple(s for s in self.segments if isinstance(s, Image))
 
@@ -100,6 +111,28 @@ def from_record(record: Mapping[str, Any]) -> Document:
         role = _string(role)
         segments.append(Image(bytes(next(images)), role) if is_image else Text(_string(text), role))
     return Document(_string(record["kind"]), tuple(segments))
+
+
+def with_stored(document: Document, stored: Mapping[str, np.ndarray]) -> Document:
+    """The document with each image's part of the arrays [images, ...].
+
+    Raises:
+      ValueError: there are not as many of them as images.
+    """
+    if not stored:
+        return document
+    for name, arrays in stored.items():
+        if len(arrays) != len(document.images):
+            raise ValueError(f"{len(arrays)} stored {name} for {len(document.images)} images")
+    each = iter(range(len(document.images)))
+
+    def one(segment: Segment) -> Segment:
+        if isinstance(segment, Text):
+            return segment
+        index = next(each)
+        return dataclasses.replace(segment, stored={name: arrays[index] for name, arrays in stored.items()})
+
+    return Document(document.kind, tuple(one(segment) for segment in document.segments))
 
 
 def _string(value: bytes | str) -> str:

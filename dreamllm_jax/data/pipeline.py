@@ -1,49 +1,32 @@
 """Stored corpora to batches, one stream for all hosts.
 
-For each corpus: shuffle, repeat, encode (record k's randomness is a function of the seed and k), pack. The corpora's
-rows are mixed by weight; each step takes the next `rows_per_step` of them, and host i of n decodes the i-th n-th part.
-Every host therefore walks the whole stream of encoded rows and decodes its own images only: what a step trains on does
-not depend on the number of hosts, and any host's saved state continues the stream on any number of hosts.
+Each row of a step has a stream of records of its own (`mixture`), of which it is packed (`packing`); a host reads the
+streams of the rows that it feeds. What a step trains on therefore depends on the seed and on the rows of a step alone:
+not on the number of hosts, of threads, or of times that the run was taken up again.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
-import os
-import sys
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
-import numpy as np
 from etils import epath
 
 from dreamllm_jax.batch import Batch
-from dreamllm_jax.data import packing, storage, tokenizer
+from dreamllm_jax.data import storage, stored, tokenizer
 from dreamllm_jax.data.document import Document
-from dreamllm_jax.data.tokens import MODES, Mode, RowShape, encode_document
+from dreamllm_jax.data.mixture import CorpusConfig, Mixture
+from dreamllm_jax.data.packing import Item, NothingFits, RowStream
+from dreamllm_jax.data.rows import Counts, Pixels, empty_batch, fill_row
+from dreamllm_jax.data.tokens import Encoded, Mode, RowShape, encode_document
 
 __all__ = ["CorpusConfig", "DataConfig", "Loader", "RowShape", "data_tokenizer", "encode_batch", "make_loader"]
 
-
-@dataclasses.dataclass(frozen=True)
-class CorpusConfig:
-    """How a corpus is used.
-
-    Attributes:
-      mode: joint, comprehension or creation.
-      weight: its share of the rows, relative to the others'.
-      learn_dream_start: in conversations, learn the decision to paint too.
-    """
-
-    mode: Mode = "joint"
-    weight: float = 1.0
-    learn_dream_start: bool = False
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; known are {', '.join(MODES)}")
-        if not self.weight > 0:
-            raise ValueError(f"the weight of a corpus must be positive, got {self.weight}")
+_logger = logging.getLogger(__name__)
+ENOUGH = 200  # documents after which too large a share of bad ones ends the run
+AHEAD = 2  # batches made in advance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,35 +34,50 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-      path: the data set's directory, as `python -m dreamllm_jax.data prepare` leaves it; or what a training run is to
-        prepare by itself: openmoji, photographs, or a folder of pictures with captions.
+      path: the data set's directory, as `python -m dreamllm_jax.data` leaves it; or what a training run is to prepare
+        by itself: openmoji, photographs, or a folder of pictures with captions.
       pairs: how many captioned pictures to prepare then; 0 for 24 of openmoji and photographs, or all of a folder.
       tokenizer: a SentencePiece model, a tokenizer.json or a directory; empty for the data set's own.
       corpora: which of its corpora, and how; empty for all of them.
-      packing_bins: rows kept open while packing.
-      workers: processes that read ahead; 0 reads in the training process.
+      window: documents that wait to be packed into each row.
+      workers: threads that read, encode and decode ahead; 0 does it in the training thread.
       flip: probability of mirroring the pictures of a document that only paints.
       shuffle: shuffle the documents anew in each epoch.
       pack: put several documents in a row.
+      stored: what was computed beforehand (`python -m dreamllm_jax.data precompute`) and replaces pixels: moments (of
+        images to paint), features (of images to read).
+      stored_dtype: the type they were stored in, bfloat16 or float32.
+      max_bad: the largest share of documents that may be left out before the run ends.
     """
 
     path: str
     pairs: int = 0
     tokenizer: str = ""
     corpora: Mapping[str, CorpusConfig] = dataclasses.field(default_factory=dict)
-    packing_bins: int = 16
-    workers: int = 0
+    window: int = 64
+    workers: int = 4
     flip: float = 0.0
     shuffle: bool = True
     pack: bool = True
+    stored: tuple[str, ...] = ()
+    stored_dtype: str = "bfloat16"
+    max_bad: float = 0.1
 
     def __post_init__(self):
-        if self.packing_bins < 1:
-            raise ValueError(f"packing_bins must be at least 1, got {self.packing_bins}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
         if self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is a probability, got {self.flip}")
+        for name in ("flip", "max_bad"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is between 0 and 1, got {getattr(self, name)}")
+        unknown = set(self.stored) - set(stored.NAMES)
+        if unknown:
+            raise ValueError(f"stored may name {' and '.join(stored.NAMES)}, got {', '.join(sorted(unknown))}")
+        if self.stored_dtype not in stored.DTYPES:
+            raise ValueError(f"stored_dtype is {' or '.join(stored.DTYPES)}, got {self.stored_dtype!r}")
+        if self.flip and "moments" in self.stored:
+            raise ValueError("stored moments cannot be mirrored: set flip=0 or leave moments out of stored")
 
 
 def data_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:
@@ -87,7 +85,10 @@ def data_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:
     if config.tokenizer:
         return tokenizer.load_tokenizer(config.tokenizer)
     storage.read_summary(config.path)
-    return tokenizer.load_tokenizer(epath.Path(config.path) / tokenizer.FOLDER)
+    own = epath.Path(config.path) / tokenizer.FOLDER
+    if not own.exists():
+        raise FileNotFoundError(f"{config.path} has no tokenizer of its own: set config.data.tokenizer")
+    return tokenizer.load_tokenizer(own)
 
 
 def make_loader(
@@ -105,33 +106,28 @@ def make_loader(
       mine: the rows of each step that this host feeds; the whole stream is the same, whatever a host takes of it.
 
     Raises:
-      FileNotFoundError: the data set or one of the corpora is not there.
+      FileNotFoundError: the data set, one of the corpora or what was stored of it is not there.
       ValueError: the rows have no room for a corpus's documents.
     """
     summary = storage.read_summary(config.path)
-    corpora = dict(config.corpora) or {name: CorpusConfig() for name in sorted(summary["corpora"])}
-    streams = {}
-    for index, (name, corpus) in enumerate(corpora.items()):
-        documents = storage.Corpus(config.path, name)
-        encode = _Encode(text_tokenizer, shape, corpus, config.flip)
-        encode.check(name, documents[0])
-        streams[name] = _rows(documents, encode, config, shape, seed=seed + index)
-    if len(streams) == 1:
-        (rows,) = streams.values()
-    else:
-        rows = grain.IterDataset.mix(list(streams.values()), weights=[corpus.weight for corpus in corpora.values()])
-    batches = rows.batch(rows_per_step, drop_remainder=True, batch_fn=_Slice(mine))
-    batches = batches.map(_Decode(shape, text_tokenizer.special.pad))
-    if config.workers:
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2),
-            worker_init_fn=_start_worker,
-        )
-    settings = dataclasses.asdict(dataclasses.replace(config, path="", pairs=0, tokenizer=""))
-    settings |= {"corpora": {name: dataclasses.asdict(corpus) for name, corpus in corpora.items()}}
-    settings |= {"documents": {name: summary["corpora"][name] for name in corpora}}
+    configs = dict(config.corpora) or {name: CorpusConfig() for name in sorted(summary["corpora"])}
+    shapes = {"moments": shape.dream_moments, "features": shape.see_features}
+    wanted = {name: (shapes[name], config.stored_dtype) for name in config.stored if shapes[name]}
+    corpora = {name: storage.Corpus(config.path, name, wanted) for name in configs}
+    mixture = Mixture(corpora, configs, streams=rows_per_step, seed=seed, shuffle=config.shuffle)
+    reader = _Reader(mixture, configs, text_tokenizer, shape, config.flip)
+    for name, corpus in corpora.items():
+        reader.check(name, corpus[0])
+    settings = dataclasses.asdict(dataclasses.replace(config, path="", pairs=0, tokenizer="", workers=0, max_bad=0.0))
+    settings |= {"corpora": {name: dataclasses.asdict(corpus) for name, corpus in configs.items()}}
+    settings |= {"documents": {name: summary["corpora"][name] for name in configs}}
     settings |= {"shape": dataclasses.asdict(shape), "vocab_size": text_tokenizer.vocab_size, "seed": seed}
-    return Loader(iter(batches), shape, settings)
+    settings |= {"rows_per_step": rows_per_step}
+    streams = {
+        row: RowStream(reader, shape, first=row, step=rows_per_step, window=config.window if config.pack else 0)
+        for row in range(*mine.indices(rows_per_step))
+    }
+    return Loader(streams, reader, config, settings)
 
 
 def encode_batch(
@@ -139,163 +135,259 @@ def encode_batch(
     text_tokenizer: tokenizer.Tokenizer,
     shape: RowShape,
     mode: Mode = "joint",
-    *,
-    draw: float = 0.0,
-    learn_dream_start: bool = False,
-    complete: bool = True,
+    **options: Any,
 ) -> Batch:
-    """The documents as a batch, one a row; see `encode_document` for the arguments.
+    """The documents as a batch, one a row; see `encode_document` for the options.
 
     Raises:
       ImageError: an image cannot be decoded.
     """
-    options = {"draw": draw, "learn_dream_start": learn_dream_start, "complete": complete}
-    rows = [
-        packing.single_row(encode_document(document, text_tokenizer, shape, mode, **options), shape)
-        for document in documents
-    ]
-    return packing.to_batch(rows, shape, packing.Pixels(shape), text_tokenizer.special.pad, strict=True)[0]
+    batch, pixels = empty_batch(len(documents), shape, text_tokenizer.special.pad), Pixels(shape)
+    for index, document in enumerate(documents):
+        encoded = encode_document(document, text_tokenizer, shape, mode, **options)
+        fill_row(batch, index, [Item(index, "", encoded)], pixels, strict=True)
+    return batch
 
 
-class Loader(grain.DatasetIterator):
-    """Iterates over batches; its state can be saved with `grain.checkpoint.CheckpointSave`.
+class _Reader:
+    """Record number -> item, or None for a document that would teach nothing, does not fit or cannot be read."""
 
-    Attributes:
-      totals: what this host has been given since the start: rows, documents, tokens, see and dream (images), and
-        `dropped_<reason>` for images that could not be decoded.
-    """
+    def __init__(
+        self,
+        mixture: Mixture,
+        configs: Mapping[str, CorpusConfig],
+        text_tokenizer: tokenizer.Tokenizer,
+        shape: RowShape,
+        flip: float,
+    ):
+        self.mixture, self.tokenizer, self.shape = mixture, text_tokenizer, shape
+        self._configs, self._flip = configs, flip
+        self.left_out: collections.deque[tuple[str, str]] = collections.deque()
 
-    def __init__(self, iterator: grain.DatasetIterator, shape: RowShape, settings: Mapping[str, Any]):
-        super().__init__(iterator)
-        self._iterator, self._shape, self._settings = iterator, shape, settings
-        self.totals: collections.Counter[str] = collections.Counter()
-
-    def __next__(self) -> Batch:
-        batch, held = next(self._iterator)
-        self.totals.update(held)
-        return batch
-
-    def fill(self) -> dict[str, float]:
-        """The share of tokens, see slots and dream slots that were used so far."""
-        rows, shape = max(self.totals["rows"], 1), self._shape
-        rooms = {"tokens": shape.length, "see": shape.see_slots, "dream": shape.dream_slots}
-        return {name: self.totals[name] / (rows * room) for name, room in rooms.items() if room}
-
-    def get_state(self) -> dict[str, Any]:
-        return {"settings": self._settings, "iterator": self._iterator.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a saved state.
-
-        Raises:
-          ValueError: it was saved under other settings of the data, with which the stream is another one.
-        """
-        for name, value in self._settings.items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"the saved data state has {name}={state['settings'].get(name)!r}, this run has {value!r}: "
-                    "continue with the same data settings or start anew"
-                )
-        self._iterator.set_state(state["iterator"])
-
-
-def _rows(
-    documents: storage.Corpus, encode: "_Encode", config: DataConfig, shape: RowShape, seed: int
-) -> grain.IterDataset:
-    records = grain.MapDataset.range(sys.maxsize).map(_Endless(documents, seed, config.shuffle))
-    threads = 0 if documents.in_memory else 4
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=32 if threads else 0)
-    stream = records.map(encode).to_iter_dataset(options)
-    return packing.pack(stream, shape, config.packing_bins if config.pack else 0, seed)
-
-
-class _Endless:
-    """Record k of the endless stream: a document and a generator that is a function of the seed and k alone.
-
-    Each epoch has its own permutation. (`MapDataset.shuffle` does the same without memory, but needs milliseconds for
-    each record of a small data set.)
-    """
-
-    def __init__(self, documents: storage.Corpus, seed: int, shuffle: bool):
-        self._documents, self._seed, self._shuffle = documents, seed, shuffle
-        self._order = -1, np.arange(len(documents))  # an epoch and its permutation
-
-    def __call__(self, index: int) -> tuple[Document, np.random.Generator]:
-        epoch, place = divmod(int(index), len(self._documents))
-        if self._shuffle:
-            known, order = self._order
-            if epoch != known:
-                order = np.random.default_rng((self._seed, 0, epoch)).permutation(len(self._documents))
-                self._order = epoch, order
-            place = int(order[place])
-        return self._documents[place], np.random.default_rng((self._seed, 1, index))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Encode:
-    """Document to features; None for one that would teach nothing or does not fit."""
-
-    tokenizer: tokenizer.Tokenizer
-    shape: RowShape
-    corpus: CorpusConfig
-    flip: float
-
-    def __call__(self, record: tuple[Document, np.random.Generator]) -> dict[str, np.ndarray] | None:
-        document, generator = record
-        draw, flip = generator.random(2)
+    def __call__(self, record: int) -> Item | None:
+        place, (draw, flip) = self.mixture.place(record), self.mixture.draws(record)
         try:
-            encoded = self._encode(document, draw)
+            document = self.mixture.read(place)
+        except Exception:  # the reader's native code raises whatever a damaged record leads it to
+            self.left_out.append((place.name, "dropped_record"))
+            return None
+        try:
+            encoded = self._encode(place.name, document, draw)
         except ValueError:
+            self.left_out.append((place.name, "dropped_room"))
             return None
-        if not encoded.learns:
+        if document.blank or not encoded.learns:
+            self.left_out.append((place.name, "dropped_empty"))
             return None
-        return packing.to_features(encoded, flip=not encoded.see and flip < self.flip)
+        return Item(record, place.name, encoded, flip=not encoded.see and bool(flip < self._flip))
 
     def check(self, name: str, document: Document) -> None:
         """Raises ValueError if a typical document of the corpus cannot be encoded."""
+        mode = self._configs[name].mode
         for draw in (0.0, 0.5):
             try:
-                learns = self._encode(document, draw).learns
+                learns = self._encode(name, document, draw).learns
             except ValueError as error:
-                raise ValueError(f"corpus {name!r} in mode {self.corpus.mode!r}: {error}") from None
+                raise ValueError(f"corpus {name!r} in mode {mode!r}: {error}") from None
             if not learns:
                 raise ValueError(
-                    f"corpus {name!r} in mode {self.corpus.mode!r}: a row of {self.shape.length} tokens, "
-                    f"{self.shape.see_slots} see and {self.shape.dream_slots} dream slots leaves nothing to learn of "
-                    "its first document"
+                    f"corpus {name!r} in mode {mode!r}: a row of {self.shape.length} tokens, {self.shape.see_slots} "
+                    f"see and {self.shape.dream_slots} dream slots leaves nothing to learn of its first document"
                 )
 
-    def _encode(self, document: Document, draw: float):
+    def _encode(self, name: str, document: Document, draw: float) -> Encoded:
+        config = self._configs[name]
         return encode_document(
             document,
             self.tokenizer,
             self.shape,
-            self.corpus.mode,
+            config.mode,
             draw=draw,
-            learn_dream_start=self.corpus.learn_dream_start,
+            template=config.template,
+            learn_dream_start=config.learn_dream_start,
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slice:
-    """Keeps one host's rows of a step."""
+class Loader:
+    """Iterates over batches, the next ones being made by threads meanwhile.
 
-    rows: slice
+    Attributes:
+      totals: what this host has been given since the start, by corpus and kind: documents, tokens, see and dream
+        (images), and `dropped_<reason>` for documents that were left out: record (unreadable), room (too little of
+        it), empty (nothing to learn), or why an image could not be decoded.
+      records: of the last batch, the numbers of the records in each of this host's rows.
+    """
 
-    def __call__(self, rows: Sequence[packing.Row]) -> Sequence[packing.Row]:
-        return rows[self.rows]
+    def __init__(
+        self, streams: Mapping[int, RowStream], reader: _Reader, config: DataConfig, settings: Mapping[str, Any]
+    ):
+        self._streams, self._reader, self._config, self._settings = dict(streams), reader, config, settings
+        self._pixels = Pixels(reader.shape)
+        self._rows = 0
+        self.totals: Counts = collections.Counter()
+        self.records: list[list[int]] = []
+        self._state = self._stream_states()
+        self._ahead: collections.deque[concurrent.futures.Future] = collections.deque()
+        self._threads = concurrent.futures.ThreadPoolExecutor(config.workers) if config.workers else None
+        self._maker = concurrent.futures.ThreadPoolExecutor(1) if config.workers else None
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._maker is None:
+            batch, counts, self.records, state = self._make()
+        else:
+            while len(self._ahead) <= AHEAD:
+                self._ahead.append(self._maker.submit(self._make))
+            batch, counts, self.records, state = self._ahead.popleft().result()
+        self.totals.update(counts)
+        self._rows += len(batch.tokens)
+        self._state = state
+        self._require_good()
+        return batch
+
+    def _make(self) -> tuple[Batch, Counts, list[list[int]], dict[str, list[int]]]:
+        batch = empty_batch(len(self._streams), self._reader.shape, self._reader.tokenizer.special.pad)
+
+        def make_row(index: int, stream: RowStream) -> tuple[Counts, list[int]]:
+            row = next(stream)
+            return fill_row(batch, index, row, self._pixels), [item.record for item in row]
+
+        each = map if self._threads is None else self._threads.map
+        counts: Counts = collections.Counter()
+        records = []
+        left_out = self._reader.left_out
+        try:
+            for held, taken in each(make_row, range(len(self._streams)), self._streams.values()):
+                counts.update(held)
+                records.append(taken)
+        except NothingFits as error:
+            reasons = collections.Counter(f"{corpus}: {what.removeprefix('dropped_')}" for corpus, what in left_out)
+            raise ValueError(f"{error} ({', '.join(f'{what} {n}' for what, n in reasons.items())})") from None
+        counts.update(left_out.popleft() for _ in range(len(left_out)))
+        return batch, counts, records, self._stream_states()
+
+    def documents(self, records: Sequence[Sequence[int]]) -> dict[str, list[str]]:
+        """The documents in rows of `records`, as corpus/number, by the rows' numbers in the global batch."""
+        places = ([self._reader.mixture.place(record) for record in row] for row in records)
+        named = ([f"{place.name}/{place.document}" for place in row] for row in places)
+        return dict(zip(map(str, self._streams), named, strict=True))
+
+    def _stream_states(self) -> dict[str, list[int]]:
+        return {str(row): stream.state for row, stream in self._streams.items()}
+
+    def _require_good(self) -> None:
+        """Raises ValueError if more than the permitted share of documents had to be left out."""
+        bad: collections.Counter[str] = collections.Counter()
+        seen: collections.Counter[str] = collections.Counter()
+        for (corpus, what), count in self.totals.items():
+            if what.startswith("dropped_"):
+                bad[corpus] += count
+            if what == "documents" or what in ("dropped_record", "dropped_room", "dropped_empty"):
+                seen[corpus] += count
+        if seen.total() < ENOUGH or bad.total() <= self._config.max_bad * seen.total():
+            return
+        worst = max(bad, key=lambda corpus: bad[corpus] / seen[corpus])
+        reasons = ", ".join(
+            f"{what.removeprefix('dropped_')} {count}"
+            for (corpus, what), count in sorted(self.totals.items())
+            if corpus == worst and what.startswith("dropped_")
+        )
+        raise ValueError(
+            f"{bad.total()} of {seen.total()} documents had to be left out, more than data.max_bad="
+            f"{self._config.max_bad} allows; the worst corpus is {worst!r} with {bad[worst]} of {seen[worst]} "
+            f"({reasons})"
+        )
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """`totals` by corpus."""
+        return {
+            name: {what: count for (corpus, what), count in sorted(self.totals.items()) if corpus == name}
+            for name in self._reader.mixture.names
+        }
+
+    def fill(self) -> dict[str, float]:
+        """The share of tokens, see slots and dream slots that were used so far."""
+        shape = self._reader.shape
+        rooms = {"tokens": shape.length, "see": shape.see_slots, "dream": shape.dream_slots}
+        used: collections.Counter[str] = collections.Counter()
+        for (_, what), count in self.totals.items():
+            used[what] += count
+        return {name: used[name] / (max(self._rows, 1) * room) for name, room in rooms.items() if room}
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream is after the last batch that was handed out.
+
+        `streams` holds this host's part: the next record and those that wait, by row. The parts of all hosts together
+        continue the run on any number of hosts.
+        """
+        totals = [[*key, count] for key, count in sorted(self.totals.items())]
+        return {"settings": self._settings, "streams": self._state, "totals": totals, "rows": self._rows}
+
+    def set_state(self, state: Mapping[str, Any], accept_changes: bool = False) -> None:
+        """Continues from a saved state, of which each host takes its own rows, and the first what was counted.
+
+        Args:
+          accept_changes: it may have been saved under other settings of the data: the new stream then begins with the
+            records after all those that were read.
+
+        Raises:
+          ValueError: it was saved under other settings of the data, with which the stream is another one.
+        """
+        changed = [
+            f"{name}={saved!r}, this run has {value!r}"
+            for name, value in self._settings.items()
+            if (saved := _plain(state["settings"].get(name))) != _plain(value)
+        ]
+        if changed and not accept_changes:
+            raise ValueError(
+                f"the saved data state has {'; '.join(changed)}: continue with the same data settings, start anew, or "
+                "accept it with --config.checkpoint.accept_changes=True"
+            )
+        self._drain()
+        if changed:
+            _logger.warning("the data's settings are other ones than before: %s", "; ".join(changed))
+            read = max(first for first, *_ in state["streams"].values())
+            for stream in self._streams.values():
+                stream.skip(read)
+        else:
+            for row, stream in self._streams.items():
+                stream.state = state["streams"][str(row)]
+        self._reader.left_out.clear()
+        self._state = self._stream_states()
+        first = 0 in self._streams
+        self.totals = collections.Counter({(corpus, what): n for corpus, what, n in state["totals"]} if first else {})
+        self._rows = state["rows"] if first else 0
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._drain()
+        for pool in (self._maker, self._threads):
+            if pool is not None:
+                pool.shutdown()
+
+    def _drain(self) -> None:
+        while self._ahead:
+            self._ahead.popleft().result()
 
 
-class _Decode:
-    """Rows to a batch and what it holds."""
+def joined_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state of the whole stream from those of all hosts' loaders."""
+    totals: Counts = collections.Counter()
+    own = list({next(iter(part["streams"])): part for part in parts}.values())  # several may feed the same rows
+    for part in own:
+        totals.update({(corpus, what): count for corpus, what, count in part["totals"]})
+    return {
+        "settings": parts[0]["settings"],
+        "streams": {row: state for part in own for row, state in part["streams"].items()},
+        "totals": [[*key, count] for key, count in sorted(totals.items())],
+        "rows": sum(part["rows"] for part in own),
+    }
 
-    def __init__(self, shape: RowShape, pad: int):
-        self._shape, self._pixels, self._pad = shape, packing.Pixels(shape), pad
 
-    def __call__(self, rows: Sequence[packing.Row]) -> tuple[Batch, dict[str, int]]:
-        return packing.to_batch(rows, self._shape, self._pixels, self._pad)
-
-
-def _start_worker(index: int, count: int) -> None:
-    del index, count
-    os.environ["JAX_PLATFORMS"] = "cpu"
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -7,7 +7,7 @@ from typing import Any
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.corpora import compose, folder, openmoji, photographs
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM
-from dreamllm_jax.directories import building
+from dreamllm_jax.directories import building, is_remote
 
 SOURCES = {"openmoji": openmoji, "photographs": photographs}
 DEFAULT_PAIRS = 24
@@ -41,7 +41,7 @@ def prepare(
     """
     if pairs < 0 or size < 1:
         raise ValueError(f"pairs and size must be positive, got {pairs} and {size}")
-    if "://" in str(to):
+    if is_remote(to):
         raise ValueError(f"a data set is made in a local directory and then copied to {to}")
     settings: dict[str, Any] = {
         "source": str(source),

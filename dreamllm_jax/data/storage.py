@@ -5,9 +5,10 @@ DIR/tokenizer/            the tokenizer that goes with it
 DIR/<corpus>/1.0.0/...    one TFDS data set for each corpus
 """
 
+import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from dreamllm_jax.data.document import Document, from_record, to_record
+from dreamllm_jax.data.document import Document, from_record, to_record, with_stored
+from dreamllm_jax.data.stored import Stored
 
 VERSION = "1.0.0"
 SUMMARY = "dataset.json"
@@ -44,6 +46,40 @@ class _EncodedImages(tfds.decode.SkipDecoding):
     decode_batch_example_np = list
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A written file of records."""
+
+    path: epath.Path
+    records: int
+    size: int
+
+
+class ShardWriter:
+    """Writes documents to the files that `name` gives for 0, 1, ..., each of about `SHARD_BYTES`."""
+
+    def __init__(self, name: Callable[[int], Path]):
+        self._name, self._features, self._writer = name, features(), None
+        self.shards: list[Shard] = []
+
+    def write(self, document: Document) -> None:
+        if self._writer is None or self.shards[-1].size >= SHARD_BYTES:
+            self.close()
+            path = self._name(len(self.shards))
+            # One record a chunk, so that reading a record at random decompresses nothing else.
+            self._writer = ArrayRecordWriter(str(path), "group_size:1")
+            self.shards.append(Shard(epath.Path(path), 0, 0))
+        record = self._features.serialize_example(self._features.encode_example(to_record(document)))
+        self._writer.write(record)
+        last = self.shards[-1]
+        self.shards[-1] = dataclasses.replace(last, records=last.records + 1, size=last.size + len(record))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
 def write_corpus(directory: Path, name: str, documents: Iterable[Document]) -> dict[str, int]:
     """Writes one corpus as `directory/name/1.0.0`.
 
@@ -55,47 +91,54 @@ def write_corpus(directory: Path, name: str, documents: Iterable[Document]) -> d
     """
     target = Path(directory) / name / VERSION
     target.mkdir(parents=True)
-    spec = features()
-    shards: list[tuple[Path, int, int]] = []  # file, records, bytes
+    writer = ShardWriter(lambda index: target / f"part-{index:05d}")
     images = 0
-    writer = None
     for document in documents:
-        if writer is None or shards[-1][2] >= SHARD_BYTES:
-            if writer is not None:
-                writer.close()
-            path = target / f"part-{len(shards):05d}"
-            # One record a chunk, so that reading a record at random decompresses nothing else.
-            writer = ArrayRecordWriter(str(path), "group_size:1")
-            shards.append((path, 0, 0))
-        record = spec.serialize_example(spec.encode_example(to_record(document)))
-        writer.write(record)
-        path, records, size = shards[-1]
-        shards[-1] = (path, records + 1, size + len(record))
+        writer.write(document)
         images += len(document.images)
-    if writer is None:
-        raise ValueError(f"the corpus {name!r} has no documents")
     writer.close()
+    finish_corpus(target, name, writer.shards)
+    return {"documents": sum(shard.records for shard in writer.shards), "images": images}
+
+
+def finish_corpus(target: os.PathLike, name: str, shards: Sequence[Shard]) -> None:
+    """Gives shards in the directory `target` the names that TFDS knows, and describes them as TFDS does.
+
+    Doing it again after it was interrupted does the rest.
+
+    Raises:
+      ValueError: there are no shards.
+    """
+    if not shards:
+        raise ValueError(f"the corpus {name!r} has no documents")
     template = tfds.core.ShardedFileTemplate(
         data_dir=epath.Path(target), dataset_name=name, split=SPLIT, filetype_suffix="array_record"
     )
-    for index, (path, _, _) in enumerate(shards):
-        path.rename(template.sharded_filepath(shard_index=index, num_shards=len(shards)))
+    for index, shard in enumerate(shards):
+        named = template.sharded_filepath(shard_index=index, num_shards=len(shards))
+        if shard.path.exists():
+            shard.path.replace(named)
     split = tfds.core.SplitInfo(
         name=SPLIT,
-        shard_lengths=[records for _, records, _ in shards],
-        num_bytes=sum(size for _, _, size in shards),
+        shard_lengths=[shard.records for shard in shards],
+        num_bytes=sum(shard.size for shard in shards),
         filename_template=template,
     )
     tfds.folder_dataset.write_metadata(
-        data_dir=target, features=spec, split_infos=[split], version=VERSION, check_data=False
+        data_dir=target, features=features(), split_infos=[split], version=VERSION, check_data=False
     )
-    return {"documents": sum(records for _, records, _ in shards), "images": images}
 
 
 class Corpus:
-    """Random access to the documents of one stored corpus; a small one is kept in memory once read."""
+    """Random access to the documents of one stored corpus; a small one is kept in memory once read.
 
-    def __init__(self, directory: str | os.PathLike, name: str):
+    Args:
+      stored: shape and type of what is to come with each image, by name (see `data.stored`).
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike, name: str, stored: Mapping[str, tuple[tuple[int, ...], str]] | None = None
+    ):
         path = epath.Path(directory) / name / VERSION
         if not (path / "dataset_info.json").exists():
             summary = read_summary(directory)
@@ -104,26 +147,41 @@ class Corpus:
             )
         builder = tfds.builder_from_directory(path)
         self._source = builder.as_data_source(split=SPLIT, decoders={"images": _EncodedImages()})
-        self._kept: dict[int, Document] | None = {} if builder.info.dataset_size <= KEPT_BYTES else None
+        self._stored = {
+            what: Stored(directory, name, what, shape, dtype, len(self._source))
+            for what, (shape, dtype) in (stored or {}).items()
+        }
+        small = builder.info.dataset_size <= KEPT_BYTES and not self._stored
+        self._kept: dict[int, Document] | None = {} if small else None
 
     def __len__(self) -> int:
         return len(self._source)
 
-    @property
-    def in_memory(self) -> bool:
-        return self._kept is not None
-
     def __getitem__(self, index: int) -> Document:
         if self._kept is None:
-            return from_record(self._source[index])
+            return self._read(index)
         if index not in self._kept:
-            self._kept[index] = from_record(self._source[index])
+            self._kept[index] = self._read(index)
         return self._kept[index]
+
+    def _read(self, index: int) -> Document:
+        document = from_record(self._source[index])
+        return with_stored(document, {name: stored[index] for name, stored in self._stored.items()})
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
     """Writes `dataset.json`, which marks the data set as whole."""
     (Path(directory) / SUMMARY).write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
+
+
+def add_corpus(directory: epath.PathLike, name: str, summary: Mapping[str, Any]) -> None:
+    """Adds a corpus to the data set's summary, which is made if there is none."""
+    path = epath.Path(directory) / SUMMARY
+    whole = json.loads(path.read_text()) if path.exists() else {"settings": {}, "corpora": {}}
+    whole["corpora"][name] = dict(summary)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
+    unfinished.replace(path)
 
 
 def read_summary(directory: str | os.PathLike) -> dict[str, Any]:

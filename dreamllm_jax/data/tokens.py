@@ -9,7 +9,7 @@ SEE is `<im_start> <im_patch>*P <im_end>`, DREAM is `<dream_start> <im_patch>*Q 
       comprehension       only SEE at each image
       creation            only DREAM at each image
     instruct_interleaved  vicuna prompt, then as interleaved   learns what follows the prompt
-    conversation          vicuna-v1.1 turns; the user's images are SEE, the assistant's DREAM SEE
+    conversation          turns in a template; the user's images are SEE, the assistant's DREAM SEE
                                                                learns the assistant's turns, images
     text                  <s> text </s>                        learns text, </s>
 """
@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from dreamllm_jax.data.document import Document, Segment, Text
+from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 Mode = Literal["joint", "comprehension", "creation"]
@@ -31,6 +31,35 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How the turns of a conversation are written.
+
+    Attributes:
+      system: the system's text where a conversation brings none.
+      first: what stands before the user's first words, with `{}` for the system's text, if there is any.
+      user: what stands before the user's words otherwise.
+      assistant: what follows them.
+      end: what follows the assistant's text, before `</s>`.
+      bos_each_turn: whether `<s>` begins every turn of the user, or only the first.
+    """
+
+    system: str
+    first: str
+    user: str
+    assistant: str
+    end: str
+    bos_each_turn: bool
+
+
+TEMPLATES = {
+    # FastChat's vicuna_v1.1.
+    "vicuna_v1": Template(VICUNA_SYSTEM, "{} USER: ", "USER: ", " ASSISTANT:", "", False),
+    # Llama 2 (Touvron et al. 2023), as its reference code writes dialogues.
+    "llama_2": Template("", "[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[INST] ", " [/INST]", " ", True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +74,9 @@ class RowShape:
       num_queries: tokens of an image that is painted (Q).
       see_size: pixels on a side of an image that is read.
       dream_size: pixels on a side of an image that is painted.
+      see_features: shape of the stored features that stand for an image to read; empty where its pixels do.
+      dream_moments: shape of the stored moments that stand for an image to paint; empty where its pixels do.
+      stored_dtype: the type of both.
     """
 
     length: int
@@ -54,6 +86,9 @@ class RowShape:
     num_queries: int
     see_size: int
     dream_size: int
+    see_features: tuple[int, ...] = ()
+    dream_moments: tuple[int, ...] = ()
+    stored_dtype: str = "bfloat16"
 
     def __post_init__(self):
         least = {"length": 1, "see_slots": 0, "dream_slots": 0}
@@ -71,15 +106,15 @@ class Encoded:
     Attributes:
       tokens: i32[n].
       loss_weights: f32[n], weight of predicting `tokens[i]` from those before it.
-      see: k encoded images; `see_slots` i32[k] the index of each one's first patch token.
-      dream: d encoded images; `dream_slots` i32[d] the index of each one's first query.
+      see: k images; `see_slots` i32[k] the index of each one's first patch token.
+      dream: d images; `dream_slots` i32[d] the index of each one's first query.
     """
 
     tokens: np.ndarray
     loss_weights: np.ndarray
-    see: tuple[bytes, ...]
+    see: tuple[Image, ...]
     see_slots: np.ndarray
-    dream: tuple[bytes, ...]
+    dream: tuple[Image, ...]
     dream_slots: np.ndarray
 
     @property
@@ -95,6 +130,7 @@ def encode_document(
     mode: Mode = "joint",
     *,
     draw: float = 0.0,
+    template: str = "vicuna_v1",
     learn_dream_start: bool = False,
     complete: bool = True,
 ) -> Encoded:
@@ -111,6 +147,7 @@ def encode_document(
       mode: joint, comprehension (images are read) or creation (images are painted). Only pairs and interleaved
         documents differ between them.
       draw: uniform in [0, 1); a pair in mode joint is painted below 0.5 and read otherwise.
+      template: of conversations and instructions, a name of `TEMPLATES`.
       learn_dream_start: learn the assistant's decision to paint in conversations too; the original does not.
       complete: end with `</s>`; False leaves the document open, as a prompt. A conversation that ends with the user's
         turn is open for the assistant's in either case.
@@ -124,7 +161,7 @@ def encode_document(
         mode = "creation" if draw < 0.5 else "comprehension"
     if document.kind == "conversation":
         row = _Row(tokenizer, shape, reserved=0)
-        _write_conversation(row, document.segments, learn_dream_start, complete)
+        _write_conversation(row, document.segments, TEMPLATES[template], learn_dream_start, complete)
         return row.encoded()
     row = _Row(tokenizer, shape, reserved=1)
     if document.kind != "instruct_interleaved":
@@ -135,26 +172,26 @@ def encode_document(
             row.write_text(segment.text)
     elif document.kind == "pair":
         learn_end = mode == "comprehension"
-        _write_pair(row, document.texts[0].text, document.images[0].data, mode)
+        _write_pair(row, document.texts[0].text, document.images[0], mode)
     elif document.kind == "image_image":
         learn_end = False
         source, target = document.images
         row.require(see=1, dream=1)
-        row.write_image(source.data, see=True)
-        row.write_image(target.data, dream=True)
+        row.write_image(source, see=True)
+        row.write_image(target, dream=True)
     elif document.kind == "interleaved":
         _write_interleaved(row, document.segments, mode)
     else:
         prompt = [s for s in document.segments if s.role != "assistant"]
         answer = [s for s in document.segments if s.role == "assistant"]
-        if _write_conversation(row, prompt):
+        if _write_conversation(row, prompt, TEMPLATES[template]):
             _write_interleaved(row, answer, mode)
     if complete:
         row.end(learn_end)
     return row.encoded()
 
 
-def _write_pair(row: "_Row", text: str, image: bytes, mode: Mode) -> None:
+def _write_pair(row: "_Row", text: str, image: Image, mode: Mode) -> None:
     if mode == "creation":
         row.require(dream=1)
         row.write_text(text, learn=False, leave=row.shape.num_queries + 2)
@@ -172,46 +209,51 @@ def _write_interleaved(row: "_Row", segments: Sequence[Segment], mode: Mode) -> 
             ids = row.tokenizer.encode_text(segment.text.strip())
             written = row.write(ids, learn=True)
         else:
-            written = row.write_image(segment.data, see=see, dream=dream, learn_dream_start=True)
+            written = row.write_image(segment, see=see, dream=dream, learn_dream_start=True)
         if not written:
             return
 
 
 def _write_conversation(
-    row: "_Row", segments: Sequence[Segment], learn_dream_start: bool = False, complete: bool = True
+    row: "_Row",
+    segments: Sequence[Segment],
+    template: Template,
+    learn_dream_start: bool = False,
+    complete: bool = True,
 ) -> bool:
-    """Writes turns in the vicuna-v1.1 template; False if they were cut.
+    """Writes turns in a template; False if they were cut.
 
     Every stretch of text between images and `</s>` is encoded by itself, as the original's tokenizer does.
     """
     row.write([row.special.bos], learn=False)
-    system = "".join(s.text for s in segments if isinstance(s, Text) and s.role == "system") or VICUNA_SYSTEM
+    system = "".join(s.text for s in segments if isinstance(s, Text) and s.role == "system") or template.system
     turns = [(role, list(turn)) for role, turn in groupby(segments, lambda s: s.role) if role != "system"]
-    heard = system + " "
     for index, (role, turn) in enumerate(turns):
         if role == "user":
-            heard += "USER: "
+            if template.bos_each_turn and index and not row.write([row.special.bos], learn=False):
+                return False
+            heard = template.user if index or not system else template.first.format(system)
             for segment in turn:
                 if isinstance(segment, Text):
                     heard += segment.text
                     continue
-                if not (row.write_text(heard, learn=False) and row.write_image(segment.data, see=True)):
+                if not (row.write_text(heard, learn=False) and row.write_image(segment, see=True)):
                     return False
                 heard = ""
-            if not row.write_text(heard + " ASSISTANT:", learn=False):
+            if not row.write_text(heard + template.assistant, learn=False):
                 return False
             continue
+        last = index == len(turns) - 1
+        ends = complete or not last
         for segment in turn:
             if isinstance(segment, Text):
-                written = row.write_text(segment.text)
+                written = row.write_text(segment.text + (template.end if ends and segment is turn[-1] else ""))
             else:
-                written = row.write_image(segment.data, see=True, dream=True, learn_dream_start=learn_dream_start)
+                written = row.write_image(segment, see=True, dream=True, learn_dream_start=learn_dream_start)
             if not written:
                 return False
-        last = index == len(turns) - 1
-        if (complete or not last) and not row.write([row.special.eos], learn=True):
+        if ends and not row.write([row.special.eos], learn=True):
             return False
-        heard = ""
     return True
 
 
@@ -223,8 +265,8 @@ class _Row:
         self.limit = shape.length - reserved
         self.tokens: list[int] = []
         self.weights: list[float] = []
-        self.see: list[tuple[int, bytes]] = []
-        self.dream: list[tuple[int, bytes]] = []
+        self.see: list[tuple[int, Image]] = []
+        self.dream: list[tuple[int, Image]] = []
 
     @property
     def room(self) -> int:
@@ -245,7 +287,7 @@ class _Row:
         return self.write(fitting, learn) and len(fitting) == len(ids)
 
     def write_image(
-        self, image: bytes, see: bool = False, dream: bool = False, learn_dream_start: bool = False
+        self, image: Image, see: bool = False, dream: bool = False, learn_dream_start: bool = False
     ) -> bool:
         """Writes DREAM, SEE or both for one image; or nothing, when tokens or slots are lacking. Says which."""
         if not self._fits(see, dream):

@@ -1,24 +1,34 @@
+import collections
 import dataclasses
+import random
 
 import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from dreamllm_jax.data import packing
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import ImageError, to_png
+from dreamllm_jax.data.packing import Item, RowStream
 from dreamllm_jax.data.pipeline import encode_batch
+from dreamllm_jax.data.rows import Pixels, empty_batch, fill_row
 from dreamllm_jax.data.tokens import encode_document
 from tests.data.conftest import COLOURS, PAIRS, assert_sound, png
 
 
-def packed(documents, tokenizer, shape, bins=2, mode="joint"):
-    import grain
-
-    features = [packing.to_features(encode_document(d, tokenizer, shape, mode)) for d in documents]
-    stream = grain.MapDataset.source(features).to_iter_dataset()
-    rows = list(packing.pack(stream, shape, bins, seed=0))
-    return packing.to_batch(rows, shape, packing.Pixels(shape), tokenizer.special.pad)
+def packed(documents, tokenizer, shape, window=64, mode="joint"):
+    items = [Item(i, "corpus", encode_document(d, tokenizer, shape, mode)) for i, d in enumerate(documents)]
+    rows, waiting = [], list(range(len(items)))
+    stream = RowStream(lambda i: items[i], shape, first=0, step=1, window=min(window, len(items)))
+    while waiting:
+        # After the last document the stream would run on: it is given what is left, and a window as small.
+        stream = RowStream(lambda i: items[i], shape, first=0, step=1, window=min(window, len(waiting)))
+        stream.state = [len(items), *waiting]
+        rows.append(next(stream))
+        waiting = stream.state[1:]
+    batch, held = empty_batch(len(rows), shape, tokenizer.special.pad), collections.Counter(rows=len(rows))
+    for index, row in enumerate(rows):
+        held.update({what: n for (_, what), n in fill_row(batch, index, row, Pixels(shape)).items()})
+    return batch, held
 
 
 def story(*indices):
@@ -66,7 +76,7 @@ def test_budgets_bind(text_tokenizer, shape):
 
 
 def test_one_document_a_row(text_tokenizer, shape):
-    batch, held = packed([story(0)] * 3, text_tokenizer, shape, bins=0)
+    batch, held = packed([story(0)] * 3, text_tokenizer, shape, window=0)
     assert held["rows"] == held["documents"] == 3
     alone = encode_batch([story(0)], text_tokenizer, shape)
     for field in dataclasses.fields(batch):
@@ -81,7 +91,7 @@ def test_a_broken_image_empties_its_document_only(text_tokenizer, shape):
         encode_batch([broken], text_tokenizer, shape)
     wide = dataclasses.replace(shape, length=256, see_slots=8, dream_slots=8)
     batch, held = packed([story(1), broken, story(2)], text_tokenizer, wide)
-    assert held["dropped_broken"] == 2 and held["rows"] == 1  # to see and to paint
+    assert held["dropped_broken"] == 1 and held["rows"] == 1
     assert held["see"] == held["dream"] == 2
     for segment, learned in ((1, True), (2, False), (3, True)):
         inside = batch.segment_ids[0] == segment
@@ -94,18 +104,57 @@ def test_a_broken_image_empties_its_document_only(text_tokenizer, shape):
 
 def test_remembered_pixels_are_of_the_right_kind(shape):
     data = to_png(Picture.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)))
-    pixels = packing.Pixels(shape)
+    pixels = Pixels(shape)
     for _ in range(2):
-        plain, mirrored = (pixels.dream(packing.Placed(data, 0, flip)) for flip in (False, True))
+        plain, mirrored = (pixels.dream(Image(data), flip) for flip in (False, True))
         np.testing.assert_array_equal(mirrored, plain[:, ::-1])
-        assert (mirrored != plain).any() and pixels.see(packing.Placed(data, 0)).shape == (8, 8, 3)
+        assert (mirrored != plain).any() and pixels.see(Image(data)).shape == (8, 8, 3)
 
 
 def test_remembered_pixels_stay_within_their_memory(shape):
-    few = packing.Pixels(shape, memory=3000)
+    few = Pixels(shape, memory=3000)
     for value in range(40):
         data = png((value, 0, 0))
         for _ in range(2):
-            image = packing.Placed(data, 0, flip=bool(value % 2))
-            assert colour(few.dream(image)) == (value, 0, 0) and colour(few.see(image)) == (value, 0, 0)
+            image, flip = Image(data), bool(value % 2)
+            assert colour(few.dream(image, flip)) == (value, 0, 0) and colour(few.see(image)) == (value, 0, 0)
         assert few._used <= 3000 and few._used == sum(p.nbytes + len(key[1]) for key, p in few._kept.items())
+
+
+@pytest.mark.parametrize("length", [60, 128])
+def test_every_row_of_random_documents_keeps_the_contract(length, text_tokenizer, shape):
+    rng = random.Random(length)
+    texts = ["", " ", "a red square", "<image> </s> <dream_start> [PAD]", "漢字 🙂\n" * 3, "x" * 3000, "<im_patch>" * 9]
+    room = dataclasses.replace(shape, length=length)
+    documents = []
+    for _ in range(1000):
+        images = [Image(rng.choice(PAIRS)[0]) for _ in range(rng.choice([0, 0, 1, 2, 8, 30]))]
+        segments = [Text(rng.choice(texts)) for _ in range(rng.randint(0, 6))] + images
+        rng.shuffle(segments)
+        talk = [Text("Hi", "user"), *(dataclasses.replace(s, role=rng.choice(["user", "assistant"])) for s in segments)]
+        choices = [
+            Document("interleaved", tuple(segments)),
+            Document("conversation", tuple(talk)),
+            Document("instruct_interleaved", tuple(talk)),
+            Document("text", tuple(s for s in segments if isinstance(s, Text))),
+            Document("pair", (Text(rng.choice(texts)), Image(PAIRS[0][0]))),
+        ]
+        documents.append(rng.choice(choices))
+    for mode in ("joint", "comprehension", "creation"):
+        batch, held = packed(documents, text_tokenizer, room, mode=mode)
+        assert_sound(batch, room, text_tokenizer.special)
+        assert held["documents"] == len(documents) and held["rows"] < len(documents)
+        # Slots are filled from the first on, and no more tokens are learned than there are.
+        for slots in (batch.see_slots, batch.dream_slots):
+            assert (np.diff((slots < 0).astype(int), axis=1) >= 0).all()
+
+
+def test_a_waiting_document_is_not_passed_over_for_ever(text_tokenizer, shape):
+    """The longest waiting document opens the next row, however badly it fits."""
+    wide, small = story(0, 1, 2), story(3)
+    order = []
+    items = [Item(i, "", encode_document(wide if i == 3 else small, text_tokenizer, shape)) for i in range(200)]
+    stream = RowStream(lambda i: items[i], shape, first=0, step=1, window=4)
+    while 3 not in order:
+        order += [item.record for item in next(stream)]
+    assert len(order) < 12

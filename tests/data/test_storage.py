@@ -29,7 +29,6 @@ def test_documents_come_back_equal(tmp_path, monkeypatch):
     for kept_bytes in (0, 1 << 20):
         monkeypatch.setattr(storage, "KEPT_BYTES", kept_bytes)
         corpus = storage.Corpus(tmp_path / "set", "things")
-        assert corpus.in_memory == bool(kept_bytes)
         assert [corpus[i] for i in range(len(corpus))] == DOCUMENTS * 5
         assert pickle.loads(pickle.dumps(corpus))[2] == DOCUMENTS[2]
 

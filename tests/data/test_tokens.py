@@ -1,13 +1,10 @@
 import dataclasses
-import random
 
 import numpy as np
 import pytest
 
 from dreamllm_jax.data.document import Document, Image, Text
-from dreamllm_jax.data.packing import Pixels, single_row, to_batch
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM, encode_document
-from tests.data.conftest import PAIRS, assert_sound
 
 A, B = Image(b"A"), Image(b"B")
 
@@ -134,9 +131,9 @@ def test_what_a_document_becomes(case, text_tokenizer, shape):
 
 def test_images_keep_their_order(text_tokenizer, shape):
     shape = dataclasses.replace(shape, length=400)
-    assert encode_document(STORY, text_tokenizer, shape).see == (b"A", b"B")
+    assert [image.data for image in encode_document(STORY, text_tokenizer, shape).see] == [b"A", b"B"]
     chat = encode_document(CHAT, text_tokenizer, shape)
-    assert chat.see == (b"A", b"B") and chat.dream == (b"B",)
+    assert [image.data for image in chat.see] == [b"A", b"B"] and [image.data for image in chat.dream] == [b"B"]
 
 
 def test_the_decision_to_paint_in_a_conversation_is_an_option(text_tokenizer, shape):
@@ -153,6 +150,33 @@ def test_a_system_message_replaces_the_template_s(text_tokenizer, shape):
     encoded = encode_document(chat, text_tokenizer, shape)
     parts = ["BOS", ("Be brief. USER: Hi ASSISTANT:", False), ("Ho", True), ("EOS", True)]
     assert encoded.tokens.tolist() == expand(parts, text_tokenizer, shape)[0]
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_llama_2_writes_dialogues_its_own_way(system, text_tokenizer, shape):
+    shape = dataclasses.replace(shape, length=400)
+    turns = (
+        Image(b"A", "user"),
+        Text("Who?", "user"),
+        Text("Me.", "assistant"),
+        Text("Why?", "user"),
+        Text("So.", "assistant"),
+    )
+    chat = Document("conversation", ((Text(system, "system"),) if system else ()) + turns)
+    encoded = encode_document(chat, text_tokenizer, shape, template="llama_2")
+    told = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] "
+    parts = ["BOS", (told, False), "SEE", ("Who? [/INST]", False), ("Me. ", True), ("EOS", True)]
+    parts += ["BOS", ("[INST] Why? [/INST]", False), ("So. ", True), ("EOS", True)]
+    tokens, weights, see, _ = expand(parts, text_tokenizer, shape)
+    assert encoded.tokens.tolist() == tokens and encoded.loss_weights.tolist() == weights
+    assert encoded.see_slots.tolist() == see
+    prompt = encode_document(
+        Document("conversation", chat.segments[:-1]), text_tokenizer, shape, template="llama_2", complete=False
+    )
+    assert (
+        prompt.tokens.tolist() == tokens[: len(prompt.tokens)]
+        and tokens[len(prompt.tokens)] == (text_tokenizer.encode_text("So. ")[0])
+    )
 
 
 def test_open_documents_are_prompts(text_tokenizer, shape):
@@ -203,29 +227,3 @@ def test_a_row_without_room_for_the_image_is_an_error(text_tokenizer, shape):
             encode_document(PAIR, text_tokenizer, dataclasses.replace(shape, **change), "comprehension")
     with pytest.raises(ValueError, match="and 1 of 3 queries to paint"):
         encode_document(PAIR, text_tokenizer, dataclasses.replace(shape, dream_slots=0), "creation")
-
-
-def test_every_random_document_keeps_the_contract(text_tokenizer, shape):
-    rng = random.Random(0)
-    texts = ["", " ", "a red square", "<image> </s> <dream_start> [PAD]", "漢字 🙂\n" * 3, "x" * 300, "<im_patch>" * 9]
-    for _ in range(300):
-        images = [Image(rng.choice(PAIRS)[0]) for _ in range(rng.choice([0, 1, 2, 8]))]
-        segments = [Text(rng.choice(texts)) for _ in range(rng.randint(0, 6))] + images
-        rng.shuffle(segments)
-        talk = [Text("Hi", "user"), *(dataclasses.replace(s, role=rng.choice(["user", "assistant"])) for s in segments)]
-        document = rng.choice(
-            [
-                Document("interleaved", tuple(segments)),
-                Document("conversation", tuple(talk)),
-                Document("instruct_interleaved", tuple(talk)),
-                Document("text", tuple(s for s in segments if isinstance(s, Text))),
-                Document("pair", (Text(rng.choice(texts)), Image(PAIRS[0][0]))),
-            ]
-        )
-        room = dataclasses.replace(
-            shape, length=rng.choice([20, 60, 128]), see_slots=rng.choice([1, 4]), dream_slots=rng.choice([1, 3])
-        )
-        mode = rng.choice(["joint", "comprehension", "creation"])
-        encoded = encode_document(document, text_tokenizer, room, mode, draw=rng.random())
-        batch, _ = to_batch([single_row(encoded, room)], room, Pixels(room), text_tokenizer.special.pad)
-        assert_sound(batch, room, text_tokenizer.special)

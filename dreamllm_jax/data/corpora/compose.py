@@ -14,21 +14,25 @@ ANSWER = "Here it is:"
 INSTRUCTION = "Show these one after the other: {}."
 
 
-def compose(pairs: Sequence[tuple[bytes, str]], seed: int = 0) -> dict[str, list[Document]]:
-    """Documents of all kinds from (encoded image, caption) pairs, by the name of their corpus.
+CORPORA = ("pairs", "image_image", "interleaved", "instructions", "conversations", "text")
+
+
+def compose(
+    pairs: Sequence[tuple[bytes, str]], seed: int = 0, names: Sequence[str] = CORPORA
+) -> dict[str, list[Document]]:
+    """Documents of all kinds from (encoded image, caption) pairs, by the name of their corpus; or those of `names`.
 
     The corpora are `pairs`, `image_image` (a picture and its mirror image), `interleaved` (two or three captions, each
     followed by its picture), `instructions` (the same on the user's demand), `conversations` (asking about a picture
     and asking for one) and `text`.
     """
     rng = random.Random(seed)
-    corpora: dict[str, list[Document]] = {
-        name: [] for name in ("pairs", "image_image", "interleaved", "instructions", "conversations", "text")
-    }
+    corpora: dict[str, list[Document]] = {name: [] for name in CORPORA}
     for index, (data, caption) in enumerate(pairs):
         corpora["pairs"].append(Document("pair", (Text(caption), Image(data))))
-        mirrored = images.to_png(ImageOps.mirror(images.decode(data)))
-        corpora["image_image"].append(Document("image_image", (Image(data), Image(mirrored))))
+        if "image_image" in names:
+            mirrored = images.to_png(ImageOps.mirror(images.decode(data)))
+            corpora["image_image"].append(Document("image_image", (Image(data), Image(mirrored))))
         others = [pair for pair in pairs if pair[1] != caption]
         story = [(data, caption), *rng.sample(others, min(1 + index % 2, len(others)))]
         corpora["interleaved"].append(Document("interleaved", _tell(story, "")))
@@ -46,7 +50,7 @@ def compose(pairs: Sequence[tuple[bytes, str]], seed: int = 0) -> dict[str, list
             Document("conversation", (Text(request, "user"), Text(f"{ANSWER} ", "assistant"), Image(data, "assistant")))
         )
         corpora["text"].append(Document("text", (Text(f"Here are {listed}."),)))
-    return corpora
+    return {name: corpora[name] for name in names}
 
 
 def _tell(story: Sequence[tuple[bytes, str]], role: str) -> tuple[Segment, ...]:

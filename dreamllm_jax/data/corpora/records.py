@@ -1,0 +1,148 @@
+"""What every format of a corpus offers to the import, and what it hands over."""
+
+import abc
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+
+from etils import epath
+
+from dreamllm_jax.data.document import Image, Kind, Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A record, or an image of one, that cannot be used; `reason` is one word for counting."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A document as its source has it: images as they were found, or the reason why they were not."""
+
+    kind: Kind
+    segments: tuple[Text | Image | Dropped, ...]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Part:
+    """What is read at a time: all of a file, or a range of it (bytes, row groups or records; 0, 0 is all)."""
+
+    path: str
+    start: int = 0
+    stop: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Format(abc.ABC):
+    """A format of corpora; what can be set are the fields of its dataclass, each with a `help` in its metadata."""
+
+    source: str
+
+    @abc.abstractmethod
+    def parts(self) -> list[Part]:
+        """The parts of the source, in an order that does not change.
+
+        Raises:
+          FileNotFoundError, ValueError: the source is not there or not of this format.
+        """
+
+    @abc.abstractmethod
+    def records(self, part: Part) -> Iterator[Record | Dropped]:
+        """The records of a part, in their order."""
+
+    def prepare(self, scratch: epath.Path) -> "Format":
+        """Called once, before the first part is read, with a directory to keep something in; gives what then reads."""
+        del scratch
+        return self
+
+
+def setting(default: str | float, help: str):
+    """A field of a format, with what the command line says of it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def find(source: str, suffixes: Sequence[str]) -> list[epath.Path]:
+    """The file `source`, or all files under the directory `source` whose names end in one of `suffixes`, sorted.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    path = local(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"no file or directory {source}")
+    files = under(path, suffixes)
+    if not files:
+        raise FileNotFoundError(f"no {', '.join(f'*{suffix}' for suffix in suffixes)} in {source}")
+    return files
+
+
+def under(folder: epath.Path, suffixes: Sequence[str]) -> list[epath.Path]:
+    """All files under a directory whose names end in one of `suffixes`, sorted."""
+    found: list[epath.Path] = []
+    for path in folder.iterdir():
+        if path.is_dir():
+            found += under(path, suffixes)
+        elif path.name.endswith(tuple(suffixes)):
+            found.append(path)
+    return sorted(found)
+
+
+def local(path: str) -> epath.Path:
+    """The path of something to read.
+
+    Raises:
+      ValueError: it is a web address, from which nothing is ever fetched.
+    """
+    if is_url(path):
+        raise ValueError(
+            f"{path} is a web address and nothing is fetched from the web here: fetch the images with img2dataset first"
+        )
+    return epath.Path(path)
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is a web address."""
+    return re.match(r"(https?|ftp|data|file):", name, re.IGNORECASE) is not None
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative file name stays in the directory it is relative to."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
+
+
+def read_image(root: str | epath.Path, value: object) -> Image | Dropped:
+    """An image as a record has it: its bytes (also as Parquet files of Hugging Face hold them), or a file in `root`.
+
+    Nothing outside of `root` is read and nothing from the web.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes) and value:
+        return Image(value)
+    if not isinstance(value, str) or not value.strip():
+        return Dropped("no_image")
+    if is_url(value):
+        return Dropped("url")
+    if not is_inside(value):
+        return Dropped("outside")
+    try:
+        return Image(epath.Path(root, value).read_bytes())
+    except OSError:
+        return Dropped("missing")
+
+
+def read_text(value: object) -> Text | Dropped:
+    """A text as a record has it: the first of several, without the blanks around it."""
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if not isinstance(value, str) or not value.strip():
+        return Dropped("no_text")
+    return Text(value.strip())

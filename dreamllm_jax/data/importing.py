@@ -1,0 +1,288 @@
+"""Brings a corpus from a public layout into a data set, in processes or on machines that share its parts.
+
+DIR/.NAME.unfinished/       while it is under way: of each finished part its shards, and part-*.json with the counts
+DIR/NAME/1.0.0/             the corpus, when it is whole
+DIR/dataset.json            what all corpora hold
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import shlex
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from etils import epath
+from tqdm import tqdm
+
+from dreamllm_jax.data import images, storage
+from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record
+from dreamllm_jax.data.document import Document, Image, Segment
+from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.directories import is_remote
+
+_SETTINGS = "settings.json"
+Job = tuple[Format, Part, int, str, "Options"]
+_DAMAGED = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, pa.ArrowException)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How records become documents.
+
+    Attributes:
+      size: pixels on the shorter side of a stored image, at most. 512 is what Stable Diffusion paints, and a wider
+        picture is only a larger file.
+      least: images with a shorter side are left out.
+      tokenizer: to count tokens with; empty for not counting.
+    """
+
+    size: int = 512
+    least: int = 16
+    tokenizer: str = ""
+
+    def __post_init__(self):
+        if self.size < self.least or self.least < 1:
+            raise ValueError(f"size must be at least least, and least at least 1, got {self.size} and {self.least}")
+
+
+def import_corpus(
+    source: Format,
+    to: str | os.PathLike,
+    name: str,
+    options: Options = Options(),
+    *,
+    workers: int = 0,
+    beam: str = "",
+    max_bad: float = 0.5,
+) -> dict[str, Any]:
+    """Imports a corpus as `to`/`name`; started again after an interruption it does only what is not done.
+
+    Args:
+      workers: processes; 0 for as many as there are cores.
+      beam: options of an Apache Beam pipeline that takes the processes' place; `to` may then be a bucket, which all
+        of its machines see.
+      max_bad: the largest share of records that may be unusable.
+
+    Returns:
+      What the data set's summary says of it: documents, images, tokens, what was dropped by reason, settings.
+
+    Raises:
+      FileExistsError: `to` holds a corpus of this name, or a begun one, made with other settings.
+      FileNotFoundError, ValueError: what is wrong with the source, or with too much of it, in one line.
+    """
+    if is_remote(to) and not beam:
+        raise ValueError(f"without --beam a data set is made in a local directory and then copied to {to}")
+    if not name.isidentifier():
+        raise ValueError(f"a corpus's name is made of letters, digits and underscores, got {name!r}")
+    to = epath.Path(to)
+    final, work = to / name, to / f".{name}.unfinished"
+    parts = source.parts()
+    if not parts:
+        raise ValueError(f"{source.source} holds no records")
+    settings = {"format": type(source).__name__, **dataclasses.asdict(source), **dataclasses.asdict(options)}
+    settings["parts"] = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    corpora = storage.read_summary(to)["corpora"] if (to / storage.SUMMARY).exists() else {}
+    if name in corpora:
+        _require_same(corpora[name].get("settings"), settings, final)
+        return corpora[name]
+    if final.exists() and not work.exists():
+        raise FileExistsError(f"{final} exists and is not a corpus of {to}; choose another --name or remove it")
+    _begin(work, settings)
+    results = _import_parts(source.prepare(work), parts, work, options, workers, beam)
+    summary = _summary(results, settings)
+    _require_good(summary, max_bad, work)
+    (final / storage.VERSION).mkdir(parents=True, exist_ok=True)
+    shards = [
+        storage.Shard(work / file, records, size) for result in results for file, records, size in result["shards"]
+    ]
+    storage.finish_corpus(final / storage.VERSION, name, shards)
+    storage.add_corpus(to, name, summary)
+    work.rmtree()
+    return summary
+
+
+def _begin(work: epath.Path, settings: Mapping[str, Any]) -> None:
+    if (work / _SETTINGS).exists():
+        _require_same(json.loads((work / _SETTINGS).read_text()), settings, work)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _SETTINGS).write_text(json.dumps(settings) + "\n")
+
+
+def _require_same(before: Mapping[str, Any] | None, now: Mapping[str, Any], where: epath.Path) -> None:
+    before = before or {}
+    changed = [key for key in {**before, **now} if before.get(key) != json.loads(json.dumps(now.get(key)))]
+    if changed:
+        raise FileExistsError(
+            f"{where} was made with another {' and '.join(sorted(changed))}: remove it, or choose another --name"
+        )
+
+
+def _import_parts(
+    source: Format, parts: list[Part], work: epath.Path, options: Options, workers: int, beam: str
+) -> list[dict[str, Any]]:
+    """What was counted in each part, in their order."""
+    missing = [i for i in range(len(parts)) if not _told(work, i).exists()]
+    jobs = [(source, parts[i], i, str(work), options) for i in missing]
+    if beam:
+        _on_beam(jobs, beam)
+    else:
+        with tqdm(total=len(parts), initial=len(parts) - len(jobs), desc="parts", unit="part") as bar:
+            for _ in _in_processes(jobs, workers or os.cpu_count() or 1):
+                bar.update()
+    return [json.loads(_told(work, i).read_text()) for i in range(len(parts))]
+
+
+def _on_beam(jobs: Sequence[Job], options: str) -> None:
+    try:
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("--beam needs Apache Beam: pip install -e '.[beam]'") from None
+    with apache_beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
+        # Reshuffled, so that a runner does not fuse the parts into one piece of work.
+        _ = pipeline | apache_beam.Create(jobs) | apache_beam.Reshuffle() | apache_beam.MapTuple(import_part)
+
+
+def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[None]:
+    """Does the jobs, and yields after each."""
+    workers = min(workers, max(len(jobs), 1))
+    if workers == 1:
+        for job in jobs:
+            yield import_part(*job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _in_worker) as pool:
+        futures = [pool.submit(import_part, *job) for job in jobs]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool:
+            raise OSError(
+                "a process of the import was killed, perhaps for its memory; what is finished is kept: start again "
+                "with fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_worker() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _told(work: epath.Path, index: int) -> epath.Path:
+    return work / f"part-{index:05d}.json"
+
+
+def import_part(source: Format, part: Part, index: int, work: str, options: Options) -> None:
+    """Writes the documents of one part; the file that says so comes last and at once."""
+    counts: collections.Counter[str] = collections.Counter()
+    dropped: collections.Counter[str] = collections.Counter()
+    tokenizer = _tokenizer(options.tokenizer)
+    with _shards_for(epath.Path(work)) as folder:
+        writer = storage.ShardWriter(lambda shard: folder / f"part-{index:05d}.{shard}")
+        for record in _records(source, part):
+            document = _document(record, options, dropped)
+            counts["records"] += 1
+            if document is None:
+                counts["bad"] += 1
+                continue
+            writer.write(document)
+            counts["documents"] += 1
+            counts["images"] += len(document.images)
+            if tokenizer:
+                counts["tokens"] += sum(len(tokenizer.encode_text(text.text)) for text in document.texts)
+        writer.close()
+    shards = [(shard.path.name, shard.records, shard.size) for shard in writer.shards]
+    result = {"documents": 0, "images": 0, "tokens": 0, "records": 0, "bad": 0, **counts}
+    result |= {"dropped": dict(dropped), "shards": shards}
+    told = _told(epath.Path(work), index)
+    unfinished = told.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result) + "\n")
+    unfinished.replace(told)
+
+
+@contextlib.contextmanager
+def _shards_for(work: epath.Path) -> Iterator[Path]:
+    """A local directory whose files are in `work` when it is left: array_record writes to local files only."""
+    if not is_remote(work):
+        yield Path(work)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        for file in Path(folder).iterdir():
+            epath.Path(file).copy(work / file.name, overwrite=True)
+
+
+def _tokenizer(path: str) -> Tokenizer | None:
+    return load_tokenizer(path) if path else None
+
+
+def _records(source: Format, part: Part) -> Iterator[Record | Dropped]:
+    """The records of a part; a file that breaks off ends with one that says so."""
+    try:
+        yield from source.records(part)
+    except _DAMAGED:
+        yield Dropped("damaged_file")
+
+
+def _document(record: Record | Dropped, options: Options, dropped: collections.Counter[str]) -> Document | None:
+    """The record as a document, its images as they are stored; None, and why it was dropped, if it cannot be one.
+
+    Of pages an image that cannot be used is left out, from others it takes the record with it.
+    """
+    if isinstance(record, Dropped):
+        dropped[record.reason] += 1
+        return None
+    may_lack = record.kind in ("interleaved", "instruct_interleaved")
+    segments: list[Segment] = []
+    for segment in record.segments:
+        if isinstance(segment, Image):
+            try:
+                data = images.normalise(segment.data, options.size, options.least)
+                segment = dataclasses.replace(segment, data=data)
+            except images.ImageError as error:
+                segment = Dropped(error.reason)
+        if isinstance(segment, Dropped):
+            dropped[segment.reason] += 1
+            if not may_lack:
+                return None
+            continue
+        segments.append(segment)
+    try:
+        if not any(isinstance(segment, Image) or segment.text.strip() for segment in segments):
+            raise ValueError("nothing is left")
+        return Document(record.kind, tuple(segments))
+    except ValueError:
+        dropped["no_document"] += 1
+        return None
+
+
+def _summary(results: list[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    dropped: collections.Counter[str] = collections.Counter()
+    for result in results:
+        dropped.update(result["dropped"])
+    totals = {name: sum(r[name] for r in results) for name in ("documents", "images", "tokens", "records", "bad")}
+    return totals | {"dropped": dict(sorted(dropped.items())), "settings": dict(settings)}
+
+
+def _require_good(summary: Mapping[str, Any], max_bad: float, work: epath.Path) -> None:
+    bad, records = summary["bad"], summary["records"]
+    if not summary["documents"] or bad > max_bad * records:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in summary["dropped"].items())
+        raise ValueError(
+            f"{bad} of {records} records cannot be used ({reasons}), more than --max_bad={max_bad} allows; what was "
+            f"read is in {work}: start again with another --max_bad to take it, or remove it"
+        )

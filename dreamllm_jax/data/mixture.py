@@ -1,0 +1,154 @@
+"""The endless mixture of corpora: which document is record k, and what is random about it.
+
+Row r of every step is packed from stream r; with V rows a step there are V streams, and record k belongs to stream
+k mod V. Record k is a function of (seed, V, k) alone, found without walking through the records before it: a host reads
+the streams of its own rows and nothing else, and any number of hosts reads the same.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from dreamllm_jax.data.document import Document
+from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.data.tokens import MODES, TEMPLATES, Mode
+
+SHORT = 4096  # up to so many documents, an epoch's order is one array; above, each place in it is computed alone
+_ORDER, _RECORD, _PHASE = range(3)  # what a random generator is for
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """How a corpus is used.
+
+    Attributes:
+      mode: joint, comprehension or creation.
+      weight: its share of the documents, relative to the others'.
+      epochs: instead of a weight, how often each of its documents is taken relative to the others': 2 for all but 1
+        here means that this corpus is seen twice while each of the others is seen once.
+      limit: use so many of its documents, the first ones; 0 for all.
+      template: how conversations are written, vicuna_v1 or llama_2.
+      learn_dream_start: in conversations, learn the decision to paint too.
+    """
+
+    mode: Mode = "joint"
+    weight: float = 1.0
+    epochs: float = 0.0
+    limit: int = 0
+    template: str = "vicuna_v1"
+    learn_dream_start: bool = False
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"unknown mode {self.mode!r}; known are {', '.join(MODES)}")
+        if self.template not in TEMPLATES:
+            raise ValueError(f"unknown template {self.template!r}; known are {', '.join(TEMPLATES)}")
+        if not self.weight > 0:
+            raise ValueError(f"the weight of a corpus must be positive, got {self.weight}")
+        if self.epochs < 0 or self.limit < 0:
+            raise ValueError(f"epochs and limit of a corpus must not be negative, got {self.epochs} and {self.limit}")
+        if self.epochs and self.weight != 1:
+            raise ValueError(f"a corpus has a weight ({self.weight}) or epochs ({self.epochs}), not both")
+
+
+class Place(NamedTuple):
+    """Where a record comes from: the corpus's index and name, the document's, and the epoch."""
+
+    corpus: int
+    name: str
+    document: int
+    epoch: int
+
+
+class Mixture:
+    """The endless records of a weighted mixture.
+
+    Args:
+      corpora: the stored documents by name.
+      configs: how each is used; the same names.
+      streams: V, the rows of a step.
+      shuffle: give each epoch an order of its own.
+
+    Raises:
+      ValueError: a corpus without documents, or weights mixed with epochs.
+    """
+
+    def __init__(
+        self,
+        corpora: Mapping[str, Corpus],
+        configs: Mapping[str, CorpusConfig],
+        *,
+        streams: int,
+        seed: int,
+        shuffle: bool = True,
+    ):
+        self.names = tuple(configs)
+        self._corpora = [corpora[name] for name in self.names]
+        self.sizes = [
+            min(config.limit or sys.maxsize, len(corpus))
+            for config, corpus in zip(configs.values(), self._corpora, strict=True)
+        ]
+        self.weights = _weights(configs, self.sizes)
+        self._streams, self._seed, self._shuffle = streams, seed, shuffle
+        turns = [grain.MapDataset.range(sys.maxsize).map(functools.partial(_pair, i)) for i in range(len(self.names))]
+        self._turns = grain.MapDataset.mix(turns, self.weights)
+        # The corpora take turns in a fixed pattern; each stream enters it at a place of its own, lest streams see
+        # one corpus only for a while.
+        phases = np.random.default_rng((seed, _PHASE)).integers(1000, size=streams) * (len(self.names) > 1)
+        self._phases = [int(phase) for phase in phases]
+        begun = np.zeros((max(self._phases) + 1, len(self.names)), np.int64)
+        for index in range(max(self._phases)):
+            begun[index + 1] = begun[index]
+            begun[index + 1, self._turns[index][0]] += 1
+        self._begun = begun
+
+    def place(self, record: int) -> Place:
+        """Which document record k is."""
+        turn, stream = divmod(record, self._streams)
+        phase = self._phases[stream]
+        corpus, count = self._turns[turn + phase]
+        count = (count - int(self._begun[phase, corpus])) * self._streams + stream
+        epoch, index = divmod(count, self.sizes[corpus])
+        if self._shuffle:
+            index = _shuffled(index, self.sizes[corpus], (self._seed, corpus, epoch))
+        return Place(corpus, self.names[corpus], index, epoch)
+
+    def draws(self, record: int) -> np.ndarray:
+        """f64[2] uniform in [0, 1), for record k alone."""
+        return np.random.default_rng((self._seed, _RECORD, record)).random(2)
+
+    def read(self, place: Place) -> Document:
+        """The document; raises whatever a damaged record leads to."""
+        return self._corpora[place.corpus][place.document]
+
+
+def _pair(corpus: int, index: int) -> tuple[int, int]:
+    return corpus, index
+
+
+def _weights(configs: Mapping[str, CorpusConfig], sizes: Sequence[int]) -> list[float]:
+    by_epochs = [name for name, config in configs.items() if config.epochs]
+    if by_epochs and len(by_epochs) < len(configs):
+        rest = ", ".join(name for name in configs if name not in by_epochs)
+        raise ValueError(f"give epochs to all corpora or to none: {rest} has none")
+    amounts = zip(configs.values(), sizes, strict=True)
+    weights = [config.epochs * size if by_epochs else config.weight for config, size in amounts]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _shuffled(index: int, size: int, seed: tuple[int, int, int]) -> int:
+    """The index-th of a random order of `size`, without holding that order where it is long."""
+    if size <= SHORT:
+        return int(_order(size, seed)[index])
+    number = int(np.random.default_rng((_ORDER, *seed)).integers(1 << 31))
+    return grain.experimental.index_shuffle(index, max_index=size - 1, seed=number, rounds=4)
+
+
+@functools.lru_cache(maxsize=64)
+def _order(size: int, seed: tuple[int, int, int]) -> np.ndarray:
+    return np.random.default_rng((_ORDER, *seed)).permutation(size)

@@ -1,0 +1,93 @@
+"""A page of documents as the model will see them: what is learned, where images are read and painted."""
+
+import base64
+import html
+import io
+import os
+from pathlib import Path
+
+from dreamllm_jax.data import images, storage
+from dreamllm_jax.data.document import Image
+from dreamllm_jax.data.pipeline import DataConfig, data_tokenizer
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.data.tokens import Encoded, Mode, RowShape, encode_document
+
+_STYLE = """
+body { font: 15px/1.7 sans-serif; max-width: 70em; margin: 2em auto; }
+section { border-top: 1px solid #ccc; padding: 1em 0; }
+h2 { font-size: 1em; color: #666; }
+span { background: #eee; border-radius: 3px; padding: 1px 0; white-space: pre-wrap; }
+span.learned { background: #bfe5bf; }
+span.special { color: #05a; }
+figure { display: inline-block; margin: 4px; vertical-align: middle; text-align: center; font-size: 12px; color: #666; }
+img { height: 112px; border: 3px solid #ccc; } .dream img { border-color: #e8a33d; }
+"""
+
+
+def write_sheet(
+    directory: str | os.PathLike,
+    corpus: str,
+    to: str | os.PathLike,
+    count: int,
+    shape: RowShape,
+    mode: Mode = "joint",
+    tokenizer: str = "",
+) -> None:
+    """Writes one self-contained HTML page with `count` documents, taken evenly from the whole corpus.
+
+    Raises:
+      FileNotFoundError: no such data set or corpus, or no tokenizer.
+    """
+    documents = storage.Corpus(directory, corpus)
+    text_tokenizer = data_tokenizer(DataConfig(path=str(directory), tokenizer=tokenizer))
+    count = min(count, len(documents))
+    chosen = [index * len(documents) // count for index in range(count)]
+    body = [_section(documents, index, text_tokenizer, shape, mode) for index in chosen]
+    legend = (
+        "<p><span class=learned>learned</span> <span>given</span>; images in a grey frame are read, in an orange one "
+        "painted.</p>"
+    )
+    title = f"{html.escape(corpus)}: {count} of {len(documents):,} documents, mode {mode}"
+    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{legend}"
+    Path(to).parent.mkdir(parents=True, exist_ok=True)
+    Path(to).write_text(page + "".join(body))
+
+
+def _section(documents: storage.Corpus, index: int, tokenizer: Tokenizer, shape: RowShape, mode: Mode) -> str:
+    document = documents[index]
+    try:
+        encoded = encode_document(document, tokenizer, shape, mode, draw=(index % 2) / 2)
+    except ValueError as error:
+        return f"<section><h2>{index}</h2>left out: {html.escape(str(error))}</section>"
+    head = (
+        f"{index}: {document.kind}, {len(encoded.tokens)} tokens, {len(encoded.see)} read, {len(encoded.dream)} painted"
+    )
+    return f"<section><h2>{head}</h2>{_body(encoded, tokenizer)}</section>"
+
+
+def _body(encoded: Encoded, tokenizer: Tokenizer) -> str:
+    pictures = dict(zip(encoded.see_slots.tolist(), (("see", image) for image in encoded.see), strict=True))
+    pictures |= dict(zip(encoded.dream_slots.tolist(), (("dream", image) for image in encoded.dream), strict=True))
+    special = {value: name for name, value in vars(tokenizer.special).items()}
+    parts = []
+    for place, (token, weight) in enumerate(zip(encoded.tokens.tolist(), encoded.loss_weights.tolist(), strict=True)):
+        if place in pictures:
+            parts.append(_figure(*pictures[place]))
+        if token == tokenizer.special.im_patch:
+            continue
+        piece = special.get(token) or tokenizer.hf.convert_ids_to_tokens(token).replace("▁", " ")
+        kinds = " ".join(name for name, on in (("learned", weight > 0), ("special", token in special)) if on)
+        parts.append(f'<span class="{kinds}">{html.escape(piece)}</span>')
+    return "".join(parts)
+
+
+def _figure(kind: str, image: Image) -> str:
+    try:
+        small = images.decode(image.data)
+    except images.ImageError as error:
+        return f"<figure class={kind}>[{kind}: {html.escape(str(error))}]</figure>"
+    small.thumbnail((224, 224))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=85)
+    data = base64.b64encode(out.getvalue()).decode()
+    return f'<figure class={kind}><img src="data:image/jpeg;base64,{data}"><br>{kind}</figure>'

@@ -1,0 +1,115 @@
+"""What the frozen towers made of a corpus's images, kept beside its documents.
+
+DIR/<corpus>/stored/<name>/stored.json           shape and type of one image's array, and which model made it
+DIR/<corpus>/stored/<name>/part-*.array_record   a record for each document: the arrays of its images, one after another
+
+`name` is moments (the autoencoder's output, of images to paint) or features (CLIP's, of images to read).
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+
+NAMES = ("moments", "features")
+DTYPES = ("bfloat16", "float32")
+PART = 1024  # documents in a file
+_DESCRIPTION = "stored.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What is stored: each image's array, of how many documents, and the model behind it with a mark of its weights."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    documents: int
+    model: str
+    weight_norm: float
+
+
+def folder(directory: str | os.PathLike, corpus: str, name: str) -> epath.Path:
+    """Where a corpus's arrays lie."""
+    return epath.Path(directory) / corpus / "stored" / name
+
+
+def part_path(directory: epath.Path, index: int, documents: int) -> epath.Path:
+    """The file of the documents from `index * PART` on."""
+    return directory / f"part-{index:05d}-of-{-(-documents // PART):05d}.array_record"
+
+
+def write_part(path: epath.Path, documents: Iterable[np.ndarray]) -> None:
+    """Writes one file, which appears only when it is whole; `documents` are arrays [images, ...]."""
+    unfinished = path.with_name(f".{path.name}")
+    writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
+    for arrays in documents:
+        writer.write(np.ascontiguousarray(arrays).tobytes())
+    writer.close()
+    unfinished.rename(path)
+
+
+def write_description(directory: epath.Path, description: Description) -> None:
+    """Says that everything is there; to be written last."""
+    (directory / _DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description), indent=2) + "\n")
+
+
+def read_description(directory: epath.Path) -> Description | None:
+    """What is stored, None if it is not complete."""
+    path = directory / _DESCRIPTION
+    if not path.exists():
+        return None
+    fields = json.loads(path.read_text())
+    return Description(**{**fields, "shape": tuple(fields["shape"])})
+
+
+class Stored:
+    """Random access to the arrays of a corpus's documents.
+
+    Raises:
+      FileNotFoundError: they were not computed, or not to the end.
+      ValueError: they are of another shape, type or number of documents than asked for.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        corpus: str,
+        name: str,
+        shape: Sequence[int],
+        dtype: str,
+        documents: int,
+    ):
+        path = folder(directory, corpus, name)
+        found = read_description(path)
+        remedy = f"python -m dreamllm_jax.data precompute {directory} --checkpoint=MODEL"
+        if found is None:
+            raise FileNotFoundError(
+                f"the corpus {corpus!r} in {directory} has no stored {name}; compute them: {remedy}"
+            )
+        for what, there, wanted in (
+            ("shape", found.shape, tuple(shape)),
+            ("type", found.dtype, dtype),
+            ("number of documents", found.documents, documents),
+        ):
+            if there != wanted:
+                raise ValueError(
+                    f"the stored {name} of corpus {corpus!r} have the {what} {there}, this run needs {wanted}; remove "
+                    f"{path} and compute them again: {remedy}"
+                )
+        parts = -(-documents // PART)
+        self._source = ArrayRecordDataSource([os.fspath(part_path(path, i, documents)) for i in range(parts)])
+        self._shape, self._dtype = found.shape, jnp.dtype(found.dtype)
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        """[images, ...], in the order of the document's images."""
+        arrays = np.frombuffer(self._source[document], self._dtype)
+        if arrays.size % math.prod(self._shape):
+            raise ValueError(f"a stored record of {arrays.size} numbers is not made of arrays {self._shape}")
+        return arrays.reshape(-1, *self._shape)

@@ -1,0 +1,149 @@
+"""What the frozen image towers make of a corpus, computed once and stored beside it (`data.stored`).
+
+Each process takes files of its own and computes them on its local devices; a file that is there already is left, so
+that an interrupted run is simply started again.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from dreamllm_jax.data import images, stored
+from dreamllm_jax.data.document import Image
+from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.models.dreamllm import DreamLLM
+
+_GROUP = 64  # documents whose pictures are held at once
+
+# Parameters on which each of the stored arrays depends.
+DEPENDS = {"moments": ("vae/encoder", "vae/quant_conv"), "features": ("clip/",)}
+
+
+def weight_norms(leaves: Mapping[str, jax.Array]) -> dict[str, float]:
+    """For each kind of stored array, the sum of the magnitudes of the weights behind it: tells models apart."""
+    return {
+        name: float(sum(jnp.abs(x).astype(jnp.float32).sum() for path, x in leaves.items() if path.startswith(begin)))
+        for name, begin in DEPENDS.items()
+    }
+
+
+def require_same_towers(directory: str | os.PathLike, corpus: str, name: str, leaves: Mapping[str, jax.Array]) -> None:
+    """Checks that what is stored of a corpus was made with these weights.
+
+    Raises:
+      ValueError: it was made by another model.
+    """
+    found = stored.read_description(stored.folder(directory, corpus, name))
+    norm = weight_norms(leaves)[name]
+    if not math.isclose(found.weight_norm, norm, rel_tol=1e-3):
+        raise ValueError(
+            f"the stored {name} of corpus {corpus!r} were made by {found.model}, whose weights differ from this run's: "
+            f"leave {name} out of data.stored, or compute them with this model"
+        )
+
+
+def precompute(
+    directory: str | os.PathLike,
+    corpus: str,
+    name: str,
+    model: DreamLLM,
+    params: Mapping,
+    *,
+    made_by: str,
+    size: int,
+    dtype: str = "bfloat16",
+    batch: int = 32,
+) -> int:
+    """Computes and stores the moments or features of all images of a corpus.
+
+    Args:
+      params: the parameters of `vae` and `clip` at least.
+      made_by: the model's name, for messages.
+      size: pixels on a side of the painted images; for features, CLIP's own size is taken.
+      batch: images at once on each local device.
+
+    Returns:
+      How many documents this process computed now.
+
+    Raises:
+      ValueError: the corpus already has such arrays of another shape, type or model.
+    """
+    documents = Corpus(directory, corpus)
+    target = stored.folder(directory, corpus, name)
+    config = model.config
+    if name == "moments":
+        *area, channels = config.latent_shape(size)
+        shape, method, crop = (*area, 2 * channels), "moments", functools.partial(images.diffusion_pixels, size=size)
+    else:
+        size = config.clip.image_size
+        shape, method = (config.clip.num_patches, config.clip.hidden_size), "features"
+        crop = functools.partial(images.clip_pixels, size=size)
+    leaves = flatten_dict(dict(params), sep="/")
+    description = stored.Description(shape, dtype, len(documents), made_by, weight_norms(leaves)[name])
+    found = stored.read_description(target)
+    if found is not None:
+        if (found.shape, found.dtype, found.documents) != (description.shape, dtype, len(documents)):
+            raise ValueError(f"{target} holds {name} of {found.shape} {found.dtype}; remove it to compute others")
+        require_same_towers(directory, corpus, name, leaves)
+        return 0
+    target.mkdir(parents=True, exist_ok=True)
+    compute = _on_local_devices(model, params, method, batch)
+    parts = -(-len(documents) // stored.PART)
+    missing = [
+        part
+        for part in range(jax.process_index(), parts, jax.process_count())
+        if not stored.part_path(target, part, len(documents)).exists()
+    ]
+    done = sum(min(stored.PART, len(documents) - part * stored.PART) for part in missing)
+    with tqdm(total=done, desc=f"{corpus} {name}", unit="document", disable=jax.process_index() > 0) as bar:
+
+        def arrays(numbers: range) -> Iterator[np.ndarray]:
+            for group in (numbers[i : i + _GROUP] for i in range(0, len(numbers), _GROUP)):
+                pictures = [[_cropped(image, crop) for image in documents[i].images] for i in group]
+                results = compute([p for document in pictures for p in document if p is not None])
+                for document in pictures:
+                    # An image that cannot be decoded leaves a gap, which training counts as such.
+                    each = [np.full(shape, np.nan) if p is None else next(results) for p in document]
+                    yield np.array(each, np.float32).astype(jnp.dtype(dtype))
+                    bar.update()
+
+        for part in missing:
+            numbers = range(part * stored.PART, min((part + 1) * stored.PART, len(documents)))
+            stored.write_part(stored.part_path(target, part, len(documents)), arrays(numbers))
+    if all(stored.part_path(target, part, len(documents)).exists() for part in range(parts)):
+        stored.write_description(target, description)  # by whichever process ends last
+    return done
+
+
+def _cropped(image: Image, crop: Callable[..., np.ndarray]) -> np.ndarray | None:
+    try:
+        return crop(images.decode(image.data))
+    except images.ImageError:
+        return None
+
+
+def _on_local_devices(
+    model: DreamLLM, params: Mapping, method: str, batch: int
+) -> Callable[[Sequence[np.ndarray]], Iterator[np.ndarray]]:
+    """A function from pictures to the towers' results, `batch` of them at once on each device of this process."""
+    mesh = Mesh(np.array(jax.local_devices()), ("images",))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("images"))
+    tower = jax.device_put({name: params[name] for name in ("vae", "clip")}, everywhere)
+    apply = jax.jit(lambda tower, x: model.apply({"params": tower}, x, method=method), out_shardings=split)
+    step = batch * mesh.size
+
+    def compute(pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        for start in range(0, len(pictures), step):
+            given = np.stack(pictures[start : start + step])
+            padded = np.concatenate([given, np.zeros((step - len(given), *given.shape[1:]), given.dtype)])
+            yield from np.asarray(apply(tower, jax.device_put(padded, split)))[: len(given)]
+
+    return compute

@@ -1,0 +1,143 @@
+"""Five hundred damaged documents among good ones: none stops a run, all are counted, none meets another's picture."""
+
+import collections
+import contextlib
+import dataclasses
+import io
+import random
+import re
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from dreamllm_jax.data import storage
+from dreamllm_jax.data.document import Document, Image, Text, to_record
+from dreamllm_jax.data.mixture import CorpusConfig
+from dreamllm_jax.data.tokens import RowShape
+from dreamllm_jax.training.journal import Journal
+from dreamllm_jax.training.metrics import MetricsLog, Progress, read_metrics
+from tests.data.conftest import assert_sound, png
+from tests.data.test_pipeline import loader, write
+
+BAD = 500
+
+
+def colour(i: int) -> tuple[int, int, int]:
+    return (i % 16 * 16, i // 16 % 16 * 16, 128)
+
+
+def saved(i: int, kind: str, mode: str = "RGB", **options) -> bytes:
+    out = io.BytesIO()
+    Picture.new("RGB", (20, 16), colour(i)).convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+def bomb(i: int) -> bytes:
+    data = bytearray(png(colour(i)))
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+def animated(i: int) -> bytes:
+    later = [Picture.new("RGB", (20, 16), (255, 0, 0))]
+    return saved(i, "GIF", save_all=True, append_images=later)
+
+
+def pair(i: int, data: bytes | None = None, text: str | None = None) -> dict:
+    segments = (Text(f"number {i}" if text is None else text), Image(png(colour(i)) if data is None else data))
+    return to_record(Document("pair", segments))
+
+
+def without_image(i: int) -> dict:
+    return pair(i) | {"images": []}
+
+
+def without_text(i: int) -> dict:
+    record = pair(i)
+    return record | {"segments": record["segments"][1:]}
+
+
+# What is done to a record -> how it is counted; "" for what can be used all the same.
+DAMAGE = {
+    lambda i: pair(i, saved(i, "JPEG", quality=95)[:-60]): "broken",
+    lambda i: pair(i, b"<html>not found</html>"): "format",
+    lambda i: pair(i, b""): "format",
+    lambda i: pair(i, bomb(i)): "size",
+    lambda i: pair(i, saved(i, "TIFF", "F")): "mode",
+    lambda i: pair(i, saved(i, "JPEG", "CMYK", quality=100)): "",
+    lambda i: pair(i, animated(i)): "",
+    lambda i: pair(i, text=""): "empty",
+    lambda i: pair(i, text=f"number {i} " + "word " * 20_000): "",
+    without_image: "record",
+    without_text: "record",
+    lambda i: pair(i) | {"kind": "riddle"}: "record",
+    lambda i: {"kind": "pair", "segments": [], "images": []}: "record",
+}
+
+
+@dataclasses.dataclass
+class Raw:
+    """A record that is no document."""
+
+    record: dict
+    images = ()
+
+
+@pytest.fixture
+def damaged(tmp_path, text_tokenizer, monkeypatch):
+    """A data set of as many good as damaged pairs, and how many damaged ones there are of each sort."""
+    sorts = random.Random(0).choices(list(DAMAGE), k=BAD)
+    monkeypatch.setattr(storage, "to_record", lambda raw: raw.record)
+    records = [Raw(record) for i in range(BAD) for record in (pair(i), sorts[i](i))]
+    path = write(tmp_path / "set", text_tokenizer, pairs=records)
+    return path, collections.Counter(reason for reason in map(DAMAGE.get, sorts) if reason)
+
+
+SHAPE = RowShape(length=48, see_slots=1, dream_slots=1, num_patches=4, num_queries=3, see_size=8, dream_size=16)
+
+
+def reading(path, text_tokenizer, **options):
+    """One row a step without packing: after as many steps as there are documents left, each was read once."""
+    corpora = {"pairs": CorpusConfig(mode="comprehension")}
+    return contextlib.closing(loader(path, SHAPE, text_tokenizer, rows=1, corpora=corpora, pack=False, **options))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_nothing_stops_or_confuses_a_run(workers, damaged, text_tokenizer, tmp_path):
+    path, expected = damaged
+    assert len(expected) == 6 and min(expected.values()) > 20
+    never_rows = expected["record"] + expected["empty"]
+    learned = []
+    with (
+        reading(path, text_tokenizer, max_bad=1.0, workers=workers) as stream,
+        MetricsLog(tmp_path, 0) as log,
+    ):
+        for _ in range(2 * BAD - never_rows):
+            batch = next(stream)
+            if batch.loss_weights.any():
+                assert_sound(batch, SHAPE, text_tokenizer.special)
+                text = text_tokenizer.decode(batch.tokens[0, batch.segment_ids[0] > 0].tolist())
+                i = int(re.search(r"number (\d+)", text)[1])
+                assert batch.see_slots[0, 0] >= 0
+                assert np.abs(batch.see_images[0, 0, 4, 4].astype(int) - colour(i)).max() <= 8, text
+                learned.append(i)
+            else:
+                assert (batch.see_slots == -1).all() and (batch.dream_slots == -1).all()
+        journal = Journal(tmp_path, log, Progress(1, 1.0, None), stream, lambda step: 0.0, 1)
+        journal.add({"tokens": 1.0, "images": 1.0, "skipped": 0.0, "loss": 1.0, "lm_loss": 1.0, "dm_loss": 1.0})
+        journal.write(1)
+    (line,) = read_metrics(tmp_path)
+    dropped = {name: count for name, count in line.items() if name.startswith("dropped_")}
+    assert len(learned) == 2 * BAD - expected.total() and set(learned) == set(range(BAD))
+    assert dropped == {f"dropped_{reason}": count for reason, count in expected.items()}
+
+
+def test_more_than_the_permitted_share_stops_it(damaged, text_tokenizer):
+    path, _ = damaged
+    told = r"\d+ of \d+ documents had to be left out, more than data.max_bad=0.2.*'pairs' with .*broken \d+"
+    with reading(path, text_tokenizer, max_bad=0.2) as stream, pytest.raises(ValueError, match=told):
+        for _ in range(BAD):
+            next(stream)

@@ -1,0 +1,155 @@
+"""What frozen towers made of images beforehand stands for the images: the same loss, and nothing mixed up."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.data import storage, stored
+from dreamllm_jax.data.corpora.compose import compose
+from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.images import to_png
+from dreamllm_jax.data.pipeline import DataConfig, make_loader
+from dreamllm_jax.data.tokenizer import FOLDER, train_tokenizer
+from dreamllm_jax.data.tokens import RowShape
+from dreamllm_jax.directories import building
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.objectives import ObjectiveConfig, draw, joint_loss
+from dreamllm_jax.precompute import precompute, require_same_towers
+from tests.tiny import DREAM_SIZE, SEE_SIZE, tiny_config, tiny_params
+
+CORPORA = ("pairs", "interleaved")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """A model, a data set that holds one broken picture, and the stored arrays of its two corpora in float32."""
+    rng = np.random.default_rng(0)
+    from PIL import Image as Picture
+
+    pictures = [to_png(Picture.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8))) for _ in range(9)]
+    corpora = {name: compose([(data, f"noise {i}") for i, data in enumerate(pictures)])[name] for name in CORPORA}
+    corpora["pairs"].append(Document("pair", (Text("broken"), Image(pictures[0][:-40]))))
+    tokenizer = train_tokenizer(["noise broken"] * 20, 300)
+    config = tiny_config(
+        special_tokens=tokenizer.special,
+        llama=dataclasses.replace(tiny_config().llama, vocab_size=tokenizer.vocab_size),
+    )
+    model, params = DreamLLM(config), tiny_params(config)
+    path = tmp_path_factory.mktemp("stored") / "set"
+    with building(path) as directory:
+        tokenizer.save(directory / FOLDER)
+        counts = {name: storage.write_corpus(directory, name, documents) for name, documents in corpora.items()}
+        storage.write_summary(directory, {"corpora": counts})
+    for corpus in CORPORA:
+        for name in stored.NAMES:
+            compute(path, corpus, name, model, params)
+    return path, tokenizer, model, params
+
+
+def compute(path, corpus, name, model, params, **options):
+    options = {"made_by": "the tiny model", "size": DREAM_SIZE, "dtype": "float32", "batch": 2} | options
+    return precompute(path, corpus, name, model, params, **options)
+
+
+def batches(case, names=(), dtype="float32", count=3, **options) -> list[Batch]:
+    path, tokenizer, model, _ = case
+    shape = RowShape(96, 4, 4, model.config.clip.num_patches, model.config.num_queries, SEE_SIZE, DREAM_SIZE)
+    *area, channels = model.config.latent_shape(DREAM_SIZE)
+    if "moments" in names:
+        shape = dataclasses.replace(shape, dream_moments=(*area, 2 * channels), stored_dtype=dtype)
+    if "features" in names:
+        features = (model.config.clip.num_patches, model.config.clip.hidden_size)
+        shape = dataclasses.replace(shape, see_features=features, stored_dtype=dtype)
+    config = DataConfig(path=str(path), window=4, stored=names, stored_dtype=dtype, max_bad=1.0, **options)
+    loader = make_loader(config, shape, tokenizer, rows_per_step=4, seed=0)
+    taken = [next(loader) for _ in range(count)]
+    loader.close()
+    return taken
+
+
+def losses(case, given: list[Batch]) -> list[float]:
+    *_, model, params = case
+    objective = ObjectiveConfig()
+
+    @jax.jit
+    def loss(batch, index):
+        latents = model.config.latent_shape(DREAM_SIZE)
+        draws = draw(jax.random.key(index), *batch.dream_slots.shape, latents, 1000, objective)
+        return joint_loss(model, objective, params, batch, draws)[0]
+
+    return [float(loss(batch, index)) for index, batch in enumerate(given)]
+
+
+@pytest.mark.slow
+def test_the_loss_is_the_same(case, capsys):
+    live = batches(case)
+    expected = losses(case, live)
+    for names in (("moments",), ("moments", "features")):
+        given = batches(case, names)
+        for batch, like in zip(given, live, strict=True):
+            assert batch.dream_images is None and (batch.see_images is None) == ("features" in names)
+            for field in ("tokens", "loss_weights", "see_slots", "dream_slots"):
+                np.testing.assert_array_equal(getattr(batch, field), getattr(like, field))
+        np.testing.assert_allclose(losses(case, given), expected, rtol=1e-5)
+    # Stored in half as many bits, as is the default.
+    rounded = [
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 and x.ndim > 2 else x, one)
+        for one in given
+    ]
+    difference = np.abs(np.divide(losses(case, rounded), expected) - 1)
+    with capsys.disabled():
+        print(f"\nrelative differences of losses from bfloat16 storage: {difference}")
+    assert 0 < difference.max() < 2e-3
+
+
+def test_what_cannot_be_decoded_or_is_not_finite_is_dropped(case):
+    path, *_ = case
+    arrays = stored.Stored(path, "pairs", "moments", (8, 8, 8), "float32", 10)
+    assert np.isnan(arrays[9]).all() and all(np.isfinite(arrays[i]).all() for i in range(9))
+    given = batches(case, ("moments", "features"))
+    for batch in given:
+        assert np.isfinite(batch.dream_moments).all() and np.isfinite(batch.see_features).all()
+
+
+def test_an_interrupted_run_goes_on(case, tmp_path, monkeypatch):
+    """Files that are there are kept as they are, the others are computed, and all equals the undisturbed run."""
+    path, _, model, params = case
+    monkeypatch.setattr(stored, "PART", 4)
+    copy = tmp_path / "set"
+    with building(copy) as directory:
+        documents = [storage.Corpus(path, "pairs")[i] for i in range(10)]
+        storage.write_summary(directory, {"corpora": {"pairs": storage.write_corpus(directory, "pairs", documents)}})
+    assert compute(copy, "pairs", "moments", model, params) == 10
+    folder = stored.folder(copy, "pairs", "moments")
+    parts = sorted(folder.glob("part-*"))
+    before = [part.read_bytes() for part in parts]
+    assert len(parts) == 3
+    (folder / "stored.json").unlink()
+    parts[1].unlink()
+    kept = os.stat(parts[0]).st_mtime_ns
+    with pytest.raises(FileNotFoundError, match=r"corpus 'pairs' .* has no stored moments; compute them: python -m"):
+        stored.Stored(copy, "pairs", "moments", (8, 8, 8), "float32", 10)
+    assert compute(copy, "pairs", "moments", model, params) == 4
+    assert [part.read_bytes() for part in parts] == before and os.stat(parts[0]).st_mtime_ns == kept
+    assert compute(copy, "pairs", "moments", model, params) == 0
+
+
+def test_other_shapes_types_and_models_are_refused(case):
+    path, _, model, params = case
+    with pytest.raises(ValueError, match="remove it to compute others"):
+        compute(path, "pairs", "moments", model, params, dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"have the type float32, this run needs bfloat16; remove"):
+        batches(case, ("moments",), dtype="bfloat16")
+    leaves = flatten_dict(params, sep="/")
+    require_same_towers(path, "pairs", "moments", leaves)
+    require_same_towers(path, "pairs", "features", {k: jnp.asarray(v, jnp.bfloat16) for k, v in leaves.items()})
+    other = flatten_dict(tiny_params(model.config, seed=1), sep="/")
+    for name in stored.NAMES:
+        with pytest.raises(ValueError, match=f"stored {name} of corpus 'pairs' were made by the tiny model, whose"):
+            require_same_towers(path, "pairs", name, other)
