@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all."""
+"""Directories by their whole names, and directories that are there whole or not at all."""
 
 import contextlib
 import os
@@ -6,7 +6,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
 _SPARE_BYTES = 64 << 20  # for what is small and not counted
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether it lies in a bucket (gs://), where nothing can be appended to or renamed cheaply."""
+    return "://" in str(path)
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """The path from the root; epath's own `absolute` puts the working directory before gs:// too."""
+    return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
 
 
 @contextlib.contextmanager

@@ -65,23 +65,29 @@ def _is_cloud_tpu_cluster() -> bool:
     return several_hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1
 
 
+def gather(value: Any) -> list[Any]:
+    """The values that all processes have, in their order and as JSON gives them back; all must call it."""
+    text = json.dumps(value, sort_keys=True)
+    if jax.process_count() == 1:
+        return [json.loads(text)]
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([mine.size]))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: mine.size] = mine
+    everyone = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size])) for row, size in zip(everyone, sizes[:, 0], strict=True)]
+
+
 def require_same(settings: Mapping[str, Any], name: str) -> None:
     """Checks that all processes were given the same settings; each says what it has otherwise.
 
     Raises:
       ValueError: naming the settings in which this process differs from the first, or the first from another.
     """
-    if jax.process_count() == 1:
-        return
-    mine = np.frombuffer(json.dumps(settings, sort_keys=True).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([mine.size]))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: mine.size] = mine
-    everyone = multihost_utils.process_allgather(padded)
-    texts = [bytes(row[:size]).decode() for row, size in zip(everyone, sizes[:, 0], strict=True)]
-    other = next((index for index, text in enumerate(texts) if text != texts[0]), None)
+    everyone = gather(settings)
+    other = next((index for index, given in enumerate(everyone) if given != everyone[0]), None)
     if other is not None:
-        different = difference(json.loads(texts[0]), json.loads(texts[other]))
+        different = difference(everyone[0], everyone[other])
         raise ValueError(f"process {other} was given another {name} than process 0 ({different}): start all alike")
 
 

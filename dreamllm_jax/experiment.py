@@ -1,6 +1,7 @@
 """What an experiment consists of: every part's configuration, and how they must fit together."""
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +44,11 @@ class Experiment:
       steps: optimizer steps of the whole run.
       seed: of parameters, data order and draws.
       log_every: steps between two progress lines.
+      max_skipped: so many steps in a row that are left out, for a loss or gradient that is not finite or too large, end
+        the run.
+      timeout: seconds without a finished step after which the run ends; 0 for never. Compiling counts.
+      host_timeout: seconds without a sign of another host after which the run ends, unless `timeout` is 0.
+      wandb: project of Weights & Biases that is told the metrics too; needs `pip install wandb`.
     """
 
     model: DreamLLMConfig
@@ -56,11 +62,20 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     seed: int = 0
     log_every: int = 20
+    max_skipped: int = 10
+    timeout: float = 3600.0
+    host_timeout: float = 60.0
+    wandb: str = ""
 
     def __post_init__(self):
         rows, model = self.rows, self.model
-        if self.steps < 1 or self.log_every < 1:
-            raise ConfigError(f"steps and log_every must be positive, got {self.steps} and {self.log_every}")
+        for name in ("steps", "log_every", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(f"wandb={self.wandb!r} needs the package of that name: pip install wandb")
+        if self.timeout < 0:
+            raise ConfigError(f"timeout must not be negative, got {self.timeout}")
         if rows.per_step < 1 or rows.microbatches < 1 or rows.per_step % rows.microbatches:
             raise ConfigError(f"rows.microbatches={rows.microbatches} does not divide rows.per_step={rows.per_step}")
         if rows.see_slots < 0 or rows.dream_slots < 0:
@@ -84,6 +99,8 @@ class Experiment:
 
     @property
     def row_shape(self) -> RowShape:
+        *area, channels = self.model.latent_shape(self.rows.dream_size)
+        moments = (*area, 2 * channels)
         return RowShape(
             length=self.rows.length,
             see_slots=self.rows.see_slots,
@@ -92,7 +109,13 @@ class Experiment:
             num_queries=self.model.num_queries,
             see_size=self.model.clip.image_size,
             dream_size=self.rows.dream_size,
+            see_features=self._stored("features", (self.model.clip.num_patches, self.model.clip.hidden_size)),
+            dream_moments=self._stored("moments", moments),
+            stored_dtype=self.data.stored_dtype,
         )
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if name in self.data.stored else ()
 
 
 def require_mesh_fits(experiment: Experiment, mesh: Mapping[str, int]) -> None:

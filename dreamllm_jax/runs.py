@@ -8,6 +8,7 @@ workdir/metrics.jsonl    a line a step; tensorboard/ beside it
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from dreamllm_jax.data.pipeline import data_tokenizer
 from dreamllm_jax.data.preparation import prepare
 from dreamllm_jax.data.storage import SUMMARY
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.directories import absolute
 from dreamllm_jax.distributed import difference, require_same
 from dreamllm_jax.experiment import Experiment, read_experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
@@ -28,6 +30,7 @@ from dreamllm_jax.training.initial import open_initial
 from dreamllm_jax.training.saved import CONFIG_FILE, TOKENIZER, find, write_description
 
 DATA = "data"
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,20 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
       FileNotFoundError, ValueError: data or a tokenizer that is missing or does not fit.
     """
     require_same({"config": config, "workdir": str(workdir)}, "command line")
-    workdir = epath.Path(workdir).absolute()
+    workdir = absolute(workdir)
     first = jax.process_index() == 0
     begun = (workdir / CONFIG_FILE).exists()
     config, initial_tokenizer = with_initial(config, workdir if begun else None)
     experiment = read_experiment(config)
     if begun:
-        _check_unchanged(json.loads((workdir / CONFIG_FILE).read_text()), config, workdir)
+        changed = _changes(json.loads((workdir / CONFIG_FILE).read_text()), config)
+        if changed and not experiment.checkpoint.accept_changes:
+            raise ConfigError(
+                f"{workdir} was begun with another {'; '.join(changed)}: restore it, choose another --workdir, or "
+                "accept it with --config.checkpoint.accept_changes=True"
+            )
+        for change in changed:
+            _logger.warning("%s was begun with another %s", workdir, change)
     elif first:
         workdir.mkdir(parents=True, exist_ok=True)
 
@@ -120,16 +130,15 @@ def _merged(below: Any, above: Any) -> Any:
     return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
-def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any], workdir: epath.Path) -> None:
-    """What the parameters and draws are made of must stay; the data's own settings are checked with their state."""
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What parameters and draws are made of must stay; the data's own settings are checked with their state."""
     now = json.loads(json.dumps(now))
-    for name in ("model", "parameters", "objective", "seed", "steps"):
-        old, new = before.get(name), now.get(name)
-        if old != new:
-            raise ConfigError(
-                f"{workdir} was begun with another config.{name} ({difference(old, new)}): restore it, or choose "
-                "another --workdir"
-            )
+    names = ("model", "parameters", "objective", "seed", "steps")
+    return [
+        f"config.{name} ({difference(before.get(name), now.get(name))})"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +157,7 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Trained:
     Raises:
       FileNotFoundError: no run or no such checkpoint in the directory.
     """
-    workdir = epath.Path(workdir).absolute()
+    workdir = absolute(workdir)
     if not (workdir / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{workdir} has no {CONFIG_FILE}: it is not the --workdir of a training run")
     experiment = read_experiment(json.loads((workdir / CONFIG_FILE).read_text()))

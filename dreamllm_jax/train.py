@@ -1,17 +1,19 @@
 """Trains a DreamLLM, or continues a run:
 
 python -m dreamllm_jax.train --config=configs/tiny.py --workdir=runs/tiny [--config.optimizer.learning_rate=1e-3]
+
+Status 75: asked to stop, everything is saved; 76: it hung. In both cases start it again with the same words.
 """
 
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from dreamllm_jax import command_line, compilation, distributed, runs
+from dreamllm_jax.exits import PREEMPTED, Preempted
 from dreamllm_jax.training.loop import train
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().", lock_config=True)
+_CONFIG = command_line.define_config()
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; not needed on Cloud TPU or one host.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes take part, one a host.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.")
@@ -25,7 +27,11 @@ def main(_) -> None:
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value)
     run = runs.start(_CONFIG.value.to_dict(), _WORKDIR.value)
     compilation.keep_programs(run.workdir)
-    train(run.experiment, run.tokenizer, run.workdir)
+    try:
+        train(run.experiment, run.tokenizer, run.workdir)
+    except Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(PREEMPTED)
 
 
 if __name__ == "__main__":

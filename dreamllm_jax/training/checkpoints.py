@@ -1,52 +1,90 @@
 """Saving and restoring a run with Orbax.
 
 Under `workdir/checkpoints`, each step holds the trained parameters (`params`), the optimizer's state (`optimizer`) and
-the position in the data (`data`); the frozen parameters are written once, to `workdir/frozen`.
+`run`: the position in the data, and checksums of everything. The frozen parameters are written once, to
+`workdir/frozen`, their checksums to `workdir/frozen.json`.
 """
 
 import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from grain.checkpoint import CheckpointRestore, CheckpointSave
-from orbax.checkpoint.checkpoint_managers import save_decision_policy as policies
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
-from dreamllm_jax.training.saved import CHECKPOINTS, FROZEN, PARAMS
+from dreamllm_jax.data.pipeline import Loader, joined_states
+from dreamllm_jax.directories import absolute
+from dreamllm_jax.distributed import gather
+from dreamllm_jax.training.checksums import checksums
+from dreamllm_jax.training.optimizer import join_average, split_average
+from dreamllm_jax.training.saved import AVERAGE, CHECKPOINTS, FROZEN, PARAMS
 from dreamllm_jax.training.state import Leaves, TrainState
+
+_logger = logging.getLogger(__name__)
+BROKEN = "broken"
+_OPTIMIZER, _RUN = "optimizer", "run"
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save.
+    """When to save, and what to keep.
 
     Attributes:
-      every: steps between two checkpoints; one more is written at the end.
+      every: steps between two checkpoints; one more is written at the end and when the run is asked to stop.
+      minutes: save as well when so much time has passed since the last one, at the next progress line; 0 for never.
       keep: how many of the newest are kept.
+      keep_every: keep those of every so many steps for ever; 0 for none.
+      keep_best: how many of those with the lowest `best` are kept too; 0 for none.
+      best: the metric that says which are best, averaged over the steps since the checkpoint before.
+      accept_changes: continue a run whose settings were changed, as far as its parameters still fit.
     """
 
     every: int = 1000
+    minutes: float = 0.0
     keep: int = 3
+    keep_every: int = 0
+    keep_best: int = 0
+    best: str = "loss"
+    accept_changes: bool = False
 
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"every and keep must be positive, got {self.every} and {self.keep}")
+        for name in ("minutes", "keep_every", "keep_best"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for unfinished saves when left."""
 
     def __init__(self, workdir: epath.PathLike, config: CheckpointConfig = CheckpointConfig()):
-        workdir = epath.Path(workdir).absolute()
-        self._frozen = workdir / FROZEN
+        self._workdir, self._config = absolute(workdir), config
+        self._frozen = self._workdir / FROZEN
+        self._frozen_checksums = self._workdir / f"{FROZEN}.json"
+        kept: list[preservation.PreservationPolicy] = [preservation.LatestN(config.keep)]
+        if config.keep_every:
+            kept.append(preservation.EveryNSteps(config.keep_every))
+        if config.keep_best:
+            best = preservation.BestN(
+                get_metric_fn=lambda m: m[config.best],
+                reverse=True,
+                n=config.keep_best,
+                keep_checkpoints_without_metrics=False,
+            )
+            kept.append(best)
         self._manager = ocp.CheckpointManager(
-            workdir / CHECKPOINTS,
-            item_names=(PARAMS, "optimizer", "data"),
+            self._workdir / CHECKPOINTS,
+            item_names=(PARAMS, AVERAGE, _OPTIMIZER, _RUN),
             options=ocp.CheckpointManagerOptions(
-                save_decision_policy=policies.AnySavePolicy(
-                    [policies.FixedIntervalPolicy(config.every), policies.PreemptionCheckpointingPolicy()]
-                ),
-                max_to_keep=config.keep,
+                preservation_policy=preservation.AnyPreservationPolicy(kept),
+                best_fn=(lambda metrics: metrics[config.best]) if config.keep_best else None,
+                best_mode="min",
             ),
         )
 
@@ -54,54 +92,144 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
+        self.finish()
         self._manager.close()
+
+    def finish(self) -> None:
+        """Waits for what is being saved."""
+        self._manager.wait_until_finished()
 
     @property
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: Any, last: bool = False) -> None:
-        """Saves in the background if a checkpoint is due at `step`, or if it is the `last` one.
+    def save(self, step: int, state: TrainState, data: Loader, metrics: Mapping[str, float] | None = None) -> None:
+        """Saves in the background, unless the step is saved already; all hosts must call it.
 
         Args:
-          data: the grain iterator that feeds the run.
+          data: what feeds the run.
+          metrics: by which the best are kept.
         """
         if self._manager.latest_step() == step:
             return
-        if state.frozen and not self._frozen.exists():
+        if state.frozen and not self._frozen_checksums.exists():  # they are written last
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(self._frozen, state.frozen)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.trainable),
-            optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
-            data=CheckpointSave(data),
+                checkpointer.save(self._frozen, state.frozen, force=True)
+            sums = checksums(state.frozen)
+            if jax.process_index() == 0:
+                self._frozen_checksums.write_text(json.dumps(sums) + "\n")
+        items = _items(state)
+        record = {
+            "data": joined_states(gather(data.get_state())),
+            "checksums": {name: checksums(item) for name, item in items.items()},
+        }
+        args = ocp.args.Composite(
+            run=ocp.args.JsonSave(record | {"digest": _digest(record)}),
+            **{name: ocp.args.StandardSave(item) for name, item in items.items()},
         )
-        self._manager.save(step, args=items, force=last)
+        self._manager.save(step, args=args, metrics=metrics, force=True)
 
-    def restore(self, abstract: TrainState, data: Any) -> TrainState:
-        """The newest checkpoint, laid out as `abstract` asks; `data` is set to where it was.
+    def restore(self, abstract: TrainState, data: Loader) -> TrainState:
+        """The newest whole checkpoint, laid out as `abstract` asks; `data` is set to where it was.
+
+        Where a checkpoint cannot be read, or its arrays are not those that were saved, the one before it is taken; a
+        warning names it, and it is moved aside to `workdir/broken`.
 
         Raises:
           FileNotFoundError: if there is no checkpoint.
+          ValueError: if none is whole, or the frozen parameters are not.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
             raise FileNotFoundError(f"{self._manager.directory} does not hold a checkpoint")
-        optimizer = {"step": abstract.step, "state": abstract.opt_state}
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.trainable),
-                optimizer=ocp.args.StandardRestore(optimizer),
-                data=CheckpointRestore(data),
-            ),
-        )
         frozen = self._restore_frozen(abstract.frozen)
-        return TrainState(items.optimizer["step"], items.params, items.optimizer["state"], frozen)
+        damaged: list[tuple[int, str]] = []
+        for step in steps:
+            try:
+                restored, found = self._restore(step, abstract)
+                problem = ""
+            except Exception as error:  # whatever a damaged file leads Orbax, TensorStore or JSON to
+                restored, problem = None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            problems = [problem for problem in gather(problem) if problem]
+            if problems:
+                damaged.append((step, problems[0]))
+                del restored
+                continue
+            for other, reason in damaged:
+                aside = self._set_aside(other)
+                _logger.warning("the checkpoint of step %d is damaged and was moved to %s (%s)", other, aside, reason)
+            data.set_state(found, self._config.accept_changes)
+            return _state(restored, frozen)
+        raise ValueError(
+            f"none of the checkpoints {sorted(steps)} in {self._workdir / CHECKPOINTS} can be restored; the newest: "
+            f"{damaged[0][1]}. Put back a copy of one, or choose another --workdir"
+        )
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[dict[str, Any], Any]:
+        """The items and the data state of a step, verified."""
+        directory = self._manager.directory / str(step)
+        record = ocp.JsonCheckpointHandler().restore(directory / _RUN)
+        digest = record.pop("digest")
+        if digest != _digest(record):
+            raise ValueError(f"{directory / _RUN} is not what was written")
+        restored = {name: _read(directory / name, item) for name, item in _items(abstract).items()}
+        for name, item in restored.items():
+            _require_same_sums(record["checksums"][name], checksums(item), directory / name)
+        return restored, record["data"]
+
+    def _set_aside(self, step: int) -> epath.Path:
+        target = self._workdir / BROKEN / str(step)
+        if jax.process_index() == 0:
+            number = 0
+            while target.exists():
+                number += 1
+                target = self._workdir / BROKEN / f"{step}.{number}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self._manager.directory / str(step)).rename(target)
+        gather(step)  # nobody goes on before it is done
+        self._manager.reload()
+        return target
 
     def _restore_frozen(self, abstract: Leaves) -> Leaves:
         if not abstract:
             return {}
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(self._frozen, abstract)
+        problem, frozen = "", {}
+        try:
+            frozen = _read(self._frozen, abstract)
+            _require_same_sums(json.loads(self._frozen_checksums.read_text()), checksums(frozen), self._frozen)
+        except Exception as error:  # as above
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        problems = [problem for problem in gather(problem) if problem]
+        if problems:
+            raise ValueError(
+                f"the frozen parameters in {self._frozen} are damaged ({problems[0]}); put back a copy, or remove the "
+                "directory's checkpoints and begin again"
+            )
+        return frozen
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state at each checkpoint; averages apart, so that they can be loaded like parameters."""
+    rest, average = split_average(state.opt_state)
+    items = {PARAMS: state.trainable, _OPTIMIZER: {"step": state.step, "state": rest}}
+    return items if average is None else items | {AVERAGE: average}
+
+
+def _state(items: Mapping[str, Any], frozen: Leaves) -> TrainState:
+    opt_state = join_average(items[_OPTIMIZER]["state"], items.get(AVERAGE))
+    return TrainState(items[_OPTIMIZER]["step"], items[PARAMS], opt_state, frozen)
+
+
+def _read(directory: epath.Path, abstract: Any) -> Any:
+    """The arrays, as `abstract` lays them out. It waits for no other host: one may fail where another does not."""
+    return ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(abstract))
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _require_same_sums(saved: Mapping[str, int], found: Mapping[str, int], where: epath.Path) -> None:
+    wrong = [path for path in {**saved, **found} if saved.get(path) != found.get(path)]
+    if wrong:
+        raise ValueError(f"{len(wrong)} arrays in {where} are not those that were saved, such as {sorted(wrong)[0]}")

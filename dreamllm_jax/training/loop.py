@@ -1,5 +1,6 @@
 """The training run, from a checked configuration to the last checkpoint, top to bottom."""
 
+import contextlib
 import logging
 import math
 import time
@@ -10,18 +11,24 @@ from etils import epath
 
 from dreamllm_jax.chips import chip_of
 from dreamllm_jax.data.pipeline import make_loader
+from dreamllm_jax.data.storage import read_summary
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.distributed import local_rows
+from dreamllm_jax.distributed import gather, local_rows
+from dreamllm_jax.exits import Preempted
 from dreamllm_jax.experiment import Experiment, require_mesh_fits
 from dreamllm_jax.flops import model_flops
 from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.precompute import DEPENDS, require_same_towers
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.checkpoints import Checkpoints
 from dreamllm_jax.training.initial import open_initial, require_same_model
+from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dreamllm_jax.training.preemption import watch_for_preemption
 from dreamllm_jax.training.state import TrainState, abstract_state, init_state, state_from_leaves
 from dreamllm_jax.training.step import compile_train_step, make_train_step
+from dreamllm_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
 
@@ -35,7 +42,8 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
 
     Raises:
       ValueError, FileNotFoundError: a mesh, data set or checkpoint that does not fit, before anything is compiled.
-      FloatingPointError: the loss is no longer finite.
+      FloatingPointError: too many steps in a row had a loss or gradient that is not finite.
+      Preempted: the machine is about to be taken away; everything is saved.
     """
     # Mesh and data.
     mesh = make_mesh(experiment.sharding)
@@ -57,7 +65,12 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
     _log_parameters(abstract)
     init_key, draws_key = jax.random.split(jax.random.key(experiment.seed))
 
-    with Checkpoints(workdir, experiment.checkpoint) as checkpoints:
+    with (
+        watch_for_preemption() as preemption,
+        Checkpoints(workdir, experiment.checkpoint) as checkpoints,
+        Watchdog(experiment.timeout, experiment.host_timeout) as watchdog,
+        contextlib.closing(batches),
+    ):
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(abstract, batches)
             _logger.info("continuing %s from step %d", workdir, int(state.step))
@@ -68,11 +81,18 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
             state = state_from_leaves(abstract, leaves, optimizer)
         else:
             state = init_state(abstract, experiment.model, optimizer, init_key)
+        _require_frozen(experiment, state)
+        watchdog.alive()
 
         # The step.
         train_step = compile_train_step(
             make_train_step(
-                model, experiment.objective, optimizer, experiment.rows.dream_size, experiment.rows.microbatches
+                model,
+                experiment.objective,
+                optimizer,
+                experiment.rows.dream_size,
+                experiment.rows.microbatches,
+                experiment.optimizer.skip_norm,
             ),
             state,
         )
@@ -82,42 +102,52 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         start = int(state.step)
         chip = chip_of(mesh.devices.flat[0])
         flops_per_chip = model_flops(experiment) / mesh.size
-        progress, pending = Progress(experiment.steps, flops_per_chip, chip and chip.peak_flops), []
-        with use(mesh, experiment.sharding), MetricsLog(workdir, start, jax.process_index() == 0) as log:
+        progress = Progress(experiment.steps, flops_per_chip, chip and chip.peak_flops)
+        with (
+            use(mesh, experiment.sharding),
+            MetricsLog(workdir, start, jax.process_index() == 0, experiment.wandb) as log,
+        ):
+            journal = Journal(workdir, log, progress, batches, learning_rate, experiment.max_skipped)
+            saved = time.monotonic()
             for step in range(start + 1, experiment.steps + 1):
-                batch = to_mesh(next(batches), rows, experiment.rows.per_step)
+                with progress.waiting():
+                    batch = to_mesh(next(batches), rows, experiment.rows.per_step)
                 began = time.monotonic()
                 state, metrics = train_step(state, batch, draws_key)
-                pending.append(metrics)
+                journal.add(metrics)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     _logger.info("first step, compilation included, took %.1f s", time.monotonic() - began)
                     progress.restart()
-                last = step == experiment.steps
+                stopping = preemption.reached()
+                due = step % experiment.checkpoint.every == 0 or step == experiment.steps or stopping
                 # Before a checkpoint too: what is logged must reach as far as what is saved.
-                if step % experiment.log_every == 0 or step % experiment.checkpoint.every == 0 or last:
-                    _log(log, progress, step, pending, learning_rate)
-                    pending = []
-                checkpoints.save(step, state, batches, last=last)
+                if step % experiment.log_every == 0 or due:
+                    minutes = gather((time.monotonic() - saved) / 60)[0]
+                    due = due or 0 < experiment.checkpoint.minutes < minutes
+                    averages = journal.write(step, due)
+                    if due:
+                        checkpoints.save(step, state, batches, averages if experiment.checkpoint.keep_best else None)
+                        saved = time.monotonic()
+                watchdog.alive()
+                if stopping:
+                    break
+            checkpoints.finish()
         filled = ", ".join(f"{name} {share:.0%}" for name, share in batches.fill().items())
-        _logger.info("data read: %s; rows filled: %s", dict(batches.totals), filled)
-        return state
+        _logger.info("data read: %s; rows filled: %s", batches.counts(), filled)
+    if int(state.step) < experiment.steps:
+        raise Preempted(f"asked to stop: step {int(state.step)} of {experiment.steps} is saved in {workdir}")
+    return state
 
 
-def _log(log: MetricsLog, progress: Progress, step: int, pending: list, learning_rate) -> None:
-    """Fetches the metrics of the last steps; all hosts compute the same, the first writes them."""
-    fetched = [{name: float(value) for name, value in metrics.items()} for metrics in jax.device_get(pending)]
-    totals = {name: sum(metrics[name] for metrics in fetched) for name in ("tokens", "images")}
-    rates = progress.rates(len(fetched), **totals)
-    for i, metrics in enumerate(fetched):
-        at = step - len(fetched) + 1 + i
-        log.write(at, {**metrics, "learning_rate": float(learning_rate(at - 1)), **rates})
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"the loss is {metrics['loss']} at step {at} (lm {metrics['lm_loss']}, dm {metrics['dm_loss']}): lower "
-                "optimizer.learning_rate or set optimizer.clip_norm; the last checkpoint is kept"
-            )
-    _logger.info("%s", progress.line(step, {**fetched[-1], **rates}))
+def _require_frozen(experiment: Experiment, state: TrainState) -> None:
+    """Raises ValueError if stored arrays would stand for towers that are trained, or other ones than made them."""
+    for name in experiment.data.stored:
+        trained = next((path for path in state.trainable if path.startswith(DEPENDS[name])), None)
+        if trained:
+            raise ValueError(f"{trained} is trained: leave {name} out of data.stored, or freeze the tower")
+        for corpus in experiment.data.corpora or read_summary(experiment.data.path)["corpora"]:
+            require_same_towers(experiment.data.path, corpus, name, state.frozen)
 
 
 def _log_parameters(abstract: TrainState) -> None:

@@ -1,50 +1,109 @@
-"""Where a run's numbers go: a progress line, `metrics.jsonl` and TensorBoard."""
+"""Where a run's numbers go: a progress line, `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
+import contextlib
 import json
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from dreamllm_jax.directories import is_remote
+
 Scalars = Mapping[str, float]
+BEGUN = "begun.json"  # when the run was first begun, and its name for others
+_REPLACE_SECONDS = 60
 
 
 class MetricsLog:
-    """`metrics.jsonl` (one line a step) and TensorBoard files in a run's directory.
+    """`metrics.jsonl` (one line a step) and TensorBoard files in a run's directory, perhaps Weights & Biases too.
 
     A run that continues at `step` drops the lines of the steps after it, so that no step stands there twice. Of several
     hosts the first writes; for the others `active` is False and nothing happens.
+
+    Args:
+      project: of Weights & Biases; empty for none. A run that continues is the same run there.
+
+    Raises:
+      ModuleNotFoundError: wandb is not installed.
     """
 
-    def __init__(self, workdir: epath.PathLike, step: int, active: bool = True):
+    def __init__(self, workdir: epath.PathLike, step: int, active: bool = True, project: str = ""):
         self._active = active
         if not active:
             return
         workdir = epath.Path(workdir)
         self._path = workdir / "metrics.jsonl"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        self._path.write_text("".join(line + "\n" for line in kept))
-        self._file = self._path.open("a")
+        self._lines = [line + "\n" for line in lines if _step_of(line) <= step]
+        self._remote = is_remote(workdir)
+        self._replace()
+        self._replaced, self._flushed = time.monotonic(), len(self._lines)
+        self._useful = sum(json.loads(line)["seconds_per_step"] for line in self._lines)
+        begun = workdir / BEGUN
+        if not begun.exists():
+            begun.write_text(json.dumps({"time": time.time(), "id": uuid.uuid4().hex}) + "\n")
+        told = json.loads(begun.read_text())
+        self._begun = told["time"]
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._wandb = _wandb_run(project, told["id"], workdir) if project else None
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_) -> None:
         if self._active:
-            self._file.close()
+            self.flush(at_once=True)
             self._board.close()
+            if self._wandb:
+                self._wandb.finish()
 
     def write(self, step: int, scalars: Scalars) -> None:
+        """Takes one line, and `goodput` with it: the share of the time since the run was first begun that was spent in
+        steps whose results are kept."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        self._useful += scalars["seconds_per_step"]
+        scalars = {**scalars, "goodput": self._useful / max(time.time() - self._begun, 1e-9)}
+        self._lines.append(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+    def flush(self, at_once: bool) -> None:
+        """Appends the lines taken to the file; in a bucket, which knows no appending, it is replaced now and then.
+
+        Args:
+          at_once: not now and then but now, because a checkpoint follows: the lines must reach as far.
+        """
+        if not self._active:
+            return
+        if not self._remote:
+            with self._path.open("a") as file:
+                file.write("".join(self._lines[self._flushed :]))
+        elif at_once or time.monotonic() - self._replaced > _REPLACE_SECONDS:
+            self._replace()
+            self._replaced = time.monotonic()
+        self._flushed = len(self._lines)
+
+    def _replace(self) -> None:
+        # An object in a bucket is replaced whole; a file is not.
+        rewritten = self._path if self._remote else self._path.with_name(f".{self._path.name}")
+        rewritten.write_text("".join(self._lines))
+        if not self._remote:
+            rewritten.replace(self._path)
+
+
+def _wandb_run(project: str, name: str, workdir: epath.Path) -> Any:
+    import wandb  # an option
+
+    folder = tempfile.gettempdir() if is_remote(workdir) else str(workdir)
+    return wandb.init(project=project, id=name, name=workdir.name, dir=folder, resume="allow")
 
 
 def _step_of(line: str) -> float:
@@ -84,19 +143,30 @@ class Progress:
     ):
         self._steps, self._clock = steps, clock
         self._flops_per_chip, self._peak_flops = flops_per_chip, peak_flops
-        self._since = clock()
+        self._since, self._waited = clock(), 0.0
 
     def restart(self) -> None:
         """Begins to count time now (the first step's includes compilation)."""
-        self._since = self._clock()
+        self._since, self._waited = self._clock(), 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time spent inside as waiting for input."""
+        began = self._clock()
+        yield
+        self._waited += self._clock() - began
 
     def rates(self, steps: int, tokens: float, images: float) -> dict[str, float]:
-        """Rates over the `steps` since the last call, in which so many tokens and images were read."""
-        seconds = max(self._clock() - self._since, 1e-9)
-        self._since = self._clock()
+        """Rates over the `steps` since the last call, in which so many tokens and images were read.
+
+        `input_wait` is the share of the time that was spent waiting for input.
+        """
+        seconds, waited = max(self._clock() - self._since, 1e-9), self._waited
+        self.restart()
         flops_per_second = steps * self._flops_per_chip / seconds
         rates = {
             "seconds_per_step": seconds / max(steps, 1),
+            "input_wait": waited / seconds,
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
             "tflops_per_second_per_chip": flops_per_second / 1e12,

@@ -1,7 +1,7 @@
 """AdamW with warm-up and cosine decay, as DreamLLM trains (arXiv 2309.11499, appendix)."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import optax
 
@@ -15,6 +15,8 @@ class OptimizerConfig:
       warmup_ratio: share of the run's steps over which the learning rate rises linearly from 0.
       end_value: learning rate at the last step, as a share of the peak.
       clip_norm: gradients of a larger global norm are scaled down to it; 0 for no clipping.
+      skip_norm: a step whose gradient has a larger global norm is left out; 0 for none.
+      ema_decay: keep an average of the trained parameters that decays so a step, such as 0.9999; 0 for none.
       mu_dtype, nu_dtype: storage types of the first and second moments; bfloat16 is rounded to at random (`rounding`).
     """
 
@@ -26,19 +28,20 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    skip_norm: float = 0.0
+    ema_decay: float = 0.0
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
     nu_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if self.learning_rate <= 0 or self.eps <= 0:
             raise ValueError(f"learning_rate and eps must be positive, got {self.learning_rate} and {self.eps}")
-        for name in ("warmup_ratio", "end_value", "b1", "b2"):
+        for name in ("warmup_ratio", "end_value", "b1", "b2", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.weight_decay < 0 or self.clip_norm < 0:
-            raise ValueError(
-                f"weight_decay and clip_norm must not be negative, got {self.weight_decay} and {self.clip_norm}"
-            )
+        for name in ("weight_decay", "clip_norm", "skip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -62,4 +65,36 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts.append(adamw)
+    if config.ema_decay:
+        parts.append(average_params(config.ema_decay))
+    return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+class AverageState(NamedTuple):
+    """The averaged parameters."""
+
+    ema: Any
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the parameters that the updates lead to; the last of a chain."""
+
+    def update(updates, state, params):
+        new = optax.apply_updates(params, updates)
+        return updates, AverageState(optax.incremental_update(new, state.ema, 1 - decay))
+
+    return optax.GradientTransformation(AverageState, update)
+
+
+def split_average(state: Any) -> tuple[Any, Any]:
+    """An optimizer's state without the averaged parameters, and these; None where none are kept."""
+    if isinstance(state, tuple) and state and isinstance(state[-1], AverageState):
+        return state[:-1], state[-1].ema
+    return state, None
+
+
+def join_average(state: Any, average: Any) -> Any:
+    """The inverse of `split_average`."""
+    return state if average is None else (*state, AverageState(average))

@@ -4,12 +4,13 @@ DIR/model.json      what model it is (`DreamLLMConfig`), written last
 DIR/tokenizer/      its tokenizer
 DIR/params/         all parameters, as imported; or, in the directory of a run:
 DIR/frozen/         the parameters that are not trained
-DIR/checkpoints/    the others, by step
+DIR/checkpoints/    the others, by step; perhaps their averages too (`optimizer.ema_decay`)
 """
 
 import dataclasses
 import gc
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,9 +23,10 @@ from flax.traverse_util import unflatten_dict
 from dreamllm_jax.configuration import read
 from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
 from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.directories import absolute
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 
-MODEL, PARAMS, FROZEN, CHECKPOINTS = "model.json", "params", "frozen", "checkpoints"
+MODEL, PARAMS, AVERAGE, FROZEN, CHECKPOINTS = "model.json", "params", "average", "frozen", "checkpoints"
 CONFIG_FILE = "config.json"  # of a run: its complete configuration
 
 # Small enough that a host which needs a shard does not read the whole array, and that little waits in memory.
@@ -92,30 +94,33 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def find(name: str) -> SavedModel:
-    """The model in a directory, `DIR` or `DIR@STEP`; the newest step if none is named.
+    """The model in a directory: `DIR`, its newest step, or `DIR@STEP`; `DIR@average`, `DIR@STEP-average` its averages.
 
     Raises:
       FileNotFoundError, ValueError: no model there, or not of that step; the message says what is.
     """
-    path, at, wanted = str(name).rpartition("@")
-    if not at or not wanted.isdigit():
-        path, wanted = str(name), ""
-    directory = epath.Path(path).absolute()
+    path, wanted, average = str(name), "", False
+    if match := re.fullmatch(r"(.+)@(\d*)(-?average)?", path):
+        path, wanted, average = match[1], match[2], bool(match[3])
+    directory = absolute(path)
     if not (directory / MODEL).exists():
         raise FileNotFoundError(
             f"{directory} has no {MODEL}: it is not the --to of a finished `convert import`, nor the --workdir of a run"
         )
     config = read(DreamLLMConfig, json.loads((directory / MODEL).read_text()), f"{directory / MODEL}")
     if (directory / PARAMS).exists():
-        if wanted not in ("", "0"):
-            raise FileNotFoundError(f"{directory} is an imported model: it has no step {wanted}")
+        if wanted not in ("", "0") or average:
+            raise FileNotFoundError(f"{directory} is an imported model: it has no step {wanted} and no averages")
         return SavedModel(directory, config, (directory / PARAMS,), 0)
     steps = sorted(ocp.path.step.checkpoint_steps(directory / CHECKPOINTS))
     if not steps or (wanted and int(wanted) not in steps):
         which = f"a checkpoint of step {wanted} (there are {steps})" if wanted else "a checkpoint"
         raise FileNotFoundError(f"{directory / CHECKPOINTS} does not hold {which}")
     step = int(wanted) if wanted else steps[-1]
-    stores = [directory / CHECKPOINTS / str(step) / PARAMS, directory / FROZEN]
+    trained = directory / CHECKPOINTS / str(step) / (AVERAGE if average else PARAMS)
+    if not trained.exists():
+        raise FileNotFoundError(f"{trained} is not there: the run keeps no averages (optimizer.ema_decay)")
+    stores = [trained, directory / FROZEN]
     return SavedModel(directory, config, tuple(store for store in stores if store.exists()), step)
 
 

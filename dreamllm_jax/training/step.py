@@ -61,11 +61,15 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     image_size: int,
     microbatches: int = 1,
+    skip_norm: float = 0.0,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """The function to jit: (state, batch, key of the run) -> (new state, metrics).
 
+    A step whose loss or gradient is not finite changes nothing but the step's number; the metric `skipped` says so.
+
     Args:
       image_size: side of the painted images in pixels.
+      skip_norm: leave out steps whose gradient has a larger norm, too; 0 for none.
     """
     latent_shape = model.config.latent_shape(image_size)
     timesteps = model.config.schedule.num_train_timesteps
@@ -81,9 +85,13 @@ def make_train_step(
         params, opt_state = widen(stored)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         updated = optax.apply_updates(params, updates), opt_state
-        trainable, opt_state = narrow(updated, stored, jax.random.fold_in(step_key, ROUNDING))
+        updated = narrow(updated, stored, jax.random.fold_in(step_key, ROUNDING))
+        norm = optax.tree.norm(gradients)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= (skip_norm or jnp.inf))
+        trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, stored)
         metrics = metrics | {
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": norm,
+            "skipped": 1 - good,
             "tokens": jnp.sum(batch.segment_ids > 0),
             "images": jnp.sum(batch.see_slots >= 0) + jnp.sum(batch.dream_slots >= 0),
         }

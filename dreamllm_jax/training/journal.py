@@ -1,0 +1,98 @@
+"""What a run says of its steps as they are finished, and when it gives up."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+
+import jax
+from etils import epath
+
+from dreamllm_jax.data.pipeline import Loader
+from dreamllm_jax.distributed import gather
+from dreamllm_jax.training.metrics import MetricsLog, Progress
+
+_logger = logging.getLogger(__name__)
+BAD_STEPS = "bad_steps"
+
+
+class Journal:
+    """Gathers the metrics of steps without waiting for them, and writes them when told.
+
+    Args:
+      learning_rate: of a step, from 0.
+      max_skipped: so many steps in a row that changed nothing end the run.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        log: MetricsLog,
+        progress: Progress,
+        batches: Loader,
+        learning_rate: Callable[[int], float],
+        max_skipped: int,
+    ):
+        self._workdir, self._log, self._progress, self._batches = workdir, log, progress, batches
+        self._learning_rate, self._max_skipped = learning_rate, max_skipped
+        self._pending: list[tuple[dict[str, jax.Array], list[list[int]]]] = []
+        self._skipped: list[dict] = []  # the latest steps in a row that were left out
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Takes the next step's metrics, which may not be computed yet, and notes what it trains on."""
+        self._pending.append((metrics, self._batches.records))
+
+    def write(self, step: int, at_once: bool = False) -> dict[str, float]:
+        """Waits for the steps up to `step`, writes their metrics and a progress line; all hosts must call it.
+
+        Args:
+          at_once: so that everybody can read them (see `MetricsLog.flush`).
+
+        Returns:
+          The metrics, averaged over these steps.
+
+        Raises:
+          FloatingPointError: too many steps in a row were left out; `workdir/bad_steps` says which documents they had.
+        """
+        fetched = [
+            {name: float(value) for name, value in metrics.items()}
+            for metrics in jax.device_get([metrics for metrics, _ in self._pending])
+        ]
+        totals = {name: sum(metrics[name] for metrics in fetched) for name in ("tokens", "images")}
+        common = self._progress.rates(len(fetched), **totals) | self._dropped()
+        for i, (metrics, (_, records)) in enumerate(zip(fetched, self._pending, strict=True)):
+            at = step - len(fetched) + 1 + i
+            line = {**metrics, "learning_rate": float(self._learning_rate(at - 1)), **common}
+            self._log.write(at, line)
+            self._skipped = [*self._skipped, {"step": at, **metrics, "rows": records}] if metrics["skipped"] else []
+            if len(self._skipped) == self._max_skipped:
+                self._give_up()
+        self._pending = []
+        self._log.flush(at_once)
+        _logger.info("%s", self._progress.line(step, {**fetched[-1], **common}))
+        return {name: sum(metrics[name] for metrics in fetched) / len(fetched) for name in fetched[0]}
+
+    def _dropped(self) -> dict[str, float]:
+        """How many documents all hosts have left out since the run began, by reason."""
+        dropped: dict[str, float] = {}
+        for counts in gather(self._batches.counts()):
+            for held in counts.values():
+                for what, count in held.items():
+                    if what.startswith("dropped_"):
+                        dropped[what] = dropped.get(what, 0) + count
+        return dropped
+
+    def _give_up(self) -> None:
+        for bad in self._skipped:
+            bad["rows"] = self._batches.documents(bad["rows"])
+        first, last = self._skipped[0]["step"], self._skipped[-1]
+        path = self._workdir / BAD_STEPS / f"{first}-{last['step']}.{jax.process_index()}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self._skipped, indent=1) + "\n")
+        terms = {name: last[name] for name in ("lm_loss", "dm_loss", "grad_norm")}
+        odd = [name for name, value in terms.items() if not math.isfinite(value)] or ["grad_norm"]
+        raise FloatingPointError(
+            f"{len(self._skipped)} steps in a row, {first} to {last['step']}, were left out, for {' and '.join(odd)} "
+            f"({', '.join(f'{name} {value:g}' for name, value in terms.items())}); their documents are listed in "
+            f"{path}. Lower optimizer.learning_rate, or look at the data; the last checkpoint is kept"
+        )

