@@ -13,8 +13,9 @@ from etils import epath
 from dreamllm_jax import command_line, runs
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.evaluation import recall
-from dreamllm_jax.generation.documents import generate_document, save_document
+from dreamllm_jax.generation.documents import generate_documents, save_document
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the training run.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
@@ -28,11 +29,10 @@ def main(_) -> None:
         sys.exit("error: give --workdir=DIR, the directory of a training run")
     trained = runs.load(_WORKDIR.value, _STEP.value)
     target = epath.Path(_WORKDIR.value) / "evaluation"
-    sampler = {"steps": _SAMPLING_STEPS.value, "guidance": _GUIDANCE.value}
 
     corpus = Corpus(trained.experiment.data.path, "pairs")
     pairs = [corpus[i] for i in range(min(len(corpus), _PAIRS.value))]
-    result = recall.recall(trained, pairs, **sampler)
+    result = recall.recall(trained, pairs, steps=_SAMPLING_STEPS.value, guidance=_GUIDANCE.value)
     recall.save(result, target)
     print(f"creation: {result.creation_top1:.1%} of {len(pairs)} captions are painted nearest to their own picture")
     print(
@@ -41,10 +41,18 @@ def main(_) -> None:
 
     opening = [Text(f"{result.captions[0]}.")]
     size = trained.experiment.rows.dream_size
-    told = generate_document(
-        trained.model, trained.params, trained.tokenizer, opening, size=size, max_tokens=64, max_images=3, **sampler
+    told = generate_documents(
+        trained.model,
+        trained.params,
+        trained.tokenizer,
+        [opening],
+        size=size,
+        max_tokens=64,
+        max_images=3,
+        sampler=SamplerConfig(steps=_SAMPLING_STEPS.value),
+        guidance=_GUIDANCE.value,
     )
-    story = [*opening, *told]
+    story = [*opening, *(event.segment for event in told if event.complete)]
     save_document(story, target / "story")
     print("story: " + " ".join(segment.text if isinstance(segment, Text) else "[picture]" for segment in story))
 

@@ -4,16 +4,15 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Document, Image, Text
-from dreamllm_jax.data.pipeline import RowShape, encode_batch
+from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.documents import png
-from dreamllm_jax.generation.images import paint
-from dreamllm_jax.generation.text import read_prompts, read_queries, write
+from dreamllm_jax.generation.images import generate_images
+from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.runs import Trained
 
 
@@ -62,30 +61,22 @@ def recall(
       max_tokens: longest text written for a picture.
       seed: pair i is painted from the noise of `seed + i`.
     """
-    model, params, tokenizer = trained.model, trained.params, trained.tokenizer
-    config, size = model.config, trained.experiment.rows.dream_size
+    size = trained.experiment.rows.dream_size
     captions = [pair.texts[0].text for pair in pairs]
     pictures = np.stack([images.diffusion_pixels(images.decode(pair.images[0].data), size) for pair in pairs])
 
-    longest = max(len(tokenizer.encode_text(caption)) for caption in captions) + 2
-    shape = RowShape(longest, 0, 0, config.clip.num_patches, config.num_queries, config.clip.image_size, size)
-    prompts = encode_batch(
-        [Document("text", (Text(caption),)) for caption in captions], tokenizer, shape, complete=False
+    common = trained.model, trained.params, trained.tokenizer
+    painted = generate_images(
+        *common,
+        [[Text(caption)] for caption in captions],
+        seeds=range(seed, seed + len(pairs)),
+        size=size,
+        sampler=SamplerConfig(steps=steps),
+        guidance=guidance,
     )
-    reading = read_prompts(model, params, prompts, longest + config.num_queries + 2)
-    hidden, _ = read_queries(model, params, reading)
-    seeds = jnp.arange(seed, seed + len(pairs))
-    painted = np.asarray(paint(model, params, hidden, seeds, size=size, steps=steps, guidance=guidance))
+    painted = np.asarray(painted)
     distances = np.square(painted[:, None].astype(np.float32) - pictures[None]).mean(axis=(2, 3, 4))
-
-    length = config.clip.num_patches + 4
-    shape = RowShape(length, 1, 0, config.clip.num_patches, config.num_queries, config.clip.image_size, size)
-    seen = [Document("interleaved", (Image(pair.images[0].data),)) for pair in pairs]
-    prompts = encode_batch(seen, tokenizer, shape, "comprehension", complete=False)
-    reading = read_prompts(model, params, prompts, length + max_tokens)
-    tokens, count, _ = write(model, params, reading, max_tokens, (tokenizer.special.eos,))
-    tokens, count = np.asarray(tokens), np.asarray(count)
-    read = [tokenizer.decode(row[:n]).strip() for row, n in zip(tokens, count, strict=True)]
+    read = generate_texts(*common, [[Image(pair.images[0].data)] for pair in pairs], max_tokens=max_tokens)
     return Recall(captions, pictures, painted, distances.argmin(axis=1), read)
 
 

@@ -1,91 +1,215 @@
 """Free-form documents: the model writes, paints where it decides to, sees what it painted, and writes on."""
 
-import io
+import base64
+import dataclasses
+import html
 import json
 from collections.abc import Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from etils import epath
 
 from dreamllm_jax.data import images
-from dreamllm_jax.data.document import Document, Image, Segment, Text
-from dreamllm_jax.data.pipeline import RowShape, encode_batch
+from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.generation.images import paint
-from dreamllm_jax.generation.text import read_image, read_prompts, read_queries, write
+from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.generation.images import DEFAULT, paint, require_size
+from dreamllm_jax.generation.prompts import Painted, Written, bucket, encode_prompts, length_of, require_room
+from dreamllm_jax.generation.text import STRETCH, Reading, Sampling, read_image, read_prompts, read_queries, write
 from dreamllm_jax.models.dreamllm import DreamLLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something new in one of the documents.
+
+    Attributes:
+      row: which document.
+      segment: a text or a painted image.
+      complete: whether the segment is; a text that is not comes again, longer.
+    """
+
+    row: int
+    segment: Written | Painted
+    complete: bool
+
+
+@dataclasses.dataclass
+class _Document:
+    """A document that grows."""
+
+    seed: int
+    painted: int  # the prompt's included: image i is painted from the noise of seed + i
+    tokens_left: int
+    images_left: int
+    tokens: tuple[int, ...] = ()  # of the text that grows
+    state: str = "writing"  # or "asking" for an image, or "done"
+
+
+def generate_documents(
+    model: DreamLLM,
+    params: dict,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[Segment]],
+    *,
+    size: int | tuple[int, int],
+    max_tokens: int = 256,
+    max_images: int = 4,
+    seeds: Sequence[int] | None = None,
+    sampling: Sampling | None = None,
+    sampler: SamplerConfig = DEFAULT,
+    guidance: float = 3.5,
+    rescale: float = 0.0,
+    template: str = "",
+) -> Iterator[Event]:
+    """Continues documents, all in one batch, and yields what is new as it comes.
+
+    A document's text goes on until `<dream_start>`; then the queries are read, an image is painted from them and read
+    back in by CLIP (DreamLLM, section 3.3); and so on until `</s>` or until a budget is used up. All documents that ask
+    for an image after the same stretch of tokens are painted together. A document depends on its own prompt and seed
+    alone, and continued from where it once was (its segments as a prompt) it goes on as it would have.
+
+    Args:
+      prompts: how the documents begin.
+      size: pixels of the painted images, (height, width) or on both sides.
+      max_tokens: budget of written tokens of each document.
+      max_images: budget of painted images of each.
+      seeds: one a document; 0, 1, ... if not given. The i-th image of a document is painted from seed + i.
+      sampling: how tokens are chosen; None for the most probable ones.
+      sampler, guidance, rescale: of painting, see `images.paint`.
+      template: see `encode_prompts`.
+
+    Raises:
+      ValueError: the documents could become longer than the model can read, a size that cannot be painted, no budget.
+      ImageError: an image of a prompt cannot be decoded.
+    """
+    require_size(model, size)
+    if max_tokens < 1 or max_images < 0:
+        raise ValueError(f"max_tokens must be positive and max_images not negative, got {max_tokens} and {max_images}")
+    ids = tokenizer.special
+    batch = encode_prompts(prompts, tokenizer, model.config, template)
+    each = model.config.num_queries + model.config.clip.num_patches + 4
+    cache = require_room(model.config, length_of(batch), max_tokens + max_images * each, STRETCH)
+    reading = read_prompts(model, params, batch, cache)
+    documents = [
+        _Document(seed, sum(isinstance(segment, Painted) for segment in prompt), max_tokens, max_images)
+        for prompt, seed in zip(prompts, seeds or range(len(prompts)), strict=True)
+    ]
+
+    def those(state: str) -> np.ndarray:
+        return np.array([document.state == state for document in documents])
+
+    while not those("done").all():
+        if (writing := those("writing")).any():
+            stop = (ids.eos, ids.dream_start)
+            tokens, count, reading = write(model, params, reading, STRETCH, stop, sampling, jnp.asarray(writing))
+            tokens, count = jax.device_get((tokens, count))
+            for row in np.flatnonzero(writing):
+                yield from _written(documents[row], int(row), tokens[row, : count[row]].tolist(), tokenizer)
+        if (asking := those("asking")).any():
+            pictures, reading = _paint(
+                model,
+                params,
+                reading,
+                documents,
+                asking,
+                size=size,
+                sampler=sampler,
+                guidance=guidance,
+                rescale=rescale,
+            )
+            for row, picture in pictures.items():
+                yield Event(row, picture, True)
+
+
+def _written(document: _Document, row: int, new: list[int], tokenizer: Tokenizer) -> Iterator[Event]:
+    ids = tokenizer.special
+    new = new[: document.tokens_left]
+    document.tokens_left -= len(new)
+    last = new[-1]
+    if last == ids.dream_start and document.images_left:
+        document.state = "asking"
+    elif last in (ids.eos, ids.dream_start) or not document.tokens_left:
+        document.state = "done"
+    document.tokens += tuple(token for token in new if token not in (ids.eos, ids.dream_start))
+    complete = document.state != "writing"
+    if document.tokens:
+        yield Event(row, Written(tokenizer.decode(document.tokens).strip(), tokens=document.tokens), complete)
+    if complete:
+        document.tokens = ()
+
+
+def _paint(
+    model: DreamLLM, params: dict, reading: Reading, documents: list[_Document], asking: np.ndarray, **painting
+) -> tuple[dict[int, Painted], Reading]:
+    """Paints an image for each document that asks, and lets it read it."""
+    hidden, reading = read_queries(model, params, reading, announced=True, active=jnp.asarray(asking))
+    rows = np.flatnonzero(asking)
+    padded = np.resize(rows, bucket(len(rows)))
+    seeds = jnp.asarray([documents[row].seed + documents[row].painted for row in padded])
+    pixels = paint(model, params, hidden[padded], seeds, **painting)
+    pictures, side = {}, model.config.clip.image_size
+    seen = np.zeros((len(documents), side, side, 3), np.uint8)
+    for row, picture in zip(rows.tolist(), np.asarray(pixels), strict=False):
+        pictures[row] = Painted(png(picture))
+        seen[row] = images.clip_pixels(images.decode(pictures[row].data), side)
+        document = documents[row]
+        document.painted += 1
+        document.images_left -= 1
+        document.state = "writing" if document.tokens_left else "done"
+    return pictures, read_image(model, params, reading, jnp.asarray(seen), jnp.asarray(asking))
 
 
 def png(pixels: np.ndarray) -> bytes:
     """u8[H, W, 3] as a PNG file."""
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(np.asarray(pixels)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return images.to_png(PIL.Image.fromarray(np.asarray(pixels)))
 
 
-def generate_document(
-    model: DreamLLM,
-    params: dict,
-    tokenizer: Tokenizer,
-    prompt: Sequence[Segment],
-    *,
-    size: int,
-    max_tokens: int = 256,
-    max_images: int = 4,
-    seed: int = 0,
-    steps: int = 50,
-    guidance: float = 3.5,
-) -> Iterator[Segment]:
-    """Continues an interleaved document, greedily in its text, and yields each segment when it is ready.
-
-    The text goes on until `<dream_start>`; then the queries are read, an image is painted from them and read back in by
-    CLIP (DreamLLM, section 3.3); and so on until `</s>` or until a budget is used up.
-
-    Args:
-      prompt: how the document begins.
-      size: pixels on a side of the painted images.
-      max_tokens: budget of written tokens.
-      max_images: budget of painted images.
-      seed: image i is painted from the noise of `seed + i`.
-    """
-    ids, queries, patches = tokenizer.special, model.config.num_queries, model.config.clip.num_patches
-    written = Document("interleaved", tuple(prompt))
-    room = len(written.images) * (patches + 2) + 2
-    room += sum(len(tokenizer.encode_text(segment.text)) for segment in written.texts)
-    shape = RowShape(room, max(len(written.images), 1), 0, patches, queries, model.config.clip.image_size, 0)
-    prompts = encode_batch([written], tokenizer, shape, "comprehension", complete=False)
-    cache = room + max_tokens + max_images * (queries + patches + 4)
-    reading = read_prompts(model, params, prompts, cache)
-
-    left, painted = max_tokens, 0
-    while left > 0:
-        tokens, count, reading = write(model, params, reading, left, (ids.eos, ids.dream_start))
-        new = [int(token) for token in tokens[0, : int(count[0])]]
-        left -= len(new)
-        if text := tokenizer.decode([token for token in new if token not in (ids.eos, ids.dream_start)]).strip():
-            yield Text(text)
-        if not new or new[-1] != ids.dream_start or painted == max_images:
-            return
-        hidden, reading = read_queries(model, params, reading, announced=True)
-        picture = paint(model, params, hidden, jnp.asarray([seed + painted]), size=size, steps=steps, guidance=guidance)
-        painted += 1
-        encoded = png(picture[0])
-        yield Image(encoded)
-        seen = images.clip_pixels(images.decode(encoded), model.config.clip.image_size)
-        reading = read_image(model, params, reading, jnp.asarray(seen)[None])
+DOCUMENT, PAGE = "document.json", "document.html"
+_STYLE = "body{font:17px/1.6 Georgia,serif;max-width:680px;margin:2em auto;padding:0 1em}img{max-width:100%}"
 
 
 def save_document(segments: Sequence[Segment], directory: epath.PathLike) -> None:
-    """Writes a document as `document.json` and the PNG files it names."""
+    """Writes a document as `document.json`, the image files it names, and the self-contained page `document.html`."""
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    listed = []
+    listed, page = [], []
     for i, segment in enumerate(segments):
         if isinstance(segment, Text):
-            listed.append({"text": segment.text})
+            tokens = {"tokens": list(segment.tokens)} if isinstance(segment, Written) else {}
+            listed.append({"text": segment.text, **tokens})
+            page.append(f"<p>{html.escape(segment.text)}</p>")
         else:
-            listed.append({"image": f"{i:03}.png"})
-            (directory / f"{i:03}.png").write_bytes(segment.data)
-    (directory / "document.json").write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n")
+            listed.append({"image": f"{i:03}.png", "painted": isinstance(segment, Painted)})
+            data = images.to_png(images.decode(segment.data))
+            (directory / f"{i:03}.png").write_bytes(data)
+            page.append(f'<p><img src="data:image/png;base64,{base64.b64encode(data).decode()}" alt=""></p>')
+    (directory / DOCUMENT).write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n")
+    (directory / PAGE).write_text(
+        f'<!doctype html><html><head><meta charset="utf-8"><title>Document</title><style>{_STYLE}</style></head>'
+        f"<body>{''.join(page)}</body></html>\n"
+    )
+
+
+def load_document(directory: epath.PathLike) -> list[Segment]:
+    """The segments of a saved document, to be continued.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    directory = epath.Path(directory)
+    if not (directory / DOCUMENT).exists():
+        raise FileNotFoundError(f"{directory / DOCUMENT} is missing: no generated document there")
+    segments: list[Segment] = []
+    for item in json.loads((directory / DOCUMENT).read_text()):
+        if "text" not in item:
+            kind = Painted if item["painted"] else Image
+            segments.append(kind((directory / item["image"]).read_bytes()))
+        elif "tokens" in item:
+            segments.append(Written(item["text"], tokens=tuple(item["tokens"])))
+        else:
+            segments.append(Text(item["text"]))
+    return segments

@@ -1,35 +1,47 @@
 """Painting: hidden states at the dream queries -> pictures.
 
-Legend: N images, Q dream queries, E llama width, C condition width, H x W pixels.
+Legend: N images, Q dream queries, E llama width, H x W pixels.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from dreamllm_jax.diffusion.samplers import ddim, guided
+from dreamllm_jax.data.document import Segment
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.diffusion.samplers import SamplerConfig, guided, sample
+from dreamllm_jax.generation.prompts import encode_prompts, length_of, require_room
+from dreamllm_jax.generation.text import read_prompts, read_queries
 from dreamllm_jax.models.dreamllm import DreamLLM
 
+DEFAULT = SamplerConfig()
 
-@functools.partial(jax.jit, static_argnames=("model", "size", "steps", "guided_by_null"))
-def _paint(model, params, hidden, seeds, guidance, size: int, steps: int, guided_by_null: bool):
+
+@functools.partial(jax.jit, static_argnames=("model", "size", "sampler"))
+def _paint(model, params, hidden, null_hidden, seeds, guidance, rescale, size: tuple[int, int], sampler: SamplerConfig):
     apply = functools.partial(model.apply, {"params": params})
     condition = apply(hidden, method="condition")
-    noise = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), model.config.latent_shape(size)))(seeds)
 
     def denoise(latents, timesteps, condition):
         return apply(latents, timesteps, condition, method="denoise")
 
-    if guided_by_null:
-        null = apply(apply(method="null_hidden")[None], method="condition")
-        denoiser = guided(denoise, condition, jnp.broadcast_to(null, condition.shape), guidance)
-    else:
+    if null_hidden is None:
         denoiser = functools.partial(denoise, condition=condition)
-    latents = ddim(denoiser, noise, model.config.schedule, steps)
+    else:
+        null = jnp.broadcast_to(apply(null_hidden, method="condition"), condition.shape)
+        denoiser = guided(denoise, condition, null, guidance, rescale)
+    keys = jax.vmap(jax.random.key)(seeds)
+    latents = sample(denoiser, keys, model.config.latent_shape(*size), model.config.schedule, sampler)
     pixels = apply(latents, method="paint").astype(jnp.float32)
     return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _null_hidden(model, params):
+    return model.apply({"params": params}, method="null_hidden")[None]
 
 
 def paint(
@@ -38,18 +50,80 @@ def paint(
     hidden: Float[Array, "N Q E"],
     seeds: Array,
     *,
-    size: int,
-    steps: int = 50,
+    size: int | tuple[int, int],
+    sampler: SamplerConfig = DEFAULT,
     guidance: float = 3.5,
+    rescale: float = 0.0,
+    negative: Float[Array, "N Q E"] | None = None,
 ) -> UInt8[Array, "N H W 3"]:
     """Paints an image from the llama's hidden states at each image's queries.
 
     Args:
       hidden: as from `generation.text.read_queries`.
       seeds: u32[N], one an image; an image depends on its own seed and hidden states alone.
-      size: pixels on a side.
-      steps: sampling steps.
-      guidance: classifier-free guidance scale; 1 leaves it out (no null condition is computed).
+      size: pixels, (height, width) or on both sides.
+      guidance: classifier-free guidance scale; 1 leaves it out.
+      rescale: of guidance, see `diffusion.samplers.guided`.
+      negative: hidden states that guidance leads away from; None for those of the document without a prompt.
+
+    Raises:
+      ValueError: a size that is not a multiple of the autoencoder's pixels.
     """
+    size = require_size(model, size)
+    if guidance == 1.0:
+        negative = None
+    elif negative is None:
+        negative = _null_hidden(model, params)
     seeds = jnp.asarray(seeds, jnp.uint32)
-    return _paint(model, params, hidden, seeds, jnp.float32(guidance), size, steps, guidance != 1.0)
+    return _paint(model, params, hidden, negative, seeds, jnp.float32(guidance), jnp.float32(rescale), size, sampler)
+
+
+def generate_images(
+    model: DreamLLM,
+    params: dict,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[Segment]],
+    *,
+    seeds: Sequence[int],
+    size: int | tuple[int, int],
+    sampler: SamplerConfig = DEFAULT,
+    guidance: float = 3.5,
+    rescale: float = 0.0,
+    negative: Sequence[Segment] = (),
+) -> UInt8[Array, "N H W 3"]:
+    """Paints one image for each prompt, all in one batch; each depends on its own prompt and seed alone.
+
+    Args:
+      prompts: texts, or texts with images of what is to be painted.
+      seeds: one a prompt.
+      size: pixels, (height, width) or on both sides.
+      guidance, rescale: see `paint`.
+      negative: what guidance leads away from; nothing for the document without a prompt.
+
+    Raises:
+      ValueError: a prompt too long for the model, or a size that cannot be painted.
+      ImageError: an image of a prompt cannot be decoded.
+    """
+    require_size(model, size)
+
+    def hidden(given: Sequence[Sequence[Segment]]) -> Float[Array, "N Q E"]:
+        batch = encode_prompts(given, tokenizer, model.config)
+        cache = require_room(model.config, length_of(batch), model.config.num_queries + 2)
+        return read_queries(model, params, read_prompts(model, params, batch, cache))[0]
+
+    against = jnp.repeat(hidden([negative]), len(prompts), axis=0) if negative and guidance != 1.0 else None
+    common = {"size": size, "sampler": sampler, "guidance": guidance, "rescale": rescale, "negative": against}
+    return paint(model, params, hidden(prompts), jnp.asarray(seeds), **common)
+
+
+def require_size(model: DreamLLM, size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels.
+
+    Raises:
+      ValueError: the model cannot paint such a picture.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    least = model.config.vae.downscale
+    if min(height, width) < least or height % least or width % least:
+        raise ValueError(f"the sides of a painted image must be multiples of {least} pixels, got {height} x {width}")
+    return height, width

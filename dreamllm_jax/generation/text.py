@@ -4,36 +4,115 @@ Legend: B rows, T prompt tokens, S cache entries, E llama width, V vocabulary, M
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.models.llama import KVCache
 
+STRETCH = 32  # tokens that all rows write before anything else is looked at: one program for budgets of any size
+
 
 @struct.dataclass
 class Reading:
-    """What the rows have read so far, and the logits of their next tokens."""
+    """What the rows have read so far: keys and values, which tokens; and the logits of their next tokens."""
 
     cache: KVCache
     logits: Float[Array, "B V"]
+    seen: Bool[Array, "B V"]
 
     @property
     def length(self) -> Int[Array, "B"]:
         return self.cache.length
 
 
-def _advance(model: DreamLLM, params: dict, cache: KVCache, embeddings: Array, segment_ids: Array) -> tuple:
+@struct.dataclass
+class Sampling:
+    """How each row's next token is chosen.
+
+    Attributes:
+      temperature: 0 for the most probable token.
+      top_k: among so many of the most probable tokens; 0 for all.
+      top_p: among the most probable tokens that together have this probability (Holtzman et al. 2020).
+      repetition_penalty: of tokens that were read or written before (Keskar et al. 2019); 1 for none.
+      seed: of the row's draws, which depend on it and on the token's position alone.
+    """
+
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    repetition_penalty: Float[Array, "B"]
+    seed: Int[Array, "B"]
+
+    @classmethod
+    def of(
+        cls,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+    ) -> "Sampling":
+        """The same settings for all rows, a seed for each.
+
+        Raises:
+          ValueError: a setting out of its range.
+        """
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
+            raise ValueError(
+                "temperature and top_k must not be negative, top_p in (0, 1], repetition_penalty positive; got "
+                f"{temperature}, {top_k}, {top_p}, {repetition_penalty}"
+            )
+        full = functools.partial(jnp.full, len(seeds))
+        return cls(
+            full(temperature, jnp.float32),
+            full(top_k, jnp.int32),
+            full(top_p, jnp.float32),
+            full(repetition_penalty, jnp.float32),
+            jnp.asarray(seeds, jnp.uint32),
+        )
+
+
+def choose(reading: Reading, sampling: Sampling | None) -> Int[Array, "B"]:
+    """The rows' next tokens, penalised, cut and drawn in the order of transformers' processors."""
+    logits = reading.logits
+    if sampling is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    penalty = sampling.repetition_penalty[:, None]
+    logits = jnp.where(reading.seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    greedy = jnp.argmax(logits, axis=-1)
+
+    def drawn():
+        keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(sampling.seed, reading.length)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        scale = jnp.where(sampling.temperature == 0, 1.0, sampling.temperature)
+        ranked = jnp.take_along_axis(logits, order, axis=-1) / scale[:, None]
+        allowed = jnp.where(sampling.top_k == 0, logits.shape[1], sampling.top_k)
+        ranked = jnp.where(jnp.arange(logits.shape[1]) < allowed[:, None], ranked, -jnp.inf)
+        probabilities = jax.nn.softmax(ranked, axis=-1)
+        more_probable = jnp.cumsum(probabilities, axis=-1) - probabilities
+        ranked = jnp.where(more_probable < sampling.top_p[:, None], ranked, -jnp.inf)
+        best = jnp.argmax(ranked + jnp.take_along_axis(noise, order, axis=-1), axis=-1)
+        return jnp.take_along_axis(order, best[:, None], axis=-1)[:, 0]
+
+    token = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: greedy)
+    return jnp.where(sampling.temperature > 0, token, greedy).astype(jnp.int32)
+
+
+def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array, segment_ids: Array) -> tuple:
     """Feeds embeddings (padding, segment 0, on the right) after what the rows have read: hidden states and Reading."""
-    positions = cache.length[:, None] + jnp.arange(segment_ids.shape[1])
-    hidden, cache = model.apply({"params": params}, embeddings, positions, segment_ids, cache, method="decode")
-    last = jnp.maximum(jnp.sum(segment_ids != 0, axis=1) - 1, 0)
-    final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    return hidden, Reading(cache, model.apply({"params": params}, final, method="logits")[:, 0])
+    positions = reading.length[:, None] + jnp.arange(segment_ids.shape[1])
+    hidden, cache = model.apply({"params": params}, embeddings, positions, segment_ids, reading.cache, method="decode")
+    count = jnp.sum(segment_ids != 0, axis=1)
+    final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
+    logits = model.apply({"params": params}, final, method="logits")[:, 0]
+    return hidden, Reading(cache, jnp.where((count > 0)[:, None], logits, reading.logits), reading.seen)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length"))
@@ -54,15 +133,31 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
     embeddings = model.apply(
         {"params": params}, prompts.tokens, features, prompts.see_slots, dream_slots, method="embed"
     )
+    vocabulary = model.config.llama.vocab_size
     cache = KVCache.create(model.config.llama, rows, cache_length, jnp.dtype(model.config.dtype))
-    return _advance(model, params, cache, embeddings, prompts.segment_ids)[1]
+    ids = model.config.special_tokens
+    around = jnp.asarray([ids.im_patch, ids.im_start, ids.im_end, ids.dream_end])  # never written, so never penalised
+    within = (prompts.segment_ids != 0) & ~jnp.isin(prompts.tokens, around)
+    seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], prompts.tokens].max(within)
+    empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen)
+    return _advance(model, params, empty, embeddings, prompts.segment_ids)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_tokens", "stop"), donate_argnames=("reading",))
 def write(
-    model: DreamLLM, params: dict, reading: Reading, max_tokens: int, stop: tuple[int, ...]
+    model: DreamLLM,
+    params: dict,
+    reading: Reading,
+    max_tokens: int,
+    stop: tuple[int, ...],
+    sampling: Sampling | None = None,
+    active: Bool[Array, "B"] | None = None,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B"], Reading]:
-    """Greedy continuation of every row until a stop token, which is written and read too.
+    """Continues every row until a stop token, which is written and read too.
+
+    Args:
+      sampling: how tokens are chosen; None for the most probable ones.
+      active: the rows to continue; None for all. The others write and read nothing.
 
     Returns:
       Token ids (padded with the pad token), how many each row wrote, and what the rows have now read.
@@ -77,22 +172,36 @@ def write(
 
     def body(state):
         step, tokens, count, done, reading = state
-        token = jnp.argmax(reading.logits, axis=-1).astype(jnp.int32)
+        token = choose(reading, sampling)
         tokens = tokens.at[:, step].set(jnp.where(done, tokens[:, step], token))
-        embeddings = model.apply({"params": params}, token[:, None], method="embed")
-        _, advanced = _advance(model, params, reading.cache, embeddings, (~done)[:, None].astype(jnp.int32))
-        logits = jnp.where(done[:, None], reading.logits, advanced.logits)
-        reading = Reading(advanced.cache, logits)
+        reading = read_tokens(model, params, reading, token, ~done)
         return step + 1, tokens, count + ~done, done | jnp.isin(token, stops), reading
 
-    start = (0, tokens, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), reading)
+    done = jnp.zeros(rows, bool) if active is None else ~active
+    start = (0, tokens, jnp.zeros(rows, jnp.int32), done, reading)
     _, tokens, count, _, reading = jax.lax.while_loop(unfinished, body, start)
     return tokens, count, reading
 
 
+def read_tokens(
+    model: DreamLLM, params: dict, reading: Reading, tokens: Int[Array, "B"], active: Bool[Array, "B"]
+) -> Reading:
+    """The active rows read one token each."""
+    embeddings = model.apply({"params": params}, tokens[:, None], method="embed")
+    _, advanced = _advance(model, params, reading, embeddings, active[:, None].astype(jnp.int32))
+    rows = jnp.arange(len(tokens))
+    return advanced.replace(seen=advanced.seen.at[rows, tokens].max(active))
+
+
 @functools.partial(jax.jit, static_argnames="model", donate_argnames=("reading",))
-def read_image(model: DreamLLM, params: dict, reading: Reading, images: Array) -> Reading:
-    """Every row reads an image, `<im_start> patches <im_end>`: u8[B, H, W, 3], resized and cropped for CLIP."""
+def read_image(
+    model: DreamLLM,
+    params: dict,
+    reading: Reading,
+    images: UInt8[Array, "B H W 3"],
+    active: Bool[Array, "B"] | None = None,
+) -> Reading:
+    """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, resized and cropped for CLIP."""
     ids = model.config.special_tokens
     patches = model.config.clip.num_patches
     tokens = jnp.asarray([ids.im_start, *[ids.im_patch] * patches, ids.im_end], jnp.int32)
@@ -100,17 +209,22 @@ def read_image(model: DreamLLM, params: dict, reading: Reading, images: Array) -
     features = model.apply({"params": params}, images, method="see")[:, None]
     slots = jnp.ones((images.shape[0], 1), jnp.int32)
     embeddings = model.apply({"params": params}, tokens, features, slots, method="embed")
-    return _advance(model, params, reading.cache, embeddings, jnp.ones_like(tokens))[1]
+    return _advance(model, params, reading, embeddings, _segments(tokens, active))[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "announced"), donate_argnames=("reading",))
 def read_queries(
-    model: DreamLLM, params: dict, reading: Reading, announced: bool = False
+    model: DreamLLM,
+    params: dict,
+    reading: Reading,
+    announced: bool = False,
+    active: Bool[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B Q E"], Reading]:
     """Every row reads `<dream_start> queries <dream_end>`: the hidden states to paint an image from.
 
     Args:
       announced: the rows have read `<dream_start>` already.
+      active: the rows that do; None for all. What is returned for the others has no meaning.
     """
     ids, queries = model.config.special_tokens, model.config.num_queries
     start = 0 if announced else 1
@@ -118,5 +232,11 @@ def read_queries(
     tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (reading.logits.shape[0], len(tokens)))
     slots = jnp.full((tokens.shape[0], 1), start, jnp.int32)
     embeddings = model.apply({"params": params}, tokens, dream_slots=slots, method="embed")
-    hidden, reading = _advance(model, params, reading.cache, embeddings, jnp.ones_like(tokens))
+    hidden, reading = _advance(model, params, reading, embeddings, _segments(tokens, active))
     return hidden[:, start : start + queries], reading
+
+
+def _segments(tokens: Array, active: Array | None) -> Array:
+    return (
+        jnp.ones_like(tokens) if active is None else jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
+    )

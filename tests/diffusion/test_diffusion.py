@@ -1,11 +1,12 @@
 """The noise schedule and the sampler equal diffusers' schedulers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dreamllm_jax.diffusion import schedule
-from dreamllm_jax.diffusion.samplers import ddim, guided, trailing_timesteps
+from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps, advance, guided, make_steps, sample
 from dreamllm_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod, schedule_config_from_diffusers
 
 torch = pytest.importorskip("torch")
@@ -38,36 +39,96 @@ def test_min_snr_weights():
     np.testing.assert_allclose(velocity, np.minimum(snr + 1, 5) / (snr + 1), rtol=1e-6)
 
 
+SAMPLERS = {
+    "ddpm": (diffusers.DDPMScheduler, {}, {"clip_sample": False}),
+    "ddim": (diffusers.DDIMScheduler, {}, {"clip_sample": False}),
+    "ddim with noise": (diffusers.DDIMScheduler, {"eta": 0.7}, {"clip_sample": False}),
+    "ddim as published": (
+        diffusers.DDIMScheduler,
+        {"set_alpha_to_one": False, "steps_offset": 1},
+        {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+    ),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}, {}),
+    "dpmpp_2m karras": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"use_karras_sigmas": True},
+        {"use_karras_sigmas": True},
+    ),
+    "euler": (diffusers.EulerDiscreteScheduler, {}, {}),
+    "euler karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}, {"use_karras_sigmas": True}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # diffusers
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("steps", [5, 20, 50])
-def test_ddim_equals_diffusers(prediction_type, steps):
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_step_equals_diffusers(name, prediction_type, spacing, monkeypatch):
+    kind, ours, theirs = SAMPLERS[name]
     rng = np.random.default_rng(0)
-    noise, mixing = rng.normal(size=(2, 4, 4, 3)).astype(np.float32), rng.normal(size=(3, 3)).astype(np.float32) / 3
+    start, mixing = rng.normal(size=(2, 4, 4, 3)).astype(np.float32), rng.normal(size=(3, 3)).astype(np.float32) / 3
+    draws = rng.normal(size=(50, *start.shape)).astype(np.float32)
 
     def predict(x, t):  # any function of latents and timestep
-        return np.tanh(x @ mixing + 0.001 * t)
+        return np.tanh(np.asarray(x) @ mixing + np.float32(0.001) * np.asarray(t, np.float32).reshape(-1, 1, 1, 1))
 
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
-    scheduler.set_timesteps(steps)
-    latents = torch.tensor(noise)
-    for timestep in scheduler.timesteps:
-        predicted = torch.tensor(predict(latents.numpy(), float(timestep)).astype(np.float32))
-        latents = scheduler.step(predicted, timestep, latents, eta=0.0).prev_sample
+    module = __import__(kind.__module__, fromlist=["randn_tensor"])
+    given = iter(())
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.tensor(next(given)))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    for count in (5, 20, 50):
+        scheduler = kind(**betas, prediction_type=prediction_type, timestep_spacing=spacing, **theirs)
+        scheduler.set_timesteps(count)
+        config = SamplerConfig(name.split()[0], count, spacing, **ours)
+        steps, scale = make_steps(ScheduleConfig(prediction_type=prediction_type), config)
+        np.testing.assert_allclose(steps.timestep, scheduler.timesteps, rtol=1e-5, atol=1e-4)
+        assert scale == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-5)
+        given = iter(draws)
+        x, before, latents = scale * start, np.zeros_like(start), torch.tensor(scale * start)
+        for i, timestep in enumerate(scheduler.timesteps):
+            scaled = scheduler.scale_model_input(latents, timestep)
+            predicted = torch.tensor(predict(scaled.numpy(), float(timestep)))
+            extra = {"eta": config.eta} if "ddim" in name else {}
+            latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
+            x, before = advance(Steps(*(column[i] for column in steps)), predict, x, before, draws[i])
+            assert np.linalg.norm(x - latents.numpy()) <= 1e-5 * np.linalg.norm(latents.numpy()), (count, i)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
+def test_sampling_runs_the_table_and_images_are_independent(name):
+    schedule_config, config = ScheduleConfig(), SamplerConfig(name, 4)
 
     def denoise(x, t):
-        return jnp.tanh(x @ mixing + 0.001 * t[:, None, None, None])
+        return jnp.tanh(x + 0.001 * t[:, None, None, None])
 
-    got = ddim(denoise, jnp.asarray(noise), ScheduleConfig(prediction_type=prediction_type), steps)
-    np.testing.assert_array_equal(trailing_timesteps(1000, steps), scheduler.timesteps)
-    assert np.linalg.norm(got - latents.numpy()) <= 1e-5 * np.linalg.norm(latents.numpy())
+    keys = jax.vmap(jax.random.key)(jnp.asarray([3, 4]))
+    both = sample(denoise, keys, (4, 4, 3), schedule_config, config)
+    steps, scale = make_steps(schedule_config, config)
+    noise = [jax.random.normal(jax.random.fold_in(jax.random.key(4), i), (1, 4, 4, 3)) for i in range(5)]
+    x, before = scale * noise[0], 0.0
+    for i in range(4):
+        x, before = advance(Steps(*(column[i] for column in steps)), denoise, x, before, noise[i + 1])
+    np.testing.assert_allclose(both[1:], x, rtol=1e-5, atol=1e-6)
+    assert np.abs(both[0] - both[1]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "heun"}, "name='heun'; there are ddpm, ddim"),
+        ({"timestep_spacing": "even"}, "timestep_spacing='even'; there are leading"),
+        ({"steps": 0}, "steps must be positive"),
+        ({"eta": 0.5, "name": "euler"}, "eta is for ddim"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas is for dpmpp_2m and euler, not for ddim"),
+        ({"steps": 1001}, r"1 \.\.\. 1000, got 1001"),
+        ({"steps": 1000, "name": "dpmpp_2m"}, r"1 \.\.\. 999, got 1000"),
+        ({"steps": 1000, "timestep_spacing": "leading", "steps_offset": 1}, "steps_offset=1 leads beyond the 1000"),
+    ],
+)
+def test_samplers_that_there_are_not(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_steps(ScheduleConfig(), SamplerConfig(**settings))
 
 
 def test_guidance():
@@ -77,6 +138,15 @@ def test_guidance():
     x, condition, null = jnp.ones((2, 1)), jnp.array([[3.0], [5.0]]), jnp.array([[1.0], [1.0]])
     got = guided(denoise, condition, null, 2.0)(x, jnp.zeros(2, int))
     np.testing.assert_allclose(got, [[5.0], [9.0]])
+
+
+def test_guidance_can_be_rescaled():
+    rng = np.random.default_rng(0)
+    null, conditioned = rng.normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
+    got = guided(lambda x, t, c: jnp.concatenate([null, conditioned]), conditioned, null, 3.0, 0.7)(null, jnp.zeros(3))
+    result = torch.tensor(null + 3.0 * (conditioned - null))
+    ratio = torch.tensor(conditioned).std([1, 2, 3], keepdim=True) / result.std([1, 2, 3], keepdim=True)
+    np.testing.assert_allclose(got, 0.7 * result * ratio + 0.3 * result, rtol=1e-5, atol=1e-6)
 
 
 def test_scheduler_files_are_read_strictly():
@@ -90,5 +160,3 @@ def test_scheduler_files_are_read_strictly():
     ):
         with pytest.raises(ValueError, match=message):
             schedule_config_from_diffusers(setting)
-    with pytest.raises(ValueError, match=r"1 \.\.\. 1000, got 0"):
-        trailing_timesteps(1000, 0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.batch import Batch
+from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import paint
 from dreamllm_jax.generation.text import read_image, read_prompts, read_queries, write
 from dreamllm_jax.models.dreamllm import DreamLLM
@@ -109,7 +110,7 @@ def test_queries_and_images_are_read_as_in_training():
 def test_an_image_depends_on_its_own_prompt_and_seed():
     hidden = jax.random.normal(jax.random.key(0), (3, CONFIG.num_queries, CONFIG.llama.hidden_size))
     paint_tiny = lambda hidden, seeds: np.asarray(  # noqa: E731
-        paint(MODEL, PARAMS, hidden, seeds, size=DREAM_SIZE, steps=4, guidance=2.0)
+        paint(MODEL, PARAMS, hidden, seeds, size=DREAM_SIZE, sampler=SamplerConfig(steps=4), guidance=2.0)
     )
     pictures = paint_tiny(hidden, jnp.array([5, 6, 5]))
     assert pictures.shape == (3, DREAM_SIZE, DREAM_SIZE, 3) and pictures.dtype == np.uint8

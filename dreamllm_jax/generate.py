@@ -1,0 +1,213 @@
+"""Writes texts, paints images, tells stories:
+
+python -m dreamllm_jax.generate text --checkpoint=DIR --to=out "Once upon a time"
+python -m dreamllm_jax.generate image --checkpoint=DIR --to=out --guidance=7.5 "a red fox in the snow"
+python -m dreamllm_jax.generate document --checkpoint=DIR --to=out --prompts=openings.jsonl
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import get_args
+
+from absl.flags import argparse_flags
+from tqdm import tqdm
+
+from dreamllm_jax import command_line, runs
+from dreamllm_jax.data.document import Image, Segment, Text
+from dreamllm_jax.data.tokens import TEMPLATES
+from dreamllm_jax.diffusion import samplers
+from dreamllm_jax.generation.documents import generate_documents, png, save_document
+from dreamllm_jax.generation.images import generate_images, require_size
+from dreamllm_jax.generation.prompts import Painted
+from dreamllm_jax.generation.results import INDEX, Results
+from dreamllm_jax.generation.text import Sampling
+from dreamllm_jax.generation.texts import generate_texts
+
+HERE = "<image>"
+
+
+def main(arguments: argparse.Namespace) -> None:
+    prompts = read_prompts(arguments.prompt, arguments.prompts, arguments.image)
+    sampling_of = _sampling(arguments)
+    tokenizer, model, params = runs.load_model(arguments.checkpoint)
+    apart = ("main", "prompt", "prompts", "image", "to", "batch", "seed")
+    settings = {name: value for name, value in vars(arguments).items() if name not in apart}
+    painting = {}
+    if arguments.command != "text":
+        painting = {
+            "size": require_size(model, arguments.size or model.config.unet.sample_size * model.config.vae.downscale),
+            "sampler": samplers.SamplerConfig(
+                arguments.sampler,
+                arguments.steps,
+                arguments.timestep_spacing,
+                use_karras_sigmas=arguments.use_karras_sigmas,
+                eta=arguments.eta,
+            ),
+            "guidance": arguments.guidance,
+            "rescale": arguments.rescale,
+        }
+    wanted = [prompt for prompt in prompts for _ in range(getattr(arguments, "images", 1))]
+    numbered = [(prompt, arguments.seed + number) for number, prompt in enumerate(wanted)]
+    with Results(arguments.to, settings) as results, tqdm(total=len(numbered), unit=arguments.command) as progress:
+        for some in _batches(numbered, arguments.batch):
+            given, seeds = [prompt for prompt, _ in some], [seed for _, seed in some]
+            sampling = sampling_of(seeds) if sampling_of else None
+            common = model, params, tokenizer, given
+            if arguments.command == "text":
+                made = [[Text(text)] for text in generate_texts(*common, sampling=sampling, **_writing(arguments))]
+            elif arguments.command == "image":
+                negative = [Text(arguments.negative)] if arguments.negative else []
+                pixels = generate_images(*common, seeds=seeds, negative=negative, **painting)
+                made = [[Painted(png(picture))] for picture in pixels]
+            else:
+                made = [[] for _ in given]
+                budget = {"max_tokens": arguments.max_tokens, "max_images": arguments.max_images}
+                options = budget | painting | {"seeds": seeds, "sampling": sampling, "template": arguments.template}
+                for event in generate_documents(*common, **options):
+                    if event.complete:
+                        made[event.row].append(event.segment)
+                        progress.set_postfix(images=sum(isinstance(s, Painted) for document in made for s in document))
+            for (prompt, seed), result in zip(some, made, strict=True):
+                name = results.add(prompt, result, seed)
+                if arguments.command == "document":
+                    save_document([*prompt, *result], Path(arguments.to) / name)
+                if arguments.command == "text":
+                    progress.write(result[0].text)
+                progress.update()
+    print(Path(arguments.to) / INDEX)
+
+
+def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _writing(arguments: argparse.Namespace) -> dict:
+    names = ("max_tokens", "stop", "beams", "length_penalty", "template")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _sampling(arguments: argparse.Namespace) -> Callable[[Sequence[int]], Sampling] | None:
+    """Makes the `Sampling` of a batch from its seeds; None where the most probable tokens are asked for.
+
+    Raises:
+      ValueError: a setting out of its range.
+    """
+    if arguments.command == "image":
+        return None
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    settings = {name: getattr(arguments, name) for name in names}
+    Sampling.of([0], **settings)
+    if settings["temperature"] == 0 and settings["repetition_penalty"] == 1:
+        return None
+    return lambda seeds: Sampling.of(seeds, **settings)
+
+
+def read_prompts(words: Sequence[str], file: str, pictures: Sequence[str]) -> list[list[Segment]]:
+    """The prompts given as words, or in a file: one a line, or JSON lines of `prompt` and `images`; `-` is the input.
+
+    Args:
+      pictures: files of images that every prompt of `words` has, where it says `<image>`, or before it.
+
+    Raises:
+      ValueError, FileNotFoundError: no prompt, a line that is not as described, or an image that is not there.
+    """
+    if bool(words) == bool(file):
+        raise ValueError("give prompts either as words or in a file (--prompts=FILE, - for standard input)")
+    if words:
+        return [_segments(word, pictures, Path()) for word in words]
+    path = Path(file)
+    if file != "-" and not path.is_file():
+        raise FileNotFoundError(f"{file} is missing: it should have one prompt a line")
+    lines = (sys.stdin.read() if file == "-" else path.read_text()).splitlines()
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            prompts.append([Text(line)])
+            continue
+        try:
+            item = json.loads(line)
+            prompts.append(_segments(item["prompt"], item.get("images", ()), path.parent))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{file}, line {number} is not {{"prompt": "...", "images": ["..."]}}') from error
+    if not prompts:
+        raise ValueError(f"{file} has no prompts")
+    return prompts
+
+
+def _segments(text: str, pictures: Sequence[str], folder: Path) -> list[Segment]:
+    parts = text.split(HERE)
+    if len(parts) == 1 and pictures:
+        parts = ["", *[""] * (len(pictures) - 1), text]
+    if len(parts) != len(pictures) + 1:
+        raise ValueError(f"{text!r} has {len(parts) - 1} {HERE} for {len(pictures)} images")
+    segments: list[Segment] = []
+    for part, picture in zip(parts, [*pictures, None], strict=True):
+        if part:
+            segments.append(Text(part))
+        if picture is not None:
+            if not (folder / picture).is_file():
+                raise FileNotFoundError(f"the image {folder / picture} is missing")
+            segments.append(Image((folder / picture).read_bytes()))
+    return segments
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def make_parser() -> argparse_flags.ArgumentParser:
+    parser = argparse_flags.ArgumentParser(prog="python -m dreamllm_jax.generate", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("text", "image", "document"):
+        add = commands.add_parser(command)
+        add.set_defaults(main=main)
+        add.add_argument("prompt", nargs="*", help=f"prompts; {HERE} stands for an image")
+        add.add_argument("--prompts", default="", help="a file of prompts, one a line or JSON lines; - for the input")
+        add.add_argument("--image", action="append", default=[], help="an image of the prompts; may be repeated")
+        add.add_argument("--checkpoint", required=True, help="a run or an imported model: DIR, DIR@STEP, DIR@average")
+        add.add_argument("--to", required=True, help="a new directory for the results")
+        add.add_argument("--seed", type=int, default=0, help="of the first result; the next have the next ones")
+        add.add_argument("--batch", type=_positive, default=8, help="results at a time")
+        if command != "image":
+            add.add_argument("--max_tokens", type=_positive, default=256)
+            add.add_argument("--temperature", type=float, default=0.0, help="0: the most probable tokens")
+            add.add_argument("--top_k", type=int, default=0)
+            add.add_argument("--top_p", type=float, default=1.0)
+            add.add_argument("--repetition_penalty", type=float, default=1.0)
+            add.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
+        if command == "text":
+            add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
+            add.add_argument("--beams", type=_positive, default=1)
+            add.add_argument("--length_penalty", type=float, default=1.0)
+        if command != "text":
+            add.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
+            add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name))
+            add.add_argument("--steps", type=int, default=50)
+            add.add_argument("--timestep_spacing", default="trailing", choices=get_args(samplers.Spacing))
+            add.add_argument("--use_karras_sigmas", action="store_true")
+            add.add_argument("--eta", type=float, default=0.0)
+            add.add_argument("--guidance", type=float, default=3.5)
+            add.add_argument("--rescale", type=float, default=0.0)
+        if command == "image":
+            add.add_argument("--negative", default="", help="what is not to be painted")
+            add.add_argument("--images", type=_positive, default=1, help="images of each prompt")
+        if command == "document":
+            add.add_argument("--max_images", type=int, default=4)
+    return parser
+
+
+if __name__ == "__main__":
+    command_line.run_commands(make_parser())

@@ -1,0 +1,141 @@
+"""What is written equals what transformers' generate writes with the same weights, and draws are as asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dreamllm_jax.batch import Batch
+from dreamllm_jax.generation.beams import search
+from dreamllm_jax.generation.text import Reading, Sampling, choose, read_prompts, write
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.models.llama import KVCache
+from tests.tiny import TinyDocument, make_batch, tiny_config, tiny_params
+from tests.torch_reference import TorchDreamLLM
+
+CONFIG = tiny_config()
+MODEL, PARAMS = DreamLLM(CONFIG), tiny_params(CONFIG)
+PROMPTS, NEW = 64, 10
+IDS = CONFIG.special_tokens
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [np.array([IDS.bos, *rng.integers(3, IDS.pad, rng.integers(2, 12))], np.int32) for _ in range(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def prompts(documents) -> Batch:
+    batch = make_batch(CONFIG, [[TinyDocument(tokens, np.ones(len(tokens), np.float32))] for tokens in documents])
+    none = np.zeros((PROMPTS, 0), np.int32)
+    return batch.replace(see_slots=none, see_images=none, dream_slots=none, dream_images=none)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return TorchDreamLLM(CONFIG, PARAMS).llama.eval()
+
+
+def stop_at(reference, documents) -> int:
+    """A token that is often chosen, so that many continuations end early."""
+    with torch.no_grad():
+        chosen = [int(reference(torch.tensor(tokens)[None].long()).logits[0, -1].argmax()) for tokens in documents]
+    return int(np.bincount(chosen).argmax())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 0.5}, {"repetition_penalty": 1.7}]
+)
+def test_equals_transformers(documents, prompts, reference, settings):
+    stop = stop_at(reference, documents)
+    reading = read_prompts(MODEL, PARAMS, prompts, 48)
+    if beams := settings.get("num_beams"):
+        tokens, count, _ = search(MODEL, PARAMS, reading, beams, NEW, (stop,), settings.get("length_penalty", 1.0))
+    else:
+        penalty = settings.get("repetition_penalty", 1.0)
+        sampling = Sampling.of(range(PROMPTS), temperature=0.0, repetition_penalty=penalty)
+        tokens, count, _ = write(MODEL, PARAMS, reading, NEW, (stop,), sampling)
+    config = GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, eos_token_id=stop, pad_token_id=IDS.pad, bos_token_id=IDS.bos, **settings
+    )
+    counts = np.asarray(count)
+    assert 4 < (counts < NEW).sum() < PROMPTS, "some end early, some do not"
+    for i, prompt in enumerate(documents):
+        want = reference.generate(torch.tensor(prompt)[None].long(), generation_config=config)[0, len(prompt) :]
+        np.testing.assert_array_equal(np.asarray(tokens)[i, : counts[i]], want.numpy(), err_msg=str(i))
+
+
+def reading_of(logits: np.ndarray, seen: np.ndarray) -> Reading:
+    cache = KVCache.create(CONFIG.llama, len(logits), 1)
+    return Reading(cache, jnp.asarray(logits), jnp.asarray(seen))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.5},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"temperature": 1.5, "top_k": 9, "top_p": 0.8, "repetition_penalty": 1.4},
+    ],
+)
+def test_tokens_are_drawn_as_often_as_transformers_processors_say(settings):
+    rng, draws = np.random.default_rng(0), 40_000
+    logits = 2 * rng.normal(size=(1, 24)).astype(np.float32)
+    before = np.array([[3, 5, 5]])
+    scores = torch.tensor(logits)
+    for name, processor in (
+        ("repetition_penalty", RepetitionPenaltyLogitsProcessor),
+        ("temperature", TemperatureLogitsWarper),
+        ("top_k", TopKLogitsWarper),
+        ("top_p", TopPLogitsWarper),
+    ):
+        if name in settings:
+            scores = processor(settings[name])(torch.tensor(before), scores)
+    want = torch.softmax(scores, -1)[0].numpy()
+    seen = np.zeros((draws, 24), bool)
+    seen[:, before[0]] = True
+    tokens = jax.jit(choose)(reading_of(np.repeat(logits, draws, 0), seen), Sampling.of(range(draws), **settings))
+    got = np.bincount(tokens, minlength=24) / draws
+    assert not got[want == 0].any() and (got[want > 0.01] > 0).all()
+    np.testing.assert_allclose(got, want, atol=5 * 0.5 / np.sqrt(draws))
+
+
+@pytest.mark.slow
+def test_draws_depend_on_the_seed_and_not_on_the_batch(prompts):
+    def written(rows, seeds):
+        part = jax.tree.map(lambda x: x[rows], prompts)
+        reading = read_prompts(MODEL, PARAMS, part, 48)
+        return np.asarray(write(MODEL, PARAMS, reading, NEW, (IDS.eos,), Sampling.of(seeds, 0.9, 20, 0.95))[0])
+
+    whole = written(slice(0, 6), range(6))
+    np.testing.assert_array_equal(written(slice(2, 4), [2, 3]), whole[2:4])
+    assert (written(slice(2, 4), [8, 9]) != whole[2:4]).any()
+
+
+@pytest.mark.slow
+def test_settings_do_not_compile_again(prompts):
+    reading = lambda: read_prompts(MODEL, PARAMS, jax.tree.map(lambda x: x[:4], prompts), 48)  # noqa: E731
+    write(MODEL, PARAMS, reading(), NEW, (IDS.eos,), Sampling.of(range(4), 0.5))
+    before = write._cache_size(), read_prompts._cache_size()
+    write(MODEL, PARAMS, reading(), NEW, (IDS.eos,), Sampling.of([9, 8, 7, 6], 1.5, 3, 0.5, 1.2), jnp.arange(4) < 2)
+    write(MODEL, PARAMS, reading(), NEW, (IDS.eos,), Sampling.of([1, 2, 3, 4], 0.0), jnp.arange(4) < 3)
+    assert (write._cache_size(), read_prompts._cache_size()) == (before[0] + 1, before[1])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"repetition_penalty": 0.0}]
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="must not be negative"):
+        Sampling.of([0], **settings)
