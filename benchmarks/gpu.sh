@@ -4,6 +4,6 @@
 # It needs `pip install -e '.[cuda]'`, and for PyTorch's side torch, transformers and diffusers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}"
-python -m benchmarks.joint_step "$@"
-python -m benchmarks.joint_step_torch "$@"
+XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.95}" python3 -m benchmarks.joint_step "$@"
+# The card's memory is PyTorch's here: JAX only counts FLOPs.
+JAX_PLATFORMS=cpu python3 -m benchmarks.joint_step_torch "$@"

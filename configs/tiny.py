@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = {
         "path": "openmoji",
         "corpora": {
-            "pairs": {"mode": "joint", "weight": 4.0},
+            "pairs": {"mode": "joint", "weight": 16.0},
             "interleaved": {"mode": "joint", "weight": 1.0},
             "conversations": {"mode": "joint", "weight": 1.0, "learn_dream_start": True},
         },

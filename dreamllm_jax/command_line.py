@@ -9,11 +9,22 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 from absl.flags import argparse_flags
+from ml_collections import config_flags
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised, not only what it says.")
 
 # What the package raises for wrong settings, files and environments, with a message for the user.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
+
+
+def define_config() -> flags.FlagHolder:
+    """The flag `--config=FILE.py[:argument]`, and one for each setting: `--config.rows.per_step=8`.
+
+    Settings that the file leaves out can be given too; misspelt ones are refused when the configuration is read.
+    """
+    return config_flags.DEFINE_config_file(
+        "config", None, "The experiment, a file with get_config().", lock_config=False, accept_new_attributes=True
+    )
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

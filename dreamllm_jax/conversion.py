@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.directories import building, require_free, require_room
+from dreamllm_jax.directories import building, is_remote, require_free, require_room
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.clip import write_clip
 from dreamllm_jax.interop.diffusion import DiffusionConfigs, write_diffusion
@@ -54,7 +54,7 @@ def import_model(source: Source, tokenizer: Tokenizer | None, to: str, dtypes: M
         path: np.dtype(DTYPES.get(dtypes.get(_part(path), ""), leaf.dtype)) for path, leaf in source.leaves.items()
     }
     size = sum(int(np.prod(leaf.shape)) * types[path].itemsize for path, leaf in source.leaves.items())
-    if remote := "://" in to:
+    if remote := is_remote(to):
         if epath.Path(to).exists():
             raise FileExistsError(f"{to} exists already; choose another name or remove it")
         scratch_folder = Path(tempfile.gettempdir())
@@ -112,7 +112,7 @@ def export_model(
         is too small, a format that needs torch, a model that the format cannot express.
     """
     require_free(to)
-    if "://" in str(to):
+    if is_remote(to):
         raise ValueError(f"PyTorch's files are written to a local directory, which can then be copied to {to}")
     for kind in formats:
         _require_expressible(saved.config, kind)

@@ -252,10 +252,13 @@ def hidden_states(model: DreamLLM, params: dict, batch: Batch, image_chunk: int 
     see, dream = batch.see_slots.shape[1], batch.dream_slots.shape[1]
     features = None
     if see:
+        stored = batch.see_features is not None
         see_model = functools.partial(
-            model.apply, {"params": whole({name: params[name] for name in ("clip", "visual_projector")})}, method="see"
+            model.apply,
+            {"params": whole({name: params[name] for name in ("clip", "visual_projector")})},
+            method="project" if stored else "see",
         )
-        images = _by_device(batch.see_images)
+        images = _by_device(batch.see_features if stored else batch.see_images)
         parts = chunks.split(images, chunks.count(images.shape[1], image_chunk))
         features = jax.lax.map(lambda part: _regroup(see_model(_flat(part)), len(part)), parts)
         features = chunks.join(features)

@@ -22,7 +22,6 @@ for _name, _value in _QUIET.items():
     os.environ.setdefault(_name, _value)
 
 from absl import flags  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
 
 from dreamllm_jax import command_line, runs  # noqa: E402
 from dreamllm_jax.chips import Topology, find_topology  # noqa: E402
@@ -32,7 +31,7 @@ from dreamllm_jax.planning.estimate import as_json, describe, remedy  # noqa: E4
 from dreamllm_jax.planning.search import fit  # noqa: E402
 from dreamllm_jax.planning.step import compile_step  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, a file with get_config().", lock_config=True)
+_CONFIG = command_line.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", "", "The slice: v5p-128, v5e-16, two slices v5p-128x2, or v5p:4x4x4.")
 _FIT = flags.DEFINE_bool("fit", False, "Find the largest rows.per_step and the cheapest model.remat that fit.")
 _EFFORT = flags.DEFINE_enum("effort", "normal", ["low", "normal"], "low: compiles faster, memory is rough, no times.")

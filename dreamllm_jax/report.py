@@ -15,6 +15,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from dreamllm_jax import command_line
+from dreamllm_jax.directories import absolute
 from dreamllm_jax.training.metrics import read_metrics
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the training run.")
@@ -92,7 +93,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     Raises:
       FileNotFoundError: the run has not been trained or not been evaluated.
     """
-    workdir = epath.Path(workdir).absolute()
+    workdir = absolute(workdir)
     metrics = read_metrics(workdir)
     evaluation = workdir / "evaluation"
     if not (evaluation / "recall.json").exists():

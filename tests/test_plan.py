@@ -216,6 +216,7 @@ from configs import tiny
 
 def get_config(arg=""):
     config = tiny.get_config()
+    config.model.llama.hidden_size = 512  # narrower columns would be padded to the width of a register
     config.rows = {{"per_step": 16, "length": 128, "see_slots": 0, "dream_slots": 0, "dream_size": 32}}
     config.sharding = {{"data": 2, "fsdp": -1, "sequence": 1, "tensor": 1}}
     config.data.path = ""

@@ -1,21 +1,24 @@
 """A whole run on real pictures: train, be interrupted, continue to the same bits, load, evaluate, report."""
 
 import dataclasses
+import io
 import json
+import shutil
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
 
-from dreamllm_jax import conversion, report, runs
+from dreamllm_jax import conversion, generate, report, runs
 from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax.data import __main__ as data_commands
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.evaluation import recall
-from dreamllm_jax.generation.documents import generate_document, save_document
+from dreamllm_jax.generation.documents import generate_documents, load_document, save_document
 from dreamllm_jax.interop.dreamllm import open_dreamllm
-from dreamllm_jax.training import metrics as metrics_module
 from dreamllm_jax.training import saved
 from dreamllm_jax.training.loop import train
 from dreamllm_jax.training.metrics import read_metrics
@@ -69,22 +72,6 @@ def test_every_step_is_logged_once(finished):
     assert list((workdir / "tensorboard").iterdir())
 
 
-def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch):
-    def interrupted(log, step, scalars, write=metrics_module.MetricsLog.write):
-        if step == 4:
-            raise KeyboardInterrupt
-        write(log, step, scalars)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(metrics_module.MetricsLog, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            start_and_train(tmp_path)
-    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3]
-    state = jax.device_get(start_and_train(tmp_path))
-    assert losses(tmp_path) == losses(finished[0])
-    jax.tree.map(np.testing.assert_array_equal, state, finished[1])
-
-
 def test_a_finished_run_stays_as_it_is(finished):
     before = (finished[0] / "metrics.jsonl").read_text()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(start_and_train(finished[0])), finished[1])
@@ -97,6 +84,11 @@ def test_a_run_refuses_other_settings(finished):
         start_and_train(workdir, objective={"drop_prob": 0.3})
     with pytest.raises(ValueError, match="the saved data state has"):
         start_and_train(workdir, data=settings()["data"] | {"flip": 0.5}, steps=STEPS)
+    accepted = {"checkpoint": settings()["checkpoint"] | {"accept_changes": True}}
+    told = (workdir / "config.json").read_text()
+    runs.start(settings() | {"objective": {"drop_prob": 0.3}} | accepted, workdir)
+    assert json.loads((workdir / "config.json").read_text())["objective"] == {"drop_prob": 0.3}
+    (workdir / "config.json").write_text(told)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(finished, tmp_path):
@@ -115,17 +107,67 @@ def test_the_model_loads_and_generates(finished):
     assert result.painted.shape == (PAIRS, 16, 16, 3) and len(result.read) == PAIRS
     recall.save(result, workdir / "evaluation")
     opening = [Text("a cat.")]
+    sampler = SamplerConfig(steps=2)
     told = list(
-        generate_document(
-            trained.model, trained.params, trained.tokenizer, opening, size=16, max_tokens=8, max_images=1, steps=2
+        generate_documents(
+            trained.model,
+            trained.params,
+            trained.tokenizer,
+            [opening],
+            size=16,
+            max_tokens=8,
+            max_images=1,
+            sampler=sampler,
         )
     )
-    assert all(isinstance(segment, Text | Image) for segment in told)
+    assert told and all(event.row == 0 for event in told)
     save_document([*opening, Image(corpus[0].images[0].data)], workdir / "evaluation" / "story")
     page = report.write_report(workdir).read_text()
     assert page.count("<img") == 2 * PAIRS + 2 and all(caption in page for caption in result.captions)
     written = json.loads((workdir / "evaluation" / "recall.json").read_text())
     assert written["pairs"] == PAIRS and written["creation_top1"] == result.creation_top1
+
+
+def test_the_command_line_generates(finished, tmp_path, monkeypatch, capsys):
+    workdir, _ = finished
+    PIL.Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
+    lines = [{"prompt": "a cat"}, {"prompt": "<image> and <image>", "images": ["red.png", "red.png"]}, {"prompt": ""}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    few = "--steps=2", "--guidance=2", "--size=16"
+    for command, *words in (
+        ("text", f"--prompts={tmp_path}/prompts.jsonl", "--max_tokens=6", "--temperature=0.8", "--batch=2"),
+        ("text", "a cat", "--max_tokens=6", "--beams=2", "--template=vicuna_v1", f"--image={tmp_path}/red.png"),
+        ("image", "a cat", "a dog", "--images=2", "--sampler=dpmpp_2m", "--negative=red", *few),
+        ("document", "a cat", "--max_tokens=20", "--max_images=1", *few),
+    ):
+        to = tmp_path / f"{command}{len(words)}"
+        arguments = [command, *words, f"--checkpoint={workdir}", f"--to={to}"]
+        generate.main(generate.make_parser().parse_args(arguments))
+        results = [json.loads(line) for line in (to / "results.jsonl").read_text().splitlines()]
+        page = (to / "index.html").read_text()
+        assert page.count("<article>") == len(results)
+        if command == "image":
+            assert [result["seed"] for result in results] == [0, 1, 2, 3] and page.count("<img") == 4
+            assert len({(to / result["result"][0]["image"]).read_bytes() for result in results}) == 4
+        elif command == "document":
+            assert load_document(to / "0000")[0] == Text("a cat") and (to / "0000/document.html").exists()
+    monkeypatch.setattr("sys.stdin", io.StringIO("a cat\n\na dog\n"))
+    assert generate.read_prompts([], "-", []) == [[Text("a cat")], [Text("a dog")]]
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "pictures", "message"),
+    [
+        ((), "", (), "give prompts either as words or in a file"),
+        (("a",), "b", (), "give prompts either as words or in a file"),
+        ((), "nowhere.txt", (), "nowhere.txt is missing"),
+        (("a <image>",), "", (), "has 1 <image> for 0 images"),
+        (("a",), "", ("nowhere.png",), "the image nowhere.png is missing"),
+    ],
+)
+def test_prompts_that_cannot_be_read(words, file, pictures, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        generate.read_prompts(words, file, pictures)
 
 
 def test_a_folder_of_the_users_own_pictures(tmp_path):
@@ -146,9 +188,18 @@ def test_a_folder_of_the_users_own_pictures(tmp_path):
 
 
 def test_a_run_begins_with_another_runs_model(finished, tmp_path):
-    """As the second stage begins with the first: weights, shape and tokenizer come from there, the rest from here."""
+    """As the second stage begins with the first: weights, shape and tokenizer come from there, the rest from here.
+
+    And it trains on what the first one's autoencoder makes of the images, computed beforehand.
+    """
     first, _ = finished
+    data = shutil.copytree(first / "data", tmp_path / "data")
+    precompute = ["precompute", str(data), f"--checkpoint={first}@4", "--size=16", "--dtype=float32", "--batch=2"]
+    arguments = data_commands.parser().parse_args(precompute)
+    arguments.main(arguments)
+    stored = {"path": str(data), "stored": ["moments"], "stored_dtype": "float32"}
     changes = {
+        "data": settings()["data"] | stored,
         "model": {"remat": "dots"},
         "parameters": {"trainable": [["queries/.*", True], [".*", False]], "init_from": f"{first}@4"},
         "steps": 2,

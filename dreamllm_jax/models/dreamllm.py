@@ -57,10 +57,9 @@ class DreamLLMConfig:
         if self.special_tokens is None:
             object.__setattr__(self, "special_tokens", SpecialTokens.last_of(self.llama.vocab_size))
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of a square image of `image_size` pixels."""
-        side = image_size // self.vae.downscale
-        return side, side, self.vae.latent_channels
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of an image of so many pixels; a square one if no width is given."""
+        return height // self.vae.downscale, (width or height) // self.vae.downscale, self.vae.latent_channels
 
 
 def splice(
@@ -103,10 +102,18 @@ class DreamLLM(nn.Module):
 
     def see(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P E"]:
         """What the llama is given for an image: CLIP features through the visual projector."""
+        return self.visual_projector(self.features(images))
+
+    def features(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P V"]:
+        """CLIP's features of the images' patches."""
         if images.dtype == jnp.uint8:
             images = normalise_pixels(images)
-        images = constrain(images, ("images", None, None, None))
-        return self.visual_projector(self.clip(images))
+        return self.clip(constrain(images, ("images", None, None, None)))
+
+    def project(self, features: Float[Array, "N P V"]) -> Float[Array, "N P E"]:
+        """CLIP features, perhaps stored ones -> what the llama is given."""
+        features = features.astype(jnp.dtype(self.config.dtype))
+        return self.visual_projector(constrain(features, ("images", None, None)))
 
     def embed(
         self,

@@ -100,15 +100,20 @@ def _abstract_batch(experiment: Experiment, sharding: NamedSharding) -> Batch:
     def of(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=sharding)
 
+    def pixels(slots: int, size: int) -> jax.ShapeDtypeStruct:
+        return of("uint8", slots, size, size, 3)
+
     return Batch(
         tokens=of("int32", shape.length),
         segment_ids=of("int32", shape.length),
         positions=of("int32", shape.length),
         loss_weights=of("float32", shape.length),
-        see_images=of("uint8", shape.see_slots, shape.see_size, shape.see_size, 3),
+        see_images=None if shape.see_features else pixels(shape.see_slots, shape.see_size),
         see_slots=of("int32", shape.see_slots),
-        dream_images=of("uint8", shape.dream_slots, shape.dream_size, shape.dream_size, 3),
+        dream_images=None if shape.dream_moments else pixels(shape.dream_slots, shape.dream_size),
         dream_slots=of("int32", shape.dream_slots),
+        see_features=of(shape.stored_dtype, shape.see_slots, *shape.see_features) if shape.see_features else None,
+        dream_moments=of(shape.stored_dtype, shape.dream_slots, *shape.dream_moments) if shape.dream_moments else None,
     )
 
 
