@@ -1,4 +1,4 @@
-"""Times writing and painting beside transformers and diffusers, with the same random weights on the same machine.
+"""Times writing and painting beside transformers and diffusers, both with random weights on the same machine.
 
     python -m benchmarks.generation --size=small     # seconds on a CPU
     python -m benchmarks.generation --size=7b        # a GPU; SD 2.1, pictures of 512 pixels, 50 steps of DDIM
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks.shapes import random_weights
 from dreamllm_jax import published
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.configuration import read
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import paint
 from dreamllm_jax.generation.text import read_prompts, write
-from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
 
 PROMPT, NEW = 128, 64
@@ -60,19 +60,6 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
     return min(taken)
 
 
-def random_params(config: DreamLLMConfig) -> dict:
-    """Weights that multiply to activations of ordinary size, in the type of the computation."""
-
-    def draw(path, leaf):
-        name, key = path[-1].key, jax.random.fold_in(jax.random.key(0), hash(str(path)) % 2**31)
-        if name == "scale":
-            return jnp.ones(leaf.shape, dtype)
-        return (0.02 * jax.random.normal(key, leaf.shape)).astype(dtype)
-
-    dtype = jnp.dtype(config.dtype)
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_params(config)))
-
-
 def prompts(config: DreamLLMConfig, rows: int) -> Batch:
     none = np.zeros((rows, 0), np.int32)
     tokens = np.random.default_rng(0).integers(3, config.llama.vocab_size - 8, (rows, PROMPT)).astype(np.int32)
@@ -89,35 +76,33 @@ def prompts(config: DreamLLMConfig, rows: int) -> Batch:
     )
 
 
-def torch_llama(config: DreamLLMConfig, params: dict):
+def torch_llama(config: DreamLLMConfig):
     import torch
     import transformers
 
     fields = {field.name for field in dataclasses.fields(config.llama)} - {"rope_theta", "rope_scaling"}
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**{name: getattr(config.llama, name) for name in fields}, attn_implementation="sdpa")
-    )
-    load(model, params["llama"], lambda name: name.replace("model.", "", 1))
+    settings = {name: getattr(config.llama, name) for name in fields}
+    with torch.device(torch_device()):
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**settings, attn_implementation="sdpa", dtype=getattr(torch, config.dtype))
+        )
     return model.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
 
 
-def torch_unet(config: DreamLLMConfig, params: dict):
+def torch_unet(config: DreamLLMConfig):
     import diffusers
     import torch
 
     fields = {field.name for field in dataclasses.fields(config.unet)}
-    model = diffusers.UNet2DConditionModel(**{name: getattr(config.unet, name) for name in fields})
-    load(model, params["unet"], lambda name: name)
+    with torch.device(torch_device()):
+        model = diffusers.UNet2DConditionModel(**{name: getattr(config.unet, name) for name in fields})
     return model.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
 
 
-def load(model, params: dict, ours: Callable[[str], str]) -> None:
-    """Our weights into a torch model; names that differ are an error."""
+def torch_device() -> str:
     import torch
 
-    tensors = to_torch(params)
-    state = {name: torch.tensor(np.asarray(tensors[ours(name)], np.float32)) for name in model.state_dict()}
-    model.load_state_dict(state)
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
@@ -133,7 +118,15 @@ def main() -> None:
     model_settings |= SMALL if small else {}
     config = read(DreamLLMConfig, model_settings | {"dtype": "float32" if small else "bfloat16"})
     steps = arguments.steps or (10 if small else 50)
-    model, params = DreamLLM(config), random_params(config)
+    model, params = (
+        DreamLLM(config),
+        random_weights(
+            jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype)),
+                nn.unbox(abstract_params(config)),
+            )
+        ),
+    )
 
     # Floors: how fast this device reads weights, and how fast it multiplies.
     llama = sum(leaf.nbytes for leaf in jax.tree.leaves(params["llama"]))
@@ -148,7 +141,7 @@ def main() -> None:
         f"{jax.devices()[0].device_kind}: reads {reading / 1e9:.0f} GB/s, multiplies {multiplying / 1e12:.2f} TFLOP/s"
     )
 
-    reference = None if arguments.without_torch else torch_llama(config, params)
+    reference = None if arguments.without_torch else torch_llama(config)
     for rows in (1, 16):
         batch = prompts(config, rows)
 
@@ -176,7 +169,7 @@ def main() -> None:
     floor = steps * flops / multiplying
     line = f"a picture of {size} pixels, {steps} guided steps: {each:.2f} s ({each / floor:.2f} x the U-Net's floor)"
     if not arguments.without_torch:
-        line += f"; diffusers {torch_picture(config, params, steps, arguments.repeats):.2f} s without its decoder"
+        line += f"; diffusers {torch_picture(config, steps, arguments.repeats):.2f} s without its decoder"
     print(line)
 
 
@@ -184,8 +177,7 @@ def torch_seconds(model, batch: Batch, repeats: int) -> float:
     """Seconds a token of greedy `generate`."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    device = torch_device()
     ids = torch.tensor(batch.tokens, device=device).long()
     ones = torch.ones_like(ids)
 
@@ -200,12 +192,12 @@ def torch_seconds(model, batch: Batch, repeats: int) -> float:
         return (seconds(lambda: run(NEW), repeats) - seconds(lambda: run(1), repeats)) / (NEW - 1)
 
 
-def torch_picture(config: DreamLLMConfig, params: dict, steps: int, repeats: int) -> float:
+def torch_picture(config: DreamLLMConfig, steps: int, repeats: int) -> float:
     import diffusers
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet = torch_unet(config, params).to(device)
+    device = torch_device()
+    unet = torch_unet(config)
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
     height, width, channels = config.latent_shape(config.unet.sample_size * config.vae.downscale)
     condition = torch.ones(2, config.num_queries, config.unet.cross_attention_dim, device=device, dtype=unet.dtype)

@@ -126,7 +126,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    model = JointStep(settings, batch).to(device)
+    with torch.device(device):
+        model = JointStep(settings, batch).to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=device == "cuda")
     forward = model if arguments.no_compile else torch.compile(model)
