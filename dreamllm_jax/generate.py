@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
+import jax
 from absl.flags import argparse_flags
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from dreamllm_jax.generation.prompts import Painted
 from dreamllm_jax.generation.results import INDEX, Results
 from dreamllm_jax.generation.text import Sampling
 from dreamllm_jax.generation.texts import generate_texts
+from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
 
 HERE = "<image>"
 
@@ -32,8 +34,10 @@ HERE = "<image>"
 def main(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompt, arguments.prompts, arguments.image)
     sampling_of = _sampling(arguments)
-    tokenizer, model, params = runs.load_model(arguments.checkpoint)
-    apart = ("main", "prompt", "prompts", "image", "to", "batch", "seed")
+    devices = ShardingConfig(fsdp=arguments.fsdp, tensor=arguments.tensor)
+    mesh = make_mesh(devices, jax.devices()[: arguments.fsdp * arguments.tensor])
+    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    apart = ("main", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
     painting = {}
     if arguments.command != "text":
@@ -51,7 +55,11 @@ def main(arguments: argparse.Namespace) -> None:
         }
     wanted = [prompt for prompt in prompts for _ in range(getattr(arguments, "images", 1))]
     numbered = [(prompt, arguments.seed + number) for number, prompt in enumerate(wanted)]
-    with Results(arguments.to, settings) as results, tqdm(total=len(numbered), unit=arguments.command) as progress:
+    with (
+        use(mesh, devices),
+        Results(arguments.to, settings) as results,
+        tqdm(total=len(numbered), unit=arguments.command) as progress,
+    ):
         for some in _batches(numbered, arguments.batch):
             given, seeds = [prompt for prompt, _ in some], [seed for _, seed in some]
             sampling = sampling_of(seeds) if sampling_of else None
@@ -181,6 +189,8 @@ def make_parser() -> argparse_flags.ArgumentParser:
         add.add_argument("--to", required=True, help="a new directory for the results")
         add.add_argument("--seed", type=int, default=0, help="of the first result; the next have the next ones")
         add.add_argument("--batch", type=_positive, default=8, help="results at a time")
+        add.add_argument("--fsdp", type=_positive, default=1, help="devices over which results and weights are split")
+        add.add_argument("--tensor", type=_positive, default=1, help="devices over which each layer is split")
         if command != "image":
             add.add_argument("--max_tokens", type=_positive, default=256)
             add.add_argument("--temperature", type=float, default=0.0, help="0: the most probable tokens")

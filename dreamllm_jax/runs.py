@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from dreamllm_jax.configuration import ConfigError
 from dreamllm_jax.data.pipeline import data_tokenizer
@@ -25,11 +26,13 @@ from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.directories import absolute
 from dreamllm_jax.distributed import difference, require_same
 from dreamllm_jax.experiment import Experiment, read_experiment
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.models.dreamllm import DreamLLM, abstract_params
+from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings
 from dreamllm_jax.training.initial import open_initial
 from dreamllm_jax.training.saved import CONFIG_FILE, TOKENIZER, find, write_description
 
 DATA = "data"
+SINGLE = ShardingConfig(fsdp=1)
 _logger = logging.getLogger(__name__)
 
 
@@ -169,12 +172,20 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Trained:
     return Trained(dataclasses.replace(experiment, model=model.config), tokenizer, model, params)
 
 
-def load_model(name: epath.PathLike) -> tuple[Tokenizer, DreamLLM, dict]:
-    """Tokenizer, model and parameters, as stored, on the first local device; `name` and errors as of `saved.find`."""
+def load_model(
+    name: epath.PathLike, mesh: Mesh | None = None, sharding: ShardingConfig = SINGLE
+) -> tuple[Tokenizer, DreamLLM, dict]:
+    """Tokenizer, model and parameters, as stored; `name` and errors as of `saved.find`.
+
+    Args:
+      mesh: over which the parameters are split, by the rules of `sharding`; default the first local device.
+    """
     found = find(str(name))
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    mesh = make_mesh(SINGLE, jax.local_devices()[:1]) if mesh is None else mesh
+    shardings = flatten_dict(param_shardings(abstract_params(found.config), mesh, sharding), sep="/")
     wanted = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) for path, leaf in found.leaves().items()
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        for path, leaf in found.leaves().items()
     }
     params = unflatten_dict(found.restore(wanted), sep="/")
     return load_tokenizer(found.tokenizer), DreamLLM(found.config), params
