@@ -17,7 +17,7 @@ def plan(tmp_path, arguments):
     figures = tmp_path / "plan.json"
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     without_images = ["--config.rows.see_slots=0", "--config.rows.dream_slots=0"]
-    command = [sys.executable, "-m", "dreamllm_jax.plan", "--config=configs/stage2.py:7b", "--effort=low"]
+    command = [sys.executable, "-m", "dreamllm_jax.plan", "--config=configs/stage2_igpt.py:7b", "--effort=low"]
     done = subprocess.run(
         [*command, *without_images, f"--json={figures}", *arguments],
         cwd=ROOT,

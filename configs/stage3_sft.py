@@ -1,8 +1,8 @@
 """Stage III of DreamLLM, supervised fine-tuning on instructions (arXiv 2309.11499, section 3.3): as stage II, on
 conversations and instructed stories.
 
-    python -m dreamllm_jax.plan --config=configs/stage3.py:7b --topology=v5p-16
-    python -m dreamllm_jax.train --config=configs/stage3.py:7b --workdir=gs://… \
+    python -m dreamllm_jax.plan --config=configs/stage3_sft.py:7b --topology=v5p-16
+    python -m dreamllm_jax.train --config=configs/stage3_sft.py:7b --workdir=gs://… \
         --config.parameters.init_from=RUN_OF_STAGE_II --config.data.path=DOCUMENTS
 
 The argument is the llama's size: 7b (default) or 13b.
@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from dreamllm_jax import published
 
 
-def get_config(arg: str = "7b") -> ConfigDict:
-    config = published.stage(arg or "7b")
+def get_config(arg: str = "") -> ConfigDict:
+    config = published.tuning(arg)
     config.steps = 5_000
     config.data = {
         "path": "",
