@@ -48,6 +48,7 @@ class Experiment:
         the run.
       timeout: seconds without a finished step after which the run ends; 0 for never. Compiling counts.
       host_timeout: seconds without a sign of another host after which the run ends, unless `timeout` is 0.
+      parent: the configuration file (`FILE.py:argument`) of which this one is a change; it only says what to compare.
       wandb: project of Weights & Biases that is told the metrics too; needs `pip install wandb`.
     """
 
@@ -65,6 +66,7 @@ class Experiment:
     max_skipped: int = 10
     timeout: float = 3600.0
     host_timeout: float = 60.0
+    parent: str = ""
     wandb: str = ""
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from dreamllm_jax.arguments import parse
+from dreamllm_jax.configuration import ConfigError
 
 Llm = Literal["7b", "13b", "vicuna15-7b", "vicuna15-13b", "llama31-8b", "tinyllama", "1b"]
 Diffusion = Literal["sd21", "sd15"]
@@ -164,13 +165,21 @@ def tuning(argument: str = "") -> ConfigDict:
     """
     given = parse(Tuning, argument)
     config = _stage(given)
-    config.parameters.trainable = EVERYTHING_BUT_TOWERS
-    if given.lora:
-        config.model.llama.lora = {"rank": given.lora, "alpha": 2.0 * given.lora}
-        config.parameters.trainable = ADAPTERS
-    else:
-        config.model.llama.lora = None  # those of the run before are merged
+    adapt(config, given.lora)
     return config
+
+
+def adapt(config: ConfigDict, rank: int) -> None:
+    """Trains adapters of this rank in place of the llama itself; the llama itself for 0.
+
+    Raises:
+      ConfigError: a negative rank.
+    """
+    if rank < 0:
+        raise ConfigError(f"the rank of adapters must not be negative, got {rank}")
+    # Without adapters, those of the run before are merged.
+    config.model.llama.lora = ConfigDict({"rank": rank, "alpha": 2.0 * rank}) if rank else None
+    config.parameters.trainable = ADAPTERS if rank else EVERYTHING_BUT_TOWERS
 
 
 def _stage(recipe: Recipe) -> ConfigDict:

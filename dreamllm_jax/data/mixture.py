@@ -34,6 +34,7 @@ class CorpusConfig:
       limit: use so many of its documents, the first ones; 0 for all.
       template: how conversations are written, vicuna_v1 or llama_2.
       learn_dream_start: in conversations, learn the decision to paint too.
+      see_first: where an image is both painted and read, read it first, so that it is painted from itself.
     """
 
     mode: Mode = "joint"
@@ -42,6 +43,7 @@ class CorpusConfig:
     limit: int = 0
     template: str = "vicuna_v1"
     learn_dream_start: bool = False
+    see_first: bool = False
 
     def __post_init__(self):
         if self.mode not in MODES:

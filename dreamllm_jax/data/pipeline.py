@@ -205,6 +205,7 @@ class _Reader:
             draw=draw,
             template=config.template,
             learn_dream_start=config.learn_dream_start,
+            see_first=config.see_first,
         )
 
 
