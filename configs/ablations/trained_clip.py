@@ -21,6 +21,6 @@ def get_config(arg: str = "") -> ConfigDict:
     given, config = recipes.begin(__file__, Arguments, arg)
     config.parameters.trainable = (("clip/.*", given.trained), *config.parameters.trainable)
     if given.trained:
-        config.optimizer.learning_rates = (("clip/layers/.*", 1.0), ("clip/.*", 0.1))
-        config.optimizer.layer_decays = (("clip/layers/.*", 0.9),)
+        config.optimizer.learning_rates = (("clip/encoder/layers/.*", 1.0), ("clip/.*", 0.1))
+        config.optimizer.layer_decays = (("clip/encoder/layers/.*", 0.9),)
     return config
