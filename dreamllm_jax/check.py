@@ -16,6 +16,7 @@ from dreamllm_jax.data.preparation import SOURCES
 from dreamllm_jax.data.storage import SUMMARY, read_summary
 from dreamllm_jax.experiment import Experiment, read_experiment, require_mesh_fits
 from dreamllm_jax.models.dreamllm import abstract_params
+from dreamllm_jax.precompute import require_frozen
 from dreamllm_jax.sharding import MESH_AXES
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dreamllm_jax.training.parameters import count_parameters, parameter_lines
@@ -42,7 +43,13 @@ def check(config: Mapping[str, Any]) -> tuple[Experiment, Leaves, Leaves]:
         raise ConfigError(f"config.model: no model has these shapes: {' '.join(str(error).split())[:300]}") from None
     trainable, frozen = split_params(shapes, experiment.parameters.trainable)
     jax.eval_shape(make_optimizer(experiment.optimizer, experiment.steps).init, trainable)
-    require_mesh_fits(experiment, {name: max(getattr(experiment.sharding, name), 1) for name in MESH_AXES})
+    mesh = {name: max(getattr(experiment.sharding, name), 1) for name in MESH_AXES}  # what is left to the devices: 1
+    require_mesh_fits(experiment, mesh)
+    axes = experiment.sharding.all_rules["rows"]
+    if experiment.rows.per_step % math.prod(mesh[axis] for axis in axes):
+        parts = " x ".join(f"sharding.{axis}={mesh[axis]}" for axis in axes)
+        raise ConfigError(f"rows.per_step={experiment.rows.per_step} does not divide over {parts}")
+    require_frozen(experiment.data.stored, trainable)
     _require_data(experiment)
     parameters = experiment.parameters
 
@@ -59,7 +66,9 @@ def _require_data(experiment: Experiment) -> None:
         return  # named later, or made by the run
     there = read_summary(data.path)["corpora"]
     if missing := [name for name in data.corpora if name not in there]:
-        raise ConfigError(f"config.data.corpora.{missing[0]} is not in {data.path}: there are {', '.join(there)}")
+        raise ConfigError(
+            f"config.data.corpora.{missing[0]} is not in {data.path}: there are {', '.join(sorted(there))}"
+        )
 
 
 def describe(config: Mapping[str, Any]) -> str:

@@ -76,6 +76,10 @@ class Experiment:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError(f"wandb={self.wandb!r} needs the package of that name: pip install wandb")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
+        if self.objective.lm_weight == 0 and rows.dream_slots == 0:
+            raise ConfigError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
         if self.timeout < 0:
             raise ConfigError(f"timeout must not be negative, got {self.timeout}")
         if rows.per_step < 1 or rows.microbatches < 1 or rows.per_step % rows.microbatches:

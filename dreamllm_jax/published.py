@@ -154,16 +154,17 @@ def alignment(argument: str = "") -> ConfigDict:
     return config
 
 
-def tuning(argument: str = "") -> ConfigDict:
+def tuning(argument: str = "", cls: type[Tuning] = Tuning) -> ConfigDict:
     """What stages II and III have in common: the llama is trained too, text and pictures weigh 1 and 10.
 
     Args:
       argument: see `Tuning`.
+      cls: it, or one with other defaults.
 
     Raises:
       ConfigError: an argument that cannot be used.
     """
-    given = parse(Tuning, argument)
+    given = parse(cls, argument)
     config = _stage(given)
     adapt(config, given.lora)
     return config

@@ -1,11 +1,12 @@
 """The shipped configurations: what they say is what the authors published, and their arguments are strict."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax import recipes
+from dreamllm_jax.check import check, describe
+from dreamllm_jax.configuration import ConfigError, differences
 from dreamllm_jax.experiment import Experiment, read_experiment
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -14,10 +15,7 @@ STAGES = (*STAGE_1, "stage2_igpt", "stage3_sft")
 
 
 def get_config(name: str, argument: str):
-    spec = importlib.util.spec_from_file_location("config", CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument)
+    return recipes.load(CONFIGS / f"{name}.py", argument)
 
 
 def experiment(name: str, argument: str = "") -> Experiment:
@@ -87,3 +85,67 @@ def test_arguments_are_strict(stage, argument, message):
     with pytest.raises(ConfigError, match=message) as refused:
         get_config(stage, argument)
     assert "\n" not in str(refused.value)
+
+
+def shipped() -> list[str]:
+    """Every configuration, and every variant of every sweep, as FILE.py:argument."""
+    found = [path.name for path in sorted(CONFIGS.glob("*.py")) if path.stem != "alignment"]
+    for path in sorted((CONFIGS / "ablations").glob("*.py")):
+        variants = recipes.module(path).SWEEP
+        found += [f"ablations/{path.name}:{','.join(f'{k}={v}' for k, v in variant.items())}" for variant in variants]
+    return found
+
+
+@pytest.mark.parametrize("config", shipped())
+def test_every_shipped_configuration_is_read(config):
+    file, _, argument = config.partition(":")
+    given = recipes.load(CONFIGS / file, argument).to_dict()
+    assert read_experiment(given).steps > 0
+
+
+WHOLE = ["small.py", "ablations/trained_clip.py", "ablations/trained_unet.py", "ablations/lora_rank.py:llm=13b"]
+WHOLE += ["ablations/queries.py:parent=tiny,queries=256", "stage1_creation.py:llama31-8b,diffusion=sd15"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", WHOLE)
+def test_their_shapes_groups_and_trained_parameters_are_checked(config):
+    """Of one of each kind; the others differ in numbers."""
+    file, _, argument = config.partition(":")
+    _, trainable, frozen = check(recipes.load(CONFIGS / file, argument).to_dict())
+    assert trainable and bool(frozen) == ("tiny" not in config)
+    assert any(path.startswith("unet/") for path in trainable) == ("unet" in config or "tiny" in config)
+
+
+def test_an_ablation_is_its_difference():
+    given, parent = (experiment(name, "llm=13b") for name in ("ablations/loss_weights", "stage2_igpt"))
+    assert differences(parent, experiment("ablations/loss_weights", "dm=5,llm=13b")) == {
+        "parent": ("", given.parent),
+        "objective.dm_weight": (10.0, 5.0),
+    }
+    assert Path(given.parent.partition(":")[0]).name == "stage2_igpt.py" and given.parent.endswith(":llm=13b")
+
+
+def test_shares_of_the_mixture():
+    def weights(argument):
+        corpora = get_config("ablations/text_share", f"parent=tiny,{argument}").data.corpora
+        total = sum(corpus.weight for corpus in corpora.values())
+        return {name: corpus.weight / total for name, corpus in corpora.items()}
+
+    assert weights("share=0.25") == pytest.approx(
+        {"text": 0.25, "pairs": 0.75 * 16 / 18, "interleaved": 0.75 / 18, "conversations": 0.75 / 18}
+    )
+    assert weights("share=1") == {"text": 1} and "text" not in weights("share=0")
+    with pytest.raises(ConfigError, match=r"argument\.share must lie in \[0, 1\], got 2"):
+        weights("share=2")
+
+
+def test_what_a_check_says():
+    told = describe(recipes.load(CONFIGS / "ablations" / "queries.py", "parent=tiny,queries=4").to_dict())
+    assert "model.num_queries" in told and "8 -> 4" in told and "differences from" in told
+    assert "pairs          88.9% of the documents, joint" in told
+    assert "tokens                  1,024          1,024,000" in told
+    count = next(line for line in told.splitlines() if line.startswith("  queries"))
+    assert count.split() == ["queries", "512", "float32", "trained"]
+    assert "learning rate" in told and "step 1,000" in told and "\u2588" in told
+    assert all(len(line) < 200 for line in told.splitlines())

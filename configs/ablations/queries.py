@@ -27,4 +27,6 @@ class Arguments(recipes.Ablation):
 def get_config(arg: str = "") -> ConfigDict:
     given, config = recipes.begin(__file__, Arguments, arg)
     config.model.num_queries = given.queries
+    room = -(-(given.queries + 34) // 128) * 128  # for one picture and a short caption
+    config.rows.length = max(config.rows.length, room)
     return config

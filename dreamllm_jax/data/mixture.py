@@ -133,11 +133,17 @@ def _pair(corpus: int, index: int) -> tuple[int, int]:
     return corpus, index
 
 
-def _weights(configs: Mapping[str, CorpusConfig], sizes: Sequence[int]) -> list[float]:
+def require_alike(configs: Mapping[str, CorpusConfig]) -> None:
+    """Raises ValueError if some corpora are mixed by epochs, and others by weights."""
     by_epochs = [name for name, config in configs.items() if config.epochs]
     if by_epochs and len(by_epochs) < len(configs):
         rest = ", ".join(name for name in configs if name not in by_epochs)
         raise ValueError(f"give epochs to all corpora or to none: {rest} has none")
+
+
+def _weights(configs: Mapping[str, CorpusConfig], sizes: Sequence[int]) -> list[float]:
+    require_alike(configs)
+    by_epochs = any(config.epochs for config in configs.values())
     amounts = zip(configs.values(), sizes, strict=True)
     weights = [config.epochs * size if by_epochs else config.weight for config, size in amounts]
     return [weight / sum(weights) for weight in weights]

@@ -18,7 +18,7 @@ from dreamllm_jax.exits import Preempted
 from dreamllm_jax.experiment import Experiment, require_mesh_fits
 from dreamllm_jax.flops import model_flops
 from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.precompute import DEPENDS, require_same_towers
+from dreamllm_jax.precompute import require_frozen, require_same_towers
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.checkpoints import Checkpoints
 from dreamllm_jax.training.initial import restore_initial
@@ -142,10 +142,8 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
 
 def _require_frozen(experiment: Experiment, state: TrainState) -> None:
     """Raises ValueError if stored arrays would stand for towers that are trained, or other ones than made them."""
+    require_frozen(experiment.data.stored, state.trainable)
     for name in experiment.data.stored:
-        trained = next((path for path in state.trainable if path.startswith(DEPENDS[name])), None)
-        if trained:
-            raise ValueError(f"{trained} is trained: leave {name} out of data.stored, or freeze the tower")
         for corpus in experiment.data.corpora or read_summary(experiment.data.path)["corpora"]:
             require_same_towers(experiment.data.path, corpus, name, state.frozen)
 
