@@ -4,6 +4,14 @@ pictures; everything else stays frozen. No UNet is run.
     python -m dreamllm_jax.plan --config=configs/stage1_comprehension.py:7b --topology=v5e-8
     python -m dreamllm_jax.train --config=configs/stage1_comprehension.py:7b --workdir=gs://… \
         --config.parameters.init_from=IMPORTED_MODEL --config.data.path=DOCUMENTS
+
+Argument: `published.Recipe`, as in `llm=13b`; 7b alone will do.
+
+Slice: v5e-8 (9.1 of 15.8 GiB a chip). Planned at normal effort: 5.07 s a step, 733 chip-hours for 29 million pictures;
+the compiler's estimate, which a chip will not reach.
+
+Curves: `lm_loss` falls steeply within the first few hundred steps, when the projector has found the words' place, then
+slowly; `dm_loss` is not computed.
 """
 
 from ml_collections import ConfigDict

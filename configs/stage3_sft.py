@@ -5,7 +5,12 @@ conversations and instructed stories.
     python -m dreamllm_jax.train --config=configs/stage3_sft.py:7b --workdir=gs://… \
         --config.parameters.init_from=RUN_OF_STAGE_II --config.data.path=DOCUMENTS
 
-The argument is the llama's size: 7b (default) or 13b.
+Argument: `published.Tuning`, as in `llm=vicuna15-13b,lora=64`; 7b alone will do.
+
+Slice: v5p-16; its step is stage II's, so 33 chip-hours for 5,000 steps by the same estimate.
+
+Curves: the next-token loss is that of the assistant's turns alone and begins lower than stage II's ended; it should fall
+for the whole run. The denoising loss hardly moves.
 """
 
 from ml_collections import ConfigDict

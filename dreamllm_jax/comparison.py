@@ -138,9 +138,7 @@ def _rows(compared: Comparison) -> tuple[list[str], list[list[Value]]]:
 def _page(compared: Comparison, title: str) -> str:
     colours = dict(zip(compared.metrics, _colours(len(compared.metrics)), strict=True))
     header, lines = _rows(compared)
-    count = len(next(iter(compared.settings.values())))
-    titles = [*header[: count + 1], *(name.replace("_", " ") for name in header[count + 1 :])]
-    heads = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    heads = "".join(f'<th title="{html.escape(name)}">{_breakable(name)}</th>' for name in header)
     body = ""
     for name, *values in lines:
         dot = f'<span class="dot" style="background:{colours[name]}"></span>'
@@ -149,10 +147,15 @@ def _page(compared: Comparison, title: str) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style><h1>{html.escape(title)}: {len(lines)} runs</h1>"
-        f"<p>Settings that differ, then means over the last {LAST:.0%} of the steps.</p>"
+        f"<p>Settings that differ, and means over the last {LAST:.0%} of the steps. Curves have their run's colour.</p>"
         f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
         f"<h2>Curves</h2>{_curves(compared.metrics, colours)}</html>"
     )
+
+
+def _breakable(name: str) -> str:
+    """A path such as `optimizer.learning_rate`, which may be broken after its dots and underscores."""
+    return html.escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _shown(value: Value) -> str:
@@ -177,9 +180,10 @@ def _curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], colours: Mappi
             steps, values = map(np.asarray, zip(*points, strict=True))
             window = max(1, len(values) // 50)
             mean = np.convolve(values, np.ones(window) / window, mode="valid")
-            axes.plot(steps[window - 1 :], mean, color=colours[run], linewidth=1.5, label=run)
+            axes.plot(steps[window - 1 :], mean, color=colours[run], linewidth=1.5)
         axes.set(title=CURVES[name], xlabel="step", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:.3g}")
         axes.grid(alpha=0.3, which="both")
-    columns = min(4, len(metrics))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     return figure_image(figure, "loss curves")

@@ -16,7 +16,7 @@ img { width: 90px; height: 90px; image-rendering: pixelated; background: #fff; b
 small { color: #777; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px; border-bottom: 1px solid #e4e4e4; text-align: right; white-space: nowrap; }
-thead th { vertical-align: bottom; white-space: normal; overflow-wrap: anywhere; min-width: 4em; color: #555; }
+thead th { vertical-align: bottom; white-space: normal; color: #555; }
 th:first-child { text-align: left; font-weight: 600; } th { font-weight: 500; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 8px; }
 """
