@@ -5,6 +5,7 @@ its name goes to whom it concerns: `configs/ablations/min_snr.py:parent=stage1_c
 the parent's `llm` is 13b. Its `SWEEP` lists the values to compare, for `launch/sweep.py`.
 """
 
+import ast
 import dataclasses
 import importlib.util
 import itertools
@@ -81,6 +82,22 @@ def begin(file: str, cls: type[T], argument: str) -> tuple[T, ConfigDict]:
         raise ConfigError(f"{error} (of parent={ours.parent}; here there are {', '.join(sorted(names))})") from None
     config.parent = os.path.relpath(path) + (f":{theirs}" if theirs else "")
     return ours, config
+
+
+def override(config: ConfigDict, flags: Sequence[str]) -> dict[str, Any]:
+    """The settings with those of flags such as `--config.optimizer.learning_rate=1e-3` in their places."""
+    settings = config.to_dict()
+    for flag in flags:
+        path, _, text = flag.removeprefix("--config.").partition("=")
+        *groups, name = path.split(".")
+        at = settings
+        for group in groups:
+            at = at.setdefault(group, {})
+        try:
+            at[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            at[name] = text
+    return settings
 
 
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ With --submit each run is handed to that command instead, in which {name}, {work
 """
 
 import argparse
-import ast
 import fcntl
 import os
 import shlex
@@ -21,12 +20,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-from ml_collections import ConfigDict  # noqa: E402
 
 from dreamllm_jax import recipes  # noqa: E402
 from dreamllm_jax.configuration import ConfigError  # noqa: E402
@@ -79,7 +76,7 @@ def expand(config: str, to: str, overrides: Sequence[str]) -> list[Run]:
         chosen = ",".join([*([argument] if argument else []), *words])
         try:
             settings = module.get_config(chosen)
-            experiment = read_experiment(_changed(settings, [*overrides, *flags]))
+            experiment = read_experiment(recipes.override(settings, [*overrides, *flags]))
         except ValueError as error:
             raise ConfigError(f"{file}, variant {name}: {error}") from None
         if name in runs:
@@ -88,21 +85,6 @@ def expand(config: str, to: str, overrides: Sequence[str]) -> list[Run]:
         command = [sys.executable, "-m", "dreamllm_jax.train", f"--config={file}{':' if chosen else ''}{chosen}"]
         runs[name] = Run(name, workdir, experiment.steps, [*command, f"--workdir={workdir}", *overrides, *flags])
     return list(runs.values())
-
-
-def _changed(config: ConfigDict, flags: Sequence[str]) -> dict[str, Any]:
-    settings = config.to_dict()
-    for flag in flags:
-        path, _, text = flag.removeprefix("--config.").partition("=")
-        *groups, name = path.split(".")
-        at = settings
-        for group in groups:
-            at = at.setdefault(group, {})
-        try:
-            at[name] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            at[name] = text
-    return settings
 
 
 class Child:
