@@ -9,8 +9,9 @@ For one chip of v5e, or one GPU with 16 GB or more. Pictures are painted at 256 
 what it does at 512. The argument may say otherwise: `configs/small.py:llm=1b,diffusion=sd15,queries=16,lora=64`; lora=0
 trains the language model itself, which needs more memory than a v5e has.
 
-What to expect: the next-token loss falls first, once the visual projector shows the language model something; the
-denoising loss, noisy from step to step, falls slowly throughout from where the frozen UNet is without a condition.
+Curves, as expected (not run here): the next-token loss falls first, once the visual projector shows the language model
+something; the denoising loss, noisy from step to step, falls slowly throughout from where the frozen UNet is without a
+condition.
 """
 
 import dataclasses

@@ -10,9 +10,9 @@ Argument: `published.Tuning`, as in `llm=llama31-8b,diffusion=sd15,lora=64`; 7b 
 Slice: v5p-16, 8 rows a chip; estimated with `model.remat=attention+gate` at 3.0 s a step and 52 of 96 GiB
 (docs/performance.md), which is 100 chip-hours for 15,000 steps. An estimate of the compiler's.
 
-Curves: both losses go on where stage I ended. The next-token loss jumps at first, for interleaved text is new, and
-falls within some hundred steps; `<dream_start>` is learnt on the way. A gradient norm that keeps growing means that the
-learning rate is too high for the model at hand.
+Curves, as expected (not run here): both losses go on where stage I ended. The next-token loss jumps at first, for
+interleaved text is new, and falls within some hundred steps; `<dream_start>` is learnt on the way. A gradient norm that
+keeps growing means that the learning rate is too high for the model at hand.
 """
 
 from ml_collections import ConfigDict

@@ -22,7 +22,8 @@ def commands(page: Path, program: str) -> list[list[str]]:
     """The arguments of a page's commands in blocks of bash."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[3:] for line in lines if line.startswith(program)]
+    words = len(program.split())
+    return [shlex.split(line, comments=True)[words:] for line in lines if line.startswith(program)]
 
 
 def all_commands(program: str) -> list[list[str]]:
@@ -78,7 +79,7 @@ def test_commands_that_train_and_plan(arguments, mine):
     assert read_experiment(settings).steps > 0
     others = {word.split("=")[0] for word in arguments[1:] if word not in flags}
     assert others <= {"--workdir", "--check", "--topology", "--fit", "--effort", "--json"}
-    if "--check" in arguments and "tiny" in str(flat(settings)["parent"]) + arguments[0]:
+    if "--check" in arguments and "tiny" in settings.get("parent", "") + arguments[0]:
         assert "learning rate" in describe(settings)
 
 

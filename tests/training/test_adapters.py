@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from dreamllm_jax import conversion, runs
+from dreamllm_jax import runs
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.interop import verify
@@ -16,6 +16,7 @@ from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.models.lora import is_adapter
 from dreamllm_jax.training import saved
 from dreamllm_jax.training.metrics import read_metrics
+from tests.conversion.helpers import run as convert
 from tests.lives import Life, micro
 from tests.parity import relative_error
 
@@ -66,8 +67,9 @@ def test_only_adapters_and_queries_have_moved(trained):
 
 
 def test_what_is_exported_is_merged_and_verified(trained, tmp_path):
+    convert("export", checkpoint=trained / "adapted", format="hf", to=tmp_path / "hf")
+    convert("verify", checkpoint=trained / "adapted", torch=tmp_path / "hf")
     merged = saved.find(str(trained / "adapted")).merged()
-    assert conversion.export_model(merged, tmp_path / "hf", ("hf",))
     told = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert told["model_type"] == "llama" and "lora" not in told
     assert all(one.passed for one in verify.compare(merged.config, merged.part, tmp_path / "hf"))
