@@ -171,7 +171,8 @@ def main() -> None:
     child, failed = Child(), []
     for number, run in enumerate(runs, 1):
         title = f"== {number} of {len(runs)}: {run.name}"
-        if run.finished:
+        asked = not (arguments.dry_run and is_remote(run.workdir))  # which needs no account then
+        if asked and run.finished:
             print(f"{title}: finished", flush=True)
             continue
         command = submission(arguments.submit, run) if arguments.submit else run.command
