@@ -27,11 +27,15 @@ def define_config() -> flags.FlagHolder:
     )
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses the flags and runs `main`; an error of the user ends it with status 1 and one line that says which."""
+def run(main: Callable[[Sequence[str]], None], positional: bool = False) -> None:
+    """Parses the flags and runs `main`; an error of the user ends it with status 1 and one line that says which.
+
+    Args:
+      main: is given the program's name, and behind it the words that are no flags, if they are `positional`.
+    """
 
     def checked(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not positional:
             sys.exit(f"error: unexpected arguments {' '.join(argv[1:])}; every setting is a --flag")
         main(argv)
 

@@ -44,6 +44,21 @@ def read(cls: type[T], config: Any, path: str = "config") -> T:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings (dataclasses or mappings) as dotted path -> value."""
+    if dataclasses.is_dataclass(config):
+        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if not hasattr(config, "items") or not config:
+        return {prefix.removesuffix("."): config}
+    return {path: value for name, item in config.items() for path, value in flat(item, f"{prefix}{name}.").items()}
+
+
+def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted paths of the settings that differ -> both values, None where there is none."""
+    old, new = flat(before), flat(after)
+    return {path: (old.get(path), new.get(path)) for path in {**old, **new} if old.get(path) != new.get(path)}
+
+
 def _unknown(path: str, name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {path}.{near[0]}?" if near else f"there are {', '.join(known)}"

@@ -158,7 +158,7 @@ def _original(arguments: argparse.Namespace) -> tuple[Source, Tokenizer | None]:
 def _export(arguments: argparse.Namespace) -> None:
     formats = tuple(PARTS) if arguments.format == "all" else (arguments.format,)
     passed = export_model(
-        saved.find(arguments.checkpoint),
+        saved.find(arguments.checkpoint).merged(),
         arguments.to,
         formats,
         arguments.dtype,
@@ -171,7 +171,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    checkpoint = saved.find(arguments.checkpoint)
+    checkpoint = saved.find(arguments.checkpoint).merged()
     differences = verify.compare(checkpoint.config, checkpoint.part, arguments.torch)
     print(verify.table(differences))
     if not all(difference.passed for difference in differences):

@@ -48,6 +48,7 @@ class Experiment:
         the run.
       timeout: seconds without a finished step after which the run ends; 0 for never. Compiling counts.
       host_timeout: seconds without a sign of another host after which the run ends, unless `timeout` is 0.
+      parent: the configuration file (`FILE.py:argument`) of which this one is a change; it only says what to compare.
       wandb: project of Weights & Biases that is told the metrics too; needs `pip install wandb`.
     """
 
@@ -65,6 +66,7 @@ class Experiment:
     max_skipped: int = 10
     timeout: float = 3600.0
     host_timeout: float = 60.0
+    parent: str = ""
     wandb: str = ""
 
     def __post_init__(self):
@@ -74,6 +76,10 @@ class Experiment:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.wandb and importlib.util.find_spec("wandb") is None:
             raise ConfigError(f"wandb={self.wandb!r} needs the package of that name: pip install wandb")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
+        if self.objective.lm_weight == 0 and rows.dream_slots == 0:
+            raise ConfigError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
         if self.timeout < 0:
             raise ConfigError(f"timeout must not be negative, got {self.timeout}")
         if rows.per_step < 1 or rows.microbatches < 1 or rows.per_step % rows.microbatches:

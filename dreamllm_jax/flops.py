@@ -26,6 +26,7 @@ from dreamllm_jax.models import full_attention_tpu, splash
 from dreamllm_jax.models.attention import MAX_SCORES
 from dreamllm_jax.models.clip import ClipVisionConfig
 from dreamllm_jax.models.llama import LlamaConfig
+from dreamllm_jax.models.lora import LORA_A, LORA_B
 from dreamllm_jax.models.projectors import ProjectorConfig
 from dreamllm_jax.models.remat import NAMES
 from dreamllm_jax.models.unet import UNetConfig
@@ -200,28 +201,44 @@ def _convolution(
     return 2.0 * images * taps**2 * inputs * outputs
 
 
+def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Widths in and out of a layer's products."""
+    width, inner = config.hidden_size, config.intermediate_size
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    return {
+        "self_attn/q_proj": (width, queries),
+        "self_attn/k_proj": (width, keys),
+        "self_attn/v_proj": (width, keys),
+        "self_attn/o_proj": (queries, width),
+        "mlp/gate_proj": (width, inner),
+        "mlp/up_proj": (width, inner),
+        "mlp/down_proj": (inner, width),
+    }
+
+
 def _llama(
     tally: _Tally, config: LlamaConfig, rows: int, length: int, remat: str, reached: bool, platform: str
 ) -> _Tally:
     """The layers; `reached` says whether a gradient comes from above."""
-    path, tokens, width, dim = "llama/layers", rows * length, config.hidden_size, config.head_dim
+    path, tokens, dim = "llama/layers", rows * length, config.head_dim
     query_width, key_width = config.num_attention_heads * dim, config.num_key_value_heads * dim
-    inner = config.intermediate_size
-    products = {
-        "self_attn/q_proj": _dense(tokens, width, query_width),
-        "self_attn/k_proj": _dense(tokens, width, key_width),
-        "self_attn/v_proj": _dense(tokens, width, key_width),
-        "self_attn/o_proj": _dense(tokens, query_width, width),
-        "mlp/gate_proj": _dense(tokens, width, inner),
-        "mlp/up_proj": _dense(tokens, width, inner),
-        "mlp/down_proj": _dense(tokens, inner, width),
-    }
+    shapes = _layer_shapes(config)
+    products = {name: _dense(tokens, *shape) for name, shape in shapes.items()}
+    adapters = {}
+    if config.lora is not None:
+        for name, (inputs, outputs) in shapes.items():
+            if name.split("/")[1] in config.lora.targets:
+                adapters[f"{name}/{LORA_A}"] = _dense(tokens, inputs, config.lora.rank)
+                adapters[f"{name}/{LORA_B}"] = _dense(tokens, config.lora.rank, outputs)
     # The layers are one scan: what is live in one is live in all.
     names = [f"{name}/kernel" for name in products] + ["input_layernorm/scale", "post_attention_layernorm/scale"]
+    names += list(adapters)
     tally.live |= any(tally.trained(f"{path}/{name}") for name in names)
     layer = _Tally(tally.trained if reached else lambda _: False, tally.live and reached)
     for name, flops in products.items():
         layer.product(f"{path}/{name}/kernel", flops)
+    for name, flops in adapters.items():
+        layer.product(f"{path}/{name}", flops)
 
     rotation = _dense(tokens, dim, query_width + key_width)  # halves swapped by a permutation matrix
     layer.total += Flops(products=rotation * (1 + layer.live))
@@ -235,7 +252,8 @@ def _llama(
         kept = {"full": (), "dots": NAMES, "offload": NAMES}.get(remat, remat.split("+"))
         scores = 2.0 * rows * length**2 * query_width
         if "attention" not in kept:
-            layer.recompute(sum(flops for name, flops in products.items() if name.startswith("self_attn")) + rotation)
+            again = {**products, **adapters}
+            layer.recompute(sum(flops for name, flops in again.items() if name.startswith("self_attn")) + rotation)
             if has_kernel:
                 layer.total += Flops(kernels=_tiles(length) * 2 * scores * layer.live)
             else:
@@ -244,7 +262,8 @@ def _llama(
             layer.recompute(scores * (1 + layer.trained(f"{path}/self_attn/o_proj/kernel")))
         for name in ("gate", "up"):
             if name not in kept:
-                layer.recompute(products[f"mlp/{name}_proj"])
+                parts = (products | adapters).items()
+                layer.recompute(sum(flops for part, flops in parts if part.startswith(f"mlp/{name}_proj")))
     tally.total += layer.total * config.num_hidden_layers
     tally.live |= tally.trained("llama/norm/scale")
     return tally

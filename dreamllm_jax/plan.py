@@ -1,6 +1,6 @@
 """Compiles the training step for a TPU slice that need not be there: does it fit, how fast is it, what does it cost?
 
-python -m dreamllm_jax.plan --config=configs/stage2.py:7b --topology=v5p-16 [--fit] [--effort=low] [--json=FILE]
+python -m dreamllm_jax.plan --config=configs/stage2_igpt.py:7b --topology=v5p-16 [--fit] [--effort=low] [--json=FILE]
 """
 
 import json

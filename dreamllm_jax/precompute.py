@@ -7,7 +7,7 @@ that an interrupted run is simply started again.
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,13 @@ _GROUP = 64  # documents whose pictures are held at once
 
 # Parameters on which each of the stored arrays depends.
 DEPENDS = {"moments": ("vae/encoder", "vae/quant_conv"), "features": ("clip/",)}
+
+
+def require_frozen(stored: Iterable[str], trained: Iterable[str]) -> None:
+    """Raises ValueError, naming it, if a trained parameter's tower is replaced by what it made: see `data.stored`."""
+    for name in stored:
+        if path := next((path for path in trained if path.startswith(DEPENDS[name])), None):
+            raise ValueError(f"{path} is trained: leave {name} out of data.stored, or freeze the tower")
 
 
 def weight_norms(leaves: Mapping[str, jax.Array]) -> dict[str, float]:

@@ -1,13 +1,15 @@
-"""Writes a run's report, one self-contained page: loss curves, and what the model paints, reads and tells.
+"""Writes a run's report, one self-contained page: loss curves, and what the model paints, reads and tells; or compares
+several runs, in a table and a page of curves.
 
 python -m dreamllm_jax.report --workdir=runs/tiny
+python -m dreamllm_jax.report runs/one runs/other [--to=DIR]
+python -m dreamllm_jax.report runs/sweep
 """
 
-import base64
 import html
-import io
 import json
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -15,24 +17,13 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from dreamllm_jax import command_line
+from dreamllm_jax.comparison import write_comparison
 from dreamllm_jax.directories import absolute
+from dreamllm_jax.pages import STYLE, embedded, figure_image
 from dreamllm_jax.training.metrics import read_metrics
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the training run.")
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222; }
-h1, h2 { font-weight: 600; } .figures { display: flex; gap: 2em; flex-wrap: wrap; } .figures b { font-size: 1.6em; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; }
-.pair { border: 1px solid #ddd; border-radius: 8px; padding: 10px; } .pair.wrong { border-color: #c33; }
-img { width: 90px; height: 90px; image-rendering: pixelated; background: #fff; border: 1px solid #eee; }
-.story { border-left: 4px solid #ddd; padding-left: 1em; } .story img { width: 128px; height: 128px; display: block; }
-small { color: #777; }
-"""
-
-
-def _embedded(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of one training run, trained and evaluated.")
+_TO = flags.DEFINE_string("to", "", "Where a comparison is written; the first directory that was named, or its parent.")
 
 
 def _curves(metrics: list[dict[str, float]]) -> str:
@@ -49,17 +40,11 @@ def _curves(metrics: list[dict[str, float]]) -> str:
         axes.plot(steps[window - 1 :], mean, color="#147", linewidth=1.6)
         axes.set(title=title, xlabel="step", yscale="log")
         axes.grid(alpha=0.3, which="both")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return (
-        f'<img style="width:100%;height:auto" alt="loss curves" src="{_embedded(buffer.getvalue(), "image/svg+xml")}">'
-    )
+    return figure_image(figure, "loss curves")
 
 
 def _picture(path: epath.Path, alt: str) -> str:
-    return (
-        f'<img alt="{html.escape(alt)}" title="{html.escape(alt)}" src="{_embedded(path.read_bytes(), "image/png")}">'
-    )
+    return f'<img alt="{html.escape(alt)}" title="{html.escape(alt)}" src="{embedded(path.read_bytes(), "image/png")}">'
 
 
 def _pairs(directory: epath.Path, recall: dict) -> str:
@@ -110,7 +95,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     listed = "".join(f"<div><b>{value}</b><br>{name}</div>" for name, value in figures.items())
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(workdir.name)}</title>'
-        f"<style>{_STYLE}</style><h1>DreamLLM: {html.escape(workdir.name)}</h1>"
+        f"<style>{STYLE}</style><h1>DreamLLM: {html.escape(workdir.name)}</h1>"
         f'<div class="figures">{listed}</div>'
         f"<h2>Training</h2>{_curves(metrics)}"
         f"<h2>Pairs</h2><p>Left, painted from the caption; right, the true picture; below, the text read from it.</p>"
@@ -123,11 +108,17 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     return path
 
 
-def main(_) -> None:
-    if not _WORKDIR.value:
-        sys.exit("error: give --workdir=DIR, the directory of a training run")
-    print(f"report: {write_report(_WORKDIR.value)}")
+def main(argv: Sequence[str]) -> None:
+    directories = argv[1:]
+    if bool(directories) == bool(_WORKDIR.value):
+        sys.exit("error: give --workdir=DIR for the report of one run, or the directories of several to compare them")
+    if not directories:
+        print(f"report: {write_report(_WORKDIR.value)}")
+        return
+    first = absolute(directories[0])
+    to = _TO.value or (first if len(directories) == 1 else first.parent)
+    print(f"comparison: {write_comparison(directories, to)}")
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, positional=True)

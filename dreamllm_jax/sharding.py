@@ -37,6 +37,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "norm": (),
+    "lora": (),  # the rank of adapters
     "layers": (),
     # The image towers' and projectors' weights.
     "tower_in": (),

@@ -1,19 +1,22 @@
 """Trains a DreamLLM, or continues a run:
 
 python -m dreamllm_jax.train --config=configs/tiny.py --workdir=runs/tiny [--config.optimizer.learning_rate=1e-3]
+python -m dreamllm_jax.train --config=configs/tiny.py --check
 
 Status 75: asked to stop, everything is saved; 76: it hung. In both cases start it again with the same words.
 """
 
 import sys
 
+import jax
 from absl import flags
 
-from dreamllm_jax import command_line, compilation, distributed, runs
+from dreamllm_jax import check, command_line, compilation, distributed, runs
 from dreamllm_jax.exits import PREEMPTED, Preempted
 from dreamllm_jax.training.loop import train
 
 _CONFIG = command_line.define_config()
+_CHECK = flags.DEFINE_bool("check", False, "Check the configuration, say what it comes to, and train nothing.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; not needed on Cloud TPU or one host.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes take part, one a host.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Which of them this is, from 0.")
@@ -22,8 +25,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (local or 
 
 
 def main(_) -> None:
-    if _CONFIG.value is None or not _WORKDIR.value:
+    if _CONFIG.value is None or not (_WORKDIR.value or _CHECK.value):
         sys.exit("error: give --config=FILE.py and --workdir=DIR")
+    if _CHECK.value:
+        jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator, which may be in use
+        print(check.describe(_CONFIG.value.to_dict()))
+        return
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value)
     run = runs.start(_CONFIG.value.to_dict(), _WORKDIR.value)
     compilation.keep_programs(run.workdir)

@@ -32,9 +32,19 @@ pytestmark = pytest.mark.slow
         ),
         (["evaluate", "--workdir={tmp}"], "has no config.json: it is not the --workdir of a training run"),
         (["report", "--workdir={tmp}"], "metrics.jsonl is missing"),
-        (["report", "--workdir={tmp}", "extra"], "unexpected arguments extra"),
+        (["report", "--workdir={tmp}", "extra"], "give --workdir=DIR for the report of one run, or the directories"),
+        (["report", "{tmp}"], "{tmp} is not the directory of a run, nor of runs: no config.json in it"),
+        (["evaluate", "--workdir={tmp}", "extra"], "unexpected arguments extra"),
+        (
+            ["train", "--config=configs/stage2_igpt.py:7b,querys=3", "--workdir={tmp}"],
+            "argument.querys is not a setting; did you mean argument.queries?",
+        ),
+        (
+            ["train", "--config=configs/tiny.py", "--check", '--config.optimizer.learning_rates=(("lama/.*",2.0),)'],
+            "optimizer.learning_rates: 'lama/.*' decides about no trained parameter",
+        ),
     ],
-    ids=["nothing", "short rows", "no data", "misspelt", "left out", "no run", "no metrics", "extra"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_errors(arguments, message, tmp_path):
     module, *flags = [argument.format(tmp=tmp_path) for argument in arguments]

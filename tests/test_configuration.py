@@ -102,15 +102,3 @@ def test_meshes_that_the_model_cannot_be_split_over(config, mesh, message):
     require_mesh_fits(experiment, {"data": 1, "fsdp": 4, "sequence": 2, "tensor": 2})
     with pytest.raises(ConfigError, match=message):
         require_mesh_fits(experiment, {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1, **mesh})
-
-
-@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
-@pytest.mark.parametrize("size", ["7b", "13b"])
-def test_the_published_stages_are_read(stage, size):
-    spec = importlib.util.spec_from_file_location(stage, TINY.with_name(f"{stage}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    experiment = read_experiment(module.get_config(size))
-    assert experiment.model.llama.num_hidden_layers == {"7b": 32, "13b": 40}[size]
-    with pytest.raises(ValueError, match="unknown size '8b': choose from 1b, 7b, 13b"):
-        module.get_config("8b")

@@ -1,12 +1,17 @@
 """What the pages tell people to type is understood."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 
+from dreamllm_jax import recipes
+from dreamllm_jax.check import describe
+from dreamllm_jax.configuration import flat
 from dreamllm_jax.data.__main__ import FORMATS, parser
+from dreamllm_jax.experiment import read_experiment
 from dreamllm_jax.generate import make_parser
 
 ROOT = Path(__file__).parent.parent
@@ -17,7 +22,8 @@ def commands(page: Path, program: str) -> list[list[str]]:
     """The arguments of a page's commands in blocks of bash."""
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True)[3:] for line in lines if line.startswith(program)]
+    words = len(program.split())
+    return [shlex.split(line, comments=True)[words:] for line in lines if line.startswith(program)]
 
 
 def all_commands(program: str) -> list[list[str]]:
@@ -48,3 +54,62 @@ def test_every_command_is_on_some_page():
 def test_the_page_about_data_knows_all_formats():
     listed = re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
     assert listed[: len(FORMATS)] == list(FORMATS)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A place where the page's own configuration stands beside the shipped ones."""
+    (program,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "ablations.md").read_text(), re.M | re.S)
+    (tmp_path / "mine.py").write_text(program)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+
+
+def trained() -> list[list[str]]:
+    """Those that begin with a model are run where there is one, see `test_run`."""
+    found = [*all_commands("python -m dreamllm_jax.train "), *all_commands("python -m dreamllm_jax.plan ")]
+    return [arguments for arguments in found if not arguments[0].startswith("--config=configs/alignment.py")]
+
+
+@pytest.mark.parametrize("arguments", trained(), ids=" ".join)
+def test_commands_that_train_and_plan(arguments, mine):
+    file, _, argument = arguments[0].removeprefix("--config=").partition(":")
+    flags = [word for word in arguments if word.startswith("--config.")]
+    settings = recipes.override(recipes.load(file, argument), flags)
+    assert read_experiment(settings).steps > 0
+    others = {word.split("=")[0] for word in arguments[1:] if word not in flags}
+    assert others <= {"--workdir", "--check", "--topology", "--fit", "--effort", "--json"}
+    if "--check" in arguments and "tiny" in settings.get("parent", "") + arguments[0]:
+        assert "learning rate" in describe(settings)
+
+
+@pytest.mark.parametrize("arguments", all_commands("python launch/sweep.py "), ids=" ".join)
+def test_commands_that_sweep(arguments, mine):
+    sweep = runpy.run_path(str(ROOT / "launch" / "sweep.py"))
+    config, to = (next(word for word in arguments if word.startswith(name)) for name in ("--config=", "--to="))
+    overrides = [word for word in arguments if word.startswith("--config.")]
+    runs = sweep["expand"](config.removeprefix("--config="), to.removeprefix("--to="), overrides)
+    assert len(runs) >= 3
+    submit = next((word for word in arguments if word.startswith("--submit=")), "--submit={command}")
+    assert "dreamllm_jax.train" in " ".join(sweep["submission"](submit.removeprefix("--submit="), runs[0]))
+
+
+def test_the_page_about_options_names_settings_that_exist():
+    page = (ROOT / "docs" / "options.md").read_text()
+    known = set(flat(read_experiment(recipes.load(ROOT / "configs" / "stage2_igpt.py", "lora=4").to_dict())))
+    known |= {"data.corpora.NAME.weight", "data.corpora.NAME.mode", "data.corpora.NAME.template"}
+    groups = ("model", "data", "rows", "optimizer", "objective", "parameters", "sharding", "checkpoint")
+    ours = [cell for line in page.splitlines() if line.startswith("| ") for cell in line.split(" | ")[1:]]
+    named = {name.split("=")[0] for cell in ours for name in re.findall(r"`([^`]+)`", cell)}
+    named = {name for name in named if name.split(".")[0] in groups and "." in name}
+    assert len(named) > 30
+    wrong = {name for name in named if name not in known and not any(one.startswith(f"{name}.") for one in known)}
+    assert not wrong
+
+
+def test_the_page_about_ablations_lists_them_all():
+    page = (ROOT / "docs" / "ablations.md").read_text()
+    listed = {
+        name for cell in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page, re.M) for name in re.findall(r"\w+", cell)
+    }
+    assert listed == {path.stem for path in (ROOT / "configs" / "ablations").glob("*.py")}

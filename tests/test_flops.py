@@ -7,6 +7,7 @@ import pytest
 
 from dreamllm_jax.experiment import read_experiment
 from dreamllm_jax.flops import PARTS, model_flops, step_flops
+from dreamllm_jax.models.lora import LoraConfig
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.planning.step import lower_step
 from tests.tiny import DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
@@ -14,6 +15,10 @@ from tests.tiny import DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
 STAGE_2 = (("(llama|visual_projector|queries|condition_projector)/.*", True), (".*", False))
 ALIGNMENT = (("(visual_projector|queries|condition_projector)/.*", True), (".*", False))
 EVERYTHING = ((".*", True),)
+ADAPTED = tiny_config(
+    llama=dataclasses.replace(tiny_config().llama, lora=LoraConfig(8, 8.0, ("q_proj", "o_proj", "up_proj"))),
+    remat="full",
+)
 # Where a compiled multiplication was traced.
 SCOPES = {
     "see": "clip",
@@ -65,6 +70,7 @@ CASES = {
     "stage 2, recomputed": {"remat": "full", "objective": {"drop_prob": 0.5}},
     "alignment": {"trainable": ALIGNMENT},
     "everything, recomputed": {"trainable": EVERYTHING, "remat": "full"},
+    "adapters": {"model": ADAPTED, "trainable": ((".*lora_.", True), (".*", False)), "remat": "full"},
     "text alone, chunks": {"rows": NO_IMAGES, "objective": {"loss_chunk": 8}, "remat": "attention+up"},
     "seen alone": {"rows": {"dream_slots": 0}},
     "painted alone, detached": {"rows": {"see_slots": 0}, "objective": {"lm_weight": 0.0, "detach_condition": True}},

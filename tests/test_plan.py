@@ -16,9 +16,10 @@ from dreamllm_jax.chips import chip_of, find_topology
 from dreamllm_jax.planning import search
 from dreamllm_jax.planning.estimate import as_json, describe, estimate, remedy
 from dreamllm_jax.planning.program import Collective, Program
-from dreamllm_jax.planning.step import CompiledStep, Memory, Parameters, compile_step, exhausted, lower_step
+from dreamllm_jax.planning.step import CompiledStep, Memory, compile_step, exhausted, lower_step
 from dreamllm_jax.sharding import ShardingConfig, make_mesh
 from dreamllm_jax.training.metrics import Progress
+from dreamllm_jax.training.parameters import Parameters
 from tests.test_flops import experiment
 
 ROOT = Path(__file__).parent.parent

@@ -11,15 +11,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def plan(tmp_path, arguments):
-    """Figures of stage II without images, compiled at low effort."""
+WITHOUT_IMAGES = ["--config.rows.see_slots=0", "--config.rows.dream_slots=0"]
+
+
+def plan(tmp_path, arguments, config="stage2_igpt.py:7b"):
+    """Figures of a configuration, compiled at low effort."""
     pytest.importorskip("libtpu")
     figures = tmp_path / "plan.json"
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    without_images = ["--config.rows.see_slots=0", "--config.rows.dream_slots=0"]
-    command = [sys.executable, "-m", "dreamllm_jax.plan", "--config=configs/stage2.py:7b", "--effort=low"]
+    command = [sys.executable, "-m", "dreamllm_jax.plan", f"--config=configs/{config}", "--effort=low"]
     done = subprocess.run(
-        [*command, *without_images, f"--json={figures}", *arguments],
+        [*command, f"--json={figures}", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -33,7 +35,7 @@ def plan(tmp_path, arguments):
 @pytest.mark.slow
 def test_eight_chips_of_v5p(tmp_path):
     """Weights travel twice and gradients once, in bfloat16; logits and attention scores are never whole."""
-    figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=8"])
+    figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=8", *WITHOUT_IMAGES])
     parameters = sum(one["count"] for one in figures["parameters"] if one["part"] == "llama")
     sent = sum(one["bytes"] for one in figures["collectives"])
     assert 3 * 2 * parameters * 7 / 8 == pytest.approx(sent, rel=0.25) and sent < 45e9
@@ -48,8 +50,25 @@ def test_eight_chips_of_v5p(tmp_path):
 @pytest.mark.slow
 def test_parts_of_heads_and_of_rows(tmp_path):
     split = ["--config.sharding.tensor=2", "--config.sharding.sequence=2", "--config.model.llama.num_hidden_layers=2"]
-    figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=4", *split])
+    figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=4", *split, *WITHOUT_IMAGES])
     assert figures["mesh"] == {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
     for axis in ("fsdp", "sequence", "tensor"):
         assert any(axis in one["axis"] for one in figures["collectives"]), axis
+    assert figures["compiled_flops"] == pytest.approx(figures["flops"]["total"] - figures["kernel_flops"], rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        ("stage1_comprehension.py:7b", ["--topology=v5e-8"]),
+        ("stage2_igpt.py:llm=llama31-8b,lora=64", ["--topology=v5e-16", *WITHOUT_IMAGES]),
+        ("small.py", ["--topology=v5e-1", "--config.rows.dream_slots=0"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_recipes_fit_their_slices(config, arguments, tmp_path):
+    """Without the UNet, whose backward pass takes minutes to compile."""
+    figures = plan(tmp_path, arguments, config)
+    assert figures["fits"] and figures["hbm"]["optimizer"] < 2 * 2**30  # of adapters, embeddings or projectors alone
     assert figures["compiled_flops"] == pytest.approx(figures["flops"]["total"] - figures["kernel_flops"], rel=0.03)

@@ -34,6 +34,7 @@ class CorpusConfig:
       limit: use so many of its documents, the first ones; 0 for all.
       template: how conversations are written, vicuna_v1 or llama_2.
       learn_dream_start: in conversations, learn the decision to paint too.
+      see_first: where an image is both painted and read, read it first, so that it is painted from itself.
     """
 
     mode: Mode = "joint"
@@ -42,6 +43,7 @@ class CorpusConfig:
     limit: int = 0
     template: str = "vicuna_v1"
     learn_dream_start: bool = False
+    see_first: bool = False
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -131,11 +133,17 @@ def _pair(corpus: int, index: int) -> tuple[int, int]:
     return corpus, index
 
 
-def _weights(configs: Mapping[str, CorpusConfig], sizes: Sequence[int]) -> list[float]:
+def require_alike(configs: Mapping[str, CorpusConfig]) -> None:
+    """Raises ValueError if some corpora are mixed by epochs, and others by weights."""
     by_epochs = [name for name, config in configs.items() if config.epochs]
     if by_epochs and len(by_epochs) < len(configs):
         rest = ", ".join(name for name in configs if name not in by_epochs)
         raise ValueError(f"give epochs to all corpora or to none: {rest} has none")
+
+
+def _weights(configs: Mapping[str, CorpusConfig], sizes: Sequence[int]) -> list[float]:
+    require_alike(configs)
+    by_epochs = any(config.epochs for config in configs.values())
     amounts = zip(configs.values(), sizes, strict=True)
     weights = [config.epochs * size if by_epochs else config.weight for config, size in amounts]
     return [weight / sum(weights) for weight in weights]

@@ -17,7 +17,7 @@ from etils import epath
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.data import storage, stored, tokenizer
 from dreamllm_jax.data.document import Document
-from dreamllm_jax.data.mixture import CorpusConfig, Mixture
+from dreamllm_jax.data.mixture import CorpusConfig, Mixture, require_alike
 from dreamllm_jax.data.packing import Item, NothingFits, RowStream
 from dreamllm_jax.data.rows import Counts, Pixels, empty_batch, fill_row
 from dreamllm_jax.data.tokens import Encoded, Mode, RowShape, encode_document
@@ -71,6 +71,7 @@ class DataConfig:
         for name in ("flip", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is between 0 and 1, got {getattr(self, name)}")
+        require_alike(self.corpora)
         unknown = set(self.stored) - set(stored.NAMES)
         if unknown:
             raise ValueError(f"stored may name {' and '.join(stored.NAMES)}, got {', '.join(sorted(unknown))}")
@@ -205,6 +206,7 @@ class _Reader:
             draw=draw,
             template=config.template,
             learn_dream_start=config.learn_dream_start,
+            see_first=config.see_first,
         )
 
 

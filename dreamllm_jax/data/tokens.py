@@ -8,6 +8,7 @@ SEE is `<im_start> <im_patch>*P <im_end>`, DREAM is `<dream_start> <im_patch>*Q 
     interleaved           <s> text DREAM SEE text ... </s>     learns text, <dream_start>, </s>, images
       comprehension       only SEE at each image
       creation            only DREAM at each image
+      see_first           SEE DREAM at each image, an ablation: it is then painted from itself
     instruct_interleaved  vicuna prompt, then as interleaved   learns what follows the prompt
     conversation          turns in a template; the user's images are SEE, the assistant's DREAM SEE
                                                                learns the assistant's turns, images
@@ -132,6 +133,7 @@ def encode_document(
     draw: float = 0.0,
     template: str = "vicuna_v1",
     learn_dream_start: bool = False,
+    see_first: bool = False,
     complete: bool = True,
 ) -> Encoded:
     """Turns a document into tokens that fit a row.
@@ -149,6 +151,7 @@ def encode_document(
       draw: uniform in [0, 1); a pair in mode joint is painted below 0.5 and read otherwise.
       template: of conversations and instructions, a name of `TEMPLATES`.
       learn_dream_start: learn the assistant's decision to paint in conversations too; the original does not.
+      see_first: where an image is both painted and read, read it first; the model then paints what it has seen.
       complete: end with `</s>`; False leaves the document open, as a prompt. A conversation that ends with the user's
         turn is open for the assistant's in either case.
 
@@ -160,10 +163,10 @@ def encode_document(
     if document.kind == "pair" and mode == "joint":
         mode = "creation" if draw < 0.5 else "comprehension"
     if document.kind == "conversation":
-        row = _Row(tokenizer, shape, reserved=0)
+        row = _Row(tokenizer, shape, 0, see_first)
         _write_conversation(row, document.segments, TEMPLATES[template], learn_dream_start, complete)
         return row.encoded()
-    row = _Row(tokenizer, shape, reserved=1)
+    row = _Row(tokenizer, shape, 1, see_first)
     if document.kind != "instruct_interleaved":
         row.write([row.special.bos], learn=False)
     learn_end = True
@@ -260,7 +263,8 @@ def _write_conversation(
 class _Row:
     """The tokens and images of one document as they are written, `reserved` tokens being kept free for its end."""
 
-    def __init__(self, tokenizer: Tokenizer, shape: RowShape, reserved: int):
+    def __init__(self, tokenizer: Tokenizer, shape: RowShape, reserved: int, see_first: bool):
+        self.see_first = see_first
         self.tokenizer, self.shape, self.special = tokenizer, shape, tokenizer.special
         self.limit = shape.length - reserved
         self.tokens: list[int] = []
@@ -292,16 +296,20 @@ class _Row:
         """Writes DREAM, SEE or both for one image; or nothing, when tokens or slots are lacking. Says which."""
         if not self._fits(see, dream):
             return False
-        special, shape = self.special, self.shape
+        if see and self.see_first:
+            self._write_see(image)
         if dream:
-            self.write([special.dream_start], learn_dream_start)
+            self.write([self.special.dream_start], learn_dream_start)
             self.dream.append((len(self.tokens), image))
-            self.write([special.im_patch] * shape.num_queries + [special.dream_end], learn=False)
-        if see:
-            self.write([special.im_start], learn=False)
-            self.see.append((len(self.tokens), image))
-            self.write([special.im_patch] * shape.num_patches + [special.im_end], learn=False)
+            self.write([self.special.im_patch] * self.shape.num_queries + [self.special.dream_end], learn=False)
+        if see and not self.see_first:
+            self._write_see(image)
         return True
+
+    def _write_see(self, image: Image) -> None:
+        self.write([self.special.im_start], learn=False)
+        self.see.append((len(self.tokens), image))
+        self.write([self.special.im_patch] * self.shape.num_patches + [self.special.im_end], learn=False)
 
     def require(self, see: int = 0, dream: int = 0) -> None:
         """Raises ValueError unless so many images fit."""

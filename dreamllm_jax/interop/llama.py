@@ -94,7 +94,9 @@ def grow(part: Part, vocab_size: int, new_tokens: list[int], init: str, seed: in
 
 def hf_settings(config: LlamaConfig, special: SpecialTokens, dtype: str) -> dict[str, Any]:
     """The settings of a `config.json`, understood by transformers 4 and 5 alike."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "rope_scaling"}
+    settings = {
+        name: value for name, value in dataclasses.asdict(config).items() if name not in ("rope_scaling", "lora")
+    }
     if config.rope_scaling is not None:
         scaling = {name: value for name, value in dataclasses.asdict(config.rope_scaling).items() if value is not None}
         settings["rope_scaling"] = {**scaling, "type": config.rope_scaling.rope_type}

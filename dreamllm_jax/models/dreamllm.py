@@ -5,6 +5,7 @@ V vocabulary, C condition width, h x w x c latents.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -49,6 +50,11 @@ class DreamLLMConfig:
 
     def __post_init__(self):
         remat.check(self.remat)
+        if self.num_queries < 1:
+            raise ValueError(f"num_queries must be positive, got {self.num_queries}")
+        for name, tokens in (("visual", self.clip.num_patches), ("condition", self.num_queries)):
+            if getattr(self, f"{name}_projector").kind == "conv" and math.isqrt(tokens) ** 2 != tokens:
+                raise ValueError(f"{name}_projector: a conv projector needs a square number of tokens, got {tokens}")
         if self.unet.in_channels != self.vae.latent_channels:
             raise ValueError(
                 f"unet.in_channels is {self.unet.in_channels}, but the autoencoder's latents have "

@@ -19,6 +19,7 @@ import numpy as np
 from flax import struct
 
 from dreamllm_jax.models.attention import attend
+from dreamllm_jax.models.lora import LORA_A, LORA_B, LoraConfig, adapt, initial_a
 from dreamllm_jax.models.remat import keep, rematerialised
 from dreamllm_jax.sharding import constrain, gathered
 
@@ -56,7 +57,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of the model; names and defaults as in transformers' `LlamaConfig`."""
+    """The shape of the model; names and defaults as in transformers' `LlamaConfig`.
+
+    `lora` gives the layers' products low-rank adapters, None none.
+    """
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -73,8 +77,12 @@ class LlamaConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
@@ -117,7 +125,7 @@ def llama_config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     if rope_type != "default":
         names = [field.name for field in dataclasses.fields(RopeScaling)[1:]]
         scaling = RopeScaling(rope_type, **{"factor": None, **{name: rope[name] for name in names if name in rope}})
-    names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_scaling", "rope_theta"}
+    names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_scaling", "rope_theta", "lora"}
     values = {name: config[name] for name in names if config.get(name) is not None}
     theta = rope.get("rope_theta", config.get("rope_theta")) or LlamaConfig.rope_theta
     return LlamaConfig(rope_theta=theta, rope_scaling=scaling, **values)
@@ -271,6 +279,7 @@ class Linear(nn.Module):
     std: float
     dtype: Any
     param_dtype: Any
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -285,7 +294,19 @@ class Linear(nn.Module):
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias = self.param("bias", zeros, shape[1:], self.param_dtype)
             out = out + bias.astype(self.dtype).reshape(self.features)
+        if self.lora is not None:
+            a, b = self._adapter(*shape)
+            out = out + adapt(x, a, b, self.lora.scale, axes=len(self.inputs))
         return out
+
+    def _adapter(self, width_in: int, width_out: int) -> tuple[Array, Array]:
+        rank, (axis_in, axis_out) = self.lora.rank, self.axes
+        first = nn.with_logical_partitioning(initial_a, (axis_in, "lora"))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("lora", axis_out))
+        a = self.param(LORA_A, first, (width_in, rank), self.param_dtype).astype(self.dtype)
+        b = self.param(LORA_B, zeros, (rank, width_out), self.param_dtype).astype(self.dtype)
+        a, b = gathered(a, (axis_in, "lora")), gathered(b, ("lora", axis_out))
+        return a.reshape(*self.inputs, rank), b.reshape(rank, *self.features)
 
 
 class _Part(nn.Module):
@@ -298,8 +319,9 @@ class _Part(nn.Module):
     def linear(
         self, inputs: tuple[int, ...], features: tuple[int, ...], name: str, axes: tuple[str, str], bias: bool
     ) -> Linear:
-        std = self.config.initializer_range
-        return Linear(inputs, features, bias, axes, std, self.dtype, self.param_dtype, name=name)
+        std, adapters = self.config.initializer_range, self.config.lora
+        adapters = adapters if adapters is not None and name in adapters.targets else None
+        return Linear(inputs, features, bias, axes, std, self.dtype, self.param_dtype, adapters, name=name)
 
 
 class Attention(_Part):

@@ -14,6 +14,7 @@ from typing import Any
 
 from dreamllm_jax.flops import PARTS, Flops, step_flops
 from dreamllm_jax.planning.step import CompiledStep
+from dreamllm_jax.training.parameters import parameter_lines
 
 KERNEL_UTILISATION = 0.5  # share of the peak that Pallas kernels are taken to reach
 
@@ -108,20 +109,15 @@ def describe(step: CompiledStep) -> str:
         f"{topology.name}: {topology.chips} chips of {topology.chip.kind} ({slices}{topology.shape}), mesh {mesh}",
         f"{rows.per_step} rows of {rows.length} tokens a step ({rows.per_step / topology.chips:g} a chip), each with "
         f"room for {rows.see_slots} images to see and {rows.dream_slots} to paint; remat {step.experiment.model.remat}",
-        *_parameter_lines(step),
+        "",
+        "parameters",
+        *parameter_lines(step.parameters),
         *_memory_lines(step),
         *_flops_lines(step),
     ]
     if program is not None:
         lines += _program_lines(step)
     return "\n".join(lines)
-
-
-def _parameter_lines(step: CompiledStep) -> list[str]:
-    return ["", "parameters"] + [
-        f"  {one.part:20} {one.count:>15,}  {one.dtype:9} {'trained' if one.trained else 'frozen'}"
-        for one in step.parameters
-    ]
 
 
 def _memory_lines(step: CompiledStep) -> list[str]:

@@ -18,6 +18,7 @@ from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.planning.program import Program, read_program
 from dreamllm_jax.sharding import make_mesh, rows_sharding, use
 from dreamllm_jax.training.optimizer import make_optimizer
+from dreamllm_jax.training.parameters import Parameters, count_parameters
 from dreamllm_jax.training.state import TrainState, abstract_state
 from dreamllm_jax.training.step import compile_train_step, make_train_step
 
@@ -49,16 +50,6 @@ class Memory:
     @property
     def fits(self) -> bool:
         return self.peak <= self.limit
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameters:
-    """The parameters of one part of the model that are stored and treated alike."""
-
-    part: str
-    count: int
-    dtype: str
-    trained: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +130,14 @@ def compile_step(experiment: Experiment, topology: Topology, effort: Effort = "n
     seconds = time.monotonic() - began
     memory = Memory(limit, max(peak, weights + optimizer), weights, optimizer)
     return CompiledStep(
-        experiment, topology, effort, dict(mesh.shape), count_parameters(state), memory, program, seconds
+        experiment,
+        topology,
+        effort,
+        dict(mesh.shape),
+        count_parameters(state.trainable, state.frozen),
+        memory,
+        program,
+        seconds,
     )
 
 
@@ -168,13 +166,3 @@ def _bytes_per_chip(tree) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def count_parameters(state: TrainState) -> tuple[Parameters, ...]:
-    """The parameters by part, storage type, and whether they are trained."""
-    counts: dict[tuple[str, str, bool], int] = {}
-    for leaves, trained in ((state.trainable, True), (state.frozen, False)):
-        for path, leaf in leaves.items():
-            key = (path.split("/")[0], str(np.dtype(leaf.dtype)), trained)
-            counts[key] = counts.get(key, 0) + math.prod(leaf.shape)
-    return tuple(Parameters(part, count, dtype, trained) for (part, dtype, trained), count in sorted(counts.items()))

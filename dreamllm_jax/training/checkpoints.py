@@ -27,6 +27,7 @@ from dreamllm_jax.training.state import Leaves, TrainState
 
 _logger = logging.getLogger(__name__)
 BROKEN = "broken"
+BEST = ("loss", "lm_loss", "dm_loss", "grad_norm")  # metrics of which less is better
 _OPTIMIZER, _RUN = "optimizer", "run"
 
 
@@ -55,6 +56,8 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"every and keep must be positive, got {self.every} and {self.keep}")
+        if self.best not in BEST:
+            raise ValueError(f"best must be one of {', '.join(BEST)}, got {self.best!r}")
         for name in ("minutes", "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from dreamllm_jax.interop.dreamllm import open_dreamllm
 from dreamllm_jax.interop.source import Source
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
+from dreamllm_jax.models.lora import is_adapter
 from dreamllm_jax.training import saved
 from dreamllm_jax.training.saved import SavedModel
 
@@ -28,6 +30,26 @@ def open_initial(name: str) -> SavedModel | Source:
     return saved.find(name)
 
 
+def restore_initial(
+    name: str, model: DreamLLMConfig, abstract: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The parameters that `parameters.init_from` names, laid out as `abstract` asks.
+
+    Adapters (`models.lora`) stay where `model` has the same; others are merged into the kernels. Those that only
+    `model` has are not among the result.
+
+    Raises:
+      ValueError: the checkpoint is of another model.
+    """
+    initial = open_initial(name)
+    require_same_model(initial.config, model, name)
+    same = initial.config.llama.lora == model.llama.lora
+    if not same:
+        initial = initial.merged() if isinstance(initial, SavedModel) else initial
+        abstract = {path: leaf for path, leaf in abstract.items() if not is_adapter(path)}
+    return initial.restore(abstract)
+
+
 def require_same_model(theirs: DreamLLMConfig, ours: DreamLLMConfig, name: str) -> None:
     """Checks that a checkpoint is of `ours`: what no tensor's shape shows (token ids, heads, bases) included.
 
@@ -37,8 +59,8 @@ def require_same_model(theirs: DreamLLMConfig, ours: DreamLLMConfig, name: str) 
     _require_same(dataclasses.asdict(theirs), dataclasses.asdict(ours), "config.model", name)
 
 
-# How a model is computed or was begun, not what it is.
-_FREE = ("dtype", "remat", "initializer_range", "sample_size")
+# How a model is computed or was begun, not what it is; adapters can be added and merged.
+_FREE = ("dtype", "remat", "initializer_range", "sample_size", "lora")
 
 
 def _require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str, name: str) -> None:

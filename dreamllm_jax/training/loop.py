@@ -18,15 +18,15 @@ from dreamllm_jax.exits import Preempted
 from dreamllm_jax.experiment import Experiment, require_mesh_fits
 from dreamllm_jax.flops import model_flops
 from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.precompute import DEPENDS, require_same_towers
+from dreamllm_jax.precompute import require_frozen, require_same_towers
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.checkpoints import Checkpoints
-from dreamllm_jax.training.initial import open_initial, require_same_model
+from dreamllm_jax.training.initial import restore_initial
 from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dreamllm_jax.training.preemption import watch_for_preemption
-from dreamllm_jax.training.state import TrainState, abstract_state, init_state, state_from_leaves
+from dreamllm_jax.training.state import TrainState, abstract_state, init_adapters, init_state, state_from_leaves
 from dreamllm_jax.training.step import compile_train_step, make_train_step
 from dreamllm_jax.training.watchdog import Watchdog
 
@@ -75,9 +75,9 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
             state = checkpoints.restore(abstract, batches)
             _logger.info("continuing %s from step %d", workdir, int(state.step))
         elif experiment.parameters.init_from:
-            initial = open_initial(experiment.parameters.init_from)
-            require_same_model(initial.config, experiment.model, experiment.parameters.init_from)
-            leaves = initial.restore({**abstract.trainable, **abstract.frozen})
+            wanted = {**abstract.trainable, **abstract.frozen}
+            leaves = restore_initial(experiment.parameters.init_from, experiment.model, wanted)
+            leaves |= init_adapters({path: leaf for path, leaf in wanted.items() if path not in leaves}, init_key)
             state = state_from_leaves(abstract, leaves, optimizer)
         else:
             state = init_state(abstract, experiment.model, optimizer, init_key)
@@ -142,10 +142,8 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
 
 def _require_frozen(experiment: Experiment, state: TrainState) -> None:
     """Raises ValueError if stored arrays would stand for towers that are trained, or other ones than made them."""
+    require_frozen(experiment.data.stored, state.trainable)
     for name in experiment.data.stored:
-        trained = next((path for path in state.trainable if path.startswith(DEPENDS[name])), None)
-        if trained:
-            raise ValueError(f"{trained} is trained: leave {name} out of data.stored, or freeze the tower")
         for corpus in experiment.data.corpora or read_summary(experiment.data.path)["corpora"]:
             require_same_towers(experiment.data.path, corpus, name, state.frozen)
 

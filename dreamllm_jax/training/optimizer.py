@@ -1,8 +1,11 @@
 """AdamW with warm-up and cosine decay, as DreamLLM trains (arXiv 2309.11499, appendix)."""
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import optax
 
 
@@ -17,6 +20,10 @@ class OptimizerConfig:
       clip_norm: gradients of a larger global norm are scaled down to it; 0 for no clipping.
       skip_norm: a step whose gradient has a larger global norm is left out; 0 for none.
       ema_decay: keep an average of the trained parameters that decays so a step, such as 0.9999; 0 for none.
+      learning_rates: (regular expression, factor) pairs; the learning rate of the parameters whose whole path an
+        expression matches is multiplied by the factor of the first that does.
+      layer_decays: (regular expression, decay) pairs, for stacks of layers such as `llama/layers/.*`: of N layers the
+        learning rate of layer i, from 1, is multiplied by decay^(N - i) as well.
       mu_dtype, nu_dtype: storage types of the first and second moments; bfloat16 is rounded to at random (`rounding`).
     """
 
@@ -30,6 +37,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     skip_norm: float = 0.0
     ema_decay: float = 0.0
+    learning_rates: tuple[tuple[str, float], ...] = ()
+    layer_decays: tuple[tuple[str, float], ...] = ()
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
     nu_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -42,6 +51,17 @@ class OptimizerConfig:
         for name in ("weight_decay", "clip_norm", "skip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rates", "layer_decays"):
+            for pattern, factor in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+                if factor <= 0:
+                    raise ValueError(
+                        f"{name}: {pattern!r} has {factor}, which must be positive; to freeze parameters, "
+                        "say so in parameters.trainable"
+                    )
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -67,9 +87,61 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(adamw)
+    if config.learning_rates or config.layer_decays:
+        parts.append(scale_by_group(config))
     if config.ema_decay:
         parts.append(average_params(config.ema_decay))
     return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def learning_rate_factors(config: OptimizerConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What the learning rate of each trained parameter is multiplied by, one number or f32[N, 1, ...] for N layers.
+
+    Args:
+      shapes: of the trained parameters, by path.
+
+    Raises:
+      ValueError: naming an expression that matches no trained parameter, or no stack of layers.
+    """
+    used = set()
+
+    def factor(setting: str, path: str) -> float | None:
+        for pattern, value in getattr(config, setting):
+            if re.fullmatch(pattern, path):
+                used.add((setting, pattern))
+                return value
+        return None
+
+    factors: dict[str, Any] = {}
+    for path, shape in shapes.items():
+        factors[path] = factor("learning_rates", path) or 1.0
+        if decay := factor("layer_decays", path):
+            if "layers" not in path.split("/"):
+                raise ValueError(f"optimizer.layer_decays: {path} is matched, but is not of a stack of layers")
+            above = np.arange(shape[0], dtype=np.float32)[::-1].reshape(-1, *[1] * (len(shape) - 1))
+            factors[path] *= np.float32(decay) ** above
+    for setting in ("learning_rates", "layer_decays"):
+        for pattern, _ in getattr(config, setting):
+            if (setting, pattern) not in used:
+                raise ValueError(f"optimizer.{setting}: {pattern!r} decides about no trained parameter")
+    return factors
+
+
+def scale_by_group(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Multiplies the updates of flat parameters by their `learning_rate_factors`, after AdamW: weight decay as well."""
+
+    def shapes(tree):
+        return {path: leaf.shape for path, leaf in tree.items()}
+
+    def init(params):
+        learning_rate_factors(config, shapes(params))
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        factors = learning_rate_factors(config, shapes(updates))
+        return {path: update * factors[path] for path, update in updates.items()}, state
+
+    return optax.GradientTransformation(init, update)
 
 
 class AverageState(NamedTuple):

@@ -8,6 +8,7 @@ DIR/checkpoints/    the others, by step; perhaps their averages too (`optimizer.
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import re
@@ -19,12 +20,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dreamllm_jax.configuration import read
 from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.directories import absolute
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
+from dreamllm_jax.models.lora import LoraConfig, adapters_of, is_adapter, merge
 
 MODEL, PARAMS, AVERAGE, FROZEN, CHECKPOINTS = "model.json", "params", "average", "frozen", "checkpoints"
 CONFIG_FILE = "config.json"  # of a run: its complete configuration
@@ -53,6 +56,16 @@ class SavedModel:
 
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and stored types of all parameters, by path."""
+        return self._stored()
+
+    def merged(self) -> "SavedModel":
+        """The same model without adapters (`models.lora`), which are added to the kernels as these are read."""
+        adapters, llama = self.config.llama.lora, dataclasses.replace(self.config.llama, lora=None)
+        if adapters is None:
+            return self
+        return _Merged(self.directory, dataclasses.replace(self.config, llama=llama), self.stores, self.step, adapters)
+
+    def _stored(self) -> dict[str, jax.ShapeDtypeStruct]:
         found = {}
         for store in self.stores:
             metadata = _handler().metadata(store).tree
@@ -66,7 +79,7 @@ class SavedModel:
     def read(self, paths: Iterable[str]) -> dict[str, np.ndarray]:
         """Parameters as they are stored, in the host's memory."""
         chosen = set(paths)
-        wanted = {path: leaf for path, leaf in self.leaves().items() if path in chosen}
+        wanted = {path: leaf for path, leaf in self._stored().items() if path in chosen}
         return self._restore(wanted, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in wanted})
 
     def part(self, name: str) -> dict[str, Any]:
@@ -86,6 +99,42 @@ class SavedModel:
                 found |= _handler().restore(store, args=request)
                 gc.collect()  # Orbax's event loop leaves cycles that would hold what was restored before
         return {path: found[path] for path in wanted}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merged(SavedModel):
+    """What `merged` gives; `config` is without `adapters`."""
+
+    adapters: LoraConfig
+
+    def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {path: leaf for path, leaf in self._stored().items() if not is_adapter(path)}
+
+    def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        stored = self._stored()
+        adapted = {path: names for path in abstract if (names := adapters_of(path)) and stored.keys() >= set(names)}
+        found = super().restore({path: leaf for path, leaf in abstract.items() if path not in adapted})
+        for path, names in adapted.items():  # one after the other: its adapter is whole on every device meanwhile
+            whole = _whole(abstract[path].sharding)
+            parts = {name: jax.ShapeDtypeStruct(stored[name].shape, "float32", sharding=whole) for name in names}
+            parts = super().restore({path: abstract[path], **parts})
+            found[path] = jax.jit(self._merge, out_shardings=abstract[path].sharding)(*parts.values())
+        return {path: found[path] for path in abstract}
+
+    def read(self, paths: Iterable[str]) -> dict[str, np.ndarray]:
+        wanted = {path: adapters_of(path) for path in paths}
+        found = super().read([*wanted, *(name for names in wanted.values() for name in names)])
+        adapted = {path: names for path, names in wanted.items() if names and found.keys() >= set(names)}
+        merged = {path: self._merge(found[path], *map(found.get, names)) for path, names in adapted.items()}
+        return {path: merged.get(path, found[path]) for path in wanted}
+
+    @property
+    def _merge(self):
+        return functools.partial(merge, scale=self.adapters.scale)
+
+
+def _whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from dreamllm_jax.models import lora
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
 from dreamllm_jax.sharding import ShardingConfig, param_shardings
 from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -135,6 +136,19 @@ def init_state(
         trainable = {path: params[path].astype(leaf.dtype) for path, leaf in abstract.trainable.items()}
         frozen = {path: params[path].astype(leaf.dtype) for path, leaf in abstract.frozen.items()}
         return TrainState(jnp.zeros((), jnp.int32), trainable, _fresh(abstract, optimizer, trainable), frozen)
+
+    return jax.jit(init, out_shardings=_shardings(abstract))(key)
+
+
+def init_adapters(abstract: Leaves, key: jax.Array) -> Leaves:
+    """Adapters as they begin (`models.lora`): A random, B zero, so that they add nothing yet."""
+
+    def init(key):
+        made = {}
+        for i, (path, leaf) in enumerate(sorted(abstract.items())):
+            begins = lora.initial_a if path.endswith(lora.LORA_A) else jax.nn.initializers.zeros
+            made[path] = begins(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
+        return made
 
     return jax.jit(init, out_shardings=_shardings(abstract))(key)
 

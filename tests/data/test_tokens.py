@@ -145,6 +145,17 @@ def test_the_decision_to_paint_in_a_conversation_is_an_option(text_tokenizer, sh
     assert learned.tokens[changed[0]] == text_tokenizer.special.dream_start
 
 
+def test_an_image_may_be_read_before_it_is_painted(text_tokenizer, shape):
+    shape = dataclasses.replace(shape, length=400)
+    encoded = encode_document(STORY, text_tokenizer, shape, see_first=True)
+    parts = ["BOS", ("first.", True), "SEE", "DREAM!", "SEE", "DREAM!", ("second.", True), ("EOS", True)]
+    tokens, weights, see, dream = expand(parts, text_tokenizer, shape)
+    assert encoded.tokens.tolist() == tokens and encoded.loss_weights.tolist() == weights
+    assert encoded.see_slots.tolist() == see and encoded.dream_slots.tolist() == dream
+    pair = encode_document(PAIR, text_tokenizer, shape, "creation", see_first=True)
+    assert pair.tokens.tolist() == encode_document(PAIR, text_tokenizer, shape, "creation").tokens.tolist()
+
+
 def test_a_system_message_replaces_the_template_s(text_tokenizer, shape):
     chat = Document("conversation", (Text("Be brief.", "system"), Text("Hi", "user"), Text("Ho", "assistant")))
     encoded = encode_document(chat, text_tokenizer, shape)

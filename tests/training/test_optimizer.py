@@ -1,6 +1,9 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from dreamllm_jax.training.optimizer import OptimizerConfig, join_average, make_optimizer, split_average
 
@@ -20,3 +23,61 @@ def test_averages_follow_the_parameters_and_leave_the_updates_alone():
     rest, average = split_average(states[1])
     np.testing.assert_allclose(average["a"], mean, rtol=1e-6)
     assert join_average(rest, average) == states[1] and split_average(states[0]) == (states[0], None)
+
+
+GROUPS = OptimizerConfig(
+    learning_rate=0.1,
+    warmup_ratio=0.0,
+    weight_decay=0.3,
+    clip_norm=0.0,
+    ema_decay=0.5,
+    learning_rates=(("queries/.*", 5.0), ("llama/.*", 0.5), (".*", 2.0)),
+    layer_decays=(("llama/layers/.*", 0.9),),
+)
+
+
+def test_groups_have_learning_rates_of_their_own():
+    """Each layer's and each group's updates are those of plain AdamW at the learning rate multiplied by hand."""
+    rng = np.random.default_rng(0)
+    shapes = {"llama/layers/mlp/up_proj/kernel": (3, 2, 4), "llama/norm/scale": (4,), "queries/dream_queries": (2, 4)}
+    shapes["clip/layers/mlp/fc1/kernel"] = (2, 3, 3)
+    params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    optimizer = make_optimizer(GROUPS, 10)
+    state = optimizer.init(params)
+
+    rates = {("llama/layers/mlp/up_proj/kernel", i): 0.5 * 0.9 ** (2 - i) for i in range(3)}
+    rates |= {
+        ("llama/norm/scale", ...): 0.5,
+        ("queries/dream_queries", ...): 5.0,
+        ("clip/layers/mlp/fc1/kernel", ...): 2.0,
+    }
+    alone = {}
+    for (path, part), rate in rates.items():
+        plain = dataclasses.replace(GROUPS, learning_rate=0.1 * rate, learning_rates=(), layer_decays=(), ema_decay=0.0)
+        one = make_optimizer(plain, 10)
+        alone[path, part] = [one, one.init(params[path][part]), params[path][part]]
+
+    for _ in range(4):
+        gradients = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        for (path, part), told in alone.items():
+            one, before, values = told
+            update, told[1] = one.update(gradients[path][part], before, values)
+            told[2] = optax.apply_updates(values, update)
+            np.testing.assert_allclose(params[path][part], told[2], rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rates": (("lama/.*", 2.0),)}, r"optimizer\.learning_rates: 'lama/\.\*' decides about no trained"),
+        ({"layer_decays": (("llama/layer/.*", 0.9),)}, r"optimizer\.layer_decays: 'llama/layer/\.\*' decides about no"),
+        ({"layer_decays": (("queries/.*", 0.9),)}, r"layer_decays: queries/dream_queries is matched, but is not of a"),
+    ],
+    ids=str,
+)
+def test_a_group_of_nothing_is_refused(changes, message):
+    params = {"llama/layers/a": jnp.zeros((2, 3)), "queries/dream_queries": jnp.zeros((2, 4))}
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(OptimizerConfig(**changes), 10).init(params)

@@ -1,0 +1,22 @@
+"""Share of interleaved documents in the mixture; the others keep their proportions."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from dreamllm_jax import recipes
+
+SWEEP = recipes.grid(share=(0.0, 0.25, 0.5, 0.75, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(recipes.Ablation):
+    """What may follow the file's name."""
+
+    share: float = 0.5
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    given, config = recipes.begin(__file__, Arguments, arg)
+    recipes.set_share(config, "interleaved", given.share, {"mode": "joint"})
+    return config

@@ -1,0 +1,37 @@
+"""Kind and depth of the projectors: linear as published, an MLP with GELU between, or a convolution over the patches.
+
+`which` are visual (from CLIP), condition (to the UNet) or both. A run with another projector cannot begin with a model
+that has a linear one: import with `--visual-projector=mlp:2` or `--condition-projector=mlp:2`.
+"""
+
+import dataclasses
+from typing import Literal
+
+from ml_collections import ConfigDict
+
+from dreamllm_jax import recipes
+
+SWEEP = [
+    {"kind": "linear", "depth": 1},
+    {"kind": "mlp", "depth": 2},
+    {"kind": "mlp", "depth": 3},
+    {"kind": "conv", "depth": 1},
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(recipes.Ablation):
+    """What may follow the file's name."""
+
+    parent: str = "stage1_joint"
+    kind: Literal["linear", "mlp", "conv"] = "mlp"
+    depth: int = 2
+    which: Literal["visual", "condition", "both"] = "visual"
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    given, config = recipes.begin(__file__, Arguments, arg)
+    for name in ("visual", "condition"):
+        if given.which in (name, "both"):
+            config.model[f"{name}_projector"] = {"kind": given.kind, "depth": given.depth}
+    return config

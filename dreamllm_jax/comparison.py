@@ -1,0 +1,189 @@
+"""Several runs beside each other: what was set otherwise, what came of it, and the curves."""
+
+import csv
+import dataclasses
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from dreamllm_jax.configuration import flat
+from dreamllm_jax.directories import absolute
+from dreamllm_jax.pages import STYLE, figure_image
+from dreamllm_jax.training.metrics import read_metrics
+from dreamllm_jax.training.saved import CONFIG_FILE
+
+CURVES = {"loss": "loss", "lm_loss": "next-token loss (nats)", "dm_loss": "denoising loss"}
+LAST = 0.1  # share of the steps over which final metrics are averaged
+_MEANS = (*CURVES, "grad_norm", "seconds_per_step")
+_RECALL = ("creation_top1", "comprehension_exact")
+
+Value = str | float | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Runs by name.
+
+    Attributes:
+      settings: of each run, those that are not the same in all.
+      results: of each run: steps, the last metrics' means, and what `evaluate` found, if it was run.
+      metrics: of each run, its steps' numbers in order.
+    """
+
+    settings: dict[str, dict[str, Value]]
+    results: dict[str, dict[str, Value]]
+    metrics: dict[str, list[dict[str, float]]]
+
+
+def find_runs(directories: Sequence[epath.PathLike]) -> list[epath.Path]:
+    """The runs that are meant: directories of runs, or directories of such directories.
+
+    Raises:
+      FileNotFoundError: one is neither.
+    """
+    found = []
+    for directory in map(absolute, directories):
+        if (directory / CONFIG_FILE).exists():
+            found.append(directory)
+            continue
+        children = directory.iterdir() if directory.is_dir() else ()
+        inside = sorted(path for path in children if (path / CONFIG_FILE).exists())
+        if not inside:
+            raise FileNotFoundError(f"{directory} is not the directory of a run, nor of runs: no {CONFIG_FILE} in it")
+        found += inside
+    return found
+
+
+def compare(directories: Sequence[epath.PathLike]) -> Comparison:
+    """Reads runs; errors as of `find_runs`, and of runs that have not trained a step."""
+    runs = find_runs(directories)
+    names = _names(runs)
+    configs = {name: flat(json.loads((run / CONFIG_FILE).read_text())) for name, run in zip(names, runs, strict=True)}
+    metrics = {name: read_metrics(run) for name, run in zip(names, runs, strict=True)}
+    results = {name: _results(run, metrics[name]) for name, run in zip(names, runs, strict=True)}
+    return Comparison(_differing(configs), results, metrics)
+
+
+def _names(runs: Sequence[epath.Path]) -> list[str]:
+    """The directories' names, with the one above where that is not enough."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [f"{run.parent.name}/{run.name}" for run in runs]
+
+
+def _differing(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Value]]:
+    paths = dict.fromkeys(path for config in configs.values() for path in config)
+    different = [path for path in paths if len({json.dumps(config.get(path)) for config in configs.values()}) > 1]
+    return {name: {path: _plain(config.get(path)) for path in different} for name, config in configs.items()}
+
+
+def _plain(value: Any) -> Value:
+    return value if isinstance(value, int | float | str) else json.dumps(value)
+
+
+def _results(run: epath.Path, metrics: Sequence[Mapping[str, float]]) -> dict[str, Value]:
+    if not metrics:
+        raise FileNotFoundError(f"{run} has not finished a step yet")
+    last = metrics[-max(1, round(LAST * len(metrics))) :]
+    found: dict[str, Value] = {"steps": int(metrics[-1]["step"])}
+    for name in _MEANS:
+        values = [line[name] for line in last if name in line]
+        if values:
+            found[name] = float(np.mean(values))
+    recall = run / "evaluation" / "recall.json"
+    if recall.exists():
+        figures = json.loads(recall.read_text())
+        found |= {name: figures[name] for name in _RECALL if name in figures}
+    return found
+
+
+def write_comparison(directories: Sequence[epath.PathLike], to: epath.PathLike) -> epath.Path:
+    """Writes `comparison.csv` and the page `comparison.html` into a directory.
+
+    Returns:
+      The page.
+
+    Raises:
+      FileNotFoundError: a directory without a run that has begun.
+    """
+    to, compared = absolute(to), compare(directories)
+    to.mkdir(parents=True, exist_ok=True)
+    buffer = io.StringIO()
+    rows = csv.writer(buffer, lineterminator="\n")
+    header, lines = _rows(compared)
+    rows.writerows([header, *lines])
+    (to / "comparison.csv").write_text(buffer.getvalue())
+    page = to / "comparison.html"
+    page.write_text(_page(compared, to.name))
+    return page
+
+
+def _rows(compared: Comparison) -> tuple[list[str], list[list[Value]]]:
+    settings = list(next(iter(compared.settings.values())))
+    results = list(dict.fromkeys(name for found in compared.results.values() for name in found))
+    lines = [
+        [name, *chosen.values(), *(compared.results[name].get(result, "") for result in results)]
+        for name, chosen in compared.settings.items()
+    ]
+    return ["run", *settings, *results], lines
+
+
+def _page(compared: Comparison, title: str) -> str:
+    colours = dict(zip(compared.metrics, _colours(len(compared.metrics)), strict=True))
+    header, lines = _rows(compared)
+    heads = "".join(f'<th title="{html.escape(name)}">{_breakable(name)}</th>' for name in header)
+    body = ""
+    for name, *values in lines:
+        dot = f'<span class="dot" style="background:{colours[name]}"></span>'
+        cells = "".join(f"<td>{html.escape(_shown(value))}</td>" for value in values)
+        body += f"<tr><th>{dot}{html.escape(name)}</th>{cells}</tr>"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style><h1>{html.escape(title)}: {len(lines)} runs</h1>"
+        f"<p>Settings that differ, and means over the last {LAST:.0%} of the steps. Curves have their run's colour.</p>"
+        f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"<h2>Curves</h2>{_curves(compared.metrics, colours)}</html>"
+    )
+
+
+def _breakable(name: str) -> str:
+    """A path such as `optimizer.learning_rate`, which may be broken after its dots and underscores."""
+    return html.escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
+def _shown(value: Value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _colours(count: int) -> list[str]:
+    if count <= 10:
+        return [to_hex(colormaps["tab10"](i)) for i in range(count)]
+    return [to_hex(colormaps["turbo"](0.05 + 0.9 * i / (count - 1))) for i in range(count)]
+
+
+def _curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, str]) -> str:
+    """The losses that any run has learnt, running means over a fiftieth of the steps."""
+    chosen = [name for name in CURVES if any(line.get(name) for lines in metrics.values() for line in lines)]
+    figure = Figure(figsize=(9.5, 3.4 * len(chosen)), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(len(chosen), 1)), chosen, strict=True):
+        for run, lines in metrics.items():
+            points = [(line["step"], line[name]) for line in lines if line.get(name)]
+            if not points:
+                continue
+            steps, values = map(np.asarray, zip(*points, strict=True))
+            window = max(1, len(values) // 50)
+            mean = np.convolve(values, np.ones(window) / window, mode="valid")
+            axes.plot(steps[window - 1 :], mean, color=colours[run], linewidth=1.5)
+        axes.set(title=CURVES[name], xlabel="step", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:.3g}")
+        axes.grid(alpha=0.3, which="both")
+    return figure_image(figure, "loss curves")

@@ -1,0 +1,87 @@
+"""Low-rank adapters of the llama's products (LoRA, arXiv 2106.09685): W x becomes W x + alpha / rank · B A x.
+
+Beside the `kernel` of each adapted product stand `lora_a` f[N, I, R] and `lora_b` f[N, R, O] of its N layers,
+parameters like all others, which the list `parameters.trainable` chooses. B begins at zero: a model begins as it was.
+
+Legend: N layers, I width in, O width out, R rank.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_A, LORA_B = "lora_a", "lora_b"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which products have adapters.
+
+    Attributes:
+      rank: R.
+      alpha: what they add is scaled by alpha / rank.
+      targets: the adapted products of every layer.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = PRODUCTS
+
+    def __post_init__(self):
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"rank and alpha must be positive, got {self.rank} and {self.alpha}")
+        if not self.targets or set(self.targets) - set(PRODUCTS):
+            raise ValueError(f"targets must be some of {', '.join(PRODUCTS)}, got {', '.join(self.targets) or 'none'}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def adapt(x: jax.Array, a: jax.Array, b: jax.Array, scale: float, axes: int = 1) -> jax.Array:
+    """What an adapter adds to a product.
+
+    Args:
+      x: f[..., *inputs], the `axes` last of which are multiplied.
+      a: f[*inputs, R].
+      b: f[R, *outputs].
+
+    Returns:
+      f[..., *outputs] in the type of `x`.
+    """
+    return jnp.tensordot(jnp.tensordot(x, a, axes=axes), b, axes=1) * jnp.asarray(scale, x.dtype)
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a parameter's path is of an adapter."""
+    return path.rsplit("/", 1)[-1] in (LORA_A, LORA_B)
+
+
+def adapters_of(path: str) -> tuple[str, ...]:
+    """Paths of the adapter, there or not, of the kernel at `path`; none for another parameter."""
+    module, _, leaf = path.rpartition("/")
+    return (f"{module}/{LORA_A}", f"{module}/{LORA_B}") if leaf == "kernel" else ()
+
+
+def merge(kernel, a, b, scale: float):
+    """The kernel that does what `kernel` and its adapter do: W + alpha / rank · A B, in float32, then rounded.
+
+    Args:
+      kernel: f[N, I, O], of NumPy or JAX like the others.
+      a: f[N, I, R].
+      b: f[N, R, O].
+
+    Returns:
+      f[N, I, O] in the type of `kernel`.
+    """
+    product = a.astype(np.float32) @ b.astype(np.float32)
+    return (kernel.astype(np.float32) + scale * product).astype(kernel.dtype)
+
+
+def initial_a(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """First values of A f[..., I, R]: normal, such that its outputs have the size of its inputs."""
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[-2] ** -0.5, dtype)

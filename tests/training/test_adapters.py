@@ -1,0 +1,121 @@
+"""A run that trains adapters: it begins as the model it begins with, its base stays, and what is exported is merged."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import unflatten_dict
+
+from dreamllm_jax import runs
+from dreamllm_jax.data.document import Text
+from dreamllm_jax.generation.texts import generate_texts
+from dreamllm_jax.interop import verify
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.models.lora import is_adapter
+from dreamllm_jax.training import saved
+from dreamllm_jax.training.metrics import read_metrics
+from tests.conversion.helpers import run as convert
+from tests.lives import Life, micro
+from tests.parity import relative_error
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("torch")
+
+LORA = {"rank": 2, "alpha": 3.0}
+ADAPTERS = [["llama/.*/lora_.", True], ["queries/.*", True], [".*", False]]
+
+
+def run(config, workdir):
+    life = Life(config, workdir, devices=1)
+    assert life.end() == 0, life.said()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A model, and adapters trained on it."""
+    root = tmp_path_factory.mktemp("adapters")
+    common = {"steps": 6, "checkpoint": {"every": 6}}
+    run(micro(data, **common, parameters={"trainable": [[".*", True]]}), root / "base")
+    config = micro(
+        data,
+        **common,
+        model={"llama": {"lora": LORA}},
+        parameters={"trainable": ADAPTERS, "init_from": str(root / "base"), "frozen_dtype": "float32"},
+        optimizer={"learning_rate": 0.3, "warmup_ratio": 0.0},
+    )
+    run(config, root / "adapted")
+    return root
+
+
+def test_the_first_loss_is_the_base_models(trained, data, tmp_path):
+    config = micro(data, steps=1, parameters={"init_from": str(trained / "base"), "trainable": [[".*", True]]})
+    run(config, tmp_path / "whole")
+    assert read_metrics(trained / "adapted")[0]["loss"] == pytest.approx(
+        read_metrics(tmp_path / "whole")[0]["loss"], rel=1e-6
+    )
+
+
+def test_only_adapters_and_queries_have_moved(trained):
+    base, adapted = saved.find(str(trained / "base")), saved.find(str(trained / "adapted"))
+    before, after = base.read(base.leaves()), adapted.read(adapted.leaves())
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {"queries/dream_queries"}
+    adapters = {path: leaf for path, leaf in after.items() if is_adapter(path)}
+    assert len(adapters) == 14 and all(np.any(leaf) for leaf in adapters.values())
+
+
+def test_what_is_exported_is_merged_and_verified(trained, tmp_path):
+    convert("export", checkpoint=trained / "adapted", format="hf", to=tmp_path / "hf")
+    convert("verify", checkpoint=trained / "adapted", torch=tmp_path / "hf")
+    merged = saved.find(str(trained / "adapted")).merged()
+    told = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert told["model_type"] == "llama" and "lora" not in told
+    assert all(one.passed for one in verify.compare(merged.config, merged.part, tmp_path / "hf"))
+
+    base = saved.find(str(trained / "base"))
+    name = "llama/layers/mlp/up_proj/kernel"
+    assert np.abs(merged.read([name])[name] - base.read([name])[name]).max() > 1e-3
+
+
+def test_the_merged_model_says_the_same(trained):
+    name = str(trained / "adapted")
+    tokenizer, model, params = runs.load_model(name)
+    merged = saved.find(name).merged()
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for path, x in merged.leaves().items()}
+    restored = unflatten_dict(merged.restore(wanted), sep="/")
+    plain = DreamLLM(merged.config)
+
+    tokens = jax.random.randint(jax.random.key(0), (2, 16), 3, 390)
+    given = tokens, jnp.broadcast_to(jnp.arange(16), (2, 16)), jnp.ones_like(tokens)
+
+    def logits(model, params):
+        def forward(model, tokens, positions, segments):
+            return model.logits(model.decode(model.embed(tokens), positions, segments)[0])
+
+        with jax.default_matmul_precision("highest"):
+            return model.apply({"params": params}, *given, method=forward)
+
+    assert relative_error(logits(plain, restored), logits(model, params)) < 1e-5
+    prompts = [[Text("a red")], [Text("the")]]
+    texts = [generate_texts(*each, tokenizer, prompts, max_tokens=8) for each in ((model, params), (plain, restored))]
+    assert texts[0] == texts[1]
+
+
+def test_a_run_without_adapters_begins_with_the_merged_model(trained, data, tmp_path):
+    """And one with the same adapters goes on with them: both have the loss of one step more."""
+    losses = []
+    for lora, trainable in ((None, [[".*", True]]), (LORA, ADAPTERS)):
+        config = micro(
+            data,
+            steps=1,
+            model={"llama": {"lora": lora}},
+            parameters={"init_from": str(trained / "adapted"), "trainable": trainable, "frozen_dtype": "float32"},
+        )
+        run(config, tmp_path / str(lora is None))
+        losses.append(read_metrics(tmp_path / str(lora is None))[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    begun = runs.load(tmp_path / "True").model.config.llama.lora
+    assert begun is None

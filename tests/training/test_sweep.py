@@ -1,0 +1,138 @@
+"""A sweep ends with all of its runs finished whatever happens to the program, and with one page about them."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dreamllm_jax.comparison import compare, write_comparison
+from dreamllm_jax.training import saved
+from dreamllm_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 20
+CONFIG = """
+from ml_collections import ConfigDict
+from dreamllm_jax import recipes
+from dreamllm_jax.arguments import parse
+from tests.lives import micro
+import dataclasses
+
+SWEEP = [
+    {{"queries": queries, "config.optimizer.learning_rate": rate}} for queries in (1, 2) for rate in (0.01, 0.03, 0.1)
+]
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    queries: int = 2
+
+def get_config(arg=""):
+    config = ConfigDict(micro({data!r}, steps={steps}, log_every=2, checkpoint={{"every": 5}}))
+    config.data.corpora = {{"interleaved": {{"mode": "comprehension"}}}}  # without a UNet it compiles sooner
+    config.rows.dream_slots = 0
+    config.model.num_queries = parse(Arguments, arg).queries
+    return config
+"""
+
+
+def sweep(*arguments, wait=True):
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *arguments]
+    if not wait:
+        return subprocess.Popen(command, cwd=ROOT, env=environment)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+    )
+    return done.stdout, done.returncode
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.format(data=data, steps=STEPS))
+    return f"--config={path}"
+
+
+@pytest.mark.slow
+def test_six_runs_across_a_kill(config, tmp_path):
+    to = tmp_path / "runs"
+    first = sweep(config, f"--to={to}", wait=False)
+    limit = time.monotonic() + 600
+    second = to / "queries=1,learning_rate=0.03" / "metrics.jsonl"
+    while not (second.exists() and second.read_text()):
+        assert time.monotonic() < limit and first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)  # the run that it has started lives on
+    first.wait()
+
+    said, status = sweep(config, f"--to={to}")
+    assert status == 0, said
+    assert "1 of 6: queries=1,learning_rate=0.01: finished" in said
+    directories = sorted(path for path in to.iterdir() if path.is_dir())
+    assert len(directories) == 6
+    for directory in directories:
+        assert saved.find(str(directory)).step == STEPS
+        assert [line["step"] for line in read_metrics(directory)] == list(range(1, STEPS + 1)), directory
+    said, status = sweep(config, f"--to={to}")
+    assert (said.count(": finished"), status) == (6, 0), said
+
+    page = write_comparison([to], to).read_text()
+    assert page.count("<tr><th><span") == 6 and "queries=2,learning_rate=0.1" in page
+    with open(to / "comparison.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["model.num_queries"], line["optimizer.learning_rate"]) for line in lines} == {
+        (queries, rate) for queries in ("1", "2") for rate in ("0.01", "0.03", "0.1")
+    }
+    assert "rows.length" not in lines[0] and all(float(line["loss"]) > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_what_is_printed_is_what_would_be_executed(config, tmp_path):
+    said, status = sweep(config, "--to=gs://bucket/x", "--dry-run", "--submit=sbatch -J {name} --wrap={command}")
+    assert status == 0 and said.count("sbatch -J queries=") == 6, said
+    assert "--workdir=gs://bucket/x/queries=1,learning_rate=0.01 --config.optimizer.learning_rate=0.01'" in said
+    for wrong, message in (
+        (["--submit=sbatch"], "--submit has no {command}"),
+        (["--config.stepz=3"], "variant queries=1,learning_rate=0.01: config.stepz is not a setting; did you mean"),
+        (["--workdir=x"], "unexpected '--workdir=x'"),
+    ):
+        said, status = sweep(config, f"--to={tmp_path}", "--dry-run", *wrong)
+        assert status == 1 and message in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_runs_are_submitted(config, tmp_path):
+    """Each once, with its own command."""
+    told = tmp_path / "told"
+    script = tmp_path / "submit.sh"
+    script.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> {told}\n')
+    script.chmod(0o755)
+    said, status = sweep(config, f"--to={tmp_path}/runs", f"--submit={script} {{name}} {{command}}")
+    assert status == 0, said
+    lines = told.read_text().splitlines()
+    assert len({line.split()[0] for line in lines}) == 6 == len(lines)
+    assert all("-m dreamllm_jax.train --config=" in line and "--workdir=" in line for line in lines)
+
+
+def test_runs_beside_each_other(tmp_path):
+    for name, changes in (("a", {"seed": 0, "optimizer": {"b1": 0.9}}), ("b", {"seed": 1, "optimizer": {"b1": 0.9}})):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps({"steps": 20, **changes}))
+        lines = [
+            {"step": i, "loss": float(20 - i + changes["seed"]), "lm_loss": 1.0, "dm_loss": 0.0} for i in range(1, 21)
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compared = compare([tmp_path / "a", tmp_path / "b"])
+    assert compared.settings == {"a": {"seed": 0}, "b": {"seed": 1}}
+    assert [found["loss"] for found in compared.results.values()] == [0.5, 1.5]
+    assert compare([tmp_path]).results == compared.results
+    with pytest.raises(FileNotFoundError, match="is not the directory of a run, nor of runs"):
+        compare([tmp_path / "c"])
