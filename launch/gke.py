@@ -162,9 +162,9 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(action, help=help, description=help)
         command.add_argument("--namespace", default="default")
         command.add_argument("--dry-run", action="store_true", help="print the commands instead")
-        add_required(command, "--name", "JOBSET_NAME", "name of the run in the cluster")
+        add_required(command, "--name", "RUN_NAME", "name of the run in the cluster")
         if action in ("manifest", "apply"):
-            add_required(command, "--topology", "TPU_TOPOLOGY", "as v5p-128, or v5p-128x2 for two slices")
+            add_required(command, "--topology", "TOPOLOGY", "as v5p-128, or v5p-128x2 for two slices")
             add_required(command, "--image", "IMAGE", "image with this project, built with launch/Dockerfile")
             tier = command.add_mutually_exclusive_group()
             tier.add_argument("--spot", action="store_true", help="on spot machines")

@@ -273,8 +273,8 @@ def make_parser() -> argparse.ArgumentParser:
     }
     for action, help in told.items():
         command = commands.add_parser(action, help=help, description=help)
-        add_required(command, "--name", "TPU_NAME", "name of the request, and of its slices")
-        add_required(command, "--topology", "TPU_TOPOLOGY", "as v5p-128, or v5p-128x2 for two slices")
+        add_required(command, "--name", "RUN_NAME", "name of the request, and of its slices")
+        add_required(command, "--topology", "TOPOLOGY", "as v5p-128, or v5p-128x2 for two slices")
         add_required(command, "--project", "CLOUDSDK_CORE_PROJECT", "the Cloud project")
         add_required(command, "--zone", "CLOUDSDK_COMPUTE_ZONE", "as us-east5-a: gcloud compute tpus locations list")
         command.add_argument("--dry-run", action="store_true", help="print the commands instead")

@@ -209,7 +209,7 @@ def test_dry_run_prints_what_would_be_executed(launch):
 @pytest.mark.parametrize(
     ("flags", "options", "message"),
     [
-        (["--image=i"], {"command": COMMAND}, "give --topology=..., or set TPU_TOPOLOGY"),
+        (["--image=i"], {"command": COMMAND}, "give --topology=..., or set TOPOLOGY"),
         (["--topology=v4-8"], {"command": COMMAND}, "give --image=..., or set IMAGE: image with this project"),
         (APPLY, {}, "give the command after --"),
         (APPLY, {"command": ["python", "--workdir=run"]}, "--workdir=run would be another directory on each host"),

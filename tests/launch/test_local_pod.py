@@ -101,7 +101,8 @@ def test_dry_run_can_be_pasted():
     done = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
-    assert sorted(re.findall(r"process \d of \d, \d of \d", done.stdout)) == [
+    said = re.findall(r"process \d of \d, \d of \d", done.stdout)
+    assert sorted(said) == [
         "process 0 of 2, 2 of 4",
         "process 1 of 2, 2 of 4",
     ], done.stderr

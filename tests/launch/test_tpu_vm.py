@@ -195,7 +195,7 @@ def test_the_real_gcloud_understands(launch, tmp_path, monkeypatch):
     ("action", "flags", "options", "message"),
     [
         ("create", [], {"where": False}, "give --project=..., or set CLOUDSDK_CORE_PROJECT"),
-        ("create", [], {"topology": ""}, "give --topology=..., or set TPU_TOPOLOGY: as v5p-128"),
+        ("create", [], {"topology": ""}, "give --topology=..., or set TOPOLOGY: as v5p-128"),
         ("create", [], {"topology": "v5p-100"}, "'v5p-100' is no slice of v5p: there are v5p-8,"),
         ("create", [], {"topology": "v7-8"}, "no chip 'v7'"),
         ("run", [], {}, "give the command after --"),
