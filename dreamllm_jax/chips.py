@@ -3,16 +3,20 @@
 Sources: the system architecture pages of Cloud TPU v4, v5e, v5p and v6e (https://cloud.google.com/tpu/docs/v4, /v5e,
 /v5p, /v6e). They state a chip's interconnect in both directions together, or a pod's network bandwidth; here it is one
 direction of one chip. Clocks are those by which XLA's TPU compiler counts its cycles.
+
+JAX is imported only where a device is meant: names alone are also read by launch/, on machines without it.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-from jax.experimental import topologies
+if TYPE_CHECKING:
+    import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,17 @@ class Topology:
     def chips(self) -> int:
         return self.slices * math.prod(map(int, self.shape.split("x")))
 
+    @property
+    def chips_per_host(self) -> int:
+        """Four, but for slices of v5e and v6e that are one host."""
+        chips = self.chips // self.slices
+        return chips if self.chip.dimensions == 2 and chips <= 8 else 4
+
+    @property
+    def hosts(self) -> int:
+        """Of all slices together."""
+        return self.chips // self.chips_per_host
+
     def devices(self) -> list[jax.Device]:
         """Devices to compile for, without there being any.
 
@@ -87,6 +102,9 @@ class Topology:
           ImportError: libtpu, which holds the compiler, is not installed.
           ValueError: libtpu knows no such slice, or is locked by another process.
         """
+        import jax
+        from jax.experimental import topologies
+
         options: dict[str, Any] = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.kind == "v4":
             options["chip_config_name"] = "megacore"  # both cores as one device

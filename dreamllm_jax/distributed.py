@@ -41,10 +41,10 @@ def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1, t
         )
     who = "this host of the TPU slice" if alone else f"process {process_id} of {num_processes}"
     where = "" if alone else f" at {coordinator}"
-    line = (
-        f"error: {who} did not meet the others{where} within {timeout} s: start all with the same --coordinator and "
-        "--num_processes, each with its own --process_id"
-    )
+    way_out = "the same --coordinator and --num_processes, each with its own --process_id"
+    if alone:
+        way_out = "the same command, and let their firewall pass the port that JAX_COORDINATOR_PORT names"
+    line = f"error: {who} did not meet the others{where} within {timeout} s: start all with {way_out}"
     # JAX itself would abort the process with a stack trace.
     timer = threading.Timer(timeout, _give_up, [line])
     timer.daemon = True
@@ -61,8 +61,15 @@ def _give_up(line: str) -> None:
 
 
 def _is_cloud_tpu_cluster() -> bool:
+    """Whether JAX can find out by itself who takes part.
+
+    GKE, and launch/local_pod.sh like it, say it in variables. A TPU VM has none: there JAX asks the metadata server,
+    unless it found no TPU when it was imported; it leaves a note of that in TPU_SKIP_MDS_QUERY.
+    """
     several_hosts = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return several_hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1
+    if several_hosts or int(os.environ.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+        return True
+    return "tpu" in (jax.config.jax_platforms or "") and "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
 def gather(value: Any) -> list[Any]:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: enters the checkout and a virtual environment that holds this project.
 #
 #   source launch/environment.sh EXTRAS
@@ -5,7 +6,7 @@
 # The environment is the active one, or .venv in the checkout, made with $PYTHON (python3.12, python3.11 or python3,
 # the first found) when it is not there.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 if [[ -z "${VIRTUAL_ENV:-}" ]]; then
   if [[ ! -x .venv/bin/python ]]; then
@@ -21,6 +22,7 @@ if [[ -z "${VIRTUAL_ENV:-}" ]]; then
       exit 1
     fi
   fi
+  # shellcheck source=/dev/null
   source .venv/bin/activate
 fi
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -85,3 +86,28 @@ def test_a_process_that_does_not_come_is_missed(tmp_path):
     (stderr,) = finish([process])
     assert process.returncode == 1
     assert f"error: process 0 of 2 did not meet the others at localhost:{port} within 10 s" in stderr, stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "platforms", "joins"),
+    [
+        ({}, None, False),  # a laptop, a GPU machine
+        ({"TPU_SKIP_MDS_QUERY": "1"}, "cpu", False),
+        ({}, "tpu,cpu", True),  # a TPU VM: its metadata server knows the others
+        ({}, "cpu", False),  # a TPU VM whose chips are not to be used
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", False),  # one host on GKE
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", True),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2", "TPU_SKIP_MDS_QUERY": "1"}, "tpu,cpu", True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_SKIP_MDS_QUERY": "1"}, "cpu", True),  # local_pod.sh
+    ],
+)
+def test_who_joins_others_without_being_told(monkeypatch, variables, platforms, joins):
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax, "config", types.SimpleNamespace(jax_platforms=platforms))
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
+    start()
+    assert calls == [()] * joins

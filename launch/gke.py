@@ -1,0 +1,234 @@
+"""Trains on TPU slices of a GKE cluster: writes the JobSet of a run, and hands it to kubectl.
+
+    python launch/gke.py apply --name=mine --topology=v5p-128x2 --image=IMAGE --spot -- \\
+        python -m dreamllm_jax.train --config=configs/stage2.py:7b --workdir=gs://bucket/run --config.data.path=gs://...
+
+The JobSet starts all hosts together, and again after a preemption and on status 75 and 76, as often as needed; after
+other failures at most --retries times. `manifest` prints it (JSON, which is YAML too) for whoever keeps such files.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout that is not installed
+
+from dreamllm_jax.chips import Topology, find_topology
+from dreamllm_jax.exits import HUNG, PREEMPTED
+from launch.shell import (
+    Failed,
+    Shell,
+    add_required,
+    check_required,
+    check_workdir,
+    read_environment,
+    split_command,
+)
+
+# What GKE calls the chips: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
+ACCELERATORS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+}
+OF_JOBSET = "jobset.sigs.k8s.io/jobset-name"
+FIRST_HOST = "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+
+
+def make_jobset(
+    name: str,
+    topology: Topology,
+    image: str,
+    command: list[str],
+    *,
+    spot: bool = False,
+    reservation: str = "",
+    service_account: str = "",
+    queue: str = "",
+    retries: int = 3,
+) -> dict[str, Any]:
+    """The JobSet of a run: a Job a slice, a pod a host.
+
+    Args:
+      service_account: that of the pods, which may read and write the buckets.
+      queue: of Kueue, where the cluster has it.
+      retries: how often it is started again after failures that are neither preemptions nor status 75 or 76.
+    """
+    hosts = topology.hosts // topology.slices
+    chips = {"google.com/tpu": topology.chips_per_host}
+    where = {
+        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[topology.chip.kind],
+        "cloud.google.com/gke-tpu-topology": topology.shape,
+    }
+    if spot:
+        where["cloud.google.com/gke-spot"] = "true"
+    if reservation:
+        where["cloud.google.com/reservation-name"] = reservation
+    pod = {
+        "restartPolicy": "Never",  # the hosts start together or not at all
+        "nodeSelector": where,
+        "terminationGracePeriodSeconds": 900,  # to save; a spot machine grants less
+        # Slices talk over the hosts' own network, without a detour through the pods'.
+        "hostNetwork": True,
+        "dnsPolicy": "ClusterFirstWithHostNet",
+        "containers": [
+            {
+                "name": "host",
+                "image": image,
+                "command": command,
+                "env": [{"name": key, "value": value} for key, value in read_environment().items()],
+                "resources": {"requests": chips, "limits": chips},
+            }
+        ],
+    }
+    if spot:
+        pod["tolerations"] = [{"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true"}]
+    if service_account:
+        pod["serviceAccountName"] = service_account
+    job = {
+        "parallelism": hosts,
+        "completions": hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,  # one host less, and the slice cannot go on
+        "podFailurePolicy": {  # these end the Job with the reason PodFailurePolicy, others with BackoffLimitExceeded
+            "rules": [
+                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [PREEMPTED, HUNG]}},
+            ]
+        },
+        "template": {"spec": pod},
+    }
+    again = {
+        "name": "again",
+        "action": "RestartJobSetAndIgnoreMaxRestarts",
+        "onJobFailureReasons": ["PodFailurePolicy"],
+    }
+    metadata: dict[str, Any] = {
+        "name": name,
+        # A slice is a node pool; each Job has one to itself.
+        "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+    }
+    if queue:
+        metadata["labels"] = {"kueue.x-k8s.io/queue-name": queue}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": metadata,
+        "spec": {
+            "failurePolicy": {"maxRestarts": retries, "rules": [again]},
+            "replicatedJobs": [{"name": "slice", "replicas": topology.slices, "template": {"spec": job}}],
+            "ttlSecondsAfterFinished": 7 * 24 * 3600,  # until then it can be looked at
+        },
+    }
+
+
+def describe(jobset: dict[str, Any], pods: list[dict[str, Any]]) -> list[str]:
+    """The state of a run in lines: how it is, then each host."""
+    status = jobset.get("status", {})
+    conditions = [one for one in status.get("conditions", []) if one["status"] == "True"]
+    why = f" ({conditions[-1]['message']})" if conditions and conditions[-1].get("message") else ""
+    state = status.get("terminalState") or ("Running" if any(_phase(pod) == "Running" for pod in pods) else "Waiting")
+    lines = [f"{jobset['metadata']['name']}: {state}, started again {status.get('restarts', 0)} times{why}"]
+    for pod in sorted(pods, key=lambda pod: pod["metadata"]["name"]):
+        container = next(iter(pod["status"].get("containerStatuses", [])), {})
+        ended = container.get("state", {}).get("terminated")
+        unplaced = [
+            one["message"] for one in pod["status"].get("conditions", []) if one.get("reason") == "Unschedulable"
+        ]
+        detail = f" with status {ended['exitCode']}" if ended else "".join(f": {one}" for one in unplaced)
+        lines.append(f"host {pod['metadata']['name']}: {_phase(pod)}{detail}")
+    return lines
+
+
+def _phase(pod: dict[str, Any]) -> str:
+    return pod["status"].get("phase", "Pending")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="action", required=True)
+    told = {
+        "manifest": "print the JobSet of the command that stands after --",
+        "apply": "hand it to the cluster",
+        "status": "tell the state of the run and of its hosts",
+        "logs": "follow the first host's log, or --all hosts'",
+        "delete": "let the run save and end, and remove it",
+    }
+    for action, help in told.items():
+        command = commands.add_parser(action, help=help, description=help)
+        command.add_argument("--namespace", default="default")
+        command.add_argument("--dry-run", action="store_true", help="print the commands instead")
+        add_required(command, "--name", "RUN_NAME", "name of the run in the cluster")
+        if action in ("manifest", "apply"):
+            add_required(command, "--topology", "TOPOLOGY", "as v5p-128, or v5p-128x2 for two slices")
+            add_required(command, "--image", "IMAGE", "image with this project, built with launch/Dockerfile")
+            tier = command.add_mutually_exclusive_group()
+            tier.add_argument("--spot", action="store_true", help="on spot machines")
+            tier.add_argument("--reservation", default="", help="on machines of this reservation")
+            command.add_argument("--service_account", default="", help="Kubernetes service account of the pods")
+            command.add_argument("--queue", default="", help="Kueue's LocalQueue")
+            command.add_argument("--retries", type=int, default=3, help="after failures of other kinds (3)")
+        if action == "logs":
+            command.add_argument("--all", action="store_true", help="of all hosts, each line with its host's name")
+    return parser
+
+
+def jobset_of(arguments: argparse.Namespace, command: list[str]) -> dict[str, Any]:
+    """The JobSet that the command line describes.
+
+    Raises:
+      ValueError: a name or a slice that the cluster would refuse.
+    """
+    topology = find_topology(arguments.topology)
+    # Of a pod: NAME-slice-INDEX-INDEX-xxxxx, at most 63 characters.
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", arguments.name):
+        raise ValueError(f"--name={arguments.name}: at most 40 lower-case letters, digits and -, first a letter")
+    if arguments.retries < 0:
+        raise ValueError("--retries must not be negative")
+    names = ("spot", "reservation", "service_account", "queue", "retries")
+    options = {name: getattr(arguments, name) for name in names}
+    return make_jobset(arguments.name, topology, arguments.image, command, **options)
+
+
+def main(argv: list[str]) -> None:
+    parser, command = make_parser(), []
+    if argv[:1] in (["manifest"], ["apply"]) and not {"--help", "-h"} & set(argv):
+        arguments, command = split_command(parser, argv)
+    else:
+        arguments = parser.parse_args(argv)
+    check_required(arguments)
+    check_workdir(command)
+    shell, name, namespace = Shell(arguments.dry_run), arguments.name, f"--namespace={arguments.namespace}"
+    try:
+        match arguments.action:
+            case "manifest":
+                print(json.dumps(jobset_of(arguments, command), indent=2))
+            case "apply":
+                manifest = json.dumps(jobset_of(arguments, command), indent=2)
+                shell.run(["kubectl", "apply", "--filename=-", namespace], given=manifest + "\n")
+            case "status":
+                pods = ["kubectl", "get", "pods", f"--selector={OF_JOBSET}={name}", "--output=json", namespace]
+                jobset = shell.read(["kubectl", "get", "jobset", name, "--output=json", namespace])
+                found = shell.read(pods)
+                if jobset:
+                    print("\n".join(describe(json.loads(jobset), json.loads(found)["items"])))
+            case "logs":
+                which = f"{OF_JOBSET}={name}" + ("" if arguments.all else f",{FIRST_HOST}")
+                follow = ["--follow", "--tail=100", "--prefix", "--max-log-requests=1024"]
+                shell.run(["kubectl", "logs", f"--selector={which}", *follow, namespace])
+            case "delete":
+                shell.run(["kubectl", "delete", "jobset", name, namespace])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except Failed as failed:
+        sys.exit(f"error: {(failed.said.strip().splitlines() or [failed])[-1]}")
+    except KeyboardInterrupt:
+        sys.exit("\nthe run goes on in the cluster")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

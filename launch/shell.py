@@ -1,0 +1,114 @@
+"""What the launch scripts share: commands that are run, or only printed."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = ROOT / "launch" / "tpu.env"
+
+
+class Failed(Exception):
+    """A command that ended with another status than 0.
+
+    Attributes:
+      said: all that it printed.
+    """
+
+    def __init__(self, command: list[str], status: int, said: str):
+        super().__init__(f"{shlex.join(command)}\nended with status {status}")
+        self.said = said
+
+
+class Shell:
+    """Runs commands, or only prints them, quoted so that they can be pasted."""
+
+    def __init__(self, dry_run: bool):
+        self.dry_run = dry_run
+
+    def tell(self, line: str) -> None:
+        """Prints a line, but none among commands that are only printed."""
+        if not self.dry_run:
+            print(line, flush=True)
+
+    def run(self, command: list[str], given: str = "") -> str:
+        """Shows a command and what it prints while it runs, and returns the latter.
+
+        Args:
+          given: its standard input.
+
+        Raises:
+          Failed: its status is not 0.
+        """
+        shown = f"{shlex.join(command)} << 'END'\n{given}END" if given else shlex.join(command)
+        if self.dry_run:
+            print(shown)
+            return ""
+        print(f"+ {shlex.join(command)}", file=sys.stderr, flush=True)
+        said = []
+        with _popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            process.stdin.write(given)
+            process.stdin.close()
+            for line in process.stdout:
+                sys.stderr.write(line)
+                said.append(line)
+        if process.returncode:
+            raise Failed(command, process.returncode, "".join(said))
+        return "".join(said)
+
+    def read(self, command: list[str]) -> str:
+        """What a command prints to its standard output; errors as of `run`."""
+        if self.dry_run:
+            print(shlex.join(command))
+            return ""
+        with _popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            output, errors = process.communicate()
+        if process.returncode:
+            raise Failed(command, process.returncode, output + errors)
+        return output
+
+
+def _popen(command: list[str], **streams) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(command, text=True, errors="replace", **streams)
+    except FileNotFoundError:
+        sys.exit(f"error: {command[0]} is not installed on this machine (see docs/launch.md)")
+
+
+def split_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses what stands before `--`, and returns the command that stands after it."""
+    mark = argv.index("--") if "--" in argv else len(argv)
+    arguments, command = parser.parse_args(argv[:mark]), argv[mark + 1 :]
+    if not command:
+        parser.error("give the command after --, as in: -- python -m dreamllm_jax.train --config=... --workdir=...")
+    return arguments, command
+
+
+def add_required(parser: argparse.ArgumentParser, flag: str, variable: str, help: str) -> None:
+    """Adds an option that must be given, by itself or by a variable of the environment."""
+    parser.add_argument(flag, default=os.environ.get(variable, ""), help=f"{help} (or set {variable})")
+    parser.set_defaults(required=[*(parser.get_default("required") or []), (flag, variable, help)])
+
+
+def check_required(arguments: argparse.Namespace) -> None:
+    """Ends the program where a required option is missing."""
+    for flag, variable, help in arguments.required:
+        if not getattr(arguments, flag.removeprefix("--")):
+            sys.exit(f"error: give {flag}=..., or set {variable}: {help}")
+
+
+def check_workdir(command: list[str]) -> None:
+    """Ends the program where a run would write to a host's own disk."""
+    workdir = next((word.removeprefix("--workdir=") for word in command if word.startswith("--workdir=")), "gs://")
+    if not workdir.startswith("gs://"):
+        sys.exit(f"error: --workdir={workdir} would be another directory on each host, and lost with it: give gs://...")
+
+
+def read_environment() -> dict[str, str]:
+    """The variables of launch/tpu.env."""
+    lines = [line.strip() for line in ENVIRONMENT.read_text().splitlines()]
+    pairs = [shlex.split(line)[0].split("=", 1) for line in lines if line and not line.startswith("#")]
+    return dict(pairs)

@@ -1,0 +1,24 @@
+"""A committed copy of what the launch scripts consist of, for they install commits."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory) -> Path:
+    """A clean clone, so to speak."""
+    folder = tmp_path_factory.mktemp("clone") / "dreamllm_jax"
+    shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "dreamllm_jax").mkdir()
+    for name in ("__init__", "chips", "exits"):  # they need nothing else of the package, nor JAX
+        shutil.copy(ROOT / "dreamllm_jax" / f"{name}.py", folder / "dreamllm_jax")
+    (folder / ".gitignore").write_text("__pycache__/\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "--quiet"], ["add", "--all"], [*who, "commit", "--quiet", "--message=all"]):
+        subprocess.run(["git", "-C", str(folder), *words], check=True)
+    return folder

