@@ -34,6 +34,7 @@ torch = ["torch==2.13.0"]
 # sentencepiece: 0.2.1 crashes beside other extension modules, and later ones need a later protobuf than Beam allows.
 beam = ["apache-beam>=2.77,<3", "sentencepiece==0.2.0"]
 gguf = ["gguf>=0.17,<1"]
+serve = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
 tools = ["build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0"]
 quickstart = [
     "emoji>=2.14,<3",
@@ -50,6 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["dreamllm_jax", "dreamllm_jax.*"]),
+    package_data={"dreamllm_jax.serving": ["*.html"]},
     install_requires=core,
     extras_require={
         # gs:// paths need gcsfs, wherever the program runs.
@@ -60,6 +62,8 @@ setup(
         "torch": torch,
         # To read llama.cpp's models.
         "gguf": gguf,
+        # The chat page.
+        "serve": serve,
         # To import a corpus on many machines.
         "beam": beam,
         "quickstart": quickstart,
@@ -68,6 +72,9 @@ setup(
             *torch,
             *gguf,
             *beam,
+            *serve,
+            "httpx2>=2,<3",  # Starlette's test client
+            "selenium>=4.40,<5",  # drives a browser, which pip does not bring
             "jax[tpu]",
             "etils[epath-gcs]",
             "gcp-storage-emulator>=2026.7",  # a bucket on this machine
