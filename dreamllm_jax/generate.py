@@ -20,7 +20,7 @@ from dreamllm_jax import command_line, runs
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
-from dreamllm_jax.generation.documents import generate_documents, png, save_document
+from dreamllm_jax.generation.documents import generate_documents, load_document, png, save_document
 from dreamllm_jax.generation.images import generate_images, require_size
 from dreamllm_jax.generation.prompts import Painted
 from dreamllm_jax.generation.results import INDEX, Results
@@ -32,10 +32,12 @@ HERE = "<image>"
 
 
 def main(arguments: argparse.Namespace) -> None:
-    prompts = read_prompts(arguments.prompt, arguments.prompts, arguments.image)
+    begun = _begun(arguments)
+    words = arguments.prompt or ([""] if begun and not arguments.prompts else [])  # nothing more need be said
+    prompts = [[*begun, *prompt] for prompt in read_prompts(words, arguments.prompts, arguments.image)]
     sampling_of = _sampling(arguments)
     tokenizer, model, params = runs.load_model(arguments.checkpoint)
-    apart = ("main", "prompt", "prompts", "image", "to", "batch", "seed")
+    apart = ("main", "continue", "prompt", "prompts", "image", "to", "batch", "seed")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
     painting = {}
     if arguments.command != "text":
@@ -100,6 +102,20 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def _painted_size(model: DreamLLM, arguments: argparse.Namespace) -> tuple[int, int]:
     return require_size(model, arguments.size or model.config.unet.sample_size * model.config.vae.downscale)
+
+
+def _begun(arguments: argparse.Namespace) -> list[Segment]:
+    """The document that is to be continued.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is to be taken for turns.
+    """
+    directory = vars(arguments).get("continue")
+    if not directory:
+        return []
+    if arguments.template:
+        raise ValueError("--continue goes on with a document, not with turns: leave --template out")
+    return load_document(directory)
 
 
 def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -233,6 +249,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
             add.add_argument("--images", type=_positive, default=1, help="images of each prompt")
         if command == "document":
             add.add_argument("--max_images", type=int, default=4)
+            add.add_argument("--continue", default="", help="a document saved before: each prompt goes on with it")
     add = commands.add_parser("serve", help="a chat page in the browser")
     add.set_defaults(main=serve)
     for add_some in (_add_checkpoint, _add_template, _add_size_and_sampler):
