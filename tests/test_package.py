@@ -49,6 +49,7 @@ MAY_IMPORT = {
     }
     | {"flops", "interop", "models", "objectives", "precompute", "sharding"},
     "planning": {"batch", "chips", "experiment", "flops", "models", "sharding", "training"},
+    "serving": {"data", "diffusion", "generation", "models"},
     "generation": {"batch", "data", "diffusion", "directories", "models", "vocabulary"},
 }
 INTEROP_KNOWS_NAMES_AND_SHAPES = ("interop/names.py", "interop/files.py")
@@ -109,3 +110,14 @@ def test_training_needs_neither_tensorflow_nor_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+def test_what_is_built_has_every_file(tmp_path):
+    """Also those that are not Python, such as the chat page."""
+    command = [sys.executable, "setup.py", "--quiet", "build_py", f"--build-lib={tmp_path}"]
+    subprocess.run(command, cwd=PACKAGE.parent, check=True, capture_output=True)
+    built, here = (
+        {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+        for root in (tmp_path / PACKAGE.name, PACKAGE)
+    )
+    assert "serving/page.html" in built and built == here

@@ -133,12 +133,14 @@ def test_the_command_line_generates(finished, tmp_path, monkeypatch, capsys):
     PIL.Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     lines = [{"prompt": "a cat"}, {"prompt": "<image> and <image>", "images": ["red.png", "red.png"]}, {"prompt": ""}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    few = "--steps=2", "--guidance=2", "--size=16"
+    few, fewest = ("--steps=2", "--guidance=2", "--size=16"), ("--max_tokens=4", "--max_images=0")
     for command, *words in (
         ("text", f"--prompts={tmp_path}/prompts.jsonl", "--max_tokens=6", "--temperature=0.8", "--batch=2"),
         ("text", "a cat", "--max_tokens=6", "--beams=2", "--template=vicuna_v1", f"--image={tmp_path}/red.png"),
         ("image", "a cat", "a dog", "--images=2", "--sampler=dpmpp_2m", "--negative=red", *few),
         ("document", "a cat", "--max_tokens=20", "--max_images=1", *few),
+        ("document", f"--continue={tmp_path}/document6/0000", "a dog", *fewest, *few),
+        ("document", f"--continue={tmp_path}/document7/0000", "--top_k=1", "--seed=1", *fewest, *few),
     ):
         to = tmp_path / f"{command}{len(words)}"
         arguments = [command, *words, f"--checkpoint={workdir}", f"--to={to}"]
@@ -151,6 +153,8 @@ def test_the_command_line_generates(finished, tmp_path, monkeypatch, capsys):
             assert len({(to / result["result"][0]["image"]).read_bytes() for result in results}) == 4
         elif command == "document":
             assert load_document(to / "0000")[0] == Text("a cat") and (to / "0000/document.html").exists()
+    first, second, third = (load_document(tmp_path / f"document{count}" / "0000") for count in (6, 7, 8))
+    assert second[: len(first) + 1] == [*first, Text("a dog")] and third[: len(second)] == second
     monkeypatch.setattr("sys.stdin", io.StringIO("a cat\n\na dog\n"))
     assert generate.read_prompts([], "-", []) == [[Text("a cat")], [Text("a dog")]]
 
@@ -168,6 +172,16 @@ def test_the_command_line_generates(finished, tmp_path, monkeypatch, capsys):
 def test_prompts_that_cannot_be_read(words, file, pictures, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         generate.read_prompts(words, file, pictures)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [((), r"document\.json is missing: no generated document there"), (("--template=vicuna_v1",), "leave --template")],
+)
+def test_what_cannot_be_continued(more, message, tmp_path):
+    given = ["document", f"--continue={tmp_path}", "--checkpoint=nothing", f"--to={tmp_path}/out", *more]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        generate.main(generate.make_parser().parse_args(given))
 
 
 def test_a_folder_of_the_users_own_pictures(tmp_path):

@@ -29,7 +29,8 @@ class Event:
     Attributes:
       row: which document.
       segment: a text or a painted image.
-      complete: whether the segment is; a text that is not comes again, longer.
+      complete: whether the segment is; a text that is not comes again, longer; an image that is not is being painted,
+        and empty.
     """
 
     row: int
@@ -110,6 +111,7 @@ def generate_documents(
             for row in np.flatnonzero(writing):
                 yield from _written(documents[row], int(row), tokens[row, : count[row]].tolist(), tokenizer)
         if (asking := those("asking")).any():
+            yield from (Event(row, Painted(b""), False) for row in np.flatnonzero(asking).tolist())
             pictures, reading = _paint(
                 model,
                 params,

@@ -1,6 +1,5 @@
 """Documents of text and images: the same alone, in a batch, and continued from what was saved."""
 
-import dataclasses
 import itertools
 import json
 
@@ -9,7 +8,6 @@ import pytest
 
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Text
-from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.documents import (
     DOCUMENT,
@@ -22,27 +20,8 @@ from dreamllm_jax.generation.documents import (
 from dreamllm_jax.generation.images import paint
 from dreamllm_jax.generation.prompts import Painted, Written, encode_prompts
 from dreamllm_jax.generation.text import Sampling
-from dreamllm_jax.models.dreamllm import DreamLLM
-from tests.tiny import DREAM_SIZE, tiny_config, tiny_params
-
-TOKENIZER = train_tokenizer(["a story of a red fox and a blue bird", "USER: ASSISTANT:"] * 20, 330)
-
-
-def model_that_paints() -> tuple[DreamLLM, dict]:
-    """Random weights, with which images are often asked for and documents sometimes end."""
-    config = tiny_config()
-    llama = dataclasses.replace(config.llama, vocab_size=TOKENIZER.vocab_size, max_position_embeddings=512)
-    config = dataclasses.replace(config, llama=llama, special_tokens=TOKENIZER.special)
-    params = tiny_params(config)
-    head = np.array(params["llama"]["lm_head"]["kernel"])
-    head[:, TOKENIZER.special.dream_start] *= 2
-    head[:, TOKENIZER.special.eos] *= 3
-    head[:, TOKENIZER.special.pad :] *= np.isin(
-        np.arange(TOKENIZER.special.pad, TOKENIZER.vocab_size), [TOKENIZER.special.dream_start, TOKENIZER.special.eos]
-    )
-    params["llama"]["lm_head"]["kernel"] = head
-    return DreamLLM(config), params
-
+from tests.painter import TOKENIZER, model_that_paints
+from tests.tiny import DREAM_SIZE
 
 MODEL, PARAMS = model_that_paints()
 PICTURE = Image(png(np.full((20, 20, 3), (250, 20, 20), np.uint8)))
@@ -112,9 +91,13 @@ def test_text_comes_as_it_is_written_and_seeds_draw_it(together):
     sampling = Sampling.of([5, 6], temperature=2.0)
     events = list(generate_documents(MODEL, PARAMS, TOKENIZER, PROMPTS[:2], sampling=sampling, **BUDGET))
     for event, later in itertools.pairwise(events):
-        if not event.complete and later.row == event.row:
+        if isinstance(event.segment, Written) and not event.complete and later.row == event.row:
             assert later.segment.tokens[: len(event.segment.tokens)] == event.segment.tokens
     assert {event.row for event in events} == {0, 1}
+    for row in (0, 1):
+        pictures = [event for event in events if event.row == row and isinstance(event.segment, Painted)]
+        assert [event.complete for event in pictures] == [False, True] * (len(pictures) // 2), "announced, then shown"
+        assert all(event.complete == bool(event.segment.data) for event in pictures)
     drawn = [event.segment for event in events if event.complete and event.row == 0]
     assert drawn != together[0]
 

@@ -1,0 +1,135 @@
+"""What the chat page sends and is told, as JSON. Whatever comes in is checked here.
+
+A conversation is the list of its segments: `{"role": "user", "text": ...}`, `{"role": "user", "image": base64}`, and
+with the role assistant what the model wrote, which has its `tokens` too, and painted.
+"""
+
+import base64
+import dataclasses
+from typing import Any
+
+import PIL.Image
+
+from dreamllm_jax.data import images
+from dreamllm_jax.data.document import Image, Segment, Text
+from dreamllm_jax.data.images import ImageError
+from dreamllm_jax.generation.documents import Event
+from dreamllm_jax.generation.prompts import Painted, Written
+
+MAX_BYTES = 32 << 20  # of a request
+MAX_SEGMENTS, MAX_IMAGES, MAX_CHARACTERS = 200, 16, 20_000  # of a conversation
+MAX_ASPECT = 16  # longer side : shorter side; CLIP's picture of a thread would fill the memory
+KEPT_SIZE = 512  # pixels on the shorter side of a picture that was sent
+
+LIMITS = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.05, 1.0),
+    "guidance": (1.0, 20.0),
+    "steps": (1, 250),
+    "seed": (0, 999_999_999),
+    "max_tokens": (1, 2048),
+    "max_images": (0, 8),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the page lets people choose, within `LIMITS`.
+
+    Attributes:
+      temperature, top_p: of drawing tokens; temperature 0 takes the most probable ones.
+      guidance, steps: of painting.
+      seed: of all draws.
+      max_tokens, max_images: of one reply.
+
+    Raises:
+      ValueError: a value of the wrong type or beyond its limits.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    guidance: float = 3.5
+    steps: int = 50
+    seed: int = 0
+    max_tokens: int = 128
+    max_images: int = 2
+
+    def __post_init__(self):
+        for name, (least, most) in LIMITS.items():
+            value, whole = getattr(self, name), type(least) is int
+            if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"{name} must be {kind} from {least} to {most}, got {value!r}")
+
+
+def read_settings(given: Any) -> Settings:
+    """The settings of a request; what it leaves out has its default.
+
+    Raises:
+      ValueError: an unknown one, or a value that cannot be used.
+    """
+    if not isinstance(given, dict) or not given.keys() <= LIMITS.keys():
+        raise ValueError(f"the settings are {', '.join(LIMITS)}; got {given!r:.200}")
+    return Settings(**given)
+
+
+def read_conversation(given: Any, vocab_size: int) -> list[Segment]:
+    """The segments of a request's conversation.
+
+    Raises:
+      ValueError: not a conversation, or one beyond the limits.
+      ImageError: one of its pictures cannot be used.
+    """
+    if not isinstance(given, list) or not given:
+        raise ValueError("there is nothing to reply to: write something")
+    segments = [_segment(item, vocab_size) for item in given[: MAX_SEGMENTS + 1]]
+    pictures = sum(isinstance(segment, Image) for segment in segments)
+    characters = sum(len(segment.text) for segment in segments if isinstance(segment, Text))
+    for count, most, name in (
+        (len(segments), MAX_SEGMENTS, "parts"),
+        (pictures, MAX_IMAGES, "pictures"),
+        (characters, MAX_CHARACTERS, "characters"),
+    ):
+        if count > most:
+            raise ValueError(f"the conversation has more than {most} {name}: begin a new one")
+    for segment in segments:
+        if isinstance(segment, Image):
+            _decoded(segment.data)
+    return segments
+
+
+def _segment(item: Any, vocab_size: int) -> Segment:
+    match item:
+        case {"role": "user", "text": str(text)}:
+            return Text(text, "user")
+        case {"role": "user", "image": str(data)}:
+            return Image(base64.b64decode(data), "user")
+        case {"role": "assistant", "text": str(text), "tokens": list(tokens)}:
+            if all(type(token) is int and 0 <= token < vocab_size for token in tokens):
+                return Written(text, "assistant", tuple(tokens))
+        case {"role": "assistant", "image": str(data)}:
+            return Painted(base64.b64decode(data), "assistant")
+    raise ValueError(f"not a part of a conversation with this model: {item!r:.200}")
+
+
+def accept_picture(data: bytes) -> bytes:
+    """A picture that was sent, as it takes part in a conversation: upright, RGB, JPEG, at most `KEPT_SIZE` pixels.
+
+    Raises:
+      ImageError: it cannot be used.
+    """
+    return images.to_jpeg(_decoded(data), KEPT_SIZE)
+
+
+def _decoded(data: bytes) -> PIL.Image.Image:
+    image = images.decode(data, KEPT_SIZE)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError("size", f"a picture of {image.width} x {image.height} pixels is too narrow")
+    return image
+
+
+def told(event: Event) -> dict[str, Any]:
+    """What the page is told of something new: a text so far and its tokens, or a picture, empty until it is painted."""
+    if isinstance(event.segment, Painted):
+        return {"image": base64.b64encode(event.segment.data).decode(), "complete": event.complete}
+    return {"text": event.segment.text, "tokens": event.segment.tokens, "complete": event.complete}

@@ -1,0 +1,240 @@
+"""The chat page and what answers it.
+
+GET  /          the page, one file that loads nothing else
+GET  /settings  of each setting least, most, default and whether it is whole; and what the page says of the model
+POST /picture   a picture's file -> the picture as it takes part in conversations (JPEG)
+POST /reply     {"conversation": [...], "settings": {...}} -> JSON lines, as they come
+
+The server keeps no conversation: the page sends the whole of it each time, so nothing is ever stale, mixed up between
+people or to be deleted. There is one model, so replies are made one after the other.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import ipaddress
+import json
+import logging
+import re
+import socket
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import iterate_in_threadpool
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dreamllm_jax.data.document import Segment
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.diffusion import samplers
+from dreamllm_jax.generation.documents import Event, generate_documents
+from dreamllm_jax.generation.text import Sampling
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.serving.conversation import (
+    LIMITS,
+    MAX_BYTES,
+    Settings,
+    accept_picture,
+    read_conversation,
+    read_settings,
+    told,
+)
+
+MAX_WAITING = 8  # people whose turn has not come
+PAGE = (Path(__file__).parent / "page.html").read_text()
+Reply = Callable[[Sequence[Segment], Settings], Generator[Event, None, None]]
+_logger = logging.getLogger(__name__)
+
+
+def make_reply(
+    model: DreamLLM,
+    params: dict,
+    tokenizer: Tokenizer,
+    *,
+    size: int | tuple[int, int],
+    sampler: samplers.Name = "ddim",
+    template: str = "",
+) -> Reply:
+    """The model's replies: it continues the conversation as a document, or answers in the turns of a template."""
+
+    def reply(conversation: Sequence[Segment], settings: Settings) -> Generator[Event, None, None]:
+        yield from generate_documents(
+            model,
+            params,
+            tokenizer,
+            [conversation],
+            size=size,
+            max_tokens=settings.max_tokens,
+            max_images=settings.max_images,
+            seeds=[settings.seed],
+            sampling=Sampling.of([settings.seed], settings.temperature, top_p=settings.top_p),
+            sampler=samplers.SamplerConfig(sampler, settings.steps),
+            guidance=settings.guidance,
+            template=template,
+        )
+
+    return reply
+
+
+def make_app(
+    reply: Reply, vocab_size: int, *, checkpoint: str = "", template: str = "", names: Sequence[str] = ()
+) -> Starlette:
+    """The application.
+
+    Args:
+      reply: continues a conversation.
+      checkpoint, template: what the page says of the model.
+      names: under which the server may be asked, besides its IP addresses and localhost.
+    """
+    model, decoder = anyio.Lock(), anyio.CapacityLimiter(1)  # one large picture at a time
+
+    async def page(_: Request) -> Response:
+        return HTMLResponse(PAGE, headers={"Content-Security-Policy": _policy(PAGE), "Referrer-Policy": "no-referrer"})
+
+    async def settings(_: Request) -> Response:
+        defaults = dataclasses.asdict(Settings())
+        limits = {name: [*ends, defaults[name], type(ends[0]) is int] for name, ends in LIMITS.items()}
+        about = {"checkpoint": checkpoint, "template": template, "max_bytes": MAX_BYTES}
+        return JSONResponse({**about, "limits": limits})
+
+    async def picture(request: Request) -> Response:
+        try:
+            data = await anyio.to_thread.run_sync(accept_picture, await request.body(), limiter=decoder)
+        except ValueError as error:
+            return _refusal(error)
+        return Response(data, media_type="image/jpeg")
+
+    async def answer(request: Request) -> Response:
+        if model.statistics().tasks_waiting >= MAX_WAITING:
+            return _refusal("too many people are waiting already; try again later", 503)
+        try:
+            asked = await request.json()
+            if not isinstance(asked, dict):
+                raise ValueError("not a conversation and settings")
+            chosen = read_settings(asked.get("settings", {}))
+            given = asked.get("conversation")
+            conversation = await anyio.to_thread.run_sync(read_conversation, given, vocab_size, limiter=decoder)
+        except ValueError as error:
+            return _refusal(error)
+        return _Lines(lines(conversation, chosen), media_type="application/x-ndjson")
+
+    async def lines(conversation: list[Segment], chosen: Settings) -> AsyncIterator[str]:
+        if model.locked():
+            yield _line({"state": "waiting"})
+        async with model:
+            yield _line({"state": "started"})
+            with contextlib.closing(reply(conversation, chosen)) as events:
+                try:
+                    async for event in iterate_in_threadpool(events):
+                        yield _line(told(event))
+                    yield _line({"state": "done"})
+                except ValueError as error:
+                    yield _line({"error": str(error)})
+                except Exception:  # whatever it is (out of memory, say), the page hears of it and the server goes on
+                    _logger.exception("a reply failed")
+                    yield _line({"error": "the model failed; the server's log says why"})
+
+    routes = [
+        Route("/", page),
+        Route("/settings", settings),
+        Route("/picture", picture, methods=["POST"]),
+        Route("/reply", answer, methods=["POST"]),
+    ]
+    middleware = [Middleware(_OwnPageOnly, names=("localhost", *names))]
+    return Starlette(routes=routes, middleware=middleware, max_body_size=MAX_BYTES)
+
+
+class _Lines(StreamingResponse):
+    """Ends what makes the lines as soon as nobody listens; Starlette would leave that to the garbage collector."""
+
+    async def stream_response(self, send: Send) -> None:
+        async with contextlib.aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+class _OwnPageOnly:
+    """Refuses what other sites' pages send to this server: by their origin, or by a name of theirs that leads here."""
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]):
+        self._app, self._names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = self._problem(Headers(scope=scope)) if scope["type"] == "http" else ""
+        await (_refusal(problem, 403) if problem else self._app)(scope, receive, send)
+
+    def _problem(self, headers: Headers) -> str:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = _name(host)
+        if not _is_address(name) and name not in self._names:
+            return f"this server is not called {name!r}: use its address, or start it with --host={name}"
+        if origin is not None and origin.partition("://")[2] != host:
+            return f"this server does not answer pages of {origin}"
+        return ""
+
+
+def _name(host: str) -> str:
+    """Without the port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _refusal(error: Exception | str, status: int = 400) -> Response:
+    return JSONResponse({"error": str(error)}, status)
+
+
+def _line(item: dict[str, Any]) -> str:
+    return json.dumps(item) + "\n"
+
+
+def _policy(page: str) -> str:
+    """The page's own script and style may run, and nothing else; it may talk to this server alone."""
+
+    def own(tag: str) -> str:
+        digest = hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1].encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {own('script')}; style-src {own('style')}; img-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, with a word of warning if others than this machine can reach it.
+
+    Raises:
+      ValueError: the port is taken, or the host is not this machine's.
+    """
+    if not (host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)):
+        _logger.warning("whoever can reach %s can use the model: there is no password", host)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ValueError(f"cannot listen on --host={host} --port={port}: {error}") from None
+
+
+def run(app: Starlette, listening: socket.socket) -> None:
+    """Serves until interrupted."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
