@@ -12,6 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 64_000_000
+MAX_ASPECT = 32  # longer side : shorter side; a thread whose shorter side is enlarged would fill the memory
 
 
 class ImageError(ValueError):
@@ -31,7 +32,7 @@ def decode(data: bytes, shorter: int = 0) -> Image.Image:
         a fraction of its size, several times faster and nowhere more than 3 of 256 levels off.
 
     Raises:
-      ImageError: not an image of a known format, more than `MAX_PIXELS`, damaged, or of an unknown mode.
+      ImageError: not an image of a known format, beyond `MAX_PIXELS` or `MAX_ASPECT`, damaged, or of an unknown mode.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -43,6 +44,8 @@ def decode(data: bytes, shorter: int = 0) -> Image.Image:
         raise ImageError("broken", str(error)) from error
     if image.width * image.height > MAX_PIXELS:
         raise ImageError("size", f"an image of {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ImageError("size", f"an image of {image.width} x {image.height} pixels is too narrow")
     try:
         if shorter:
             image.draft(None, (2 * shorter, 2 * shorter))

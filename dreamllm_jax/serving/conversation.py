@@ -8,17 +8,13 @@ import base64
 import dataclasses
 from typing import Any
 
-import PIL.Image
-
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Segment, Text
-from dreamllm_jax.data.images import ImageError
 from dreamllm_jax.generation.documents import Event
 from dreamllm_jax.generation.prompts import Painted, Written
 
 MAX_BYTES = 32 << 20  # of a request
 MAX_SEGMENTS, MAX_IMAGES, MAX_CHARACTERS = 200, 16, 20_000  # of a conversation
-MAX_ASPECT = 16  # longer side : shorter side; CLIP's picture of a thread would fill the memory
 KEPT_SIZE = 512  # pixels on the shorter side of a picture that was sent
 
 LIMITS = {
@@ -94,7 +90,7 @@ def read_conversation(given: Any, vocab_size: int) -> list[Segment]:
             raise ValueError(f"the conversation has more than {most} {name}: begin a new one")
     for segment in segments:
         if isinstance(segment, Image):
-            _decoded(segment.data)
+            images.decode(segment.data, KEPT_SIZE)
     return segments
 
 
@@ -118,14 +114,7 @@ def accept_picture(data: bytes) -> bytes:
     Raises:
       ImageError: it cannot be used.
     """
-    return images.to_jpeg(_decoded(data), KEPT_SIZE)
-
-
-def _decoded(data: bytes) -> PIL.Image.Image:
-    image = images.decode(data, KEPT_SIZE)
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise ImageError("size", f"a picture of {image.width} x {image.height} pixels is too narrow")
-    return image
+    return images.to_jpeg(images.decode(data, KEPT_SIZE), KEPT_SIZE)
 
 
 def told(event: Event) -> dict[str, Any]:

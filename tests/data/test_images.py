@@ -90,6 +90,12 @@ def test_bomb(side):
     assert caught.value.reason == "size"
 
 
+def test_a_thread_is_refused_before_it_is_enlarged():
+    with pytest.raises(images.ImageError, match="330 x 10 pixels is too narrow") as caught:
+        images.decode(encode(Image.new("L", (330, 10))))
+    assert caught.value.reason == "size" and images.decode(encode(Image.new("L", (10, 320)))).size == (10, 320)
+
+
 def test_float_pixels_are_refused():
     with pytest.raises(images.ImageError) as caught:
         images.decode(encode(Image.new("F", (4, 4), 0.5), "TIFF"))
