@@ -5,8 +5,9 @@ and dream queries, on pairs and interleaved documents at once. CLIP and Stable D
     python -m dreamllm_jax.train --config=configs/small.py --workdir=runs/small \
         --config.parameters.init_from=IMPORTED_MODEL --config.data.path=DOCUMENTS
 
-For one chip of v5e, or one GPU with 16 GB or more. Pictures are painted at 256 pixels, where the UNet costs a fifth of
-what it does at 512. The argument may say otherwise: `configs/small.py:llm=1b,diffusion=sd15,queries=16,lora=64`; lora=0
+For one chip of v5e (7.6 of 15.8 GiB, planned at low effort), or one GPU with 16 GB or more. Pictures are painted at 256
+pixels. 33 TFLOP a step: a third of a second at half of a v5e's peak, an hour for 10,000 steps; an estimate by hand. The
+argument may say otherwise: `configs/small.py:llm=1b,diffusion=sd15,queries=16,lora=64`; lora=0
 trains the language model itself, which needs more memory than a v5e has.
 
 Curves, as expected (not run here): the next-token loss falls first, once the visual projector shows the language model

@@ -77,7 +77,7 @@ def describe(config: Mapping[str, Any]) -> str:
     lines = ["config", *_table({path: _written(value) for path, value in flat(experiment).items()})]
     if experiment.parent:
         name, _, argument = experiment.parent.partition(":")
-        parent = check(recipes.load(name, argument).to_dict())[0]
+        parent = read_experiment(runs.with_initial(recipes.load(name, argument).to_dict(), None)[0])
         changed = differences(parent, experiment)
         changed.pop("parent")
         changes = {path: f"{_written(old)} -> {_written(new)}" for path, (old, new) in changed.items()}

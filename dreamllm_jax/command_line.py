@@ -11,6 +11,8 @@ from absl import logging as absl_logging
 from absl.flags import argparse_flags
 from ml_collections import config_flags
 
+from dreamllm_jax.configuration import ConfigError
+
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised, not only what it says.")
 
 # What the package raises for wrong settings, files and environments, with a message for the user.
@@ -73,7 +75,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(argv))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error.args[0] if error.args else error).split())} (--help lists the flags)")
+        text = str(error.args[0] if error.args else error)
+        if "Traceback" in text and "--traceback" not in argv:  # of the configuration's file, whose last line says why
+            text = text.rstrip().splitlines()[-1].removeprefix(f"{ConfigError.__module__}.{ConfigError.__name__}: ")
+        sys.exit(f"error: {' '.join(text.split())} (--help lists the flags)")
 
 
 def _show_progress() -> None:

@@ -105,11 +105,8 @@ def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-def set_share(config: ConfigDict, corpus: str, share: float, settings: dict[str, Any]) -> None:
-    """Gives a corpus this share of a configuration's documents; the others keep their proportions.
-
-    Args:
-      settings: of the corpus, where the configuration does not have it yet.
+def set_share(config: ConfigDict, corpus: str, share: float) -> None:
+    """Gives a corpus, there already or not, this share of the documents; the others keep their proportions.
 
     Raises:
       ConfigError: a share that is none, or one below 1 of a mixture without another corpus.
@@ -117,7 +114,7 @@ def set_share(config: ConfigDict, corpus: str, share: float, settings: dict[str,
     if not 0 <= share <= 1:
         raise ConfigError(f"argument.share must lie in [0, 1], got {share}")
     corpora = config.data.corpora.to_dict()
-    mine = corpora.pop(corpus, settings)
+    mine = corpora.pop(corpus, {})
     rest = sum(other.get("weight", 1.0) for other in corpora.values())
     if share < 1 and not corpora:
         raise ConfigError(f"config.data.corpora has nothing beside {corpus!r}, whose share is then 1, not {share}")

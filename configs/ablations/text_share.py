@@ -18,5 +18,5 @@ class Arguments(recipes.Ablation):
 
 def get_config(arg: str = "") -> ConfigDict:
     given, config = recipes.begin(__file__, Arguments, arg)
-    recipes.set_share(config, "text", given.share, {"mode": "joint"})
+    recipes.set_share(config, "text", given.share)
     return config

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -98,13 +99,23 @@ def test_what_is_printed_is_what_would_be_executed(config, tmp_path):
     said, status = sweep(config, "--to=gs://bucket/x", "--dry-run", "--submit=sbatch -J {name} --wrap={command}")
     assert status == 0 and said.count("sbatch -J queries=") == 6, said
     assert "--workdir=gs://bucket/x/queries=1,learning_rate=0.01 --config.optimizer.learning_rate=0.01'" in said
-    for wrong, message in (
-        (["--submit=sbatch"], "--submit has no {command}"),
-        (["--config.stepz=3"], "variant queries=1,learning_rate=0.01: config.stepz is not a setting; did you mean"),
-        (["--workdir=x"], "unexpected '--workdir=x'"),
-    ):
-        said, status = sweep(config, f"--to={tmp_path}", "--dry-run", *wrong)
-        assert status == 1 and message in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--submit=sbatch", r"--submit has no {command}"),
+        ("--config.stepz=3", r"variant queries=1,learning_rate=0\.01: config\.stepz is not a setting; did you mean"),
+        ("--workdir=x", r"unexpected '--workdir=x'"),
+        ("--config=configs/tiny.py", r"configs/tiny\.py declares no SWEEP"),
+        ("--config=configs/tinny.py", r"there is no configs/tinny\.py; beside it are alignment, small, stage1"),
+    ],
+)
+def test_sweeps_that_are_refused(config, wrong, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", config, f"--to={tmp_path}", "--dry-run", wrong])
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(ROOT / "launch" / "sweep.py"))["main"]()
 
 
 @pytest.mark.slow
