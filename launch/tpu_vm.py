@@ -75,10 +75,8 @@ class Job:
         return ["gcloud", "compute", "tpus", group, verb, *words, *self.place]
 
     def hosts(self, verb: str, *words: str) -> list[str]:
-        """A command for all hosts of all slices, at the same time on as many as there are."""
-        return self.gcloud(
-            "queued-resources", verb, *words, "--node=all", "--worker=all", "--batch-size=all", "--quiet"
-        )
+        """A command for all hosts of all slices."""
+        return self.gcloud("queued-resources", verb, *words, "--node=all", "--worker=all", "--quiet")
 
     def remote(self, script: str, *words: str) -> list[str]:
         """Runs one of launch/host/ on all hosts."""
@@ -139,7 +137,8 @@ class Job:
         return sorted(hosts)
 
     def stop(self) -> None:
-        self.shell.run(self.hosts("ssh", self.name, "--command=sudo systemctl stop dreamllm"))
+        """Asks the run to save and end, and does not wait for it: all hosts must be told soon."""
+        self.shell.run(self.hosts("ssh", self.name, "--command=sudo systemctl stop --no-block dreamllm"))
 
     def logs(self, to: str) -> None:
         """Follows the log of the first host, or collects those of all in a directory, a folder a slice."""
@@ -199,7 +198,7 @@ def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -
             job.delete()
             started = False
         elif state == "FAILED":
-            sys.exit(f"error: {job.name} was refused: {reason}")
+            sys.exit(f"error: {job.name} was refused: {reason}; launch/tpu_vm.sh delete removes the request")
         elif running:
             tell(f"{len(running)} of {len(hosts)} hosts run, started again {running[0].restarts} times")
             started = True

@@ -181,7 +181,7 @@ class World:
             return ""
         if given.command.startswith(("sudo tail", "sudo cat")):
             return f"the log of {hosts[int(given.node) * request['hosts']]}\n"
-        if given.command == "sudo systemctl stop dreamllm":
+        if given.command == "sudo systemctl stop --no-block dreamllm":
             self.life["ends"], self.life["runs"] = "stopped", 0
             return ""
         assert everywhere, given
