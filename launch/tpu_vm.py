@@ -106,12 +106,16 @@ class Job:
         self.shell.run(self.gcloud("queued-resources", "create", self.name, *nodes, *self.wanted, "--async"))
 
     def setup(self, commit: str) -> None:
-        """Installs a commit on all hosts."""
+        """Installs a commit on all hosts, unless a run is in progress."""
+        running = [host.name for host in self.states() if host.state == "running"]
+        if running:
+            sys.exit(f"error: a run is in progress on {running[0]}: launch/tpu_vm.sh stop, or keep to watch it")
         archive = Path(tempfile.gettempdir()) / f"dreamllm_jax-{commit[:12]}.tar.gz"
         self.shell.run([*GIT, "archive", "--format=tar.gz", f"--output={archive}", commit])
         self.shell.run(self.hosts("scp", str(archive), f"{self.name}:dreamllm_jax.tar.gz"))
-        unpack = f"sudo mkdir -p {HOME} && sudo tar -xzf dreamllm_jax.tar.gz -C {HOME}"
-        self.shell.run(self.hosts("ssh", self.name, f"--command={unpack}"))
+        anew = f"sudo mkdir -p {HOME} && sudo rm -rf {HOME}/dreamllm_jax {HOME}/configs"
+        unpack = f"--command={anew} && sudo tar -xzf dreamllm_jax.tar.gz -C {HOME}"
+        self.shell.run(self.hosts("ssh", self.name, unpack))
         self.shell.run(self.remote("setup.sh"))
 
     def start(self, command: list[str]) -> None:
@@ -135,6 +139,14 @@ class Job:
         if len(hosts) != self.topology.hosts and not self.shell.dry_run:
             raise Failed(command, 1, f"{len(hosts)} of {self.topology.hosts} hosts answered")
         return sorted(hosts)
+
+    def slices(self) -> dict[str, str]:
+        """Name of each slice, and its state and health."""
+        told = {}
+        for node in self.nodes:
+            said = json.loads(self.shell.read(self.gcloud("tpu-vm", "describe", node, "--format=json")) or "{}")
+            told[node] = f"{said.get('state', '')} {said.get('health', '')}".rstrip()
+        return told
 
     def stop(self) -> None:
         """Asks the run to save and end, and does not wait for it: all hosts must be told soon."""
@@ -161,10 +173,8 @@ class Job:
         self.shell.tell(f"{self.name}: {state} {reason}".rstrip())
         if state != "ACTIVE":
             return
-        for node in self.nodes:
-            said = self.shell.read(self.gcloud("tpu-vm", "describe", node, "--format=json"))
-            about = json.loads(said or "{}")
-            self.shell.tell(f"slice {node}: {about.get('state', '')} {about.get('health', '')}".rstrip())
+        for node, said in self.slices().items():
+            self.shell.tell(f"slice {node}: {said}")
         for host in self.states():
             self.shell.tell(str(host))
 
@@ -181,8 +191,7 @@ def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -
 
     while True:
         try:
-            state, reason = job.describe()
-            hosts = job.states() if state == "ACTIVE" else []
+            state, reason, hosts = _look(job)
         except Failed as failed:  # this machine is offline, or slices are being taken away: that will show
             tell(f"cannot be reached, and is asked again: {_errors(failed)}")
             time.sleep(poll)
@@ -213,6 +222,17 @@ def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -
         else:
             _end(job, hosts)
         time.sleep(poll)
+
+
+def _look(job: Job) -> tuple[str, str, list[Host]]:
+    """State of the request, why it failed, and the hosts if there are any."""
+    state, reason = job.describe()
+    try:
+        return state, reason, job.states() if state == "ACTIVE" else []
+    except Failed:
+        if any(said.startswith(("PREEMPTED", "TERMINATED")) for said in job.slices().values()):
+            return "SUSPENDED", "", []  # the request does not know it yet
+        raise
 
 
 def _create(job: Job) -> None:

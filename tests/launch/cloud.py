@@ -6,7 +6,7 @@ What they accept was read from the references of `gcloud compute tpus` (Google C
     {"refused": MESSAGE}     the request itself is refused
     {"failed": MESSAGE}      it is accepted, and fails in the queue
     {"waits": 2, "runs": 3, "ends": STATE}    it waits for so many looks, then runs for so many; STATE is preempted,
-                             finished, stopped, absent, failed
+                             finished, stopped, absent, failed; with "silent" a preempted slice's request stays ACTIVE
     "setup": INDEX           that host fails its setup
 
 For GKE an attempt is {"waits": 1, "runs": 1, "ends": STATUS}, for each time that the JobSet starts its pods; STATUS is
@@ -136,12 +136,15 @@ class World:
                 raise Refused("FAILED_PRECONDITION: the queued resource is in use; use --force")
             state["request"] = None
             return ""
+        if self._phase() != "ACTIVE" and name == "tpu-vm describe":
+            raise Refused(f"NOT_FOUND: {target} was deleted")
         if self._phase() != "ACTIVE":
             raise Refused(f"INVALID_ARGUMENT: {target} is not in state READY")
         if name == "tpu-vm describe":
             if given.name not in request["nodes"]:
                 raise Refused(f"NOT_FOUND: {given.name}")
-            return json.dumps({"state": "READY", "health": "HEALTHY"})
+            gone = self.life["ends"] == "preempted" and request["runs"] > self.life["runs"]
+            return json.dumps({"state": "PREEMPTED"} if gone else {"state": "READY", "health": "HEALTHY"})
         if name == "queued-resources scp":
             if not Path(given.sources).exists():
                 raise Refused(f"scp: {given.sources}: no such file")
@@ -155,7 +158,8 @@ class World:
             return "FAILED" if request["looks"] > 1 else "WAITING_FOR_RESOURCES"
         if request["looks"] <= self.life.get("waits", 0):
             return "WAITING_FOR_RESOURCES"
-        if self.life["ends"] == "preempted" and request["runs"] > self.life["runs"]:
+        preempted = self.life["ends"] == "preempted" and request["runs"] > self.life["runs"]
+        if preempted and not self.life.get("silent"):
             return "SUSPENDED" if request["runs"] > self.life["runs"] + 1 else "SUSPENDING"
         return "ACTIVE"
 
