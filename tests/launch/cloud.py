@@ -10,7 +10,8 @@ What they accept was read from the references of `gcloud compute tpus` (Google C
     "setup": INDEX           that host fails its setup
 
 For GKE an attempt is {"waits": 1, "runs": 1, "ends": STATUS}, for each time that the JobSet starts its pods; STATUS is
-the exit status of one of them, or "disrupted". What happens then, the failure policies of JobSet and Jobs say.
+the exit status of one of them, or "disrupted"; with "setup": INDEX that host cannot get its image. What happens then,
+the failure policies of JobSet and Jobs say.
 """
 
 import argparse
@@ -227,6 +228,8 @@ class World:
         state = self.state
         if name == "apply":
             manifest = json.loads(sys.stdin.read())
+            if "refused" in state["lives"][0]:
+                raise Refused(state["lives"][0]["refused"])
             state["jobset"] = {"manifest": manifest, "looks": 0, "restarts": 0, "counted": 0, "terminal": ""}
             state["attempt"] = 0
             return f"jobset.jobset.x-k8s.io/{manifest['metadata']['name']} created\n"
@@ -283,11 +286,12 @@ class World:
             status["conditions"] = [{"reason": "Unschedulable", "message": message}]
         if jobset["terminal"]:
             status["containerStatuses"] = [{"state": {"terminated": {"exitCode": self.life["ends"]}}}]
-        return [
-            {"metadata": {"name": f"mine-slice-{index}-{host}-abcde"}, "status": status}
-            for index in range(slices["replicas"])
-            for host in range(job["completions"])
-        ]
+        names = [(i, j) for i in range(slices["replicas"]) for j in range(job["completions"])]
+        pods = [{"metadata": {"name": f"mine-slice-{i}-{j}-abcde"}, "status": status} for i, j in names]
+        if "setup" in self.life:
+            waiting = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+            pods[self.life["setup"]]["status"] = {"containerStatuses": [{"state": {"waiting": waiting}}]}
+        return pods
 
 
 def job_failure_reason(job: dict, ended: int | str) -> str:
