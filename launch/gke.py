@@ -134,14 +134,18 @@ def describe(jobset: dict[str, Any], pods: list[dict[str, Any]]) -> list[str]:
     state = status.get("terminalState") or ("Running" if any(_phase(pod) == "Running" for pod in pods) else "Waiting")
     lines = [f"{jobset['metadata']['name']}: {state}, started again {status.get('restarts', 0)} times{why}"]
     for pod in sorted(pods, key=lambda pod: pod["metadata"]["name"]):
-        container = next(iter(pod["status"].get("containerStatuses", [])), {})
-        ended = container.get("state", {}).get("terminated")
-        unplaced = [
-            one["message"] for one in pod["status"].get("conditions", []) if one.get("reason") == "Unschedulable"
-        ]
-        detail = f" with status {ended['exitCode']}" if ended else "".join(f": {one}" for one in unplaced)
-        lines.append(f"host {pod['metadata']['name']}: {_phase(pod)}{detail}")
+        lines.append(f"host {pod['metadata']['name']}: {_phase(pod)}{_detail(pod['status'])}")
     return lines
+
+
+def _detail(status: dict[str, Any]) -> str:
+    """How a pod ended, or what it waits for: a place, its image."""
+    container = next(iter(status.get("containerStatuses", [])), {}).get("state", {})
+    if "terminated" in container:
+        return f" with status {container['terminated']['exitCode']}"
+    waits = [container["waiting"]] if "waiting" in container else []
+    waits += [one for one in status.get("conditions", []) if one.get("reason") == "Unschedulable"]
+    return "".join(f": {one['reason']}: {one.get('message', '')}".rstrip(": ") for one in waits)
 
 
 def _phase(pod: dict[str, Any]) -> str:

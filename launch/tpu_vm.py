@@ -75,10 +75,8 @@ class Job:
         return ["gcloud", "compute", "tpus", group, verb, *words, *self.place]
 
     def hosts(self, verb: str, *words: str) -> list[str]:
-        """A command for all hosts of all slices, at the same time on as many as there are."""
-        return self.gcloud(
-            "queued-resources", verb, *words, "--node=all", "--worker=all", "--batch-size=all", "--quiet"
-        )
+        """A command for all hosts of all slices."""
+        return self.gcloud("queued-resources", verb, *words, "--node=all", "--worker=all", "--quiet")
 
     def remote(self, script: str, *words: str) -> list[str]:
         """Runs one of launch/host/ on all hosts."""
@@ -108,12 +106,16 @@ class Job:
         self.shell.run(self.gcloud("queued-resources", "create", self.name, *nodes, *self.wanted, "--async"))
 
     def setup(self, commit: str) -> None:
-        """Installs a commit on all hosts."""
+        """Installs a commit on all hosts, unless a run is in progress."""
+        running = [host.name for host in self.states() if host.state == "running"]
+        if running:
+            sys.exit(f"error: a run is in progress on {running[0]}: launch/tpu_vm.sh stop, or keep to watch it")
         archive = Path(tempfile.gettempdir()) / f"dreamllm_jax-{commit[:12]}.tar.gz"
         self.shell.run([*GIT, "archive", "--format=tar.gz", f"--output={archive}", commit])
         self.shell.run(self.hosts("scp", str(archive), f"{self.name}:dreamllm_jax.tar.gz"))
-        unpack = f"sudo mkdir -p {HOME} && sudo tar -xzf dreamllm_jax.tar.gz -C {HOME}"
-        self.shell.run(self.hosts("ssh", self.name, f"--command={unpack}"))
+        anew = f"sudo mkdir -p {HOME} && sudo rm -rf {HOME}/dreamllm_jax {HOME}/configs"
+        unpack = f"--command={anew} && sudo tar -xzf dreamllm_jax.tar.gz -C {HOME}"
+        self.shell.run(self.hosts("ssh", self.name, unpack))
         self.shell.run(self.remote("setup.sh"))
 
     def start(self, command: list[str]) -> None:
@@ -138,8 +140,17 @@ class Job:
             raise Failed(command, 1, f"{len(hosts)} of {self.topology.hosts} hosts answered")
         return sorted(hosts)
 
+    def slices(self) -> dict[str, str]:
+        """Name of each slice, and its state and health."""
+        told = {}
+        for node in self.nodes:
+            said = json.loads(self.shell.read(self.gcloud("tpu-vm", "describe", node, "--format=json")) or "{}")
+            told[node] = f"{said.get('state', '')} {said.get('health', '')}".rstrip()
+        return told
+
     def stop(self) -> None:
-        self.shell.run(self.hosts("ssh", self.name, "--command=sudo systemctl stop dreamllm"))
+        """Asks the run to save and end, and does not wait for it: all hosts must be told soon."""
+        self.shell.run(self.hosts("ssh", self.name, "--command=sudo systemctl stop --no-block dreamllm"))
 
     def logs(self, to: str) -> None:
         """Follows the log of the first host, or collects those of all in a directory, a folder a slice."""
@@ -162,10 +173,8 @@ class Job:
         self.shell.tell(f"{self.name}: {state} {reason}".rstrip())
         if state != "ACTIVE":
             return
-        for node in self.nodes:
-            said = self.shell.read(self.gcloud("tpu-vm", "describe", node, "--format=json"))
-            about = json.loads(said or "{}")
-            self.shell.tell(f"slice {node}: {about.get('state', '')} {about.get('health', '')}".rstrip())
+        for node, said in self.slices().items():
+            self.shell.tell(f"slice {node}: {said}")
         for host in self.states():
             self.shell.tell(str(host))
 
@@ -182,8 +191,7 @@ def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -
 
     while True:
         try:
-            state, reason = job.describe()
-            hosts = job.states() if state == "ACTIVE" else []
+            state, reason, hosts = _look(job)
         except Failed as failed:  # this machine is offline, or slices are being taken away: that will show
             tell(f"cannot be reached, and is asked again: {_errors(failed)}")
             time.sleep(poll)
@@ -199,7 +207,7 @@ def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -
             job.delete()
             started = False
         elif state == "FAILED":
-            sys.exit(f"error: {job.name} was refused: {reason}")
+            sys.exit(f"error: {job.name} was refused: {reason}; launch/tpu_vm.sh delete removes the request")
         elif running:
             tell(f"{len(running)} of {len(hosts)} hosts run, started again {running[0].restarts} times")
             started = True
@@ -214,6 +222,17 @@ def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -
         else:
             _end(job, hosts)
         time.sleep(poll)
+
+
+def _look(job: Job) -> tuple[str, str, list[Host]]:
+    """State of the request, why it failed, and the hosts if there are any."""
+    state, reason = job.describe()
+    try:
+        return state, reason, job.states() if state == "ACTIVE" else []
+    except Failed:
+        if any(said.startswith(("PREEMPTED", "TERMINATED")) for said in job.slices().values()):
+            return "SUSPENDED", "", []  # the request does not know it yet
+        raise
 
 
 def _create(job: Job) -> None:

@@ -4,11 +4,6 @@ set -Eeuo pipefail
 trap 'echo "error: host $(hostname): setup failed at: $BASH_COMMAND" >&2' ERR
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-if [[ "$(bash launch/host/state.sh)" == *" state=running "* ]]; then
-  echo "error: host $(hostname): a run is in progress there; stop it first" >&2
-  exit 1
-fi
-
 bash launch/host/environment.sh
 
 # Without them TPUs from v5e on start and end slowly, as JAX warns.

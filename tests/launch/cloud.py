@@ -6,11 +6,12 @@ What they accept was read from the references of `gcloud compute tpus` (Google C
     {"refused": MESSAGE}     the request itself is refused
     {"failed": MESSAGE}      it is accepted, and fails in the queue
     {"waits": 2, "runs": 3, "ends": STATE}    it waits for so many looks, then runs for so many; STATE is preempted,
-                             finished, stopped, absent, failed
+                             finished, stopped, absent, failed; with "silent" a preempted slice's request stays ACTIVE
     "setup": INDEX           that host fails its setup
 
 For GKE an attempt is {"waits": 1, "runs": 1, "ends": STATUS}, for each time that the JobSet starts its pods; STATUS is
-the exit status of one of them, or "disrupted". What happens then, the failure policies of JobSet and Jobs say.
+the exit status of one of them, or "disrupted"; with "setup": INDEX that host cannot get its image. What happens then,
+the failure policies of JobSet and Jobs say.
 """
 
 import argparse
@@ -136,12 +137,15 @@ class World:
                 raise Refused("FAILED_PRECONDITION: the queued resource is in use; use --force")
             state["request"] = None
             return ""
+        if self._phase() != "ACTIVE" and name == "tpu-vm describe":
+            raise Refused(f"NOT_FOUND: {target} was deleted")
         if self._phase() != "ACTIVE":
             raise Refused(f"INVALID_ARGUMENT: {target} is not in state READY")
         if name == "tpu-vm describe":
             if given.name not in request["nodes"]:
                 raise Refused(f"NOT_FOUND: {given.name}")
-            return json.dumps({"state": "READY", "health": "HEALTHY"})
+            gone = self.life["ends"] == "preempted" and request["runs"] > self.life["runs"]
+            return json.dumps({"state": "PREEMPTED"} if gone else {"state": "READY", "health": "HEALTHY"})
         if name == "queued-resources scp":
             if not Path(given.sources).exists():
                 raise Refused(f"scp: {given.sources}: no such file")
@@ -155,7 +159,8 @@ class World:
             return "FAILED" if request["looks"] > 1 else "WAITING_FOR_RESOURCES"
         if request["looks"] <= self.life.get("waits", 0):
             return "WAITING_FOR_RESOURCES"
-        if self.life["ends"] == "preempted" and request["runs"] > self.life["runs"]:
+        preempted = self.life["ends"] == "preempted" and request["runs"] > self.life["runs"]
+        if preempted and not self.life.get("silent"):
             return "SUSPENDED" if request["runs"] > self.life["runs"] + 1 else "SUSPENDING"
         return "ACTIVE"
 
@@ -181,7 +186,7 @@ class World:
             return ""
         if given.command.startswith(("sudo tail", "sudo cat")):
             return f"the log of {hosts[int(given.node) * request['hosts']]}\n"
-        if given.command == "sudo systemctl stop dreamllm":
+        if given.command == "sudo systemctl stop --no-block dreamllm":
             self.life["ends"], self.life["runs"] = "stopped", 0
             return ""
         assert everywhere, given
@@ -223,6 +228,8 @@ class World:
         state = self.state
         if name == "apply":
             manifest = json.loads(sys.stdin.read())
+            if "refused" in state["lives"][0]:
+                raise Refused(state["lives"][0]["refused"])
             state["jobset"] = {"manifest": manifest, "looks": 0, "restarts": 0, "counted": 0, "terminal": ""}
             state["attempt"] = 0
             return f"jobset.jobset.x-k8s.io/{manifest['metadata']['name']} created\n"
@@ -279,11 +286,12 @@ class World:
             status["conditions"] = [{"reason": "Unschedulable", "message": message}]
         if jobset["terminal"]:
             status["containerStatuses"] = [{"state": {"terminated": {"exitCode": self.life["ends"]}}}]
-        return [
-            {"metadata": {"name": f"mine-slice-{index}-{host}-abcde"}, "status": status}
-            for index in range(slices["replicas"])
-            for host in range(job["completions"])
-        ]
+        names = [(i, j) for i in range(slices["replicas"]) for j in range(job["completions"])]
+        pods = [{"metadata": {"name": f"mine-slice-{i}-{j}-abcde"}, "status": status} for i, j in names]
+        if "setup" in self.life:
+            waiting = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
+            pods[self.life["setup"]]["status"] = {"containerStatuses": [{"state": {"waiting": waiting}}]}
+        return pods
 
 
 def job_failure_reason(job: dict, ended: int | str) -> str:

@@ -166,7 +166,10 @@ def test_queued_running_preempted_recreated_resumed_finished(launch):
     assert done.returncode == 0, done.stderr
     seen = looks(launch, cloud, 13)
     assert seen[0][0] == "mine: Waiting, started again 0 times"
-    assert seen[0][1] == "host mine-slice-0-0-abcde: Pending: 0/9 nodes are available: 9 Insufficient google.com/tpu."
+    assert (
+        seen[0][1]
+        == "host mine-slice-0-0-abcde: Pending: Unschedulable: 0/9 nodes are available: 9 Insufficient google.com/tpu."
+    )
     assert seen[1][0] == "mine: Running, started again 0 times" and len(seen[1]) == 1 + 4
     assert seen[-1][0] == "mine: Completed, started again 5 times (it is over)"
     assert seen[-1][1] == "host mine-slice-0-0-abcde: Succeeded with status 0"
@@ -181,6 +184,21 @@ def test_other_failures_are_limited(launch, retries):
     last = looks(launch, cloud, 2 * len(lives) + 1)[-1]
     assert last[0] == f"mine: Failed, started again {3 * retries} times (it is over)"
     assert last[1] == "host mine-slice-0-0-abcde: Failed with status 134"
+
+
+def test_quota_is_told(launch):
+    quota = (
+        "Error from server (Forbidden): exceeded quota: tpus, requested: google.com/tpu=16, limited: google.com/tpu=8"
+    )
+    cloud, done = launch("apply", *APPLY, lives=[{"refused": quota}], command=COMMAND)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(quota) and cloud.state["jobset"] is None
+
+
+def test_a_host_without_its_image_is_named(launch):
+    cloud, _ = launch("apply", *APPLY, lives=[attempt(0) | {"setup": 1}], command=COMMAND)
+    ((first, *hosts),) = looks(launch, cloud, 1)
+    assert first == "mine: Running, started again 0 times"
+    assert hosts[1] == "host mine-slice-0-1-abcde: Pending: ImagePullBackOff: Back-off pulling image"
 
 
 def test_logs_and_delete(launch):

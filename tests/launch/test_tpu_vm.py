@@ -40,18 +40,20 @@ def keep(launch):
 
 
 def test_queued_running_preempted_recreated_resumed_finished(keep):
-    lives = [{"waits": 2, "runs": 2, "ends": "preempted"}, {"waits": 1, "runs": 1, "ends": "preempted"}, RUNS]
+    lost = {"waits": 1, "runs": 1, "ends": "preempted"}
+    lives = [lost | {"waits": 2, "runs": 2}, lost | {"silent": True}, RUNS]
     cloud, done = keep(*lives, flags=["--spot"], topology="v5p-16x2")
     assert done.returncode == 0, done.stderr
     assert cloud.verbs == ["create", *STEPS, "delete", "create", *STEPS, "delete", "create", *STEPS, "delete"]
     assert cloud.state["started"] == [COMMAND] * 3 and cloud.state["request"] is None
     lines = [line.split(": ", 1)[1] for line in done.stdout.splitlines()]
+    unreachable = "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: mine-0 was deleted"
     assert lines[:5] == [
         "asking for slices",
         "WAITING_FOR_RESOURCES",
         "starting",
         "4 of 4 hosts run, started again 0 times",
-        "cannot be reached, and is asked again: [t1v-n-mine-0-w-0] Connection refused",
+        f"cannot be reached, and is asked again: {unreachable}",
     ]
     assert "SUSPENDED: asking again" in lines and lines[-1] == "finished"
 
@@ -97,18 +99,20 @@ def test_a_host_that_was_booted_is_started_again(keep):
 
 def test_keep_given_again_only_watches(launch, keep):
     cloud, done = launch("create", lives=[RUNS | {"waits": 0}])
+    look(cloud)
     for action, command in (("setup", ()), ("run", COMMAND)):
-        cloud.run(["true"])
-        parse_look(cloud)
         _, done = launch(action, cloud=cloud, command=command)
         assert done.returncode == 0, done.stderr
+    _, done = launch("setup", cloud=cloud)
+    assert done.returncode == 1
+    assert "error: a run is in progress on t1v-n-mine-w-0: launch/tpu_vm.sh stop" in done.stderr
     _, done = keep(cloud=cloud, flags=["--no-delete"])
     assert done.returncode == 0, done.stderr
     assert cloud.verbs == ["create", *STEPS] and "finished" in done.stdout
     assert cloud.state["started"] == [COMMAND]
 
 
-def parse_look(cloud):
+def look(cloud):
     """Time passes."""
     cloud.run(shlex.split("gcloud compute tpus queued-resources describe mine --project=p --zone=z"))
 
@@ -121,7 +125,7 @@ def test_stopped_by_hand_it_stays_stopped(keep):
 
 def test_status_logs_stop_and_delete(launch, tmp_path):
     cloud, _ = launch("create", lives=[{"waits": 0, "runs": 9, "ends": "finished"}], topology="v5p-16x2")
-    parse_look(cloud)
+    look(cloud)
     for action, flags, expected in (
         ("setup", [], "host t1v-n-mine-1-w-1: ready"),
         ("run", [], ""),
@@ -181,7 +185,7 @@ def test_the_real_gcloud_understands(launch, tmp_path, monkeypatch):
             action, "--dry-run", *flags, command=command, topology="v5p-16x2", cloud=Cloud(tmp_path / action)
         )
         lines += [line for line in done.stdout.splitlines() if line.startswith("gcloud ")]
-    assert len(lines) == 13
+    assert len(lines) == 14
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "gcloud"))
     # The linter splits at blanks, whatever the quotes say: the remote commands become one word.
     plain = [[re.sub(r"(--command)=.*", r"\1=x", word, flags=re.DOTALL) for word in shlex.split(one)] for one in lines]
