@@ -29,15 +29,11 @@ def define_config() -> flags.FlagHolder:
     )
 
 
-def run(main: Callable[[Sequence[str]], None], positional: bool = False) -> None:
-    """Parses the flags and runs `main`; an error of the user ends it with status 1 and one line that says which.
-
-    Args:
-      main: is given the program's name, and behind it the words that are no flags, if they are `positional`.
-    """
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Parses the flags and runs `main`; an error of the user ends it with status 1 and one line that says which."""
 
     def checked(argv: Sequence[str]) -> None:
-        if len(argv) > 1 and not positional:
+        if len(argv) > 1:
             sys.exit(f"error: unexpected arguments {' '.join(argv[1:])}; every setting is a --flag")
         main(argv)
 
@@ -45,10 +41,10 @@ def run(main: Callable[[Sequence[str]], None], positional: bool = False) -> None
 
 
 def run_commands(parser: argparse_flags.ArgumentParser) -> None:
-    """Like `run`, for a program of several commands: runs the `main` that the chosen command's parser sets.
+    """Like `run`, for a program of several commands, or with words that are no flags: runs the `main` that is parsed.
 
     Args:
-      parser: with sub-parsers, each of which has `set_defaults(main=...)`, a function of the parsed arguments.
+      parser: it or its sub-parsers have `set_defaults(main=...)`, a function of the parsed arguments.
     """
 
     def main(arguments: argparse.Namespace) -> None:

@@ -6,13 +6,13 @@ python -m dreamllm_jax.report runs/one runs/other [--to=DIR]
 python -m dreamllm_jax.report runs/sweep
 """
 
+import argparse
 import html
 import json
 import sys
-from collections.abc import Sequence
 
 import numpy as np
-from absl import flags
+from absl.flags import argparse_flags
 from etils import epath
 from matplotlib.figure import Figure
 
@@ -21,9 +21,6 @@ from dreamllm_jax.comparison import write_comparison
 from dreamllm_jax.directories import absolute
 from dreamllm_jax.pages import STYLE, embedded, figure_image
 from dreamllm_jax.training.metrics import read_metrics
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of one training run, trained and evaluated.")
-_TO = flags.DEFINE_string("to", "", "Where a comparison is written; the first directory that was named, or its parent.")
 
 
 def _curves(metrics: list[dict[str, float]]) -> str:
@@ -108,17 +105,25 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     return path
 
 
-def main(argv: Sequence[str]) -> None:
-    directories = argv[1:]
-    if bool(directories) == bool(_WORKDIR.value):
+def main(arguments: argparse.Namespace) -> None:
+    if bool(arguments.directories) == bool(arguments.workdir):
         sys.exit("error: give --workdir=DIR for the report of one run, or the directories of several to compare them")
-    if not directories:
-        print(f"report: {write_report(_WORKDIR.value)}")
+    if arguments.workdir:
+        print(f"report: {write_report(arguments.workdir)}")
         return
-    first = absolute(directories[0])
-    to = _TO.value or (first if len(directories) == 1 else first.parent)
-    print(f"comparison: {write_comparison(directories, to)}")
+    first = absolute(arguments.directories[0])
+    to = arguments.to or (first if len(arguments.directories) == 1 else first.parent)
+    print(f"comparison: {write_comparison(arguments.directories, to)}")
+
+
+def make_parser() -> argparse_flags.ArgumentParser:
+    parser = argparse_flags.ArgumentParser(prog="python -m dreamllm_jax.report", description=__doc__.split("\n\n")[0])
+    parser.set_defaults(main=main)
+    parser.add_argument("directories", nargs="*", help="of the runs to compare, or of their directories")
+    parser.add_argument("--workdir", help="directory of one training run, trained and evaluated")
+    parser.add_argument("--to", help="where a comparison is written: the first directory that was named, or its parent")
+    return parser
 
 
 if __name__ == "__main__":
-    command_line.run(main, positional=True)
+    command_line.run_commands(make_parser())

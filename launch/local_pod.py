@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 from dreamllm_jax.exits import HUNG, PREEMPTED
 from launch.shell import split_command
 
+BETTER = (0, PREEMPTED, HUNG)  # statuses, each better than the next and than all others
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,7 +98,7 @@ class Pod:
         for reader in readers:
             reader.join()
         statuses = [status if status >= 0 else 128 - status for status in statuses]
-        return max(statuses, key=lambda status: (status != 0) + (status == HUNG) + 2 * (status not in (0, 75, HUNG)))
+        return max(statuses, key=lambda status: BETTER.index(status) if status in BETTER else len(BETTER))
 
     def _tell(self, host: int) -> None:
         for line in self.processes[host].stdout:

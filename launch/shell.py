@@ -1,6 +1,7 @@
 """What the launch scripts share: commands that are run, or only printed."""
 
 import argparse
+import contextlib
 import os
 import shlex
 import subprocess
@@ -50,8 +51,8 @@ class Shell:
         print(f"+ {shlex.join(command)}", file=sys.stderr, flush=True)
         said = []
         with _popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            process.stdin.write(given)
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError), process.stdin:  # it may end without reading
+                process.stdin.write(given)
             for line in process.stdout:
                 sys.stderr.write(line)
                 said.append(line)

@@ -10,7 +10,7 @@ import pytest
 from tests.launch.cloud import Cloud
 
 WORKDIR = "--workdir=gs://bucket/run"
-COMMAND = ["python", "-m", "dreamllm_jax.train", "--config=configs/stage2_igpt.py:7b", WORKDIR, "--config.a=('b', 'c d')"]
+COMMAND = ["python", "-m", "dreamllm_jax.train", "--config=configs/stage2_igpt.py", WORKDIR, "--config.a=('b', 'c d')"]
 
 # The part of JobSet's API v1alpha2 and of the Kubernetes types in it that a run may use; nothing else passes.
 # https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/, https://kubernetes.io/docs/reference/kubernetes-api/

@@ -1,5 +1,6 @@
 """What runs on the hosts, what is in launch/tpu.env, and that the scripts are sound."""
 
+import json
 import os
 import re
 import shutil
@@ -40,9 +41,9 @@ def test_environment():
     program = f"set -a; source {ROOT}/launch/tpu.env; env -0"
     shell = subprocess.run(["env", "-i", "bash", "-c", program], capture_output=True, text=True, check=True)
     sourced = dict(one.split("=", 1) for one in shell.stdout.split("\0") if one)
-    program = "from launch.shell import read_environment; print(read_environment())"
+    program = "import json; from launch.shell import read_environment; print(json.dumps(read_environment()))"
     read = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    variables = eval(read.stdout)
+    variables = json.loads(read.stdout)
     assert variables and variables.items() <= sourced.items()
     for name in variables:
         assert re.search(rf"^#.*\n{name}=", text, re.MULTILINE), name

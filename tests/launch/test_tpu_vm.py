@@ -12,7 +12,7 @@ import pytest
 from tests.launch.cloud import Cloud, Refused, parse
 
 WORKDIR = "--workdir=gs://bucket/run"
-COMMAND = ["python", "-m", "dreamllm_jax.train", "--config=configs/stage2_igpt.py:7b", WORKDIR, "--config.a=('b', 'c d')"]
+COMMAND = ["python", "-m", "dreamllm_jax.train", "--config=configs/stage2_igpt.py", WORKDIR, "--config.a=('b', 'c d')"]
 RUNS = {"waits": 1, "runs": 2, "ends": "finished"}
 STEPS = ["scp", "mkdir", "setup", "start"]
 
