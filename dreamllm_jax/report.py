@@ -2,7 +2,7 @@
 several runs, in a table and a page of curves.
 
 python -m dreamllm_jax.report --workdir=runs/tiny
-python -m dreamllm_jax.report runs/one runs/other [--to=DIR]
+python -m dreamllm_jax.report runs/one runs/other [--comparison=DIR]
 python -m dreamllm_jax.report runs/sweep
 """
 
@@ -23,7 +23,9 @@ from dreamllm_jax.pages import STYLE, embedded, figure_image
 from dreamllm_jax.training.metrics import read_metrics
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of one training run, trained and evaluated.")
-_TO = flags.DEFINE_string("to", "", "Where a comparison is written; the first directory that was named, or its parent.")
+_COMPARISON = flags.DEFINE_string(
+    "comparison", "", "Where a comparison is written; the first directory that was named, or its parent."
+)
 
 
 def _curves(metrics: list[dict[str, float]]) -> str:
@@ -116,7 +118,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"report: {write_report(_WORKDIR.value)}")
         return
     first = absolute(directories[0])
-    to = _TO.value or (first if len(directories) == 1 else first.parent)
+    to = _COMPARISON.value or (first if len(directories) == 1 else first.parent)
     print(f"comparison: {write_comparison(directories, to)}")
 
 
