@@ -63,12 +63,12 @@ def language(arguments: argparse.Namespace) -> None:
     given: dict[str, int | None] = {}
     for name in arguments.tasks.split(","):
         given |= tasks.PAPER if name == PAPER else {name: arguments.shots}
-    tasks.require_known(given, arguments.include)
+    manager = tasks.find_tasks(given, arguments.include)
     checkpoint, mesh, devices = _start(arguments)
     tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
     subject = tasks.LanguageModel(model, params, tokenizer, arguments.batch)
     with use(mesh, devices):
-        found = tasks.evaluate(subject, checkpoint, given, include=arguments.include, limit=arguments.limit)
+        found = tasks.evaluate(subject, checkpoint, given, manager, arguments.limit)
     for score in found:
         _keep(score, arguments)
 
@@ -111,7 +111,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
     _add_model(add)
     add.add_argument("--tasks", required=True, help=f"lm-eval's names with commas between, or {PAPER}: the paper's")
     add.add_argument("--shots", type=int, help="examples before each question; if not given, the task's own")
-    add.add_argument("--include", default="", help="a folder with the YAML files of tasks of your own")
+    add.add_argument("--include", default="", help="a folder with YAML files of your own tasks, to take instead")
     return parser
 
 

@@ -162,19 +162,16 @@ class LanguageModel(TemplateLM):
         )
 
 
-def require_known(tasks: Iterable[str], include: str = "") -> TaskManager:
-    """Where lm-eval finds the tasks.
+def find_tasks(names: Iterable[str], include: str = "") -> TaskManager:
+    """Where lm-eval finds the tasks: among its own, or in the folder `include` of YAML files.
 
     Raises:
-      ValueError: it does not know one of them.
+      ValueError: one of them is not there.
     """
-    manager = TaskManager(include_path=include or None)
-    known = manager.all_tasks
-    if unknown := [task for task in tasks if task not in known]:
-        raise ValueError(
-            f"lm-eval knows no task {', '.join(unknown)}: give names that `lm_eval ls tasks` prints, or --include=DIR "
-            "with the task's YAML file"
-        )
+    manager = TaskManager(include_path=include or None, include_defaults=not include)
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        there = f"there are {', '.join(manager.all_tasks)}" if include else "`lm_eval ls tasks` prints all names"
+        raise ValueError(f"{include or 'lm-eval'} has no task {', '.join(unknown)}: {there}")
     return manager
 
 
@@ -182,21 +179,16 @@ def evaluate(
     subject: LanguageModel,
     checkpoint: scores.Checkpoint,
     tasks: Mapping[str, int | None],
-    *,
-    include: str = "",
+    manager: TaskManager,
     limit: int | None = None,
 ) -> list[scores.Score]:
     """Runs lm-eval's tasks; all hosts must call it.
 
     Args:
       tasks: names of tasks or groups, with how many examples are shown before each question; None for the task's own.
-      include: a folder with the YAML files of further tasks.
+      manager: where they are.
       limit: only so many documents of each task.
-
-    Raises:
-      ValueError: as `require_known` does.
     """
-    manager = require_known(tasks, include)
     found = []
     for task, shots in tasks.items():
         result = simple_evaluate(subject, tasks=[task], num_fewshot=shots, limit=limit, task_manager=manager)

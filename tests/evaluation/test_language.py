@@ -136,12 +136,12 @@ def local_task(folder) -> str:
 def test_a_local_task_runs_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     name, given = local_task(tmp_path), Checkpoint("somewhere", 3, False)
-    [score] = language.evaluate(subject(8), given, {name: 0}, include=str(tmp_path))
+    [score] = language.evaluate(subject(8), given, {name: 0}, language.find_tasks([name], str(tmp_path)))
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     asked = requests("loglikelihood", [(i["question"], f" {choice}") for i in items for choice in i["choices"]])
     totals = np.array([total for total, _ in subject(8).loglikelihood(asked, disable_tqdm=True)]).reshape(9, 3)
     right = totals.argmax(axis=1) == [item["answer"] for item in items]
     assert (score.count, score.metrics["acc"]) == (9, right.mean())
     assert score.standard_errors["acc"] == pytest.approx(right.std(ddof=1) / 3)
-    with pytest.raises(ValueError, match="lm-eval knows no task nonsense"):
-        language.evaluate(subject(8), given, {"nonsense": None})
+    with pytest.raises(ValueError, match="has no task nonsense: there are local_foxes"):
+        language.find_tasks(["nonsense"], str(tmp_path))
