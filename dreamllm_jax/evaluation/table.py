@@ -46,12 +46,14 @@ def _score(path: epath.Path) -> Score:
 
 def markdown(scores: Sequence[Score]) -> str:
     """A row for each task and metric, a column for each checkpoint, and the paper's where it has the metric."""
-    columns = list(dict.fromkeys((one.checkpoint.name.split("@")[0], one.checkpoint.label) for one in scores))
+    runs = list(dict.fromkeys(_column(one.checkpoint)[0] for one in scores))
+    order = {_column(one.checkpoint): (one.checkpoint.step, one.checkpoint.average) for one in scores}
+    columns = sorted(order, key=lambda column: (runs.index(column[0]), order[column]))
     cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     for one in scores:
-        column = one.checkpoint.name.split("@")[0], one.checkpoint.label
         for metric, value in one.metrics.items():
-            cells.setdefault((one.task, metric), {})[column] = _cell(metric, value, one.standard_errors.get(metric))
+            row = cells.setdefault((one.task, metric), {})
+            row[_column(one.checkpoint)] = _cell(metric, value, one.standard_errors.get(metric))
     known = {row: _cell(row[1], PAPER[row]) for row in cells if row in PAPER}
     heads = ["task", "metric", *(f"{name}, step {label}" for name, label in columns), *(["paper"] if known else [])]
     lines = [heads, ["---"] * len(heads)]
@@ -59,6 +61,10 @@ def markdown(scores: Sequence[Score]) -> str:
         ours = [cells[row].get(column, "") for column in columns]
         lines.append([*row, *ours, *([known.get(row, "")] if known else [])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _column(checkpoint: Checkpoint) -> tuple[str, str]:
+    return checkpoint.name.split("@")[0], checkpoint.label
 
 
 def _cell(metric: str, value: float, error: float | None = None) -> str:
