@@ -134,11 +134,8 @@ def create(arguments: argparse.Namespace) -> None:
     )
     with use(mesh, devices):
         creation.paint(model, params, tokenizer, captions, painting, pictures, arguments.batch)
-    if jax.process_index() > 0:
-        return
     found, errors = creation.measure(captions, pictures, arguments.each, reference, inception, similarity)
     _keep(scores.Score(arguments.task, checkpoint, len(captions), found, errors, settings), arguments)
-    print(pictures)
 
 
 def refer(arguments: argparse.Namespace) -> None:
@@ -147,7 +144,7 @@ def refer(arguments: argparse.Namespace) -> None:
     if not files:
         raise FileNotFoundError(f"there are no pictures in {folder}")
     found = features.of_files(files, features.inception(arguments.inception), arguments.size)
-    fid.save(fid.statistics(found), arguments.to)
+    fid.save(fid.pooled([fid.statistics(found)]), arguments.to)
     print(f"{arguments.to}: {len(files):,} pictures, {found.shape[1]:,} features")
 
 

@@ -5,11 +5,12 @@ DIR/captions.json    caption by id
 DIR/0/ID.png         the picture of each caption; 1/, 2/ ... where several are painted of each
 """
 
+import base64
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -170,7 +171,7 @@ def measure(
     inception: Features | None = None,
     similarity: Similarity | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics of painted pictures, and standard errors of those that are means.
+    """Metrics of painted pictures, and standard errors of those that are means; all hosts must call it.
 
     `fid` and `clip_score` are of the first picture of each caption. Those of the pictures most similar to their
     captions among `each` have names of their own (`fid_best_of_8`), for choosing makes both better.
@@ -192,17 +193,37 @@ def measure(
     if reference and inception:
         for name, numbers in chosen.items():
             files = [directory / str(n) / f"{image}.png" for image, n in zip(captions, numbers, strict=True)]
-            metrics[f"fid{name}"] = fid.distance(fid.statistics(of_files(files, inception)), reference)
+            metrics[f"fid{name}"] = fid.distance(_statistics(files, inception), reference)
     return metrics, errors
+
+
+def _statistics(files: Sequence[epath.Path], inception: Features) -> fid.Statistics:
+    """Each host looks at its share of the files."""
+    mine = files[jax.process_index() :: jax.process_count()]
+    sent = None
+    if mine:
+        found = fid.statistics(of_files(mine, inception))
+        numbers = np.concatenate([found.mean, found.covariance.ravel()])
+        sent = {"count": found.count, "size": found.mean.size, "numbers": base64.b64encode(numbers.tobytes()).decode()}
+    parts = []
+    for one in filter(None, gather(sent)):
+        numbers = np.frombuffer(base64.b64decode(one["numbers"]))
+        size = one["size"]
+        parts.append(fid.Statistics(numbers[:size], numbers[size:].reshape(size, size), one["count"]))
+    return fid.pooled(parts)
 
 
 def _similarities(
     captions: Mapping[str, str], folder: epath.Path, similarity: Similarity, batch: int = 32
 ) -> np.ndarray:
-    pairs = list(captions.items())
-    found = []
-    for start in tqdm(range(0, len(pairs), batch), unit=f"{batch} pictures"):
+    """Each host looks at its share of the pictures."""
+    pairs = list(captions.items())[jax.process_index() :: jax.process_count()]
+    mine: list[float] = []
+    for start in tqdm(range(0, len(pairs), batch), unit=f"{batch} pictures", disable=jax.process_index() > 0):
         some = pairs[start : start + batch]
         pictures = [np.asarray(images.decode((folder / f"{image}.png").read_bytes())) for image, _ in some]
-        found.append(similarity(pictures, [caption for _, caption in some]))
-    return np.concatenate(found)
+        mine += similarity(pictures, [caption for _, caption in some]).tolist()
+    found = np.zeros(len(captions))
+    for index, share in enumerate(gather(mine)):
+        found[index :: jax.process_count()] = share
+    return found

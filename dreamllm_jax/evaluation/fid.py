@@ -1,6 +1,7 @@
 """Fréchet Inception distance (Heusel et al. 2017), from features alone."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -16,17 +17,26 @@ class Statistics:
 
 
 def statistics(features: np.ndarray) -> Statistics:
-    """Of features f[N, D].
+    """Of features f[N, D]; of a single image the covariance is 0."""
+    features = features.astype(np.float64)
+    mean = features.mean(axis=0)
+    centred = features - mean
+    return Statistics(mean, centred.T @ centred / max(len(features) - 1, 1), len(features))
+
+
+def pooled(parts: Sequence[Statistics]) -> Statistics:
+    """The statistics of all images together.
 
     Raises:
       ValueError: of fewer than two images there is no covariance.
     """
-    if len(features) < 2:
-        raise ValueError(f"statistics need two images or more, got {len(features)}")
-    features = features.astype(np.float64)
-    return Statistics(
-        features.mean(axis=0), np.cov(features, rowvar=False).reshape(2 * features.shape[1:]), len(features)
-    )
+    count = sum(part.count for part in parts)
+    if count < 2:
+        raise ValueError(f"FID needs two images or more, got {count}")
+    mean = sum(part.count * part.mean for part in parts) / count
+    within = sum((part.count - 1) * part.covariance for part in parts)
+    between = sum(part.count * np.outer(part.mean - mean, part.mean - mean) for part in parts)
+    return Statistics(mean, (within + between) / (count - 1), count)
 
 
 def distance(one: Statistics, other: Statistics) -> float:

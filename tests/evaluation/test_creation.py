@@ -16,6 +16,7 @@ from tests.evaluation import painting
 from tests.evaluation.models import WORDS, save
 
 CAPTIONS = 200
+HOSTS = ("one", "two")
 
 
 def reference_distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -37,6 +38,16 @@ def test_fid_is_the_papers_and_grows_with_noise():
     assert found == sorted(found) and found[0] > 0
     few = mixed[:10]  # fewer pictures than features: singular
     assert fid.distance(fid.statistics(few), true) == pytest.approx(reference_distance(few, mixed), rel=1e-3)
+
+
+def test_statistics_of_parts_are_pooled():
+    features = np.random.default_rng(0).normal(size=(20, 5)) + 3
+    parts = [fid.statistics(features[start:end]) for start, end in ((0, 1), (1, 8), (8, 20))]
+    found = fid.pooled(parts)
+    np.testing.assert_allclose(found.mean, features.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(features, rowvar=False), rtol=1e-9)
+    with pytest.raises(ValueError, match="two images or more, got 1"):
+        fid.pooled(parts[:1])
 
 
 def test_statistics_are_kept(tmp_path):
@@ -101,10 +112,16 @@ def test_killed_twice_it_ends_with_the_same_pictures(command, tmp_path):
 
 @pytest.mark.slow
 def test_two_hosts_paint_what_one_does(command, tmp_path):
-    words = [*command, "--limit=24"]
-    assert painting.finish([*words, f"--pictures={tmp_path / 'one'}"]) == 0
-    assert painting.finish_together([*words, f"--pictures={tmp_path / 'two'}"], 2) == [0, 0]
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / n / "0").glob("*")} for n in ("one", "two"))
+    inception = means(tmp_path)
+    reference = tmp_path / "true.npz"
+    fid.save(fid.statistics(np.random.default_rng(0).normal(size=(9, 6))), reference)
+    words = [*command, "--limit=24", f"--clip={tiny_clip(tmp_path / 'clip')}", inception, f"--reference={reference}"]
+    runs = {name: [*words, f"--pictures={tmp_path / name}", f"--to={tmp_path}", f"--task={name}"] for name in HOSTS}
+    assert painting.finish(runs["one"]) == 0
+    assert painting.finish_together(runs["two"], 2) == [0, 0]
+    want, found = (json.loads((tmp_path / f"{name}-0.json").read_text())["metrics"] for name in HOSTS)
+    assert set(want) == {"fid", "clip_score"} and found == pytest.approx(want, rel=1e-6)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / n / "0").glob("*")} for n in HOSTS)
     assert len(one) == 24 and one == two
 
 
@@ -114,6 +131,12 @@ class Means(torch.nn.Module):
     def forward(self, images, return_features: bool = False):
         x = images.to(torch.float32) / 255.0
         return torch.cat([x.mean(dim=(2, 3)), x.std(dim=2).mean(dim=2)], dim=1)
+
+
+def means(folder) -> str:
+    with pytest.warns(DeprecationWarning):
+        torch.jit.script(Means()).save(folder / "means.pt")
+    return f"--inception={folder / 'means.pt'}"
 
 
 def tiny_clip(folder) -> str:
@@ -144,9 +167,7 @@ def test_the_best_of_several_is_reported_apart(command, tmp_path):
     for number in range(12):
         pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "true" / f"{number}.png")
-    with pytest.warns(DeprecationWarning):
-        torch.jit.script(Means()).save(tmp_path / "means.pt")
-    inception, reference = f"--inception={tmp_path / 'means.pt'}", tmp_path / "true.npz"
+    inception, reference = means(tmp_path), tmp_path / "true.npz"
 
     def run(*words: str) -> None:
         arguments = make_parser().parse_args(words)
