@@ -129,6 +129,21 @@ def captions(files: Sequence[Path], images: Path) -> list[Question]:
     ]
 
 
+def paragraphs(files: Sequence[Path], images: Path) -> list[Question]:
+    """Image2Paragraph: the paragraphs (`paragraphs_v1.json`), and the images of a split (`test_split.json`)."""
+    read = [_json(file) for file in files]
+    told = [one for one in read if one and isinstance(one[0], Mapping)]
+    splits = [one for one in read if one and not isinstance(one[0], Mapping)]
+    if len(told) != 1 or len(splits) != 1:
+        raise ValueError(f"{_names(files)}: give --annotations=paragraphs_v1.json,test_split.json")
+    wanted = set(splits[0])
+    return [
+        Question(one["image_id"], _image(images, f"{one['image_id']}.jpg"), answers=(one["paragraph"],))
+        for one in told[0]
+        if one["image_id"] in wanted
+    ]
+
+
 def mmvet(files: Sequence[Path], images: Path) -> list[Question]:
     """MM-Vet: questions by name. The answers are scored by its server."""
     return [

@@ -110,6 +110,15 @@ TASKS: Mapping[str, Task] = {
         opening="The image depicts",
         clean=str.capitalize,
     ),
+    "i2paragraph": Task(
+        benchmarks.paragraphs,
+        _cider_score,
+        submission=("image_id", "caption"),
+        before="Based on the image, please describe the image in detail.",
+        after="Please describe the image in detail.",
+        opening="The image depicts",
+        clean=str.capitalize,
+    ),
     "mmvet": Task(
         benchmarks.mmvet,
         before="This is an exam, please answer according to the image and question.",

@@ -58,6 +58,8 @@ def folder(tmp_path_factory):
         for i in numbers
     ]
     write("karpathy.json", {"images": karpathy})
+    write("paragraphs.json", [{"image_id": i, "paragraph": f"a {WORDS[i]}. a fox."} for i in [*numbers, 9]])
+    write("split.json", [*numbers])
     write("mmvet.json", {f"v1_{i}": {"imagename": f"v1_{i}.png", "question": QUESTIONS[i]} for i in numbers})
     columns = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "l2-category", "image")
     table = [columns]
@@ -76,6 +78,7 @@ ANNOTATIONS = {
     "docvqa": ["docvqa.json"],
     "pope": ["pope.jsonl"],
     "coco_caption": ["captions.json"],
+    "i2paragraph": ["paragraphs.json", "split.json"],
     "mmvet": ["mmvet.json"],
     "mmbench": ["mmbench.tsv"],
 }
@@ -94,7 +97,7 @@ def test_annotations_become_questions(folder, name):
     ]
     if name in ("vqav2", "okvqa", "vizwiz", "textvqa"):
         assert [list(question.answers) for question in questions] == PEOPLE
-    if name != "coco_caption":
+    if name not in ("coco_caption", "i2paragraph"):
         assert all(question.text.endswith(text) for question, text in zip(questions, QUESTIONS, strict=True))
 
 
@@ -108,6 +111,7 @@ def test_karpathys_test_split(folder):
         ("vqav2", ["answers.json"], "none has `questions`"),
         ("textvqa", ["questions.json"], "has no `data`"),
         ("vizwiz", ["nothing.json"], "nothing.json are missing"),
+        ("i2paragraph", ["paragraphs.json"], "give --annotations=paragraphs_v1.json,test_split.json"),
         ("pope", ["pope.jsonl", "pope.jsonl"], "one file of annotations"),
     ],
 )
