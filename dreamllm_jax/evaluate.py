@@ -1,61 +1,251 @@
-"""Measures what a run has learnt of its own pairs, and lets it tell a story:
+"""Measures what a model can do:
 
-python -m dreamllm_jax.evaluate --workdir=runs/tiny
-
-Writes `workdir/evaluation/recall.json` and `workdir/evaluation/story/document.json`, with their pictures.
+python -m dreamllm_jax.evaluate recall --workdir=runs/tiny
+python -m dreamllm_jax.evaluate language --checkpoint=DIR --tasks=paper
+python -m dreamllm_jax.evaluate comprehension --checkpoint=DIR --task=vqav2 --annotations=Q.json,A.json --images=val2014
+python -m dreamllm_jax.evaluate reference --images=DIR --inception=inception-2015-12-05.pt --to=val2014.npz
+python -m dreamllm_jax.evaluate creation --checkpoint=DIR --captions=captions_val2014.json --limit=30000
+python -m dreamllm_jax.evaluate table runs/one runs/two
 """
 
-import sys
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import get_args
 
-from absl import flags
+import jax
+from absl.flags import argparse_flags
 from etils import epath
 
-from dreamllm_jax import command_line, runs
+from dreamllm_jax import command_line, distributed, runs
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.data.tokens import TEMPLATES
+from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.evaluation import recall
+from dreamllm_jax.evaluation import comprehension, creation, features, fid, recall, scores, table
 from dreamllm_jax.generation.documents import generate_documents, save_document
+from dreamllm_jax.generation.images import require_size
+from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the training run.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
-_PAIRS = flags.DEFINE_integer("pairs", 64, "How many pairs of the corpus `pairs` to ask for.", lower_bound=2)
-_SAMPLING_STEPS = flags.DEFINE_integer("sampling_steps", 50, "Denoising steps of a picture.", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance scale; 1 for none.")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PAPER, NONE = "paper", "none"
 
 
-def main(_) -> None:
-    if not _WORKDIR.value:
-        sys.exit("error: give --workdir=DIR, the directory of a training run")
-    trained = runs.load(_WORKDIR.value, _STEP.value)
-    target = epath.Path(_WORKDIR.value) / "evaluation"
+def recall_pairs(arguments: argparse.Namespace) -> None:
+    """Asks a run for its own pairs, and lets it tell a story."""
+    trained = runs.load(arguments.workdir, arguments.step)
+    target = epath.Path(arguments.workdir) / scores.FOLDER
 
     corpus = Corpus(trained.experiment.data.path, "pairs")
-    pairs = [corpus[i] for i in range(min(len(corpus), _PAIRS.value))]
-    result = recall.recall(trained, pairs, steps=_SAMPLING_STEPS.value, guidance=_GUIDANCE.value)
+    pairs = [corpus[i] for i in range(min(len(corpus), arguments.pairs))]
+    sampling = {"steps": arguments.sampling_steps, "guidance": arguments.guidance}
+    result = recall.recall(trained, pairs, **sampling)
     recall.save(result, target)
+    name = arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
+    scores.write(recall.score(result, scores.checkpoint_of(name), sampling), target)
     print(f"creation: {result.creation_top1:.1%} of {len(pairs)} captions are painted nearest to their own picture")
     print(
         f"comprehension: {result.comprehension_exact:.1%} of {len(pairs)} pictures are put into exactly their caption"
     )
 
     opening = [Text(f"{result.captions[0]}.")]
-    size = trained.experiment.rows.dream_size
     told = generate_documents(
         trained.model,
         trained.params,
         trained.tokenizer,
         [opening],
-        size=size,
+        size=trained.experiment.rows.dream_size,
         max_tokens=64,
         max_images=3,
-        sampler=SamplerConfig(steps=_SAMPLING_STEPS.value),
-        guidance=_GUIDANCE.value,
+        sampler=SamplerConfig(steps=arguments.sampling_steps),
+        guidance=arguments.guidance,
     )
     story = [*opening, *(event.segment for event in told if event.complete)]
     save_document(story, target / "story")
     print("story: " + " ".join(segment.text if isinstance(segment, Text) else "[picture]" for segment in story))
 
 
+def language(arguments: argparse.Namespace) -> None:
+    try:
+        from dreamllm_jax.evaluation import language as tasks
+    except ModuleNotFoundError as error:
+        raise ImportError(f"language tasks need {error.name}: pip install 'dreamllm_jax[evaluation]'") from None
+    given: dict[str, int | None] = {}
+    for name in arguments.tasks.split(","):
+        given |= tasks.PAPER if name == PAPER else {name: arguments.shots}
+    manager = tasks.find_tasks(given, arguments.include)
+    checkpoint, mesh, devices = _start(arguments)
+    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    subject = tasks.LanguageModel(model, params, tokenizer, arguments.batch)
+    with use(mesh, devices):
+        found = tasks.evaluate(subject, checkpoint, given, manager, arguments.limit)
+    for score in found:
+        _keep(score, arguments)
+
+
+def comprehend(arguments: argparse.Namespace) -> None:
+    task = comprehension.TASKS[arguments.task]
+    files = [Path(file) for file in arguments.annotations.split(",")]
+    questions = task.read(files, Path(arguments.images))[: arguments.limit]
+    if not questions:
+        raise ValueError(f"{arguments.annotations} asks nothing")
+    checkpoint, mesh, devices = _start(arguments)
+    target = _target(arguments)
+    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    asking = {
+        "beams": arguments.beams or task.beams,
+        "max_tokens": arguments.max_tokens,
+        "template": "" if arguments.template == NONE else arguments.template,
+    }
+    with use(mesh, devices):
+        answers = comprehension.answer(model, params, tokenizer, task, questions, batch=arguments.batch, **asking)
+    if jax.process_index() == 0:
+        folder = target / f"{arguments.task}-{checkpoint.label}"
+        print(comprehension.write_submission(arguments.task, answers, questions, folder))
+    settings = {**asking, "before": task.before, "after": task.after, "opening": task.opening, "limit": arguments.limit}
+    score = comprehension.score(arguments.task, answers, questions, checkpoint, settings)
+    if score is not None:
+        _keep(score, arguments)
+
+
+def create(arguments: argparse.Namespace) -> None:
+    captions = creation.read_captions(arguments.captions, arguments.limit)
+    reference = fid.load(arguments.reference) if arguments.reference else None
+    if bool(reference) != bool(arguments.inception):
+        raise ValueError("FID needs both --inception=FILE and --reference=FILE")
+    if arguments.each > 1 and not arguments.clip:
+        raise ValueError("the best of several pictures is the one most similar to its caption: give --clip=DIR")
+    inception = features.inception(arguments.inception) if reference else None
+    similarity = features.clip_similarity(arguments.clip) if arguments.clip else None
+    checkpoint, mesh, devices = _start(arguments)
+    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    painting = creation.Painting(
+        require_size(model, arguments.size or model.config.unet.sample_size * model.config.vae.downscale)[0],
+        SamplerConfig(arguments.sampler, arguments.steps),
+        arguments.guidance,
+        arguments.each,
+        arguments.seed,
+    )
+    settings = {"captions": Path(arguments.captions).name, "limit": arguments.limit, **dataclasses.asdict(painting)}
+    pictures = epath.Path(arguments.pictures or _target(arguments) / f"{arguments.task}-{checkpoint.label}")
+    creation.begin(
+        pictures, captions, {"checkpoint": dataclasses.asdict(checkpoint), "batch": arguments.batch, **settings}
+    )
+    with use(mesh, devices):
+        creation.paint(model, params, tokenizer, captions, painting, pictures, arguments.batch)
+    found, errors = creation.measure(captions, pictures, arguments.each, reference, inception, similarity)
+    _keep(scores.Score(arguments.task, checkpoint, len(captions), found, errors, settings), arguments)
+
+
+def refer(arguments: argparse.Namespace) -> None:
+    folder = Path(arguments.images)
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES) if folder.is_dir() else []
+    if not files:
+        raise FileNotFoundError(f"there are no pictures in {folder}")
+    found = features.of_files(files, features.inception(arguments.inception), arguments.size)
+    fid.save(fid.pooled([fid.statistics(found)]), arguments.to)
+    print(f"{arguments.to}: {len(files):,} pictures, {found.shape[1]:,} features")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    print(table.markdown([score for directory in arguments.directory for score in table.read(directory)]))
+
+
+def _start(arguments: argparse.Namespace) -> tuple[scores.Checkpoint, jax.sharding.Mesh, ShardingConfig]:
+    """Meets the other hosts; the checkpoint, and this host's devices: each host has the whole model."""
+    distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.timeout)
+    checkpoint = scores.checkpoint_of(arguments.checkpoint)
+    devices = ShardingConfig(fsdp=-1, tensor=arguments.tensor)
+    return checkpoint, make_mesh(devices, jax.local_devices()), devices
+
+
+def _target(arguments: argparse.Namespace) -> epath.Path:
+    return epath.Path(arguments.to) if arguments.to else scores.folder_of(arguments.checkpoint)
+
+
+def _keep(score: scores.Score, arguments: argparse.Namespace) -> None:
+    path = scores.write(score, _target(arguments))
+    if jax.process_index() == 0:
+        print(f"{scores.told(score)}\n{path}")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
+def make_parser() -> argparse_flags.ArgumentParser:
+    parser = argparse_flags.ArgumentParser(prog="python -m dreamllm_jax.evaluate", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    add = commands.add_parser("recall", help="what a run has learnt of its own pairs")
+    add.set_defaults(main=recall_pairs)
+    add.add_argument("--workdir", required=True, help="directory of the training run")
+    add.add_argument("--step", type=int, help="checkpoint to take; the newest if not given")
+    add.add_argument("--pairs", type=_positive, default=64, help="how many of the corpus `pairs` to ask for")
+    add.add_argument("--sampling_steps", type=_positive, default=50, help="denoising steps of a picture")
+    add.add_argument("--guidance", type=float, default=3.0, help="1 for none")
+
+    add = commands.add_parser("language", help="language tasks, through lm-eval")
+    add.set_defaults(main=language)
+    _add_model(add)
+    add.add_argument("--tasks", required=True, help=f"lm-eval's names with commas between, or {PAPER}: the paper's")
+    add.add_argument("--shots", type=int, help="examples before each question; if not given, the task's own")
+    add.add_argument("--include", default="", help="a folder with YAML files of your own tasks, to take instead")
+
+    add = commands.add_parser("comprehension", help="questions about images")
+    add.set_defaults(main=comprehend)
+    _add_model(add)
+    add.add_argument("--task", required=True, choices=comprehension.TASKS)
+    add.add_argument("--annotations", required=True, help="the benchmark's file; of VQA, questions,annotations")
+    add.add_argument("--images", default=".", help="folder of the benchmark's images")
+    add.add_argument("--beams", type=_positive, help="if not given, as the original: 5, of pope 1")
+    add.add_argument("--max_tokens", type=_positive, default=comprehension.MAX_TOKENS)
+    add.add_argument("--template", default=comprehension.TEMPLATE, choices=[NONE, *TEMPLATES])
+
+    add = commands.add_parser("creation", help="pictures for captions, their FID and CLIP score")
+    add.set_defaults(main=create)
+    _add_model(add)
+    add.add_argument("--captions", required=True, help="COCO's .json, .jsonl of image_id and caption, or lines")
+    add.add_argument("--task", default="creation", help="the result's name; ms_coco and ln_coco are the paper's")
+    add.add_argument("--pictures", default="", help="folder for the pictures; if not given, beside the results")
+    add.add_argument("--each", type=_positive, default=1, help="pictures of each caption, of which CLIP finds the best")
+    add.add_argument("--seed", type=int, default=42)
+    add.add_argument("--size", type=_positive, help="pixels on a side; if not given, what the U-Net was made for")
+    add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name))
+    add.add_argument("--steps", type=_positive, default=150)
+    add.add_argument("--guidance", type=float, default=2.0)
+    add.add_argument("--inception", default="", help="TorchScript file of the features, inception-2015-12-05.pt")
+    add.add_argument("--reference", default="", help="statistics of the true pictures, from `reference`")
+    add.add_argument("--clip", default="", help="folder of a CLIP of transformers, for CLIP score and --each")
+
+    add = commands.add_parser("reference", help="statistics of a folder of pictures, for FID")
+    add.set_defaults(main=refer)
+    add.add_argument("--images", required=True, help="folder of the true pictures")
+    add.add_argument("--inception", required=True, help="TorchScript file of the features, inception-2015-12-05.pt")
+    add.add_argument("--to", required=True, help="file .npz for the statistics")
+    add.add_argument("--size", type=_positive, default=0, help="crop to so many pixels; 256 as in the paper's protocol")
+
+    add = commands.add_parser("table", help="results of several checkpoints, and the paper's, as Markdown")
+    add.set_defaults(main=compare)
+    add.add_argument("directory", nargs="+", help="runs, or folders of results")
+    return parser
+
+
+def _add_model(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--checkpoint", required=True, help="a run or an imported model: DIR, DIR@STEP, DIR@average")
+    add.add_argument("--to", default="", help="folder for the results; if not given, evaluation/ beside the checkpoint")
+    add.add_argument("--batch", type=_positive, default=8, help="rows at a time on each host")
+    add.add_argument("--limit", type=_positive, help="only the first so many items")
+    add.add_argument("--tensor", type=_positive, default=1, help="devices over which each layer is split")
+    add.add_argument("--coordinator", default="", help="host:port of process 0; not needed on Cloud TPU or one host")
+    add.add_argument("--num_processes", type=int, default=0, help="how many take part, one a host")
+    add.add_argument("--process_id", type=int, default=-1, help="which of them this is, from 0")
+    add.add_argument("--timeout", type=int, default=distributed.TIMEOUT, help="seconds that hosts wait for each other")
+
+
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run_commands(make_parser())

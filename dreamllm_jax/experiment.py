@@ -14,6 +14,7 @@ from dreamllm_jax.sharding import ShardingConfig
 from dreamllm_jax.training.checkpoints import CheckpointConfig
 from dreamllm_jax.training.optimizer import OptimizerConfig
 from dreamllm_jax.training.state import ParametersConfig
+from dreamllm_jax.training.validation import ValidationConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Experiment:
     objective: ObjectiveConfig = ObjectiveConfig()
     sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     seed: int = 0
     log_every: int = 20
     max_skipped: int = 10
@@ -102,6 +104,20 @@ class Experiment:
             raise ConfigError(
                 f"rows.dream_size={rows.dream_size} must be a positive multiple of {multiple} for this UNet"
             )
+
+    @property
+    def held_out(self) -> "Experiment":
+        """The same experiment on the documents of `validation`, in an order that never changes."""
+        data = dataclasses.replace(
+            self.data,
+            path=self.validation.path,
+            corpora=self.validation.corpora or self.data.corpora,
+            stored=(),
+            flip=0.0,
+            shuffle=False,
+            workers=0,
+        )
+        return dataclasses.replace(self, data=data)
 
     @property
     def row_shape(self) -> RowShape:

@@ -80,7 +80,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     evaluation = workdir / "evaluation"
     if not (evaluation / "recall.json").exists():
         raise FileNotFoundError(
-            f"{evaluation} has no recall.json: run python -m dreamllm_jax.evaluate --workdir={workdir}"
+            f"{evaluation} has no recall.json: run python -m dreamllm_jax.evaluate recall --workdir={workdir}"
         )
     recall = json.loads((evaluation / "recall.json").read_text())
     figures = {

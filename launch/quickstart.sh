@@ -16,7 +16,7 @@ python -m dreamllm_jax.train --config=configs/tiny.py --workdir="$workdir" "$@"
 train_seconds=$((SECONDS - started))
 
 echo "== evaluating"
-python -m dreamllm_jax.evaluate --workdir="$workdir"
+python -m dreamllm_jax.evaluate recall --workdir="$workdir"
 python -m dreamllm_jax.report --workdir="$workdir"
 
 python - "$workdir" "$train_seconds" "$SECONDS" << 'PYTHON'

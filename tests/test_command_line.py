@@ -30,11 +30,11 @@ pytestmark = pytest.mark.slow
             ["train", "--config=configs/tiny.py", "--workdir={tmp}", "--config.timeout=-1"],
             "timeout must not be negative, got -1",
         ),
-        (["evaluate", "--workdir={tmp}"], "has no config.json: it is not the --workdir of a training run"),
+        (["evaluate", "recall", "--workdir={tmp}"], "has no config.json: it is not the --workdir of a training run"),
         (["report", "--workdir={tmp}"], "metrics.jsonl is missing"),
         (["report", "--workdir={tmp}", "extra"], "give --workdir=DIR for the report of one run, or the directories"),
         (["report", "{tmp}"], "{tmp} is not the directory of a run, nor of runs: no config.json in it"),
-        (["evaluate", "--workdir={tmp}", "extra"], "unexpected arguments extra"),
+        (["evaluate", "language", "--checkpoint={tmp}", "--tasks=boolq"], "{tmp} has no model.json"),
         (
             ["train", "--config=configs/stage2_igpt.py:7b,querys=3", "--workdir={tmp}"],
             "argument.querys is not a setting; did you mean argument.queries?",

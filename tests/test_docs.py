@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamllm_jax import recipes
+from dreamllm_jax import evaluate, recipes
 from dreamllm_jax.check import describe
 from dreamllm_jax.configuration import flat
 from dreamllm_jax.data.__main__ import FORMATS, parser
@@ -46,7 +46,17 @@ def test_commands_that_generate(arguments):
     assert all(str(parsed[name]) in (value, f"{value}.0") for name, value in given.items())
 
 
+@pytest.mark.parametrize("arguments", all_commands("python -m dreamllm_jax.evaluate "), ids=" ".join)
+def test_commands_that_evaluate(arguments):
+    parsed = vars(evaluate.make_parser().parse_args(arguments))
+    given = dict(word[2:].split("=", 1) for word in arguments if word.startswith("--"))
+    assert given or parsed["directory"] == arguments[1:]
+    assert all(str(parsed[name]) == value for name, value in given.items())
+
+
 def test_every_command_is_on_some_page():
+    measured = {arguments[0] for arguments in all_commands("python -m dreamllm_jax.evaluate ")}
+    assert measured == {"recall", "language", "comprehension", "creation", "reference", "table"}
     assert {arguments[0] for arguments in all_commands("python -m dreamllm_jax.data ")} >= {"import", "precompute"}
     told = {arguments[0] for arguments in all_commands("python -m dreamllm_jax.generate ")}
     assert told == {"text", "image", "document", "serve"}

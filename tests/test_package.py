@@ -52,6 +52,8 @@ MAY_IMPORT = {
     "serving": {"data", "diffusion", "generation", "models"},
     "generation": {"batch", "data", "diffusion", "directories", "models", "vocabulary"},
 }
+# Thin layers over packages that look for torch by themselves, in ways that hiding it breaks.
+OVER_OTHERS = ("dreamllm_jax.evaluation.language", "dreamllm_jax.evaluation.cider")
 INTEROP_KNOWS_NAMES_AND_SHAPES = ("interop/names.py", "interop/files.py")
 
 
@@ -102,6 +104,7 @@ def test_training_needs_neither_tensorflow_nor_torch():
     """
     modules = [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "dreamllm_jax.")]
     modules = [name for name in modules if name.count(".") > 1 and not name.endswith("__main__")]
+    modules = [name for name in modules if name not in OVER_OTHERS]
     program = (
         "import importlib, sys\n"
         "sys.modules['torch'] = None\n"

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,6 +11,7 @@ from etils import epath
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.evaluation import scores
 from dreamllm_jax.generation.documents import png
 from dreamllm_jax.generation.images import generate_images
 from dreamllm_jax.generation.texts import generate_texts
@@ -78,6 +80,17 @@ def recall(
     distances = np.square(painted[:, None].astype(np.float32) - pictures[None]).mean(axis=(2, 3, 4))
     read = generate_texts(*common, [[Image(pair.images[0].data)] for pair in pairs], max_tokens=max_tokens)
     return Recall(captions, pictures, painted, distances.argmin(axis=1), read)
+
+
+def score(result: Recall, checkpoint: scores.Checkpoint, settings: Mapping[str, Any]) -> scores.Score:
+    """The two shares as a score of the task `recall`."""
+    right = {
+        "creation_top1": result.nearest == np.arange(len(result.nearest)),
+        "comprehension_exact": [read == caption for read, caption in zip(result.read, result.captions, strict=True)],
+    }
+    found = {name: scores.mean(values) for name, values in right.items()}
+    metrics, errors = ({name: pair[part] for name, pair in found.items()} for part in (0, 1))
+    return scores.Score("recall", checkpoint, len(result.captions), metrics, errors, settings)
 
 
 FILE = "recall.json"

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dreamllm_jax.batch import Batch
 from dreamllm_jax.chips import chip_of
 from dreamllm_jax.data.pipeline import make_loader
 from dreamllm_jax.data.storage import read_summary
@@ -28,6 +29,7 @@ from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimiz
 from dreamllm_jax.training.preemption import watch_for_preemption
 from dreamllm_jax.training.state import TrainState, abstract_state, init_adapters, init_state, state_from_leaves
 from dreamllm_jax.training.step import compile_train_step, make_train_step
+from dreamllm_jax.training.validation import make_losses, validate
 from dreamllm_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         seed=experiment.seed,
         mine=local_rows(rows, experiment.rows.per_step),
     )
+    held_out = _held_out(experiment, tokenizer, local_rows(rows, experiment.rows.per_step))
 
     # Model, optimizer and state.
     model = DreamLLM(experiment.model)
@@ -96,6 +99,9 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
             ),
             state,
         )
+        losses = jax.jit(
+            make_losses(model, experiment.objective, experiment.rows.dream_size, experiment.validation.buckets)
+        )
         learning_rate = learning_rate_schedule(experiment.optimizer, experiment.steps)
 
         # The loop.
@@ -121,14 +127,20 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
                     progress.restart()
                 stopping = preemption.reached()
                 due = step % experiment.checkpoint.every == 0 or step == experiment.steps or stopping
+                validating = bool(held_out) and step % experiment.validation.every == 0
                 # Before a checkpoint too: what is logged must reach as far as what is saved.
-                if step % experiment.log_every == 0 or due:
+                if step % experiment.log_every == 0 or due or validating:
                     minutes = gather((time.monotonic() - saved) / 60)[0]
                     due = due or 0 < experiment.checkpoint.minutes < minutes
                     averages = journal.write(step, due)
                     if due:
                         checkpoints.save(step, state, batches, averages if experiment.checkpoint.keep_best else None)
                         saved = time.monotonic()
+                if validating:
+                    placed = (to_mesh(batch, rows, experiment.rows.per_step) for batch in held_out)
+                    timesteps = experiment.model.schedule.num_train_timesteps
+                    log.write_validation(step, validate(losses, state, placed, draws_key, timesteps))
+                    progress.restart()
                 watchdog.alive()
                 if stopping:
                     break
@@ -138,6 +150,17 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
     if int(state.step) < experiment.steps:
         raise Preempted(f"asked to stop: step {int(state.step)} of {experiment.steps} is saved in {workdir}")
     return state
+
+
+def _held_out(experiment: Experiment, tokenizer: Tokenizer, mine: slice) -> list[Batch]:
+    """This host's part of the batches to validate with; errors as of `make_loader`."""
+    if not experiment.validation.every:
+        return []
+    same = experiment.held_out
+    loader = make_loader(
+        same.data, same.row_shape, tokenizer, rows_per_step=same.rows.per_step, seed=same.seed, mine=mine
+    )
+    return [next(loader) for _ in range(experiment.validation.batches)]
 
 
 def _require_frozen(experiment: Experiment, state: TrainState) -> None:

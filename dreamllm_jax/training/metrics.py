@@ -16,6 +16,7 @@ from dreamllm_jax.directories import is_remote
 
 Scalars = Mapping[str, float]
 BEGUN = "begun.json"  # when the run was first begun, and its name for others
+VALIDATION = "validation.jsonl"
 _REPLACE_SECONDS = 60
 
 
@@ -74,6 +75,21 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(scalars, step=step)
+
+    def write_validation(self, step: int, means: Scalars) -> None:
+        """Takes the losses on held-out documents: a line of `validation.jsonl`, in place of those of this and later
+        steps, and `validation/...` for TensorBoard and Weights & Biases."""
+        if not self._active:
+            return
+        path = self._path.with_name(VALIDATION)
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) < step]
+        path.write_text("".join(f"{line}\n" for line in [*kept, json.dumps({"step": step, **means})]))
+        named = {f"validation/{name}": value for name, value in means.items()}
+        for name, value in named.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(named, step=step)
 
     def flush(self, at_once: bool) -> None:
         """Appends the lines taken to the file; in a bucket, which knows no appending, it is replaced now and then.

@@ -1,0 +1,217 @@
+"""The public annotation formats of vision-language benchmarks, as questions about images.
+
+Each reader is given the annotations' files and the folder of images, and checks that every image is there.
+"""
+
+import base64
+import csv
+import dataclasses
+import functools
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One thing asked about one image.
+
+    Attributes:
+      id: the benchmark's own, which its submission names.
+      image: encoded bytes, or the file that holds them.
+      text: what is asked; empty for a caption.
+      answers: what the annotators said; empty where that is kept secret.
+      record: whatever else the benchmark says of it.
+    """
+
+    id: Any
+    image: bytes | Path
+    text: str = ""
+    answers: tuple[str, ...] = ()
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def read_image(self) -> bytes:
+        return self.image if isinstance(self.image, bytes) else self.image.read_bytes()
+
+
+def vqa(files: Sequence[Path], images: Path) -> list[Question]:
+    """VQAv2 and OK-VQA: a file of `questions`, and one of `annotations`, without which nothing can be scored."""
+    read = [_json(file) for file in files]
+    [questions] = [_under(one, "questions", files) for one in read if "questions" in one] or [None]
+    if questions is None:
+        raise ValueError(f"{_names(files)}: none has `questions`; give --annotations=QUESTIONS.json,ANNOTATIONS.json")
+    answers = {
+        one["question_id"]: tuple(answer["answer"] for answer in one["answers"])
+        for file in read
+        for one in file.get("annotations", ())
+    }
+    return [
+        Question(
+            one["question_id"],
+            _coco_image(images, one["image_id"]),
+            one["question"],
+            answers.get(one["question_id"], ()),
+        )
+        for one in questions
+    ]
+
+
+def vizwiz(files: Sequence[Path], images: Path) -> list[Question]:
+    """VizWiz-VQA: a list of images with a question each."""
+    return [
+        Question(
+            one["image"],
+            _image(images, one["image"]),
+            one["question"],
+            tuple(answer["answer"] for answer in one.get("answers", ())),
+        )
+        for one in _json(_only(files))
+    ]
+
+
+def textvqa(files: Sequence[Path], images: Path) -> list[Question]:
+    """TextVQA: `data`, with pictures of Open Images."""
+    return [
+        Question(
+            one["question_id"],
+            _image(images, f"{one['image_id']}.jpg"),
+            one["question"],
+            tuple(one.get("answers", ())),
+        )
+        for one in _under(_json(_only(files)), "data", files)
+    ]
+
+
+def docvqa(files: Sequence[Path], images: Path) -> list[Question]:
+    """DocVQA and InfographicVQA: `data`, with the accepted answers."""
+    return [
+        Question(
+            one["questionId"],
+            _image(images, Path(one.get("image_local_name", one.get("image", ""))).name),
+            one["question"],
+            tuple(one.get("answers", ())),
+        )
+        for one in _under(_json(_only(files)), "data", files)
+    ]
+
+
+def pope(files: Sequence[Path], images: Path) -> list[Question]:
+    """POPE: JSON lines."""
+    lines = [json.loads(line) for line in _text(_only(files)).splitlines() if line.strip()]
+    return [
+        Question(one["question_id"], _image(images, one["image"]), one["text"], (one["label"].strip().lower(),))
+        for one in lines
+    ]
+
+
+def captions(files: Sequence[Path], images: Path) -> list[Question]:
+    """COCO captions: COCO's own file, or Karpathy's `dataset_coco.json`, of which the test split is taken."""
+    content = _json(_only(files))
+    listed = _under(content, "images", files)
+    if listed and "sentences" in listed[0]:
+        return [
+            Question(
+                one.get("cocoid", one["filename"]),
+                _image(images, one["filename"]),
+                answers=tuple(sentence["raw"] for sentence in one["sentences"]),
+            )
+            for one in listed
+            if one["split"] == "test"
+        ]
+    said: dict[Any, list[str]] = {}
+    for one in _under(content, "annotations", files):
+        said.setdefault(one["image_id"], []).append(one["caption"])
+    return [
+        Question(one["id"], _image(images, one["file_name"]), answers=tuple(said.get(one["id"], ()))) for one in listed
+    ]
+
+
+def paragraphs(files: Sequence[Path], images: Path) -> list[Question]:
+    """Image2Paragraph: the paragraphs (`paragraphs_v1.json`), and the images of a split (`test_split.json`)."""
+    read = [_json(file) for file in files]
+    told = [one for one in read if one and isinstance(one[0], Mapping)]
+    splits = [one for one in read if one and not isinstance(one[0], Mapping)]
+    if len(told) != 1 or len(splits) != 1:
+        raise ValueError(f"{_names(files)}: give --annotations=paragraphs_v1.json,test_split.json")
+    wanted = set(splits[0])
+    return [
+        Question(one["image_id"], _image(images, f"{one['image_id']}.jpg"), answers=(one["paragraph"],))
+        for one in told[0]
+        if one["image_id"] in wanted
+    ]
+
+
+def mmvet(files: Sequence[Path], images: Path) -> list[Question]:
+    """MM-Vet: questions by name. The answers are scored by its server."""
+    return [
+        Question(name, _image(images, one["imagename"]), one["question"]) for name, one in _json(_only(files)).items()
+    ]
+
+
+def mmbench(files: Sequence[Path], images: Path | None = None) -> list[Question]:
+    """MMBench: a table separated by tabs, with the images in it. The answers are scored by its server."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    rows = list(csv.DictReader(_text(_only(files)).splitlines(), delimiter="\t"))
+    by_index = {row["index"]: row["image"] for row in rows}
+    found = []
+    for row in rows:
+        image = row["image"]
+        if len(image) < 64 and image in by_index:  # questions about one image name the first of them
+            image = by_index[image]
+        hint = f"Hint:{row['hint']}" if row.get("hint") else ""
+        found.append(Question(row["index"], base64.b64decode(image), f"{hint}Question:{row['question']}", record=row))
+    return found
+
+
+def _only(files: Sequence[Path]) -> Path:
+    if len(files) != 1:
+        raise ValueError(f"this task has one file of annotations, got {_names(files)}")
+    return files[0]
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files)) or "none"
+
+
+def _text(file: Path) -> str:
+    if not file.is_file():
+        raise FileNotFoundError(f"the annotations {file} are missing")
+    return file.read_text(encoding="utf-8")
+
+
+def _json(file: Path) -> Any:
+    text = _text(file)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+
+
+def _under(content: Any, key: str, files: Sequence[Path]) -> Any:
+    if not isinstance(content, Mapping) or key not in content:
+        raise ValueError(f"{_names(files)} has no `{key}`: is it the file of another benchmark?")
+    return content[key]
+
+
+def _image(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"the image {folder / name} is missing")
+    return folder / name
+
+
+def _coco_image(folder: Path, number: int) -> Path:
+    """COCO's file of that image, whatever its year and split: `COCO_val2014_000000000042.jpg`, `000000000042.jpg`."""
+    found = _coco_numbers(folder).get(number)
+    if found is None:
+        raise FileNotFoundError(f"{folder} has no image {number:012}.jpg of COCO")
+    return found
+
+
+@functools.cache
+def _coco_numbers(folder: Path) -> dict[int, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder of images {folder} is missing")
+    return {int(match[1]): path for path in folder.iterdir() if (match := re.search(r"(\d{12})\.\w+$", path.name))}

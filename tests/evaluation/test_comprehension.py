@@ -1,0 +1,185 @@
+"""Benchmarks in their public formats, from the annotations to scores and submissions."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+from openpyxl import load_workbook
+from PIL import Image as PillowImage
+
+from dreamllm_jax import runs
+from dreamllm_jax.data import images
+from dreamllm_jax.data.document import Image, Text
+from dreamllm_jax.evaluate import make_parser
+from dreamllm_jax.evaluation import benchmarks, comprehension, vqa_accuracy
+from dreamllm_jax.evaluation.scores import Checkpoint
+from tests.evaluation.models import WORDS, save
+
+QUESTIONS = ["what is red?", "how many birds?", "is it snow?"]
+PEOPLE = [["fox"] * 9 + ["barn"], ["10"] * 10, ["yes"] * 6 + ["no"] * 4]
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    return images.to_png(PillowImage.fromarray(pixels))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures under the names that the benchmarks give them, and their annotations."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+
+    def write(name: str, content) -> None:
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+    numbers = range(3)
+    for i in numbers:
+        for name in (f"COCO_val2014_{i + 40:012}.jpg", f"{i}.png", f"{i}.jpg", f"v1_{i}.png"):
+            (folder / name).write_bytes(picture(i))
+    people = [[{"answer": answer} for answer in some] for some in PEOPLE]
+    asked = [{"question_id": 7 + i, "image_id": i + 40, "question": QUESTIONS[i]} for i in numbers]
+    write("questions.json", {"data_subtype": "val2014", "questions": asked})
+    write("answers.json", {"annotations": [{"question_id": 7 + i, "answers": people[i]} for i in numbers]})
+    write("vizwiz.json", [{"image": f"{i}.png", "question": QUESTIONS[i], "answers": people[i]} for i in numbers])
+    text = [{"question_id": i, "image_id": str(i), "question": QUESTIONS[i], "answers": PEOPLE[i]} for i in numbers]
+    write("textvqa.json", {"data": text})
+    documents = [{"questionId": i, "image": f"documents/{i}.png", "question": QUESTIONS[i]} for i in numbers]
+    write("docvqa.json", {"data": [{**one, "answers": PEOPLE[i][:1]} for i, one in enumerate(documents)]})
+    lines = [
+        {"question_id": i, "image": f"{i}.png", "text": QUESTIONS[i], "label": "yes" if i else "no"} for i in numbers
+    ]
+    write("pope.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    listed = [{"id": i, "file_name": f"{i}.png"} for i in numbers]
+    said = [{"image_id": i, "caption": f"a {WORDS[i + 1]} {word}"} for i in numbers for word in ("fox", "bird")]
+    write("captions.json", {"images": listed, "annotations": said})
+    karpathy = [
+        {"cocoid": i, "filename": f"{i}.png", "split": "test" if i else "train", "sentences": [{"raw": QUESTIONS[i]}]}
+        for i in numbers
+    ]
+    write("karpathy.json", {"images": karpathy})
+    write("paragraphs.json", [{"image_id": i, "paragraph": f"a {WORDS[i]}. a fox."} for i in [*numbers, 9]])
+    write("split.json", [*numbers])
+    write("mmvet.json", {f"v1_{i}": {"imagename": f"v1_{i}.png", "question": QUESTIONS[i]} for i in numbers})
+    columns = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "l2-category", "image")
+    table = [columns]
+    for i in numbers:
+        image = base64.b64encode(picture(i)).decode() if i < 2 else "0"  # the third is about the first one's image
+        table.append((str(i), QUESTIONS[i], "" if i else "look", "fox", "barn", "", "", "A", "x", "y", image))
+    write("mmbench.tsv", "".join("\t".join(row) + "\n" for row in table))
+    return folder
+
+
+ANNOTATIONS = {
+    "vqav2": ["questions.json", "answers.json"],
+    "okvqa": ["questions.json", "answers.json"],
+    "vizwiz": ["vizwiz.json"],
+    "textvqa": ["textvqa.json"],
+    "docvqa": ["docvqa.json"],
+    "pope": ["pope.jsonl"],
+    "coco_caption": ["captions.json"],
+    "i2paragraph": ["paragraphs.json", "split.json"],
+    "mmvet": ["mmvet.json"],
+    "mmbench": ["mmbench.tsv"],
+}
+
+
+def read(folder, name: str) -> list[benchmarks.Question]:
+    return comprehension.TASKS[name].read([folder / file for file in ANNOTATIONS[name]], folder)
+
+
+@pytest.mark.parametrize("name", comprehension.TASKS)
+def test_annotations_become_questions(folder, name):
+    questions = read(folder, name)
+    assert len(questions) == 3
+    assert [question.read_image() for question in questions] == [
+        picture(i if name != "mmbench" else i % 2) for i in range(3)
+    ]
+    if name in ("vqav2", "okvqa", "vizwiz", "textvqa"):
+        assert [list(question.answers) for question in questions] == PEOPLE
+    if name not in ("coco_caption", "i2paragraph"):
+        assert all(question.text.endswith(text) for question, text in zip(questions, QUESTIONS, strict=True))
+
+
+def test_karpathys_test_split(folder):
+    assert [one.id for one in benchmarks.captions([folder / "karpathy.json"], folder)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("vqav2", ["answers.json"], "none has `questions`"),
+        ("textvqa", ["questions.json"], "has no `data`"),
+        ("vizwiz", ["nothing.json"], "nothing.json are missing"),
+        ("i2paragraph", ["paragraphs.json"], "give --annotations=paragraphs_v1.json,test_split.json"),
+        ("pope", ["pope.jsonl", "pope.jsonl"], "one file of annotations"),
+    ],
+)
+def test_wrong_annotations_are_named(folder, name, files, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        comprehension.TASKS[name].read([folder / file for file in files], folder)
+
+
+def test_a_missing_image_is_named(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no image 000000000040\.jpg"):
+        comprehension.TASKS["vqav2"].read([folder / file for file in ANNOTATIONS["vqav2"]], tmp_path)
+
+
+def test_prompts_are_the_originals(folder):
+    task = comprehension.TASKS["textvqa"]
+    assert comprehension.prompt(task, read(folder, "textvqa")[0]) == [
+        Text("Based on the image, please answer the question."),
+        Image(picture(0)),
+        Text("what is red?Please provide an accurate answer within one word."),
+        Text("The answer is:", "assistant"),
+    ]
+
+
+def test_perfect_answers_have_the_best_scores(folder):
+    given = Checkpoint("x", 1, False)
+
+    def best(name, answers):
+        return comprehension.score(name, answers, read(folder, name), given, {}).metrics
+
+    right = [max(some, key=some.count) for some in PEOPLE]
+    want = np.mean([vqa_accuracy.accuracy(*pair) for pair in zip(right, PEOPLE, strict=True)])
+    assert best("vqav2", right)["accuracy"] == best("textvqa", right)["accuracy"] == want == 1.0
+    assert best("docvqa", right)["anls"] == 1.0
+    assert best("pope", ["No.", "Yes.", "Yes."])["f1"] == 1.0
+    perfect, worse = ["a red fox", "a fox fox", "a sat bird"], ["a red fox", "a red fox", "a sat bird"]
+    assert best("coco_caption", perfect)["cider"] > best("coco_caption", worse)["cider"] > 0
+    assert comprehension.score("mmvet", right, read(folder, "mmvet"), given, {}) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz", "coco_caption", "mmvet", "mmbench"])
+def test_a_benchmark_from_the_command_line(folder, tmp_path_factory, tmp_path, name):
+    model = tmp_path_factory.getbasetemp() / "model"
+    if not model.exists():
+        save(model)
+    files = ",".join(str(folder / file) for file in ANNOTATIONS[name])
+    words = [f"--checkpoint={model}", f"--task={name}", f"--annotations={files}", f"--images={folder}"]
+    limits = [f"--to={tmp_path}", "--batch=4", "--beams=2", "--max_tokens=8"]
+    arguments = make_parser().parse_args(["comprehension", *words, *limits])
+    arguments.main(arguments)
+
+    questions = read(folder, name)
+    if name == "mmbench":
+        rows = [*load_workbook(tmp_path / "mmbench-0" / "mmbench.xlsx").active.values]
+        assert (rows[0][0], rows[0][-1]) == ("index", "prediction")
+        assert [row[:2] for row in rows[1:]] == [(str(i), text) for i, text in enumerate(QUESTIONS)]
+        return
+    told = json.loads((tmp_path / f"{name}-0" / f"{name}.json").read_text())
+    if name == "mmvet":
+        assert [*told] == [question.id for question in questions]
+        return
+    assert [next(iter(one.values())) for one in told] == [question.id for question in questions]
+    answers = [[*one.values()][1] for one in told]
+    score = json.loads((tmp_path / f"{name}-0.json").read_text())
+    assert (score["task"], score["count"], score["checkpoint"]["step"]) == (name, 3, 0)
+    assert score["metrics"] == comprehension.score(name, answers, questions, Checkpoint("x", 0, False), {}).metrics
+    if name == "vqav2":
+        tokenizer, alone, params = runs.load_model(model)
+        settings = {"batch": 1, "beams": 2, "max_tokens": 8}
+        task = comprehension.TASKS[name]
+        assert comprehension.answer(alone, params, tokenizer, task, questions, **settings) == answers

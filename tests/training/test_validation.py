@@ -1,0 +1,82 @@
+"""Losses on held-out documents are the training's own, at draws that never change."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from dreamllm_jax import runs
+from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax.experiment import read_experiment
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.objectives import ObjectiveConfig, draw, joint_loss
+from dreamllm_jax.training import loop, validation
+from dreamllm_jax.training.state import TrainState
+from tests.lives import micro
+from tests.tiny import DREAM_SIZE, make_batch, random_rows, tiny_config, tiny_params
+
+TIMESTEPS = 1000
+
+
+def test_buckets_divide_the_timesteps():
+    config = tiny_config()
+    draws = draw(jax.random.key(0), 8, 2, config.latent_shape(DREAM_SIZE), TIMESTEPS, ObjectiveConfig())
+    for buckets in (1, 3, 4):
+        edges = [TIMESTEPS * edge // buckets for edge in range(buckets + 1)]
+        moved = [validation.in_bucket(draws, i, buckets, TIMESTEPS).timesteps for i in range(buckets)]
+        for found, first, end in zip(moved, edges[:-1], edges[1:], strict=True):
+            assert first <= found.min() and found.max() < end and len(np.unique(found)) > 4
+    np.testing.assert_array_equal(validation.in_bucket(draws, 0, 1, TIMESTEPS).timesteps, draws.timesteps)
+
+
+@pytest.mark.slow
+def test_losses_are_the_objectives():
+    config = tiny_config()
+    model, params, key = DreamLLM(config), tiny_params(config), jax.random.key(1)
+    state = TrainState(0, flatten_dict(params, sep="/"), None, {})
+    objective = ObjectiveConfig(drop_prob=0.5, snr_gamma=5.0, noise_offset=0.1, input_perturbation=0.1)
+    batches = [make_batch(config, random_rows(config, seed)) for seed in (0, 1)]
+    plain = ObjectiveConfig()
+    shape = config.latent_shape(DREAM_SIZE)
+
+    def wanted(batch, number: int, bucket: int, buckets: int) -> dict[str, float]:
+        draws = draw(jax.random.fold_in(key, number), *batch.dream_slots.shape, shape, TIMESTEPS, plain)
+        draws = validation.in_bucket(draws, bucket, buckets, TIMESTEPS)
+        return jax.device_get(jax.jit(joint_loss, static_argnums=(0, 1))(model, plain, params, batch, draws)[1])
+
+    losses = jax.jit(validation.make_losses(model, objective, DREAM_SIZE, 2))
+    found = validation.validate(losses, state, batches, key, TIMESTEPS)
+    assert set(found) == {"lm_loss", "dm_loss", "dm_loss_0_499", "dm_loss_500_999"}
+    tokens = [batch.loss_weights.sum() for batch in batches]
+    images = [(batch.dream_slots >= 0).sum() for batch in batches]
+    for bucket, name in enumerate(("dm_loss_0_499", "dm_loss_500_999")):
+        want = [wanted(batch, number, bucket, 2) for number, batch in enumerate(batches)]
+        assert found[name] == pytest.approx(np.average([w["dm_loss"] for w in want], weights=images), rel=1e-5)
+        assert found["lm_loss"] == pytest.approx(np.average([w["lm_loss"] for w in want], weights=tokens), rel=1e-5)
+    assert found["dm_loss"] == pytest.approx((found["dm_loss_0_499"] + found["dm_loss_500_999"]) / 2)
+
+
+@pytest.mark.slow
+def test_a_continued_run_validates_alike(data, tmp_path):
+    settings = {"steps": 8, "checkpoint": {"every": 4}, "validation": {"every": 4, "path": data, "buckets": 1}}
+
+    def train() -> list[dict]:
+        run = runs.start(micro(data, **settings), tmp_path)
+        loop.train(run.experiment, run.tokenizer, run.workdir)
+        return [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+
+    first = train()
+    assert [line["step"] for line in first] == [4, 8]
+    assert len(first[0]) == 4 and all(first[0][name] != first[1][name] for name in first[0])
+    shutil.rmtree(tmp_path / "checkpoints" / "8")  # it goes on from 4
+    assert train() == first
+
+
+def test_validation_needs_documents(tmp_path):
+    with pytest.raises(ConfigError, match="every needs path"):
+        read_experiment(micro("somewhere", validation={"every": 4}))
+    with pytest.raises(FileNotFoundError, match="no data set in"):
+        loop._held_out(read_experiment(micro("x", validation={"every": 1, "path": str(tmp_path)})), None, slice(None))
