@@ -226,10 +226,10 @@ class KVCache:
     def create(cls, config: LlamaConfig, batch: int, length: int, dtype: Any = jnp.float32) -> "KVCache":
         """An empty cache for `batch` rows of at most `length` tokens; what exceeds it would be dropped."""
         shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-        empty = constrain(jnp.zeros(shape, dtype), ("layers", "rows", None, "kv_heads", None))
+        axes = ("layers", "rows", None, "kv_heads", None)
         return cls(
-            k=empty,
-            v=empty,
+            k=constrain(jnp.zeros(shape, dtype), axes),
+            v=constrain(jnp.zeros(shape, dtype), axes),
             segment_ids=jnp.zeros((batch, length), jnp.int32),
             length=jnp.zeros((batch,), jnp.int32),
         )
