@@ -1,4 +1,4 @@
-"""Directories by their whole names, and directories that are there whole or not at all."""
+"""Directories by their whole names, and files and directories that are there whole or not at all."""
 
 import contextlib
 import os
@@ -19,6 +19,18 @@ def is_remote(path: str | os.PathLike) -> bool:
 def absolute(path: str | os.PathLike) -> epath.Path:
     """The path from the root; epath's own `absolute` puts the working directory before gs:// too."""
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file that has its old or its new content whenever the process is killed, as objects in buckets have."""
+    path = epath.Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    if is_remote(path):
+        path.write_bytes(data)
+        return
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from dreamllm_jax.data.pipeline import data_tokenizer
 from dreamllm_jax.data.preparation import prepare
 from dreamllm_jax.data.storage import SUMMARY
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.directories import absolute
+from dreamllm_jax.directories import absolute, write_whole
 from dreamllm_jax.distributed import difference, require_same
 from dreamllm_jax.experiment import Experiment, read_experiment
 from dreamllm_jax.models.dreamllm import DreamLLM, abstract_params
@@ -100,7 +100,7 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
         )
     model = dataclasses.replace(experiment.model, special_tokens=tokenizer.special)
     if first:
-        (workdir / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_whole(workdir / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_description(workdir, model, tokenizer)
     return Run(workdir, dataclasses.replace(experiment, model=model, data=data), tokenizer)
 

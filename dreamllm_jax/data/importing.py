@@ -30,7 +30,7 @@ from dreamllm_jax.data import images, storage
 from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record
 from dreamllm_jax.data.document import Document, Image, Segment
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.directories import is_remote
+from dreamllm_jax.directories import is_remote, write_whole
 
 _SETTINGS = "settings.json"
 Job = tuple[Format, Part, int, str, "Options"]
@@ -118,7 +118,7 @@ def _begin(work: epath.Path, settings: Mapping[str, Any]) -> None:
         _require_same(json.loads((work / _SETTINGS).read_text()), settings, work)
         return
     work.mkdir(parents=True, exist_ok=True)
-    (work / _SETTINGS).write_text(json.dumps(settings) + "\n")
+    write_whole(work / _SETTINGS, json.dumps(settings) + "\n")
 
 
 def _require_same(before: Mapping[str, Any] | None, now: Mapping[str, Any], where: epath.Path) -> None:
@@ -208,10 +208,7 @@ def import_part(source: Format, part: Part, index: int, work: str, options: Opti
     shards = [(shard.path.name, shard.records, shard.size) for shard in writer.shards]
     result = {"documents": 0, "images": 0, "tokens": 0, "records": 0, "bad": 0, **counts}
     result |= {"dropped": dict(dropped), "shards": shards}
-    told = _told(epath.Path(work), index)
-    unfinished = told.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result) + "\n")
-    unfinished.replace(told)
+    write_whole(_told(epath.Path(work), index), json.dumps(result) + "\n")
 
 
 @contextlib.contextmanager

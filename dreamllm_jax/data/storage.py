@@ -19,6 +19,7 @@ from etils import epath
 
 from dreamllm_jax.data.document import Document, from_record, to_record, with_stored
 from dreamllm_jax.data.stored import Stored
+from dreamllm_jax.directories import write_whole
 
 VERSION = "1.0.0"
 SUMMARY = "dataset.json"
@@ -169,9 +170,9 @@ class Corpus:
         return with_stored(document, {name: stored[index] for name, stored in self._stored.items()})
 
 
-def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+def write_summary(directory: epath.PathLike, summary: Mapping[str, Any]) -> None:
     """Writes `dataset.json`, which marks the data set as whole."""
-    (Path(directory) / SUMMARY).write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
+    write_whole(epath.Path(directory) / SUMMARY, json.dumps(summary, indent=2, sort_keys=True) + "\n")
 
 
 def add_corpus(directory: epath.PathLike, name: str, summary: Mapping[str, Any]) -> None:
@@ -179,9 +180,7 @@ def add_corpus(directory: epath.PathLike, name: str, summary: Mapping[str, Any])
     path = epath.Path(directory) / SUMMARY
     whole = json.loads(path.read_text()) if path.exists() else {"settings": {}, "corpora": {}}
     whole["corpora"][name] = dict(summary)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
-    unfinished.replace(path)
+    write_summary(directory, whole)
 
 
 def read_summary(directory: str | os.PathLike) -> dict[str, Any]:

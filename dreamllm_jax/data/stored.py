@@ -18,6 +18,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from dreamllm_jax.directories import write_whole
+
 NAMES = ("moments", "features")
 DTYPES = ("bfloat16", "float32")
 PART = 1024  # documents in a file
@@ -57,7 +59,7 @@ def write_part(path: epath.Path, documents: Iterable[np.ndarray]) -> None:
 
 def write_description(directory: epath.Path, description: Description) -> None:
     """Says that everything is there; to be written last."""
-    (directory / _DESCRIPTION).write_text(json.dumps(dataclasses.asdict(description), indent=2) + "\n")
+    write_whole(directory / _DESCRIPTION, json.dumps(dataclasses.asdict(description), indent=2) + "\n")
 
 
 def read_description(directory: epath.Path) -> Description | None:

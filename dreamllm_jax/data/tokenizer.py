@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dreamllm_jax import gguf_reader
+from dreamllm_jax.directories import write_whole
 from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
 
 FOLDER = "tokenizer"  # where checkpoints and data sets keep theirs
@@ -77,9 +78,9 @@ class Tokenizer:
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         backend = self.hf.backend_tokenizer
-        (directory / FILE).write_text(backend.to_str())
+        write_whole(directory / FILE, backend.to_str())
         if self.sentencepiece_model is not None:
-            (directory / SENTENCEPIECE_FILE).write_bytes(self.sentencepiece_model)
+            write_whole(directory / SENTENCEPIECE_FILE, self.sentencepiece_model)
         names = {name: token for name, token in self.hf.special_tokens_map.items() if isinstance(token, str)}
         names["additional_special_tokens"] = [token for token in ADDED_TOKENS if token != "[PAD]"]
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -99,7 +100,7 @@ class Tokenizer:
             ("added_tokens.json", ids),
             ("special_tokens_map.json", names),
         ):
-            (directory / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            write_whole(directory / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def __getstate__(self):
         return {"hf": self.hf, "new_tokens": self.new_tokens, "sentencepiece_model": self.sentencepiece_model}

@@ -22,7 +22,7 @@ from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.directories import is_remote
+from dreamllm_jax.directories import write_whole
 from dreamllm_jax.distributed import difference, gather
 from dreamllm_jax.evaluation import fid, scores
 from dreamllm_jax.evaluation.features import Features, Similarity, of_files
@@ -105,7 +105,7 @@ def begin(directory: epath.Path, captions: Mapping[str, str], settings: Mapping[
                 raise ValueError(f"{path} has another {changed[:200]}: give the same again, or another --to")
         elif jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
-            _write(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+            write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     gather(0)  # nobody writes before everybody has looked
 
 
@@ -149,18 +149,8 @@ def paint(
         )
         for image, picture in zip(some, np.asarray(pixels), strict=False):
             if image in missing:
-                _write(directory / str(number) / f"{image}.png", png(picture))
+                write_whole(directory / str(number) / f"{image}.png", png(picture))
     gather(0)  # what follows looks at all of them
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """Whole or not at all, wherever the process is killed; an object in a bucket is always whole."""
-    if is_remote(path):
-        path.write_bytes(content)
-        return
-    unfinished = path.with_name(f".{path.name}.{jax.process_index()}")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
 
 
 def measure(

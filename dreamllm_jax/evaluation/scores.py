@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dreamllm_jax.directories import write_whole
 from dreamllm_jax.training.saved import AVERAGE, find
 
 FOLDER = "evaluation"
@@ -77,7 +78,7 @@ def write(score: Score, directory: epath.PathLike) -> epath.Path:
     path = epath.Path(directory) / f"{score.task}-{score.checkpoint.label}.json"
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(score), indent=2, ensure_ascii=False) + "\n")
+        write_whole(path, json.dumps(dataclasses.asdict(score), indent=2, ensure_ascii=False) + "\n")
     return path
 
 

@@ -18,7 +18,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from dreamllm_jax.data.pipeline import Loader, joined_states
-from dreamllm_jax.directories import absolute
+from dreamllm_jax.directories import absolute, write_whole
 from dreamllm_jax.distributed import gather
 from dreamllm_jax.training.checksums import checksums
 from dreamllm_jax.training.optimizer import join_average, split_average
@@ -120,7 +120,7 @@ class Checkpoints:
                 checkpointer.save(self._frozen, state.frozen, force=True)
             sums = checksums(state.frozen)
             if jax.process_index() == 0:
-                self._frozen_checksums.write_text(json.dumps(sums) + "\n")
+                write_whole(self._frozen_checksums, json.dumps(sums) + "\n")
         items = _items(state)
         record = {
             "data": joined_states(gather(data.get_state())),

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from dreamllm_jax.directories import is_remote
+from dreamllm_jax.directories import is_remote, write_whole
 
 Scalars = Mapping[str, float]
 BEGUN = "begun.json"  # when the run was first begun, and its name for others
@@ -47,7 +47,7 @@ class MetricsLog:
         self._useful = sum(json.loads(line)["seconds_per_step"] for line in self._lines)
         begun = workdir / BEGUN
         if not begun.exists():
-            begun.write_text(json.dumps({"time": time.time(), "id": uuid.uuid4().hex}) + "\n")
+            write_whole(begun, json.dumps({"time": time.time(), "id": uuid.uuid4().hex}) + "\n")
         told = json.loads(begun.read_text())
         self._begun = told["time"]
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
@@ -84,7 +84,7 @@ class MetricsLog:
         path = self._path.with_name(VALIDATION)
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) < step]
-        path.write_text("".join(f"{line}\n" for line in [*kept, json.dumps({"step": step, **means})]))
+        write_whole(path, "".join(f"{line}\n" for line in [*kept, json.dumps({"step": step, **means})]))
         named = {f"validation/{name}": value for name, value in means.items()}
         for name, value in named.items():
             self._board.add_scalar(name, value, step)
@@ -108,11 +108,7 @@ class MetricsLog:
         self._flushed = len(self._lines)
 
     def _replace(self) -> None:
-        # An object in a bucket is replaced whole; a file is not.
-        rewritten = self._path if self._remote else self._path.with_name(f".{self._path.name}")
-        rewritten.write_text("".join(self._lines))
-        if not self._remote:
-            rewritten.replace(self._path)
+        write_whole(self._path, "".join(self._lines))
 
 
 def _wandb_run(project: str, name: str, workdir: epath.Path) -> Any:

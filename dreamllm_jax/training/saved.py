@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dreamllm_jax.configuration import read
 from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.directories import absolute
+from dreamllm_jax.directories import absolute, write_whole
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.lora import LoraConfig, adapters_of, is_adapter, merge
 
@@ -178,7 +178,7 @@ def write_description(directory: epath.Path, config: DreamLLMConfig, tokenizer: 
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save(directory / TOKENIZER)
-    (directory / MODEL).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_whole(directory / MODEL, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def write_params(directory: epath.Path, leaves: Mapping[str, np.ndarray]) -> None:
