@@ -1,6 +1,7 @@
 """What both sides of a benchmark agree on: the experiment and a synthetic batch."""
 
 import argparse
+import zlib
 from typing import Any
 
 import jax
@@ -124,7 +125,8 @@ def random_weights(abstract: Any) -> Any:
             drawn = jnp.ones(leaf.shape, leaf.dtype)
         else:
             # A generator of few operations, for as many shapes as there are.
-            key = jax.random.fold_in(jax.random.key(0, impl="unsafe_rbg"), len(jax.tree_util.keystr(path)))
+            number = zlib.crc32(jax.tree_util.keystr(path).encode())
+            key = jax.random.fold_in(jax.random.key(0, impl="unsafe_rbg"), number)
             drawn = (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype)
         return drawn if leaf.sharding is None else jax.device_put(drawn, leaf.sharding)
 

@@ -53,6 +53,14 @@ def run_commands(parser: argparse_flags.ArgumentParser) -> None:
     app.run(_guarded(main), flags_parser=lambda argv: parser.parse_args(argv[1:]))
 
 
+def positive(text: str) -> int:
+    """The type of a flag that is a positive whole number."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
 def _guarded(main: Callable[[Any], None]) -> Callable[[Any], None]:
     def guarded(arguments: Any) -> None:
         _show_progress()

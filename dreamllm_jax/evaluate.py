@@ -18,6 +18,7 @@ from absl.flags import argparse_flags
 from etils import epath
 
 from dreamllm_jax import command_line, distributed, runs
+from dreamllm_jax.command_line import positive
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.data.tokens import TEMPLATES
@@ -170,13 +171,6 @@ def _keep(score: scores.Score, arguments: argparse.Namespace) -> None:
         print(f"{scores.told(score)}\n{path}")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return number
-
-
 def make_parser() -> argparse_flags.ArgumentParser:
     parser = argparse_flags.ArgumentParser(prog="python -m dreamllm_jax.evaluate", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -185,8 +179,8 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.set_defaults(main=recall_pairs)
     add.add_argument("--workdir", required=True, help="directory of the training run")
     add.add_argument("--step", type=int, help="checkpoint to take; the newest if not given")
-    add.add_argument("--pairs", type=_positive, default=64, help="how many of the corpus `pairs` to ask for")
-    add.add_argument("--sampling_steps", type=_positive, default=50, help="denoising steps of a picture")
+    add.add_argument("--pairs", type=positive, default=64, help="how many of the corpus `pairs` to ask for")
+    add.add_argument("--sampling_steps", type=positive, default=50, help="denoising steps of a picture")
     add.add_argument("--guidance", type=float, default=3.0, help="1 for none")
 
     add = commands.add_parser("language", help="language tasks, through lm-eval")
@@ -202,8 +196,8 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--task", required=True, choices=comprehension.TASKS)
     add.add_argument("--annotations", required=True, help="the benchmark's file; of VQA, questions,annotations")
     add.add_argument("--images", default=".", help="folder of the benchmark's images")
-    add.add_argument("--beams", type=_positive, help="if not given, as the original: 5, of pope 1")
-    add.add_argument("--max_tokens", type=_positive, default=comprehension.MAX_TOKENS)
+    add.add_argument("--beams", type=positive, help="if not given, as the original: 5, of pope 1")
+    add.add_argument("--max_tokens", type=positive, default=comprehension.MAX_TOKENS)
     add.add_argument("--template", default=comprehension.TEMPLATE, choices=[NONE, *TEMPLATES])
 
     add = commands.add_parser("creation", help="pictures for captions, their FID and CLIP score")
@@ -212,11 +206,11 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--captions", required=True, help="COCO's .json, .jsonl of image_id and caption, or lines")
     add.add_argument("--task", default="creation", help="the result's name; ms_coco and ln_coco are the paper's")
     add.add_argument("--pictures", default="", help="folder for the pictures; if not given, beside the results")
-    add.add_argument("--each", type=_positive, default=1, help="pictures of each caption, of which CLIP finds the best")
+    add.add_argument("--each", type=positive, default=1, help="pictures of each caption, of which CLIP finds the best")
     add.add_argument("--seed", type=int, default=42)
-    add.add_argument("--size", type=_positive, help="pixels on a side; if not given, what the U-Net was made for")
+    add.add_argument("--size", type=positive, help="pixels on a side; if not given, what the U-Net was made for")
     add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name))
-    add.add_argument("--steps", type=_positive, default=150)
+    add.add_argument("--steps", type=positive, default=150)
     add.add_argument("--guidance", type=float, default=2.0)
     add.add_argument("--inception", default="", help="TorchScript file of the features, inception-2015-12-05.pt")
     add.add_argument("--reference", default="", help="statistics of the true pictures, from `reference`")
@@ -227,7 +221,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--images", required=True, help="folder of the true pictures")
     add.add_argument("--inception", required=True, help="TorchScript file of the features, inception-2015-12-05.pt")
     add.add_argument("--to", required=True, help="file .npz for the statistics")
-    add.add_argument("--size", type=_positive, default=0, help="crop to so many pixels; 256 as in the paper's protocol")
+    add.add_argument("--size", type=positive, default=0, help="crop to so many pixels; 256 as in the paper's protocol")
 
     add = commands.add_parser("table", help="results of several checkpoints, and the paper's, as Markdown")
     add.set_defaults(main=compare)
@@ -238,9 +232,9 @@ def make_parser() -> argparse_flags.ArgumentParser:
 def _add_model(add: argparse.ArgumentParser) -> None:
     add.add_argument("--checkpoint", required=True, help="a run or an imported model: DIR, DIR@STEP, DIR@average")
     add.add_argument("--to", default="", help="folder for the results; if not given, evaluation/ beside the checkpoint")
-    add.add_argument("--batch", type=_positive, default=8, help="rows at a time on each host")
-    add.add_argument("--limit", type=_positive, help="only the first so many items")
-    add.add_argument("--tensor", type=_positive, default=1, help="devices over which each layer is split")
+    add.add_argument("--batch", type=positive, default=8, help="rows at a time on each host")
+    add.add_argument("--limit", type=positive, help="only the first so many items")
+    add.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
     add.add_argument("--coordinator", default="", help="host:port of process 0; not needed on Cloud TPU or one host")
     add.add_argument("--num_processes", type=int, default=0, help="how many take part, one a host")
     add.add_argument("--process_id", type=int, default=-1, help="which of them this is, from 0")

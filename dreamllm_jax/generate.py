@@ -18,6 +18,7 @@ from absl.flags import argparse_flags
 from tqdm import tqdm
 
 from dreamllm_jax import command_line, runs
+from dreamllm_jax.command_line import positive
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
@@ -38,8 +39,13 @@ def main(arguments: argparse.Namespace) -> None:
     words = arguments.prompt or ([""] if begun and not arguments.prompts else [])  # nothing more need be said
     prompts = [[*begun, *prompt] for prompt in read_prompts(words, arguments.prompts, arguments.image)]
     sampling_of = _sampling(arguments)
-    devices = ShardingConfig(fsdp=arguments.fsdp, tensor=arguments.tensor)
-    mesh = make_mesh(devices, jax.devices()[: arguments.fsdp * arguments.tensor])
+    devices, wanted = ShardingConfig(fsdp=arguments.fsdp, tensor=arguments.tensor), arguments.fsdp * arguments.tensor
+    if wanted > jax.device_count():
+        raise ValueError(
+            f"--fsdp={arguments.fsdp} and --tensor={arguments.tensor} need {wanted} devices, there are "
+            f"{jax.device_count()}"
+        )
+    mesh = make_mesh(devices, jax.devices()[:wanted])
     tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
     apart = ("main", "continue", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
@@ -57,8 +63,8 @@ def main(arguments: argparse.Namespace) -> None:
             "guidance": arguments.guidance,
             "rescale": arguments.rescale,
         }
-    wanted = [prompt for prompt in prompts for _ in range(getattr(arguments, "images", 1))]
-    numbered = [(prompt, arguments.seed + number) for number, prompt in enumerate(wanted)]
+    repeated = [prompt for prompt in prompts for _ in range(getattr(arguments, "images", 1))]
+    numbered = [(prompt, arguments.seed + number) for number, prompt in enumerate(repeated)]
     with (
         use(mesh, devices),
         Results(arguments.to, settings) as results,
@@ -202,13 +208,6 @@ def _segments(text: str, pictures: Sequence[str], folder: Path) -> list[Segment]
     return segments
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return number
-
-
 def _port(text: str) -> int:
     if not 0 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"must be from 0 to 65535, got {text}")
@@ -232,11 +231,11 @@ def make_parser() -> argparse_flags.ArgumentParser:
         _add_checkpoint(add)
         add.add_argument("--to", required=True, help="a new directory for the results")
         add.add_argument("--seed", type=int, default=0, help="of the first result; the next have the next ones")
-        add.add_argument("--batch", type=_positive, default=8, help="results at a time")
-        add.add_argument("--fsdp", type=_positive, default=1, help="devices over which results and weights are split")
-        add.add_argument("--tensor", type=_positive, default=1, help="devices over which each layer is split")
+        add.add_argument("--batch", type=positive, default=8, help="results at a time")
+        add.add_argument("--fsdp", type=positive, default=1, help="devices over which results and weights are split")
+        add.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
         if command != "image":
-            add.add_argument("--max_tokens", type=_positive, default=256)
+            add.add_argument("--max_tokens", type=positive, default=256)
             add.add_argument("--temperature", type=float, default=0.0, help="0: the most probable tokens")
             add.add_argument("--top_k", type=int, default=0)
             add.add_argument("--top_p", type=float, default=1.0)
@@ -244,7 +243,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
             _add_template(add)
         if command == "text":
             add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
-            add.add_argument("--beams", type=_positive, default=1)
+            add.add_argument("--beams", type=positive, default=1)
             add.add_argument("--length_penalty", type=float, default=1.0)
         if command != "text":
             _add_size_and_sampler(add)
@@ -256,7 +255,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
             add.add_argument("--rescale", type=float, default=0.0)
         if command == "image":
             add.add_argument("--negative", default="", help="what is not to be painted")
-            add.add_argument("--images", type=_positive, default=1, help="images of each prompt")
+            add.add_argument("--images", type=positive, default=1, help="images of each prompt")
         if command == "document":
             add.add_argument("--max_images", type=int, default=4)
             add.add_argument("--continue", default="", help="a document saved before: each prompt goes on with it")

@@ -31,6 +31,10 @@ pytestmark = pytest.mark.slow
             "timeout must not be negative, got -1",
         ),
         (["evaluate", "recall", "--workdir={tmp}"], "has no config.json: it is not the --workdir of a training run"),
+        (
+            ["generate", "text", "--checkpoint={tmp}", "--to={tmp}/out", "hello", "--fsdp=50", "--tensor=2"],
+            "--fsdp=50 and --tensor=2 need 100 devices, there are",
+        ),
         (["report", "--workdir={tmp}"], "metrics.jsonl is missing"),
         (["report", "--workdir={tmp}", "extra"], "give --workdir=DIR for the report of one run, or the directories"),
         (["report", "{tmp}"], "{tmp} is not the directory of a run, nor of runs: no config.json in it"),

@@ -155,7 +155,15 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    shape = RowShape(arguments.length, arguments.slots, arguments.slots, 256, 64, 224, 512)
+    shape = RowShape(
+        arguments.length,
+        arguments.slots,
+        arguments.slots,
+        num_patches=256,  # and so on: the published model's
+        num_queries=64,
+        see_size=224,
+        dream_size=512,
+    )
     sheet.write_sheet(
         arguments.directory, arguments.name, arguments.to, arguments.count, shape, arguments.mode, arguments.tokenizer
     )

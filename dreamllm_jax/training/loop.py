@@ -115,7 +115,19 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         ):
             journal = Journal(workdir, log, progress, batches, learning_rate, experiment.max_skipped)
             saved = time.monotonic()
+
+            def look(step: int) -> None:
+                """Validates, where that is due after `step`."""
+                if not held_out or not step or step % experiment.validation.every:
+                    return
+                placed = (to_mesh(batch, rows, experiment.rows.per_step) for batch in held_out)
+                timesteps = experiment.model.schedule.num_train_timesteps
+                log.write_validation(step, validate(losses, state, placed, draws_key, timesteps))
+                progress.restart()
+                watchdog.alive()
+
             for step in range(start + 1, experiment.steps + 1):
+                look(step - 1)  # only now: a run that ends after its checkpoint, however, does it when it continues
                 with progress.waiting():
                     batch = to_mesh(next(batches), rows, experiment.rows.per_step)
                 began = time.monotonic()
@@ -127,23 +139,20 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
                     progress.restart()
                 stopping = preemption.reached()
                 due = step % experiment.checkpoint.every == 0 or step == experiment.steps or stopping
-                validating = bool(held_out) and step % experiment.validation.every == 0
+                looking = bool(held_out) and step % experiment.validation.every == 0
                 # Before a checkpoint too: what is logged must reach as far as what is saved.
-                if step % experiment.log_every == 0 or due or validating:
+                if step % experiment.log_every == 0 or due or looking:
                     minutes = gather((time.monotonic() - saved) / 60)[0]
                     due = due or 0 < experiment.checkpoint.minutes < minutes
                     averages = journal.write(step, due)
                     if due:
                         checkpoints.save(step, state, batches, averages if experiment.checkpoint.keep_best else None)
                         saved = time.monotonic()
-                if validating:
-                    placed = (to_mesh(batch, rows, experiment.rows.per_step) for batch in held_out)
-                    timesteps = experiment.model.schedule.num_train_timesteps
-                    log.write_validation(step, validate(losses, state, placed, draws_key, timesteps))
-                    progress.restart()
                 watchdog.alive()
                 if stopping:
                     break
+            else:
+                look(experiment.steps)
             checkpoints.finish()
         filled = ", ".join(f"{name} {share:.0%}" for name, share in batches.fill().items())
         _logger.info("data read: %s; rows filled: %s", batches.counts(), filled)

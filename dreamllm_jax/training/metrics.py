@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from dreamllm_jax.directories import is_remote, write_whole
 
@@ -50,6 +49,8 @@ class MetricsLog:
             write_whole(begun, json.dumps({"time": time.time(), "id": uuid.uuid4().hex}) + "\n")
         told = json.loads(begun.read_text())
         self._begun = told["time"]
+        from tensorboardX import SummaryWriter  # imports torch where there is one, which takes seconds
+
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._wandb = _wandb_run(project, told["id"], workdir) if project else None
 

@@ -11,20 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.models.dreamllm import abstract_params
-from dreamllm_jax.models.llama import Llama, LlamaConfig
+from dreamllm_jax.models.llama import Llama
 from dreamllm_jax.models.lora import PRODUCTS, LoraConfig, adapters_of, is_adapter, merge
 from tests.parity import random_weights, relative_error
+from tests.tiny import tiny_config
 
-PLAIN = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    attention_bias=True,
-)
+PLAIN = dataclasses.replace(tiny_config().llama, num_hidden_layers=3, attention_bias=True)
 LORA = LoraConfig(rank=4, alpha=6.0)
 ADAPTED = dataclasses.replace(PLAIN, lora=LORA)
 

@@ -73,6 +73,12 @@ def test_a_continued_run_validates_alike(data, tmp_path):
     assert len(first[0]) == 4 and all(first[0][name] != first[1][name] for name in first[0])
     shutil.rmtree(tmp_path / "checkpoints" / "8")  # it goes on from 4
     assert train() == first
+    # Killed after a checkpoint and before it looked: it does when it continues, and at the end.
+    (tmp_path / "validation.jsonl").write_text("")
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    assert train() == first
+    (tmp_path / "validation.jsonl").write_text(json.dumps(first[0]) + "\n")
+    assert train() == first
 
 
 def test_validation_needs_documents(tmp_path):

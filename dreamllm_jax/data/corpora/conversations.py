@@ -2,13 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from dreamllm_jax.data.corpora import pictures, tables
-from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record, find, read_image, setting
+from dreamllm_jax.data.corpora import pictures
+from dreamllm_jax.data.corpora.records import Dropped, Record, read_image
 from dreamllm_jax.data.document import Image, Role, Text
 
 ROLES: dict[str, Role] = {
@@ -24,63 +24,47 @@ PLACEHOLDERS: dict[str, Role] = {"<image>": "user", "<dream>": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Llava(Format):
+class Llava(pictures.ImageTable):
     """Turns of `from` and `value` in `conversations`, and one or several files in `image`.
 
     `<image>` in a user's turn is an image to read, `<dream>` in an assistant's one to paint. A turn may name its own
     images: `"modal_info": {"<image>": ["image", [file, ...]]}`. Conversations without images are fine.
     """
 
-    images: str = setting("", "directory of the images; default the table's own")
-
-    def parts(self) -> list[Part]:
-        return [part for path in find(self.source, tables.SUFFIXES) for part in tables.parts(path, tables.REFERENCES)]
-
-    def prepare(self, scratch: epath.Path) -> "Llava":
-        if self.images:
-            pictures.require(self.images)
-        return self
-
-    def records(self, part: Part) -> Iterator[Record | Dropped]:
-        root = self.images or epath.Path(part.path).parent
-        for row in tables.rows(part):
-            yield row if isinstance(row, Dropped) else _record(row, root)
-
-
-def _record(row: Mapping[str, Any], root: str | epath.Path) -> Record | Dropped:
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
-        return Dropped("fields")
-    while turns and ROLES[turns[0]["from"]] == "assistant":  # nothing has been asked yet
-        turns = turns[1:]
-    named = row.get("image")
-    # One image may be referred to several times, several are taken in their order.
-    files = iter(named) if isinstance(named, list) else None
-    segments: list[Text | Image | Dropped] = []
-    shown = 0
-    for turn in turns:
-        role = ROLES[turn["from"]]
-        own = {name: iter(info[1]) for name, info in turn.get("modal_info", {}).items()}
-        if own.keys() - PLACEHOLDERS.keys():
+    def record(self, row: Mapping[str, Any], root: str | epath.Path) -> Record | Dropped:
+        turns = row.get("conversations")
+        if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
             return Dropped("fields")
-        for piece in re.split("(<image>|<dream>)", turn["value"]):
-            if piece not in PLACEHOLDERS:
-                if piece:
-                    segments.append(Text(piece, role))
-                continue
-            if PLACEHOLDERS[piece] != role:
+        while turns and ROLES[turns[0]["from"]] == "assistant":  # nothing has been asked yet
+            turns = turns[1:]
+        named = row.get("image")
+        # One image may be referred to several times, several are taken in their order.
+        files = iter(named) if isinstance(named, list) else None
+        segments: list[Text | Image | Dropped] = []
+        shown = 0
+        for turn in turns:
+            role = ROLES[turn["from"]]
+            own = {name: iter(info[1]) for name, info in turn.get("modal_info", {}).items()}
+            if own.keys() - PLACEHOLDERS.keys():
+                return Dropped("fields")
+            for piece in re.split("(<image>|<dream>)", turn["value"]):
+                if piece not in PLACEHOLDERS:
+                    if piece:
+                        segments.append(Text(piece, role))
+                    continue
+                if PLACEHOLDERS[piece] != role:
+                    return Dropped("placeholders")
+                file = next(own[piece], None) if piece in own else next(files, None) if files else named
+                if file is None:
+                    return Dropped("placeholders")
+                image = read_image(root, file)
+                segments.append(dataclasses.replace(image, role=role) if isinstance(image, Image) else image)
+                shown += 1
+            if any(next(rest, None) is not None for rest in own.values()):
                 return Dropped("placeholders")
-            file = next(own[piece], None) if piece in own else next(files, None) if files else named
-            if file is None:
-                return Dropped("placeholders")
-            image = read_image(root, file)
-            segments.append(dataclasses.replace(image, role=role) if isinstance(image, Image) else image)
-            shown += 1
-        if any(next(rest, None) is not None for rest in own.values()):
+        if (named and not shown) or (files and next(files, None) is not None):
             return Dropped("placeholders")
-    if (named and not shown) or (files and next(files, None) is not None):
-        return Dropped("placeholders")
-    return Record("conversation", tuple(segments))
+        return Record("conversation", tuple(segments))
 
 
 def _is_turn(turn: object) -> bool:

@@ -111,29 +111,14 @@ class Folder(Format):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImagePairs(Format):
+class ImagePairs(pictures.ImageTable):
     """A table of two images a row: what is given and what it is to become."""
 
-    images: str = setting("", "directory of the images; default the table's own")
     given: str = setting("source", "field with the image that is given")
     target: str = setting("target", "field with the image that is to be made of it")
 
-    def parts(self) -> list[Part]:
-        return [part for path in find(self.source, tables.SUFFIXES) for part in tables.parts(path, tables.REFERENCES)]
-
-    def prepare(self, scratch: epath.Path) -> "ImagePairs":
-        if self.images:
-            pictures.require(self.images)
-        return self
-
-    def records(self, part: Part) -> Iterator[Record | Dropped]:
-        root = self.images or epath.Path(part.path).parent
-        for row in tables.rows(part):
-            if isinstance(row, Dropped):
-                yield row
-            else:
-                images = [read_image(root, row.get(field)) for field in (self.given, self.target)]
-                yield Record("image_image", tuple(images))
+    def record(self, row: Mapping[str, Any], root: str | epath.Path) -> Record | Dropped:
+        return Record("image_image", tuple(read_image(root, row.get(field)) for field in (self.given, self.target)))
 
 
 def _has_images(folder: epath.Path) -> bool:

@@ -4,18 +4,32 @@ What img2dataset leaves is understood: the `url` in the .json beside a tar's ima
 the Parquet files beside folders of images. A table with the columns `url` and `file` can say the same.
 """
 
+import abc
 import dataclasses
 import functools
 import json
 import sqlite3
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
+from typing import Any, Self
 
 from etils import epath
 
 from dreamllm_jax.data.corpora import tables, tars
-from dreamllm_jax.data.corpora.records import Dropped, find, is_inside, is_url, local, read_image, under
+from dreamllm_jax.data.corpora.records import (
+    Dropped,
+    Format,
+    Part,
+    Record,
+    find,
+    is_inside,
+    is_url,
+    local,
+    read_image,
+    setting,
+    under,
+)
 from dreamllm_jax.data.document import Image
 
 INDEX = "images.sqlite"
@@ -51,6 +65,30 @@ class Pictures:
         with epath.Path(self.root, path).open("rb") as file:
             file.seek(offset)
             return Image(file.read(size))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTable(Format):
+    """A format of tables whose rows name files of images."""
+
+    images: str = setting("", "directory of the images; default the table's own")
+
+    def parts(self) -> list[Part]:
+        return [part for path in find(self.source, tables.SUFFIXES) for part in tables.parts(path, tables.REFERENCES)]
+
+    def prepare(self, scratch: epath.Path) -> Self:
+        if self.images:
+            require(self.images)
+        return self
+
+    def records(self, part: Part) -> Iterator[Record | Dropped]:
+        root = self.images or epath.Path(part.path).parent
+        for row in tables.rows(part):
+            yield row if isinstance(row, Dropped) else self.record(row, root)
+
+    @abc.abstractmethod
+    def record(self, row: Mapping[str, Any], root: str | epath.Path) -> Record | Dropped:
+        """What a row stands for; the images' names are relative to `root`."""
 
 
 def make(root: str, scratch: epath.Path, table: str = "") -> Pictures:
