@@ -186,14 +186,15 @@ def _gathered_bwd(axes, _, gradient):
 gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
-def whole(weights: Any) -> Any:
-    """Weights of which every device needs all, gathered at once: an image tower's, before its chunks of images.
+def whole(arrays: Any) -> Any:
+    """Arrays of which every device, and so every host, is to have all.
 
-    Left split, each convolution would become a loop over a few channels at a time.
+    Results that a host must be able to look at; and an image tower's weights, gathered at once before its chunks of
+    images: left split, each convolution would become a loop over a few channels at a time.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return weights
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), weights)
+        return arrays
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), arrays)
 
 
 def platform() -> str:

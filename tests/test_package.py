@@ -47,10 +47,10 @@ MAY_IMPORT = {
         "exits",
         "experiment",
     }
-    | {"flops", "interop", "models", "objectives", "precompute", "sharding"},
+    | {"diffusion", "flops", "generation", "interop", "models", "objectives", "precompute", "sharding"},
     "planning": {"batch", "chips", "experiment", "flops", "models", "sharding", "training"},
     "serving": {"data", "diffusion", "generation", "models"},
-    "generation": {"batch", "data", "diffusion", "directories", "models", "vocabulary"},
+    "generation": {"batch", "data", "diffusion", "directories", "models", "sharding", "vocabulary"},
 }
 # Thin layers over packages that look for torch by themselves, in ways that hiding it breaks.
 OVER_OTHERS = ("dreamllm_jax.evaluation.language", "dreamllm_jax.evaluation.cider")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from dreamllm_jax.generation.text import Reading, read_tokens
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.models.llama import KVCache
+from dreamllm_jax.sharding import whole
 
 _NEVER = -1e9
 
@@ -96,7 +97,7 @@ def search(
     tokens = tokens[:, 0]
     ends = jnp.isin(tokens, stops)
     count = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1) + 1, max_tokens)
-    return tokens, count, scores[:, 0]
+    return whole((tokens, count, scores[:, 0]))
 
 
 def _rows(reading: Reading, index: Int[Array, "R"]) -> Reading:

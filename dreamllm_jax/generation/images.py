@@ -16,6 +16,7 @@ from dreamllm_jax.diffusion.samplers import SamplerConfig, guided, sample
 from dreamllm_jax.generation.prompts import encode_prompts, length_of, require_room
 from dreamllm_jax.generation.text import read_prompts, read_queries
 from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.sharding import whole
 
 DEFAULT = SamplerConfig()
 
@@ -36,7 +37,7 @@ def _paint(model, params, hidden, null_hidden, seeds, guidance, rescale, size: t
     keys = jax.vmap(jax.random.key)(seeds)
     latents = sample(denoiser, keys, model.config.latent_shape(*size), model.config.schedule, sampler)
     pixels = apply(latents, method="paint").astype(jnp.float32)
-    return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+    return whole(jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8))
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.models.llama import KVCache
+from dreamllm_jax.sharding import whole
 
 STRETCH = 32  # tokens that all rows write before anything else is looked at: one program for budgets of any size
 
@@ -180,7 +181,7 @@ def write(
     done = jnp.zeros(rows, bool) if active is None else ~active
     start = (0, tokens, jnp.zeros(rows, jnp.int32), done, reading)
     _, tokens, count, _, reading = jax.lax.while_loop(unfinished, body, start)
-    return tokens, count, reading
+    return *whole((tokens, count)), reading
 
 
 def read_tokens(

@@ -27,7 +27,15 @@ from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dreamllm_jax.training.preemption import watch_for_preemption
-from dreamllm_jax.training.state import TrainState, abstract_state, init_adapters, init_state, state_from_leaves
+from dreamllm_jax.training.samples import Sampler
+from dreamllm_jax.training.state import (
+    TrainState,
+    abstract_state,
+    init_adapters,
+    init_state,
+    merge_params,
+    state_from_leaves,
+)
 from dreamllm_jax.training.step import compile_train_step, make_train_step
 from dreamllm_jax.training.validation import make_losses, validate
 from dreamllm_jax.training.watchdog import Watchdog
@@ -63,6 +71,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
 
     # Model, optimizer and state.
     model = DreamLLM(experiment.model)
+    sampler = _sampler(experiment, model, tokenizer)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     abstract = abstract_state(experiment.model, experiment.parameters, experiment.optimizer, mesh, experiment.sharding)
     _log_parameters(abstract)
@@ -123,6 +132,8 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
                 placed = (to_mesh(batch, rows, experiment.rows.per_step) for batch in held_out)
                 timesteps = experiment.model.schedule.num_train_timesteps
                 log.write_validation(step, validate(losses, state, placed, draws_key, timesteps))
+                if sampler:
+                    log.write_samples(step, sampler(merge_params(state.trainable, state.frozen)))
                 progress.restart()
                 watchdog.alive()
 
@@ -170,6 +181,15 @@ def _held_out(experiment: Experiment, tokenizer: Tokenizer, mine: slice) -> list
         same.data, same.row_shape, tokenizer, rows_per_step=same.rows.per_step, seed=same.seed, mine=mine
     )
     return [next(loader) for _ in range(experiment.validation.batches)]
+
+
+def _sampler(experiment: Experiment, model: DreamLLM, tokenizer: Tokenizer) -> Sampler | None:
+    """What lets the model answer held-out documents at each look; errors as of `Sampler`."""
+    config = experiment.validation.samples
+    if not config.documents:
+        return None
+    data = experiment.held_out.data
+    return Sampler(config, data.path, data.corpora, model, tokenizer, experiment.rows.dream_size)
 
 
 def _require_frozen(experiment: Experiment, state: TrainState) -> None:

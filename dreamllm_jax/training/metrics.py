@@ -1,6 +1,7 @@
 """Where a run's numbers go: a progress line, `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
 import contextlib
+import html
 import json
 import tempfile
 import time
@@ -12,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from dreamllm_jax.directories import is_remote, write_whole
+from dreamllm_jax.training.samples import Sample
 
 Scalars = Mapping[str, float]
 BEGUN = "begun.json"  # when the run was first begun, and its name for others
@@ -92,6 +94,17 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log(named, step=step)
 
+    def write_samples(self, step: int, samples: Mapping[str, Sample]) -> None:
+        """Takes what the model made of held-out documents, as `samples/...` for TensorBoard and Weights & Biases."""
+        if not self._active:
+            return
+        for name, sample in samples.items():
+            self._board.add_text(f"samples/{name}", sample.text, step)
+            if sample.picture is not None:
+                self._board.add_image(f"samples/{name}", sample.picture, step, dataformats="HWC")
+        if self._wandb:
+            self._wandb.log({f"samples/{name}": _for_wandb(sample) for name, sample in samples.items()}, step=step)
+
     def flush(self, at_once: bool) -> None:
         """Appends the lines taken to the file; in a bucket, which knows no appending, it is replaced now and then.
 
@@ -117,6 +130,14 @@ def _wandb_run(project: str, name: str, workdir: epath.Path) -> Any:
 
     folder = tempfile.gettempdir() if is_remote(workdir) else str(workdir)
     return wandb.init(project=project, id=name, name=workdir.name, dir=folder, resume="allow")
+
+
+def _for_wandb(sample: Sample) -> Any:
+    import wandb
+
+    if sample.picture is None:
+        return wandb.Html(html.escape(sample.text))
+    return wandb.Image(sample.picture, caption=sample.text)
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,107 @@
+"""While a run trains it says and paints what it makes of held-out documents, on one host as on several."""
+
+import io
+import itertools
+import struct
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from dreamllm_jax import runs
+from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.mixture import CorpusConfig
+from dreamllm_jax.data.pipeline import data_tokenizer
+from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.experiment import read_experiment
+from dreamllm_jax.generation.texts import generate_texts
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.training import loop
+from dreamllm_jax.training.samples import questions
+from tests.lives import Life, micro, together
+
+IMAGE, OTHER, WORDS, MORE = Image(b"1"), Image(b"2"), Text("words"), Text("more")
+ASKED, SAID = Text("what?", "user"), Text("that", "assistant")
+
+
+@pytest.mark.parametrize(
+    ("kind", "segments", "asked"),
+    [
+        ("pair", [WORDS, IMAGE], {"painted": ([WORDS], IMAGE), "written": ([IMAGE], WORDS)}),
+        ("interleaved", [WORDS, IMAGE, OTHER], {"painted": ([WORDS], IMAGE)}),
+        ("interleaved", [WORDS, IMAGE, MORE], {"painted": ([WORDS], IMAGE), "written": ([WORDS, IMAGE], MORE)}),
+        ("interleaved", [IMAGE, WORDS, OTHER], {"painted": ([WORDS], IMAGE), "written": ([IMAGE], WORDS)}),
+        ("image_image", [IMAGE, OTHER], {}),
+        ("text", [WORDS], {}),
+        ("conversation", [Image(b"1", "user"), ASKED, SAID], {"written": ([Image(b"1", "user"), ASKED], SAID)}),
+        ("conversation", [ASKED, Image(b"1", "assistant")], {}),
+    ],
+)
+def test_questions(kind, segments, asked):
+    document = Document(kind, tuple(segments))
+    found = {q.name: (list(q.prompt), q.answer) for q in questions("x", document, CorpusConfig())}
+    assert found == {f"x/{name}": question for name, question in asked.items()}
+    for mode, left in (("creation", "painted"), ("comprehension", "written")):
+        if "painted" in asked:
+            names = [q.name for q in questions("x", document, CorpusConfig(mode=mode))]
+            assert names == [f"x/{left}"] * (left in asked)
+
+
+def logged(workdir: Path) -> dict[tuple[int, str], str | np.ndarray]:
+    """What TensorBoard shows as texts and images, by step and name."""
+    found = {}
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            at += 16 + size
+            for value in event.summary.value:
+                if value.HasField("image"):
+                    picture = PIL.Image.open(io.BytesIO(value.image.encoded_image_string))
+                    found[event.step, value.tag] = np.asarray(picture)
+                elif value.HasField("tensor"):
+                    found[event.step, value.tag] = value.tensor.string_val[0].decode()
+    return found
+
+
+@pytest.mark.slow
+def test_samples_are_what_the_model_says(data, tmp_path):
+    samples = {"documents": 2, "max_tokens": 8, "steps": 2}
+    validation = {"every": 4, "path": data, "buckets": 1, "samples": samples}
+    config = micro(data, steps=4, checkpoint={"every": 4}, validation=validation)
+    alone = Life(config, tmp_path / "one", 4)
+    with together(config, tmp_path / "two", [2, 2]) as lives:
+        assert [alone.end(), *(life.end() for life in lives)] == [0, 0, 0], alone.said() + lives[0].said()
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    names = {name.removesuffix("/text_summary") for _, name in one}
+    parts = itertools.product(("interleaved", "pairs"), "01", ("painted", "written"))
+    assert names == {"/".join(["samples", *part]) for part in parts}
+    assert one.keys() == two.keys() and {step for step, _ in one} == {4}
+    for key, value in one.items():
+        if isinstance(value, str):
+            assert value == two[key]
+        else:  # the document's image and the painted one; a rounded value may fall to either side
+            assert value.shape == ((8, 16, 3) if key[1].endswith("painted") else (8, 8, 3))
+            np.testing.assert_allclose(value.astype(int), two[key], atol=1)
+            np.testing.assert_array_equal(value[:, :8], two[key][:, :8])
+
+    trained = runs.load(tmp_path / "one", None)
+    pair = Corpus(data, "pairs")[0]
+    (text,) = generate_texts(
+        trained.model, trained.params, trained.tokenizer, [[Image(pair.images[0].data)]], max_tokens=8
+    )
+    shown = one[4, "samples/pairs/0/written/text_summary"]
+    assert shown == f"🖼\n\n**Document:** {pair.texts[0].text}\n\n**Model:** {text}".strip()
+
+
+def test_samples_need_something_to_ask(data):
+    validation = {"every": 4, "path": data, "samples": {"documents": 1, "max_tokens": 64}}  # the model reads 64
+    run = read_experiment(micro(data, validation=validation))
+    with pytest.raises(ValueError, match=r"samples\.documents=1: no document of pairs, interleaved in"):
+        loop._sampler(run, DreamLLM(run.model), data_tokenizer(run.data))
+    with pytest.raises(ConfigError, match="documents needs every"):
+        read_experiment(micro(data, validation={"samples": {"documents": 1}}))
