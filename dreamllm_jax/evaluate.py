@@ -77,7 +77,7 @@ def language(arguments: argparse.Namespace) -> None:
         given |= tasks.PAPER if name == PAPER else {name: arguments.shots}
     manager = tasks.find_tasks(given, arguments.include)
     checkpoint, mesh, devices = _start(arguments)
-    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
     subject = tasks.LanguageModel(model, params, tokenizer, arguments.batch)
     with use(mesh, devices):
         found = tasks.evaluate(subject, checkpoint, given, manager, arguments.limit)
@@ -93,7 +93,7 @@ def comprehend(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.annotations} asks nothing")
     checkpoint, mesh, devices = _start(arguments)
     target = _target(arguments)
-    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
     asking = {
         "beams": arguments.beams or task.beams,
         "max_tokens": arguments.max_tokens,
@@ -120,7 +120,7 @@ def create(arguments: argparse.Namespace) -> None:
     inception = features.inception(arguments.inception) if reference else None
     similarity = features.clip_similarity(arguments.clip) if arguments.clip else None
     checkpoint, mesh, devices = _start(arguments)
-    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
     painting = creation.Painting(
         require_size(model, arguments.size or model.config.unet.sample_size * model.config.vae.downscale)[0],
         SamplerConfig(arguments.sampler, arguments.steps),

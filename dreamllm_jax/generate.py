@@ -46,7 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"{jax.device_count()}"
         )
     mesh = make_mesh(devices, jax.devices()[:wanted])
-    tokenizer, model, params = runs.load_model(arguments.checkpoint, mesh, devices)
+    model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
     apart = ("main", "continue", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
     painting = {}
@@ -104,7 +104,7 @@ def serve(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ImportError(f"the chat page needs {error.name}: pip install 'dreamllm_jax[serve]'") from None
     with server.listen(arguments.host, arguments.port) as listening:
-        tokenizer, model, params = runs.load_model(arguments.checkpoint)
+        model, params, tokenizer = runs.load_model(arguments.checkpoint)
         painting = {"size": _painted_size(model, arguments), "sampler": arguments.sampler}
         reply = server.make_reply(model, params, tokenizer, template=arguments.template, **painting)
         about = {"checkpoint": arguments.checkpoint, "template": arguments.template}

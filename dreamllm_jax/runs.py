@@ -168,17 +168,21 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Trained:
         experiment = dataclasses.replace(
             experiment, data=dataclasses.replace(experiment.data, path=str(workdir / DATA))
         )
-    tokenizer, model, params = load_model(workdir if step is None else f"{workdir}@{step}")
+    model, params, tokenizer = load_model(workdir if step is None else f"{workdir}@{step}")
     return Trained(dataclasses.replace(experiment, model=model.config), tokenizer, model, params)
 
 
 def load_model(
     name: epath.PathLike, mesh: Mesh | None = None, sharding: ShardingConfig = SINGLE
-) -> tuple[Tokenizer, DreamLLM, dict]:
-    """Tokenizer, model and parameters, as stored; `name` and errors as of `saved.find`.
+) -> tuple[DreamLLM, dict, Tokenizer]:
+    """A trained or imported model, its parameters as they are stored, and its tokenizer: what generation takes.
 
     Args:
+      name: a run's directory, `DIR@STEP` or `DIR@average`, or the directory of an imported model.
       mesh: over which the parameters are split, by the rules of `sharding`; default the first local device.
+
+    Raises:
+      FileNotFoundError, ValueError: there is none, see `saved.find`.
     """
     found = find(str(name))
     mesh = make_mesh(SINGLE, jax.local_devices()[:1]) if mesh is None else mesh
@@ -188,4 +192,4 @@ def load_model(
         for path, leaf in found.leaves().items()
     }
     params = unflatten_dict(found.restore(wanted), sep="/")
-    return load_tokenizer(found.tokenizer), DreamLLM(found.config), params
+    return DreamLLM(found.config), params, load_tokenizer(found.tokenizer)

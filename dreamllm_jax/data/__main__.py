@@ -175,7 +175,7 @@ def _precompute(arguments: argparse.Namespace) -> None:
     from dreamllm_jax.precompute import precompute
 
     corpora = arguments.corpora or sorted(storage.read_summary(arguments.directory)["corpora"])
-    _, model, params = runs.load_model(arguments.checkpoint)
+    model, params, _ = runs.load_model(arguments.checkpoint)
     for corpus in corpora:
         for name in arguments.names:
             computed = precompute(

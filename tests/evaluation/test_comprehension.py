@@ -179,7 +179,7 @@ def test_a_benchmark_from_the_command_line(folder, tmp_path_factory, tmp_path, n
     assert (score["task"], score["count"], score["checkpoint"]["step"]) == (name, 3, 0)
     assert score["metrics"] == comprehension.score(name, answers, questions, Checkpoint("x", 0, False), {}).metrics
     if name == "vqav2":
-        tokenizer, alone, params = runs.load_model(model)
+        alone, params, tokenizer = runs.load_model(model)
         settings = {"batch": 1, "beams": 2, "max_tokens": 8}
         task = comprehension.TASKS[name]
         assert comprehension.answer(alone, params, tokenizer, task, questions, **settings) == answers

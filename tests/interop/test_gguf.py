@@ -154,7 +154,7 @@ def test_a_real_model_knows_the_capital_of_france(smollm2, tmp_path):
     }
     arguments = convert.parser().parse_args(["import", *(f"--{name}={value}" for name, value in flags.items())])
     arguments.main(arguments)
-    tokenizer, model, params = runs.load_model(tmp_path / "ours")
+    model, params, tokenizer = runs.load_model(tmp_path / "ours")
     assert tokenizer.decode(tokenizer.encode_text("It's 1234 ¥, naïve 🙂!")) == "It's 1234 ¥, naïve 🙂!"
     assert len(tokenizer.encode_text("1234")) == 4  # its digits stand alone
     ids = tokenizer.encode_text("The capital of France is")

@@ -81,7 +81,7 @@ def test_what_is_exported_is_merged_and_verified(trained, tmp_path):
 
 def test_the_merged_model_says_the_same(trained):
     name = str(trained / "adapted")
-    tokenizer, model, params = runs.load_model(name)
+    model, params, tokenizer = runs.load_model(name)
     merged = saved.find(name).merged()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for path, x in merged.leaves().items()}
