@@ -12,13 +12,12 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from benchmarks.shapes import random_weights
 from dreamllm_jax import published
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.configuration import read
@@ -26,6 +25,7 @@ from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import paint
 from dreamllm_jax.generation.text import read_prompts, write
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
+from dreamllm_jax.training.state import init_leaves
 
 PROMPT, NEW = 128, 64
 SMALL = {
@@ -118,15 +118,12 @@ def main() -> None:
     model_settings |= SMALL if small else {}
     config = read(DreamLLMConfig, model_settings | {"dtype": "float32" if small else "bfloat16"})
     steps = arguments.steps or (10 if small else 50)
-    model, params = (
-        DreamLLM(config),
-        random_weights(
-            jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype)),
-                nn.unbox(abstract_params(config)),
-            )
-        ),
-    )
+    wanted = {
+        path: jax.ShapeDtypeStruct(weight.value.shape, jnp.dtype(config.dtype))
+        for path, weight in flatten_dict(abstract_params(config), sep="/").items()
+    }
+    model = DreamLLM(config)
+    params = unflatten_dict(init_leaves(config, wanted, jax.random.key(0)), sep="/")
 
     # Floors: how fast this device reads weights, and how fast it multiplies.
     llama = sum(leaf.nbytes for leaf in jax.tree.leaves(params["llama"]))

@@ -8,12 +8,12 @@ import time
 
 import jax
 
-from benchmarks.shapes import experiment, parser, peak_flops, random_batch, random_weights
+from benchmarks.shapes import experiment, parser, peak_flops, random_batch
 from dreamllm_jax.flops import model_flops
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.optimizer import make_optimizer
-from dreamllm_jax.training.state import abstract_state, state_from_leaves
+from dreamllm_jax.training.state import abstract_state, init_leaves, state_from_leaves
 from dreamllm_jax.training.step import compile_train_step, make_train_step
 
 
@@ -24,7 +24,8 @@ def main() -> None:
     sharding = rows_sharding(mesh, settings.sharding, arguments.rows)
     optimizer = make_optimizer(settings.optimizer, settings.steps)
     abstract = abstract_state(settings.model, settings.parameters, settings.optimizer, mesh, settings.sharding)
-    state = state_from_leaves(abstract, random_weights({**abstract.trainable, **abstract.frozen}), optimizer)
+    leaves = init_leaves(settings.model, {**abstract.trainable, **abstract.frozen}, jax.random.key(0))
+    state = state_from_leaves(abstract, leaves, optimizer)
     batch = to_mesh(random_batch(settings), sharding, arguments.rows)
     step = compile_train_step(
         make_train_step(DreamLLM(settings.model), settings.objective, optimizer, settings.rows.dream_size), state

@@ -1,11 +1,7 @@
 """What both sides of a benchmark agree on: the experiment and a synthetic batch."""
 
 import argparse
-import zlib
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dreamllm_jax import published
@@ -112,22 +108,3 @@ def random_batch(experiment: Experiment, seed: int = 0) -> Batch:
         ).astype(np.uint8),
         dream_slots=np.broadcast_to(dream, (rows.per_step, rows.dream_slots)).astype(np.int32),
     )
-
-
-def random_weights(abstract: Any) -> Any:
-    """Weights that multiply to activations of ordinary size, for a tree of shapes, types and perhaps shardings.
-
-    They are drawn one by one: a single program of all draws would be compiled for minutes.
-    """
-
-    def draw(path, leaf):
-        if str(path[-1].key).endswith("scale"):
-            drawn = jnp.ones(leaf.shape, leaf.dtype)
-        else:
-            # A generator of few operations, for as many shapes as there are.
-            number = zlib.crc32(jax.tree_util.keystr(path).encode())
-            key = jax.random.fold_in(jax.random.key(0, impl="unsafe_rbg"), number)
-            drawn = (0.02 * jax.random.normal(key, leaf.shape, jnp.bfloat16)).astype(leaf.dtype)
-        return drawn if leaf.sharding is None else jax.device_put(drawn, leaf.sharding)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from dreamllm_jax.models.attention import attend
 from dreamllm_jax.models.full_attention_tpu import full_attention, supported
+from dreamllm_jax.models.weights import weight
 from dreamllm_jax.sharding import constrain, platform
 
 _kernel = nn.initializers.lecun_normal()
-_ONES = nn.with_logical_partitioning(nn.initializers.ones, ("tower_norm",))
-_ZEROS = nn.with_logical_partitioning(nn.initializers.zeros, ("tower_norm",))
+_ONES = weight(nn.initializers.ones, "tower_norm")
+_ZEROS = weight(nn.initializers.zeros, "tower_norm")
 
 
 class Conv(nn.Conv):
@@ -24,16 +25,14 @@ class Conv(nn.Conv):
 
     kernel_size: int | Sequence[int] = (3, 3)
     padding: nn.linear.PaddingLike = 1
-    kernel_init: nn.initializers.Initializer = nn.with_logical_partitioning(
-        _kernel, (None, None, "tower_in", "tower_out")
-    )
+    kernel_init: nn.initializers.Initializer = weight(_kernel, None, None, "tower_in", "tower_out")
     bias_init: nn.initializers.Initializer = _ZEROS
 
 
 class Dense(nn.Dense):
     """A linear layer with logical axes on its weights."""
 
-    kernel_init: nn.initializers.Initializer = nn.with_logical_partitioning(_kernel, ("tower_in", "tower_out"))
+    kernel_init: nn.initializers.Initializer = weight(_kernel, "tower_in", "tower_out")
     bias_init: nn.initializers.Initializer = _ZEROS
 
 

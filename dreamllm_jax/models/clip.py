@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dreamllm_jax.models.attention import attend
 from dreamllm_jax.models.remat import rematerialised
+from dreamllm_jax.models.weights import LAYERS, normal, weight
 from dreamllm_jax.sharding import constrain
 
 Array = jax.Array
@@ -96,12 +97,8 @@ def normalise_pixels(pixels: Array) -> Array:
     return (pixels.astype(jnp.float32) / 255 - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
-def _weight(std: float, *axes: str | None) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-
-
-_ZEROS = nn.with_logical_partitioning(nn.initializers.zeros, ("tower_norm",))
-_ONES = nn.with_logical_partitioning(nn.initializers.ones, ("tower_norm",))
+_ZEROS = weight(nn.initializers.zeros, "tower_norm")
+_ONES = weight(nn.initializers.ones, "tower_norm")
 
 
 class _Part(nn.Module):
@@ -116,7 +113,7 @@ class _Part(nn.Module):
             features,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=_weight(self.config.initializer_range, "tower_in", "tower_out"),
+            kernel_init=weight(normal(self.config.initializer_range), "tower_in", "tower_out"),
             bias_init=_ZEROS,
             name=name,
         )
@@ -147,16 +144,16 @@ class Embeddings(_Part):
             use_bias=False,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=_weight(config.initializer_range, None, None, None, "tower_out"),
+            kernel_init=weight(normal(config.initializer_range), None, None, None, "tower_out"),
             name="patch_embedding",
         )(images).reshape(images.shape[0], -1, width)
-        token = self.param("class_embedding", _weight(width**-0.5, "tower_norm"), (width,), self.param_dtype)
+        token = self.param("class_embedding", weight(normal(width**-0.5), "tower_norm"), (width,), self.param_dtype)
         positions = nn.Embed(
             config.num_patches + 1,
             width,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            embedding_init=_weight(config.initializer_range, None, "tower_out"),
+            embedding_init=weight(normal(config.initializer_range), None, "tower_out"),
             name="position_embedding",
         )(jnp.arange(config.num_patches + 1))
         token = jnp.broadcast_to(token.astype(self.dtype), (images.shape[0], 1, width))
@@ -210,7 +207,7 @@ class Encoder(_Part):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=config.num_hidden_layers if self.is_initializing() else depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={nn.PARTITION_NAME: LAYERS},
         )
         if not self.is_initializing():
             if depth == 0:

@@ -5,6 +5,7 @@ V vocabulary, C condition width, h x w x c latents.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -205,6 +206,7 @@ class DreamLLM(nn.Module):
         self.paint(latents)
 
 
+@functools.cache
 def abstract_params(config: DreamLLMConfig) -> dict:
-    """The parameter tree's shapes with their logical axes, nothing computed."""
+    """The parameter tree's shapes (`models.weights.Weight`), nothing computed."""
     return dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])

@@ -21,6 +21,7 @@ from flax import struct
 from dreamllm_jax.models.attention import attend
 from dreamllm_jax.models.lora import LORA_A, LORA_B, LoraConfig, adapt, initial_a
 from dreamllm_jax.models.remat import keep, rematerialised
+from dreamllm_jax.models.weights import LAYERS, normal, weight
 from dreamllm_jax.sharding import constrain, gathered
 
 Array = jax.Array
@@ -247,10 +248,6 @@ class _Context:
     slots: Array | None = None
 
 
-def _weight(std: float, *axes: str) -> nn.initializers.Initializer:
-    return nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-
-
 class RMSNorm(nn.Module):
     """`rms_norm` and its scale."""
 
@@ -259,7 +256,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        init = weight(nn.initializers.ones, "norm")
         normed = rms_norm(x, self.param("scale", init, (x.shape[-1],), self.param_dtype), self.eps)
         # Fused into the products that follow, the norm would be computed for each, and its gradient slow them down.
         return jax.lax.optimization_barrier(normed)
@@ -284,14 +281,14 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = math.prod(self.inputs), math.prod(self.features)
-        kernel = self.param("kernel", _weight(self.std, *self.axes), shape, self.param_dtype)
+        kernel = self.param("kernel", weight(normal(self.std), *self.axes), shape, self.param_dtype)
         kernel = kernel.astype(self.dtype)
         if x.size >= kernel.size:  # of a few tokens, as while generating, the products travel instead
             kernel = gathered(kernel, self.axes)
         kernel = kernel.reshape(*self.inputs, *self.features)
         out = jnp.tensordot(x, kernel, axes=len(self.inputs))
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            zeros = weight(nn.initializers.zeros, self.axes[1])
             bias = self.param("bias", zeros, shape[1:], self.param_dtype)
             out = out + bias.astype(self.dtype).reshape(self.features)
         if self.lora is not None:
@@ -301,8 +298,8 @@ class Linear(nn.Module):
 
     def _adapter(self, width_in: int, width_out: int) -> tuple[Array, Array]:
         rank, (axis_in, axis_out) = self.lora.rank, self.axes
-        first = nn.with_logical_partitioning(initial_a, (axis_in, "lora"))
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("lora", axis_out))
+        first = weight(initial_a, axis_in, "lora")
+        zeros = weight(nn.initializers.zeros, "lora", axis_out)
         a = self.param(LORA_A, first, (width_in, rank), self.param_dtype).astype(self.dtype)
         b = self.param(LORA_B, zeros, (rank, width_out), self.param_dtype).astype(self.dtype)
         a, b = gathered(a, (axis_in, "lora")), gathered(b, ("lora", axis_out))
@@ -402,7 +399,7 @@ class Head(nn.Module):
     def setup(self):
         shape = (self.config.hidden_size, self.config.vocab_size)
         self.kernel = self.param(
-            "kernel", _weight(self.config.initializer_range, "embed", "vocab"), shape, self.param_dtype
+            "kernel", weight(normal(self.config.initializer_range), "embed", "vocab"), shape, self.param_dtype
         )
 
 
@@ -428,7 +425,7 @@ class Llama(nn.Module):
             config.hidden_size,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            embedding_init=_weight(config.initializer_range, "vocab", "embed"),
+            embedding_init=weight(normal(config.initializer_range), "vocab", "embed"),
         )
         self.layers = nn.scan(
             rematerialised(Block, self.remat),
@@ -436,7 +433,7 @@ class Llama(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=config.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={nn.PARTITION_NAME: LAYERS},
         )(config, self.dtype, self.param_dtype)
         self.norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
         if not config.tie_word_embeddings:

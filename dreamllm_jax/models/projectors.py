@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_INIT = nn.initializers.normal(0.02)
+from dreamllm_jax.models.weights import normal, weight
+
+_INIT = normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Projector(nn.Module):
             x = nn.LayerNorm(
                 epsilon=self.config.layer_norm_eps,
                 dtype=self.dtype,
-                scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("tower_norm",)),
-                bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("tower_norm",)),
+                scale_init=weight(nn.initializers.ones, "tower_norm"),
+                bias_init=weight(nn.initializers.zeros, "tower_norm"),
                 name="post_layernorm",
             )(x)
         return x
@@ -72,8 +74,8 @@ class Projector(nn.Module):
                 self.features,
                 use_bias=self.use_bias,
                 dtype=self.dtype,
-                kernel_init=nn.with_logical_partitioning(_INIT, ("tower_in", "tower_out")),
-                bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("tower_norm",)),
+                kernel_init=weight(_INIT, "tower_in", "tower_out"),
+                bias_init=weight(nn.initializers.zeros, "tower_norm"),
                 name=name,
             )(x)
         return x
@@ -87,8 +89,8 @@ class Projector(nn.Module):
             (3, 3),
             padding=1,
             dtype=self.dtype,
-            kernel_init=nn.with_logical_partitioning(_INIT, (None, None, "tower_in", "tower_out")),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("tower_norm",)),
+            kernel_init=weight(_INIT, None, None, "tower_in", "tower_out"),
+            bias_init=weight(nn.initializers.zeros, "tower_norm"),
             name="projector",
         )(x.reshape(x.shape[0], side, side, -1))
         return grid.reshape(*x.shape[:2], -1)
@@ -103,6 +105,6 @@ class DreamQueries(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "Q E"]:
-        init = nn.with_logical_partitioning(_INIT, (None, "embed"))
+        init = weight(_INIT, None, "embed")
         queries = self.param("dream_queries", init, (self.num_queries, self.features))
         return queries.astype(self.dtype)

@@ -31,8 +31,7 @@ from dreamllm_jax.training.samples import Sampler
 from dreamllm_jax.training.state import (
     TrainState,
     abstract_state,
-    init_adapters,
-    init_state,
+    init_leaves,
     merge_params,
     state_from_leaves,
 )
@@ -86,13 +85,13 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(abstract, batches)
             _logger.info("continuing %s from step %d", workdir, int(state.step))
-        elif experiment.parameters.init_from:
-            wanted = {**abstract.trainable, **abstract.frozen}
-            leaves = restore_initial(experiment.parameters.init_from, experiment.model, wanted)
-            leaves |= init_adapters({path: leaf for path, leaf in wanted.items() if path not in leaves}, init_key)
-            state = state_from_leaves(abstract, leaves, optimizer)
         else:
-            state = init_state(abstract, experiment.model, optimizer, init_key)
+            wanted, leaves = {**abstract.trainable, **abstract.frozen}, {}
+            if experiment.parameters.init_from:
+                leaves = restore_initial(experiment.parameters.init_from, experiment.model, wanted)
+            missing = {path: leaf for path, leaf in wanted.items() if path not in leaves}  # all, or adapters
+            leaves |= init_leaves(experiment.model, missing, init_key)
+            state = state_from_leaves(abstract, leaves, optimizer)
         _require_frozen(experiment, state)
         watchdog.alive()
 

@@ -15,8 +15,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from dreamllm_jax.models import lora
-from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
+from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
+from dreamllm_jax.models.weights import draw
 from dreamllm_jax.sharding import ShardingConfig, param_shardings
 from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -126,31 +126,9 @@ def _fresh(abstract: TrainState, optimizer: optax.GradientTransformation, traina
     return jax.tree.map(lambda x, like: x.astype(like.dtype), optimizer.init(trainable), abstract.opt_state)
 
 
-def init_state(
-    abstract: TrainState, model: DreamLLMConfig, optimizer: optax.GradientTransformation, key: jax.Array
-) -> TrainState:
-    """Fresh random parameters, made directly in their shards."""
-
-    def init(key):
-        params = flatten_dict(nn.unbox(DreamLLM(model).init(key)["params"]), sep="/")
-        trainable = {path: params[path].astype(leaf.dtype) for path, leaf in abstract.trainable.items()}
-        frozen = {path: params[path].astype(leaf.dtype) for path, leaf in abstract.frozen.items()}
-        return TrainState(jnp.zeros((), jnp.int32), trainable, _fresh(abstract, optimizer, trainable), frozen)
-
-    return jax.jit(init, out_shardings=_shardings(abstract))(key)
-
-
-def init_adapters(abstract: Leaves, key: jax.Array) -> Leaves:
-    """Adapters as they begin (`models.lora`): A random, B zero, so that they add nothing yet."""
-
-    def init(key):
-        made = {}
-        for i, (path, leaf) in enumerate(sorted(abstract.items())):
-            begins = lora.initial_a if path.endswith(lora.LORA_A) else jax.nn.initializers.zeros
-            made[path] = begins(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
-        return made
-
-    return jax.jit(init, out_shardings=_shardings(abstract))(key)
+def init_leaves(model: DreamLLMConfig, leaves: Leaves, key: jax.Array) -> Leaves:
+    """Fresh random parameters in the place of abstract ones; adapters begin by adding nothing."""
+    return draw(flatten_dict(abstract_params(model), sep="/"), leaves, key)
 
 
 def state_from_leaves(abstract: TrainState, leaves: Leaves, optimizer: optax.GradientTransformation) -> TrainState:
