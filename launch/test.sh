@@ -15,4 +15,4 @@ ruff check
 ruff format --check
 
 echo "== pytest"
-python -m pytest -q "$@"
+python -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@"

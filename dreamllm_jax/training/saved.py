@@ -65,12 +65,16 @@ class SavedModel:
             return self
         return _Merged(self.directory, dataclasses.replace(self.config, llama=llama), self.stores, self.step, adapters)
 
+    @functools.cached_property
+    def _shapes(self) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+        """What each of the stores holds."""
+        trees = [_handler().metadata(store).tree for store in self.stores]
+        return tuple(
+            {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tree.items()} for tree in trees
+        )
+
     def _stored(self) -> dict[str, jax.ShapeDtypeStruct]:
-        found = {}
-        for store in self.stores:
-            metadata = _handler().metadata(store).tree
-            found |= {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in metadata.items()}
-        return found
+        return {path: leaf for shapes in self._shapes for path, leaf in shapes.items()}
 
     def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """The parameters that `abstract` names, as it asks for them: type and sharding."""
@@ -90,8 +94,7 @@ class SavedModel:
 
     def _restore(self, wanted: Mapping[str, Any], restore_args: Mapping[str, Any]) -> dict[str, Any]:
         found = {}
-        for store in self.stores:
-            here = set(_handler().metadata(store).tree)
+        for store, here in zip(self.stores, self._shapes, strict=True):
             item = {path: leaf for path, leaf in wanted.items() if path in here}
             if item:
                 args = {path: restore_args[path] for path in item}
