@@ -9,7 +9,7 @@ Argument: `published.Recipe`, as in `llm=13b`; 7b alone will do.
 
 Slice: v5e-8 (9.1 of 15.8 GiB a chip). Planned at normal effort: 5.07 s a step, 733 chip-hours for 29 million pictures;
 the compiler's estimate, which a chip will not reach. 13b: 10,177 TFLOP a step to 7b's 5,356, so 1,390 chip-hours at
-the same rate; v5e-16, which was not compiled.
+the same rate; v5e-16 (7.0 GiB, planned at low effort).
 
 Curves, as expected (not run here): `lm_loss` falls steeply within the first few hundred steps, when the projector has
 found the words' place, then slowly; `dm_loss` is not computed.

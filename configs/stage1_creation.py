@@ -9,7 +9,7 @@ Argument: `published.Recipe`, as in `llm=13b,diffusion=sd15,queries=128`; 7b alo
 
 Slice: v5e-8 (12.6 of 15.8 GiB a chip, planned at low effort). 8,692 TFLOP a step: 8.2 s at the rate that is planned for
 `stage1_comprehension`, so some 440 chip-hours for 31 million pictures. An estimate, like that. 13b: 13,498
-TFLOP a step, some 680 chip-hours; v5e-16, which was not compiled.
+TFLOP a step, some 680 chip-hours; v5e-16 (10.8 GiB, planned at low effort).
 
 Curves, as expected (not run here): `lm_loss` is not computed. `dm_loss` depends on the timesteps that are drawn and is
 noisy; look at means over hundreds of steps, which fall by a few per cent, and at pictures.
