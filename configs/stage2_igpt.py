@@ -9,7 +9,8 @@ Argument: `published.Tuning`, as in `llm=llama31-8b,diffusion=sd15,lora=64`; 7b 
 
 Slice: v5p-16, 8 rows a chip; estimated with `model.remat=attention+gate` at 3.0 s a step and 52 of 96 GiB
 (docs/performance.md), which is 100 chip-hours for 15,000 steps. An estimate of the compiler's. 13b:
-14,217 TFLOP a step to 7b's 7,756, so some 180 chip-hours at the same rate; v5p-32, which was not compiled.
+14,217 TFLOP a step to 7b's 7,756, so some 180 chip-hours at the same rate; v5p-32 (18 GiB, planned at
+low effort).
 
 Curves, as expected (not run here): both losses go on where stage I ended. The next-token loss jumps at first, for
 interleaved text is new, and falls within some hundred steps; `<dream_start>` is learnt on the way. A gradient norm that

@@ -8,7 +8,7 @@ conversations and instructed stories.
 Argument: `published.Tuning`, as in `llm=vicuna15-13b,lora=64`; 7b alone will do.
 
 Slice: v5p-16; its step is stage II's, so 33 chip-hours for 5,000 steps by the same estimate. 13b: some 60, on
-v5p-32, which was not compiled.
+v5p-32, with stage II's memory.
 
 Curves, as expected (not run here): the next-token loss is mostly that of the assistant's turns and begins lower than
 stage II's ended; it should fall for the whole run. The denoising loss hardly moves.
