@@ -12,7 +12,7 @@ Argument: `published.Recipe`, as in `llm=13b,diffusion=sd15,queries=128`; 7b alo
 
 Slice: v5e-8 (12.5 of 15.8 GiB a chip, planned at low effort). 6,207 TFLOP a step: 5.9 s at the rate that is planned for
 `stage1_comprehension`, so some 520 chip-hours for 13 million pictures painted and as many read. An estimate, like that.
-13b: 11,030 TFLOP a step, some 920 chip-hours; v5e-16, which was not compiled.
+13b: 11,030 TFLOP a step, some 920 chip-hours; v5e-16 (10.2 GiB, planned at low effort).
 
 Curves, as expected (not run here): the next-token loss falls within the first few hundred steps, when the projector has
 found the words' place, and slowly after that; the denoising loss is noisy from step to step, and falls by a few per
