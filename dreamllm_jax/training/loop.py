@@ -27,7 +27,7 @@ from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dreamllm_jax.training.preemption import watch_for_preemption
-from dreamllm_jax.training.samples import Sampler
+from dreamllm_jax.training.samples import Question, answer, find_questions
 from dreamllm_jax.training.state import (
     TrainState,
     abstract_state,
@@ -67,10 +67,10 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         mine=local_rows(rows, experiment.rows.per_step),
     )
     held_out = _held_out(experiment, tokenizer, local_rows(rows, experiment.rows.per_step))
+    asked = _questions(experiment, tokenizer)
 
     # Model, optimizer and state.
     model = DreamLLM(experiment.model)
-    sampler = _sampler(experiment, model, tokenizer)
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     abstract = abstract_state(experiment.model, experiment.parameters, experiment.optimizer, mesh, experiment.sharding)
     _log_parameters(abstract)
@@ -125,14 +125,18 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
             saved = time.monotonic()
 
             def look(step: int) -> None:
-                """Validates, where that is due after `step`."""
+                """Validates, where that is due after `step` and was not done before the run was continued there."""
                 if not held_out or not step or step % experiment.validation.every:
                     return
+                if step == start and gather(log.is_validated(step))[0]:
+                    return
                 placed = (to_mesh(batch, rows, experiment.rows.per_step) for batch in held_out)
-                timesteps = experiment.model.schedule.num_train_timesteps
-                log.write_validation(step, validate(losses, state, placed, draws_key, timesteps))
-                if sampler:
-                    log.write_samples(step, sampler(merge_params(state.trainable, state.frozen)))
+                means = validate(losses, state, placed, draws_key, experiment.model.schedule.num_train_timesteps)
+                if asked:
+                    params = merge_params(state.trainable, state.frozen)
+                    size, samples = experiment.rows.dream_size, experiment.validation.samples
+                    log.write_samples(step, answer(asked, samples, size, model, params, tokenizer))
+                log.write_validation(step, means)  # last: with it, all is done
                 progress.restart()
                 watchdog.alive()
 
@@ -182,13 +186,13 @@ def _held_out(experiment: Experiment, tokenizer: Tokenizer, mine: slice) -> list
     return [next(loader) for _ in range(experiment.validation.batches)]
 
 
-def _sampler(experiment: Experiment, model: DreamLLM, tokenizer: Tokenizer) -> Sampler | None:
-    """What lets the model answer held-out documents at each look; errors as of `Sampler`."""
-    config = experiment.validation.samples
+def _questions(experiment: Experiment, tokenizer: Tokenizer) -> list[Question]:
+    """What the model is asked at each look at held-out documents; errors as of `find_questions`."""
+    config, data, rows = experiment.validation.samples, experiment.held_out.data, experiment.rows
     if not config.documents:
-        return None
-    data = experiment.held_out.data
-    return Sampler(config, data.path, data.corpora, model, tokenizer, experiment.rows.dream_size)
+        return []
+    see, dream = bool(rows.see_slots), bool(rows.dream_slots)
+    return find_questions(config, data.path, data.corpora, experiment.model, tokenizer, see, dream)
 
 
 def _require_frozen(experiment: Experiment, state: TrainState) -> None:

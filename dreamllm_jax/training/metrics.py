@@ -79,6 +79,13 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log(scalars, step=step)
 
+    def is_validated(self, step: int) -> bool:
+        """Whether `write_validation` was called for this step; False on hosts that do not write."""
+        if not self._active:
+            return False
+        path = self._path.with_name(VALIDATION)
+        return path.exists() and any(_step_of(line) == step for line in path.read_text().splitlines())
+
     def write_validation(self, step: int, means: Scalars) -> None:
         """Takes the losses on held-out documents: a line of `validation.jsonl`, in place of those of this and later
         steps, and `validation/...` for TensorBoard and Weights & Biases."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import generate_images
 from dreamllm_jax.generation.prompts import encode_prompts, length_of, require_room
 from dreamllm_jax.generation.texts import generate_texts
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig
 
 _SEARCHED = 1000  # documents of a corpus that are looked at for some that can be asked
 
@@ -46,7 +46,7 @@ class Question:
     """The beginning of a document, and what follows there: a text that is to be written, or an image to be painted.
 
     Attributes:
-      name: for the log.
+      name: of corpus, document and task.
       template: of a conversation.
     """
 
@@ -71,15 +71,15 @@ class Sample:
 
 
 def questions(name: str, document: Document, config: CorpusConfig) -> Iterator[Question]:
-    """What a document can be asked; none where its corpus is not trained on for it.
+    """What a document can be asked; nothing that the mode of its corpus leaves out of training.
 
     A conversation is asked for the assistant's first words. Of other documents the first image is asked for, given what
     stands before it, or else the text after it; and the text after it, given all up to the image.
     """
-    segments = document.segments
+    segments, written = document.segments, config.mode != "creation"
     if document.kind in ("conversation", "instruct_interleaved"):
         prompt = tuple(itertools.takewhile(lambda segment: segment.role != "assistant", segments))
-        if len(prompt) < len(segments) and isinstance(segments[len(prompt)], Text):
+        if written and len(prompt) < len(segments) and isinstance(segments[len(prompt)], Text):
             yield Question(f"{name}/written", prompt, segments[len(prompt)], config.template)
         return
     if document.kind == "pair":
@@ -90,88 +90,96 @@ def questions(name: str, document: Document, config: CorpusConfig) -> Iterator[Q
     words = tuple(segment for segment in segments[at + 1 : at + 2] if isinstance(segment, Text))
     if config.mode != "comprehension" and (given := segments[:at] or words):
         yield Question(f"{name}/painted", given, segments[at])
-    if config.mode != "creation" and words:
+    if written and words:
         yield Question(f"{name}/written", segments[: at + 1], words[0])
 
 
-class Sampler:
-    """Lets a model answer the same questions again and again.
+def find_questions(
+    config: SamplesConfig,
+    path: str,
+    corpora: Mapping[str, CorpusConfig],
+    model: DreamLLMConfig,
+    tokenizer: Tokenizer,
+    see: bool = True,
+    dream: bool = True,
+) -> list[Question]:
+    """Questions to the first held-out documents that have some which the model has room for.
 
     Args:
       path: the data set of held-out documents.
       corpora: which of its corpora, and how they are trained on; empty for all.
-      size: side of the painted images in pixels.
+      see, dream: whether images are read and painted at all.
 
     Raises:
       FileNotFoundError: the data set or one of the corpora is not there.
-      ValueError: no document is fit to be asked.
+      ValueError: no document can be asked.
     """
 
-    def __init__(
-        self,
-        config: SamplesConfig,
-        path: str,
-        corpora: Mapping[str, CorpusConfig],
-        model: DreamLLM,
-        tokenizer: Tokenizer,
-        size: int,
-    ):
-        self._config, self._model, self._tokenizer, self._size = config, model, tokenizer, size
-        corpora = dict(corpora) or {name: CorpusConfig() for name in sorted(read_summary(path)["corpora"])}
-        found: list[Question] = []
-        for name, how in corpora.items():
-            corpus = Corpus(path, name)
-            those = (list(questions(f"{name}/{i}", corpus[i], how)) for i in range(min(len(corpus), _SEARCHED)))
-            fit = filter(None, ([question for question in each if self._fits(question)] for each in those))
-            found += itertools.chain.from_iterable(itertools.islice(fit, config.documents))
-        if not found:
-            raise ValueError(
-                f"validation.samples.documents={config.documents}: no document of {', '.join(corpora)} in {path} has a "
-                "picture and words, or a question, that fit into the model: set it to 0"
-            )
-        self._to_paint = [question for question in found if isinstance(question.answer, Image)]
-        self._to_write: dict[str, list[Question]] = {}
-        for question in found:
-            if isinstance(question.answer, Text):
-                self._to_write.setdefault(question.template, []).append(question)
-
-    def __call__(self, params: dict) -> dict[str, Sample]:
-        """The answers by the questions' names; all hosts must call it."""
-        config, common = self._config, (self._model, params, self._tokenizer)
-        samples = {}
-        if self._to_paint:
-            painted = generate_images(
-                *common,
-                [question.prompt for question in self._to_paint],
-                seeds=range(len(self._to_paint)),
-                size=self._size,
-                sampler=SamplerConfig(steps=config.steps),
-                guidance=config.guidance,
-            )
-            for question, picture in zip(self._to_paint, np.asarray(painted), strict=True):
-                true = self._pixels(question.answer)
-                samples[question.name] = Sample(_words(question.prompt), np.concatenate([true, picture], axis=1))
-        for template, asked in self._to_write.items():
-            prompts = [question.prompt for question in asked]
-            written = generate_texts(*common, prompts, max_tokens=config.max_tokens, template=template)
-            for question, text in zip(asked, written, strict=True):
-                seen = [segment for segment in question.prompt if isinstance(segment, Image)]
-                words = f"{_words(question.prompt)}\n\n**Document:** {question.answer.text}\n\n**Model:** {text}"
-                samples[question.name] = Sample(words.strip(), self._pixels(seen[-1]) if seen else None)
-        return samples
-
-    def _fits(self, question: Question) -> bool:
+    def fits(question: Question) -> bool:
+        if isinstance(question.answer, Image) and not dream:
+            return False
+        if not see and any(isinstance(segment, Image) for segment in question.prompt):
+            return False
         try:
-            batch = encode_prompts([question.prompt], self._tokenizer, self._model.config, question.template)
-            new = max(self._config.max_tokens, self._model.config.num_queries + 2)
-            require_room(self._model.config, length_of(batch), new)
+            batch = encode_prompts([question.prompt], tokenizer, model, question.template)
+            require_room(model, length_of(batch), max(config.max_tokens, model.num_queries + 2))
         except ValueError:  # an image that cannot be decoded is one
             return False
         return True
 
-    def _pixels(self, image: Image) -> np.ndarray:
-        return images.diffusion_pixels(images.decode(image.data), self._size)
+    corpora = dict(corpora) or {name: CorpusConfig() for name in sorted(read_summary(path)["corpora"])}
+    found: list[Question] = []
+    for name, how in corpora.items():
+        corpus = Corpus(path, name)
+        asked = (questions(f"{name}/{i}", corpus[i], how) for i in range(min(len(corpus), _SEARCHED)))
+        fitting = filter(None, ([question for question in each if fits(question)] for each in asked))
+        found += itertools.chain.from_iterable(itertools.islice(fitting, config.documents))
+    if not found:
+        raise ValueError(
+            f"validation.samples.documents={config.documents}: no document of {', '.join(corpora)} in {path} has a "
+            "picture and words, or a question, that fit into the model: set it to 0"
+        )
+    return found
 
 
-def _words(segments: tuple[Segment, ...]) -> str:
+def answer(
+    asked: Sequence[Question], config: SamplesConfig, size: int, model: DreamLLM, params: dict, tokenizer: Tokenizer
+) -> dict[str, Sample]:
+    """The model's answers by the questions' names, the same whenever it is the same model; all hosts must call it.
+
+    Args:
+      size: side of the painted images in pixels.
+    """
+
+    def pixels(image: Image) -> np.ndarray:
+        return images.diffusion_pixels(images.decode(image.data), size)
+
+    samples = {}
+    if to_paint := [question for question in asked if isinstance(question.answer, Image)]:
+        painted = generate_images(
+            model,
+            params,
+            tokenizer,
+            [question.prompt for question in to_paint],
+            seeds=range(len(to_paint)),
+            size=size,
+            sampler=SamplerConfig(steps=config.steps),
+            guidance=config.guidance,
+        )
+        for question, picture in zip(to_paint, np.asarray(painted), strict=True):
+            beside = np.concatenate([pixels(question.answer), picture], axis=1)
+            samples[question.name] = Sample(_words(question.prompt), beside)
+    to_write = [question for question in asked if isinstance(question.answer, Text)]
+    for template in dict.fromkeys(question.template for question in to_write):
+        those = [question for question in to_write if question.template == template]
+        prompts = [question.prompt for question in those]
+        texts = generate_texts(model, params, tokenizer, prompts, max_tokens=config.max_tokens, template=template)
+        for question, text in zip(those, texts, strict=True):
+            seen = [segment for segment in question.prompt if isinstance(segment, Image)]
+            words = f"{_words(question.prompt)}\n\n**Document:** {question.answer.text}\n\n**Model:** {text}"
+            samples[question.name] = Sample(words.strip(), pixels(seen[-1]) if seen else None)
+    return samples
+
+
+def _words(segments: Sequence[Segment]) -> str:
     return " ".join(segment.text if isinstance(segment, Text) else "🖼" for segment in segments)

@@ -18,7 +18,6 @@ from dreamllm_jax.data.pipeline import data_tokenizer
 from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.experiment import read_experiment
 from dreamllm_jax.generation.texts import generate_texts
-from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.training import loop
 from dreamllm_jax.training.samples import questions
 from tests.lives import Life, micro, together
@@ -45,9 +44,8 @@ def test_questions(kind, segments, asked):
     found = {q.name: (list(q.prompt), q.answer) for q in questions("x", document, CorpusConfig())}
     assert found == {f"x/{name}": question for name, question in asked.items()}
     for mode, left in (("creation", "painted"), ("comprehension", "written")):
-        if "painted" in asked:
-            names = [q.name for q in questions("x", document, CorpusConfig(mode=mode))]
-            assert names == [f"x/{left}"] * (left in asked)
+        names = [q.name for q in questions("x", document, CorpusConfig(mode=mode))]
+        assert names == [f"x/{left}"] * (left in asked)
 
 
 def logged(workdir: Path) -> dict[tuple[int, str], str | np.ndarray]:
@@ -102,6 +100,13 @@ def test_samples_need_something_to_ask(data):
     validation = {"every": 4, "path": data, "samples": {"documents": 1, "max_tokens": 64}}  # the model reads 64
     run = read_experiment(micro(data, validation=validation))
     with pytest.raises(ValueError, match=r"samples\.documents=1: no document of pairs, interleaved in"):
-        loop._sampler(run, DreamLLM(run.model), data_tokenizer(run.data))
+        loop._questions(run, data_tokenizer(run.data))
+    # Where nothing is painted nothing is asked for it, nor where nothing is read.
+    for slots, left in (("dream_slots", "written"), ("see_slots", "painted")):
+        rows = micro(data)["rows"] | {slots: 0}
+        short = {"documents": 1, "max_tokens": 8}
+        run = read_experiment(micro(data, rows=rows, validation={**validation, "samples": short}))
+        names = [question.name for question in loop._questions(run, data_tokenizer(run.data))]
+        assert names == [f"{corpus}/0/{left}" for corpus in ("pairs", "interleaved")]
     with pytest.raises(ConfigError, match="documents needs every"):
         read_experiment(micro(data, validation={"samples": {"documents": 1}}))
