@@ -78,6 +78,16 @@ def test_version_is_the_installed_one():
     assert installed == dreamllm_jax.__version__
 
 
+def test_public_names_are_there_and_cost_nothing_before_they_are_used():
+    """Programs of launch/ import parts of the package where there is no JAX."""
+    program = "import sys; sys.modules['jax'] = None; import dreamllm_jax, dreamllm_jax.chips, dreamllm_jax.exits"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    for name in dreamllm_jax.__all__:
+        assert getattr(dreamllm_jax, name).__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'load_modle'"):
+        dreamllm_jax.load_modle  # noqa: B018
+
+
 def test_changelog_begins_with_the_version():
     headings = [line for line in (PACKAGE.parent / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")]
     assert headings[0].split()[1] == dreamllm_jax.__version__
