@@ -10,11 +10,10 @@ import jax
 
 from benchmarks.shapes import experiment, parser, peak_flops, random_batch
 from dreamllm_jax.flops import model_flops
-from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.optimizer import make_optimizer
 from dreamllm_jax.training.state import abstract_state, init_leaves, state_from_leaves
-from dreamllm_jax.training.step import compile_train_step, make_train_step
+from dreamllm_jax.training.step import train_step_of
 
 
 def main() -> None:
@@ -27,9 +26,7 @@ def main() -> None:
     leaves = init_leaves(settings.model, {**abstract.trainable, **abstract.frozen}, jax.random.key(0))
     state = state_from_leaves(abstract, leaves, optimizer)
     batch = to_mesh(random_batch(settings), sharding, arguments.rows)
-    step = compile_train_step(
-        make_train_step(DreamLLM(settings.model), settings.objective, optimizer, settings.rows.dream_size), state
-    )
+    step = train_step_of(settings, state)
     with use(mesh, settings.sharding):
         began = time.monotonic()
         compiled = step.lower(state, batch, jax.random.key(1)).compile()

@@ -118,8 +118,8 @@ def train(
     pipeline.Loader.__next__ = during("data", next_batch)
     checkpoints.Checkpoints.save = during("save", checkpoints.Checkpoints.save)
     checkpoints.Checkpoints.restore = during("restore", checkpoints.Checkpoints.restore)
-    compiled = loop.compile_train_step
-    loop.compile_train_step = lambda *given: during("step", compiled(*given))
+    compiled = loop.train_step_of
+    loop.train_step_of = lambda *given: during("step", compiled(*given))
     try:
         if host:
             distributed.start(f"localhost:{host.port}", host.count, host.index, 120)

@@ -14,13 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.chips import Topology
 from dreamllm_jax.experiment import Experiment, require_mesh_fits
-from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.planning.program import Program, read_program
 from dreamllm_jax.sharding import make_mesh, rows_sharding, use
-from dreamllm_jax.training.optimizer import make_optimizer
 from dreamllm_jax.training.parameters import Parameters, count_parameters
 from dreamllm_jax.training.state import TrainState, abstract_state
-from dreamllm_jax.training.step import compile_train_step, make_train_step
+from dreamllm_jax.training.step import train_step_of
 
 # "low" compiles several times faster: FLOPs and collectives are the same, memory reads up to a fifth too low, and the
 # estimated cycles mean nothing.
@@ -76,13 +74,11 @@ def lower_step(experiment: Experiment, devices: Sequence[jax.Device]) -> tuple[M
     mesh = make_mesh(experiment.sharding, devices)
     require_mesh_fits(experiment, mesh.shape)
     batch = _abstract_batch(experiment, rows_sharding(mesh, experiment.sharding, rows.per_step))
-    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     state = abstract_state(model, experiment.parameters, experiment.optimizer, mesh, experiment.sharding)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-    step = make_train_step(DreamLLM(model), experiment.objective, optimizer, rows.dream_size, rows.microbatches)
     with use(mesh, experiment.sharding):
-        return mesh, state, compile_train_step(step, state).lower(state, batch, key)
+        return mesh, state, train_step_of(experiment, state).lower(state, batch, key)
 
 
 def _abstract_batch(experiment: Experiment, sharding: NamedSharding) -> Batch:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from dreamllm_jax.batch import Batch
 from dreamllm_jax.chips import chip_of
 from dreamllm_jax.data.pipeline import make_loader
 from dreamllm_jax.data.storage import read_summary
@@ -18,25 +17,22 @@ from dreamllm_jax.distributed import gather, local_rows
 from dreamllm_jax.exits import Preempted
 from dreamllm_jax.experiment import Experiment, require_mesh_fits
 from dreamllm_jax.flops import model_flops
-from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.precompute import require_frozen, require_same_towers
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.checkpoints import Checkpoints
+from dreamllm_jax.training.held_out import HeldOut
 from dreamllm_jax.training.initial import restore_initial
 from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dreamllm_jax.training.preemption import watch_for_preemption
-from dreamllm_jax.training.samples import Question, answer, find_questions
 from dreamllm_jax.training.state import (
     TrainState,
     abstract_state,
     init_leaves,
-    merge_params,
     state_from_leaves,
 )
-from dreamllm_jax.training.step import compile_train_step, make_train_step
-from dreamllm_jax.training.validation import make_losses, validate
+from dreamllm_jax.training.step import train_step_of
 from dreamllm_jax.training.watchdog import Watchdog
 
 _logger = logging.getLogger(__name__)
@@ -66,12 +62,9 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         seed=experiment.seed,
         mine=local_rows(rows, experiment.rows.per_step),
     )
-    held_out = _held_out(experiment, tokenizer, local_rows(rows, experiment.rows.per_step))
-    asked = _questions(experiment, tokenizer)
+    held_out = HeldOut(experiment, tokenizer, rows)
 
-    # Model, optimizer and state.
-    model = DreamLLM(experiment.model)
-    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    # The state's shapes.
     abstract = abstract_state(experiment.model, experiment.parameters, experiment.optimizer, mesh, experiment.sharding)
     _log_parameters(abstract)
     init_key, draws_key = jax.random.split(jax.random.key(experiment.seed))
@@ -82,66 +75,35 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         Watchdog(experiment.timeout, experiment.host_timeout) as watchdog,
         contextlib.closing(batches),
     ):
-        if checkpoints.latest_step is not None:
+        if checkpoints.latest_step is None:
+            state = _begin(experiment, abstract, init_key)
+        else:
             state = checkpoints.restore(abstract, batches)
             _logger.info("continuing %s from step %d", workdir, int(state.step))
-        else:
-            wanted, leaves = {**abstract.trainable, **abstract.frozen}, {}
-            if experiment.parameters.init_from:
-                leaves = restore_initial(experiment.parameters.init_from, experiment.model, wanted)
-            missing = {path: leaf for path, leaf in wanted.items() if path not in leaves}  # all, or adapters
-            leaves |= init_leaves(experiment.model, missing, init_key)
-            state = state_from_leaves(abstract, leaves, optimizer)
         _require_frozen(experiment, state)
         watchdog.alive()
-
-        # The step.
-        train_step = compile_train_step(
-            make_train_step(
-                model,
-                experiment.objective,
-                optimizer,
-                experiment.rows.dream_size,
-                experiment.rows.microbatches,
-                experiment.optimizer.skip_norm,
-            ),
-            state,
-        )
-        losses = jax.jit(
-            make_losses(model, experiment.objective, experiment.rows.dream_size, experiment.validation.buckets)
-        )
-        learning_rate = learning_rate_schedule(experiment.optimizer, experiment.steps)
-
-        # The loop.
-        start = int(state.step)
+        start, last, every = int(state.step), experiment.steps, experiment.checkpoint.every
+        train_step = train_step_of(experiment, state)
         chip = chip_of(mesh.devices.flat[0])
-        flops_per_chip = model_flops(experiment) / mesh.size
-        progress = Progress(experiment.steps, flops_per_chip, chip and chip.peak_flops)
+        progress = Progress(last, model_flops(experiment) / mesh.size, chip and chip.peak_flops)
+
         with (
             use(mesh, experiment.sharding),
             MetricsLog(workdir, start, jax.process_index() == 0, experiment.wandb) as log,
         ):
+            learning_rate = learning_rate_schedule(experiment.optimizer, last)
             journal = Journal(workdir, log, progress, batches, learning_rate, experiment.max_skipped)
             saved = time.monotonic()
 
-            def look(step: int) -> None:
-                """Validates, where that is due after `step` and was not done before the run was continued there."""
-                if not held_out or not step or step % experiment.validation.every:
-                    return
-                if step == start and gather(log.is_validated(step))[0]:
-                    return
-                placed = (to_mesh(batch, rows, experiment.rows.per_step) for batch in held_out)
-                means = validate(losses, state, placed, draws_key, experiment.model.schedule.num_train_timesteps)
-                if asked:
-                    params = merge_params(state.trainable, state.frozen)
-                    size, samples = experiment.rows.dream_size, experiment.validation.samples
-                    log.write_samples(step, answer(asked, samples, size, model, params, tokenizer))
-                log.write_validation(step, means)  # last: with it, all is done
+            def try_held_out(step: int) -> None:
+                if not held_out.due(step) or (step == start and gather(log.is_validated(step))[0]):
+                    return  # perhaps it was done before the run was interrupted
+                held_out.try_model(step, state, draws_key, log)
                 progress.restart()
                 watchdog.alive()
 
-            for step in range(start + 1, experiment.steps + 1):
-                look(step - 1)  # only now: a run that ends after its checkpoint, however, does it when it continues
+            for step in range(start + 1, last + 1):
+                try_held_out(step - 1)  # only now: a run that ends after its checkpoint does it when it continues
                 with progress.waiting():
                     batch = to_mesh(next(batches), rows, experiment.rows.per_step)
                 began = time.monotonic()
@@ -152,10 +114,9 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
                     _logger.info("first step, compilation included, took %.1f s", time.monotonic() - began)
                     progress.restart()
                 stopping = preemption.reached()
-                due = step % experiment.checkpoint.every == 0 or step == experiment.steps or stopping
-                looking = bool(held_out) and step % experiment.validation.every == 0
+                due = step % every == 0 or step == last or stopping
                 # Before a checkpoint too: what is logged must reach as far as what is saved.
-                if step % experiment.log_every == 0 or due or looking:
+                if step % experiment.log_every == 0 or due or held_out.due(step):
                     minutes = gather((time.monotonic() - saved) / 60)[0]
                     due = due or 0 < experiment.checkpoint.minutes < minutes
                     averages = journal.write(step, due)
@@ -166,33 +127,23 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
                 if stopping:
                     break
             else:
-                look(experiment.steps)
+                try_held_out(last)
             checkpoints.finish()
         filled = ", ".join(f"{name} {share:.0%}" for name, share in batches.fill().items())
         _logger.info("data read: %s; rows filled: %s", batches.counts(), filled)
-    if int(state.step) < experiment.steps:
-        raise Preempted(f"asked to stop: step {int(state.step)} of {experiment.steps} is saved in {workdir}")
+    if int(state.step) < last:
+        raise Preempted(f"asked to stop: step {int(state.step)} of {last} is saved in {workdir}")
     return state
 
 
-def _held_out(experiment: Experiment, tokenizer: Tokenizer, mine: slice) -> list[Batch]:
-    """This host's part of the batches to validate with; errors as of `make_loader`."""
-    if not experiment.validation.every:
-        return []
-    same = experiment.held_out
-    loader = make_loader(
-        same.data, same.row_shape, tokenizer, rows_per_step=same.rows.per_step, seed=same.seed, mine=mine
-    )
-    return [next(loader) for _ in range(experiment.validation.batches)]
-
-
-def _questions(experiment: Experiment, tokenizer: Tokenizer) -> list[Question]:
-    """What the model is asked at each look at held-out documents; errors as of `find_questions`."""
-    config, data, rows = experiment.validation.samples, experiment.held_out.data, experiment.rows
-    if not config.documents:
-        return []
-    see, dream = bool(rows.see_slots), bool(rows.dream_slots)
-    return find_questions(config, data.path, data.corpora, experiment.model, tokenizer, see, dream)
+def _begin(experiment: Experiment, abstract: TrainState, key: jax.Array) -> TrainState:
+    """The state of a new run: parameters from `parameters.init_from`, and random ones for what is not there."""
+    wanted, leaves = {**abstract.trainable, **abstract.frozen}, {}
+    if experiment.parameters.init_from:
+        leaves = restore_initial(experiment.parameters.init_from, experiment.model, wanted)
+    missing = {path: leaf for path, leaf in wanted.items() if path not in leaves}  # all, or adapters
+    optimizer = make_optimizer(experiment.optimizer, experiment.steps)
+    return state_from_leaves(abstract, leaves | init_leaves(experiment.model, missing, key), optimizer)
 
 
 def _require_frozen(experiment: Experiment, state: TrainState) -> None:

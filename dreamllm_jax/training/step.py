@@ -8,9 +8,11 @@ import optax
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.compilation import TPU_OPTIONS
+from dreamllm_jax.experiment import Experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.objectives import Draws, ObjectiveConfig, Totals, draw, joint_loss
 from dreamllm_jax.sharding import constrain
+from dreamllm_jax.training.optimizer import make_optimizer
 from dreamllm_jax.training.rounding import narrow, widen
 from dreamllm_jax.training.state import Leaves, TrainState, merge_params
 
@@ -100,8 +102,22 @@ def make_train_step(
     return train_step
 
 
-def compile_train_step(train_step: Callable, state: TrainState) -> Callable:
+def jit_train_step(train_step: Callable, state: TrainState) -> Callable:
     """Jits a train step: the old state's memory is reused, and the new state lies where the old one did."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = TPU_OPTIONS if state.step.sharding.mesh.devices.flat[0].platform == "tpu" else None
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
+
+
+def train_step_of(experiment: Experiment, state: TrainState) -> Callable:
+    """The jitted step of an experiment; `state` may be abstract."""
+    rows, optimizer = experiment.rows, make_optimizer(experiment.optimizer, experiment.steps)
+    step = make_train_step(
+        DreamLLM(experiment.model),
+        experiment.objective,
+        optimizer,
+        rows.dream_size,
+        rows.microbatches,
+        experiment.optimizer.skip_norm,
+    )
+    return jit_train_step(step, state)

@@ -18,7 +18,8 @@ from dreamllm_jax.data.pipeline import data_tokenizer
 from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.experiment import read_experiment
 from dreamllm_jax.generation.texts import generate_texts
-from dreamllm_jax.training import loop
+from dreamllm_jax.sharding import make_mesh, rows_sharding
+from dreamllm_jax.training.held_out import HeldOut
 from dreamllm_jax.training.samples import questions
 from tests.lives import Life, micro, together
 
@@ -96,17 +97,22 @@ def test_samples_are_what_the_model_says(data, tmp_path):
     assert shown == f"🖼\n\n**Document:** {pair.texts[0].text}\n\n**Model:** {text}".strip()
 
 
+def find(run):
+    rows = rows_sharding(make_mesh(run.sharding), run.sharding, run.rows.per_step)
+    return HeldOut(run, data_tokenizer(run.data), rows).questions
+
+
 def test_samples_need_something_to_ask(data):
     validation = {"every": 4, "path": data, "samples": {"documents": 1, "max_tokens": 64}}  # the model reads 64
     run = read_experiment(micro(data, validation=validation))
     with pytest.raises(ValueError, match=r"samples\.documents=1: no document of pairs, interleaved in"):
-        loop._questions(run, data_tokenizer(run.data))
+        find(run)
     # Where nothing is painted nothing is asked for it, nor where nothing is read.
     for slots, left in (("dream_slots", "written"), ("see_slots", "painted")):
         rows = micro(data)["rows"] | {slots: 0}
         short = {"documents": 1, "max_tokens": 8}
         run = read_experiment(micro(data, rows=rows, validation={**validation, "samples": short}))
-        names = [question.name for question in loop._questions(run, data_tokenizer(run.data))]
+        names = [question.name for question in find(run)]
         assert names == [f"{corpus}/0/{left}" for corpus in ("pairs", "interleaved")]
     with pytest.raises(ConfigError, match="documents needs every"):
         read_experiment(micro(data, validation={"samples": {"documents": 1}}))

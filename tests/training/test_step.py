@@ -13,7 +13,7 @@ from dreamllm_jax.objectives import ObjectiveConfig
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from dreamllm_jax.training.state import ParametersConfig, abstract_state, state_from_leaves
-from dreamllm_jax.training.step import compile_train_step, make_train_step
+from dreamllm_jax.training.step import jit_train_step, make_train_step
 from tests.parity import assert_same
 from tests.tiny import DREAM_SIZE, make_batch, random_rows, tiny_config, tiny_params
 
@@ -45,7 +45,7 @@ def run(
         for path, leaf in (abstract.trainable | abstract.frozen).items()
     }
     state = state_from_leaves(abstract, leaves, OPTIMIZER)
-    step = compile_train_step(make_train_step(DreamLLM(CONFIG), OBJECTIVE, OPTIMIZER, DREAM_SIZE, microbatches), state)
+    step = jit_train_step(make_train_step(DreamLLM(CONFIG), OBJECTIVE, OPTIMIZER, DREAM_SIZE, microbatches), state)
     metrics = []
     with use(mesh, sharding):
         for seed in range(steps):

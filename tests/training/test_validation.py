@@ -13,7 +13,8 @@ from dreamllm_jax.configuration import ConfigError
 from dreamllm_jax.experiment import read_experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.objectives import ObjectiveConfig, draw, joint_loss
-from dreamllm_jax.training import loop, validation
+from dreamllm_jax.sharding import make_mesh, rows_sharding
+from dreamllm_jax.training import held_out, loop, validation
 from dreamllm_jax.training.state import TrainState
 from tests.lives import micro
 from tests.tiny import DREAM_SIZE, make_batch, random_rows, tiny_config, tiny_params
@@ -79,7 +80,7 @@ def test_a_continued_run_validates_alike(data, tmp_path, monkeypatch):
     assert train() == first
     (tmp_path / "validation.jsonl").write_text(json.dumps(first[0]) + "\n")
     assert train() == first
-    monkeypatch.setattr(loop, "validate", None)  # done is done
+    monkeypatch.setattr(held_out, "validate", None)  # done is done
     assert train() == first
 
 
@@ -87,4 +88,5 @@ def test_validation_needs_documents(tmp_path):
     with pytest.raises(ConfigError, match="every needs path"):
         read_experiment(micro("somewhere", validation={"every": 4}))
     with pytest.raises(FileNotFoundError, match="no data set in"):
-        loop._held_out(read_experiment(micro("x", validation={"every": 1, "path": str(tmp_path)})), None, slice(None))
+        run = read_experiment(micro("x", validation={"every": 1, "path": str(tmp_path)}))
+        held_out.HeldOut(run, None, rows_sharding(make_mesh(run.sharding), run.sharding, run.rows.per_step))

@@ -1,0 +1,71 @@
+"""How a run is tried on held-out documents while it trains, and when."""
+
+import jax
+from jax.sharding import NamedSharding
+
+from dreamllm_jax.data.pipeline import make_loader
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.distributed import local_rows
+from dreamllm_jax.experiment import Experiment
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.sharding import to_mesh
+from dreamllm_jax.training.metrics import MetricsLog
+from dreamllm_jax.training.samples import answer, find_questions
+from dreamllm_jax.training.state import TrainState, merge_params
+from dreamllm_jax.training.validation import make_losses, validate
+
+
+class HeldOut:
+    """The held-out batches and questions of a run; without `validation.every` there are none, and nothing is due.
+
+    Args:
+      rows: how the rows of a batch lie on the mesh.
+
+    Raises:
+      FileNotFoundError, ValueError: a data set that is missing or does not fit, see `make_loader`, `find_questions`.
+    """
+
+    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, rows: NamedSharding):
+        config, shape = experiment.validation, experiment.rows
+        self._experiment, self._tokenizer, self._rows = experiment, tokenizer, rows
+        self.batches, self.questions = [], []
+        if not config.every:
+            return
+        same = experiment.held_out
+        loader = make_loader(
+            same.data,
+            same.row_shape,
+            tokenizer,
+            rows_per_step=shape.per_step,
+            seed=same.seed,
+            mine=local_rows(rows, shape.per_step),
+        )
+        self.batches = [next(loader) for _ in range(config.batches)]  # this host's part of them
+        if config.samples.documents:
+            see, dream = bool(shape.see_slots), bool(shape.dream_slots)
+            self.questions = find_questions(
+                config.samples, same.data.path, same.data.corpora, experiment.model, tokenizer, see, dream
+            )
+        self._model = DreamLLM(experiment.model)
+        losses = make_losses(self._model, experiment.objective, shape.dream_size, config.buckets)
+        self._losses = jax.jit(losses)
+
+    def due(self, step: int) -> bool:
+        """Whether the model as it is after `step` is to be tried."""
+        every = self._experiment.validation.every
+        return bool(every and step) and step % every == 0
+
+    def try_model(self, step: int, state: TrainState, key: jax.Array, log: MetricsLog) -> None:
+        """Writes the losses, and what is painted and written, to `log`; all hosts must call it.
+
+        Args:
+          key: of the run's draws.
+        """
+        experiment = self._experiment
+        placed = (to_mesh(batch, self._rows, experiment.rows.per_step) for batch in self.batches)
+        means = validate(self._losses, state, placed, key, experiment.model.schedule.num_train_timesteps)
+        if self.questions:
+            params = merge_params(state.trainable, state.frozen)
+            samples, size = experiment.validation.samples, experiment.rows.dream_size
+            log.write_samples(step, answer(self.questions, samples, size, self._model, params, self._tokenizer))
+        log.write_validation(step, means)  # last: with it, all is done
