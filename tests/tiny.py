@@ -6,13 +6,14 @@ Legend: B rows, L tokens in a row, K see slots, D dream slots.
 import dataclasses
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.models.clip import ClipVisionConfig
 from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
-from dreamllm_jax.models.llama import LlamaConfig
+from dreamllm_jax.models.llama import Llama, LlamaConfig
 from dreamllm_jax.models.projectors import ProjectorConfig
 from dreamllm_jax.models.unet import UNetConfig
 from dreamllm_jax.models.vae import AutoencoderConfig
@@ -20,6 +21,13 @@ from tests.parity import random_weights
 
 SEE_SIZE, DREAM_SIZE = 16, 16
 LENGTH, SEE_SLOTS, DREAM_SLOTS = 32, 2, 2
+
+
+def logits_of(llama: Llama, tokens):
+    """Logits of one plain document a row, i32[B, L] -> f32[B, L, V]; as the `method` of `init`, all its parameters."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = llama(llama.embed(tokens), positions, jnp.ones_like(tokens))
+    return llama.logits(hidden)
 
 
 def tiny_config(**changes) -> DreamLLMConfig:

@@ -28,7 +28,7 @@ from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.llama import hf_settings, hf_tensors, llama_part, write_generation_config
 from dreamllm_jax.interop.source import Source, join, split
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
-from dreamllm_jax.models.llama import llama_config_from_hf, rope_frequencies
+from dreamllm_jax.models.llama import llama_config_from_hf
 from dreamllm_jax.models.projectors import ProjectorConfig
 from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
 
@@ -260,10 +260,9 @@ def write_dreamllm(
         },
     )
     write_generation_config(directory, config.special_tokens)
+    unscaled = dataclasses.replace(llama, rope_scaling=None)
     buffers = {
-        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": rope_frequencies(
-            dataclasses.replace(llama, rope_scaling=None), 1
-        )
+        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": unscaled.rope_frequencies(1)
         for layer in range(llama.num_hidden_layers)
     }
     files.write_safetensors(directory, "model", hf_tensors(tensors["llama"]) | buffers, max_shard_size)

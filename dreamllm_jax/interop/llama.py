@@ -11,7 +11,7 @@ from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.source import Part
-from dreamllm_jax.models.llama import LlamaConfig, llama_config_from_hf, rope_frequencies
+from dreamllm_jax.models.llama import LlamaConfig, llama_config_from_hf
 from dreamllm_jax.vocabulary import SpecialTokens
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -49,7 +49,7 @@ def llama_part(config: LlamaConfig, tensors: Mapping[str, Tensor], where: Path) 
                 f"{config.num_attention_heads}: config.json is of another model"
             )
         got = tensor.read().astype(np.float32)
-        if config.rope_scaling is None and not np.allclose(got, rope_frequencies(config, 1), rtol=0.02):
+        if config.rope_scaling is None and not np.allclose(got, config.rope_frequencies(1), rtol=0.02):
             raise ValueError(f"{where}: {name} does not belong to rope_theta={config.rope_theta} of config.json")
     rest = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name not in buffers}
     left_out = tuple(buffers)

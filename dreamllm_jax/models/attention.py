@@ -21,14 +21,14 @@ MAX_SCORES = 2**20
 
 
 def _visible(
-    q_segments: Array | None, k_segments: Array | None, q_index: Array, k_index: Array, causal: bool
+    q_segments: Array | None, k_segments: Array | None, q_index: Array, keys: int, causal: bool
 ) -> Array | None:
     """bool[B or 1, T, S], or None where every query sees every key."""
     parts = []
     if q_segments is not None:
         parts.append((q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0))
     if causal:
-        parts.append(k_index[:, None, :] <= q_index[:, :, None])
+        parts.append(jnp.arange(keys) <= q_index[:, :, None])
     return (parts[0] & parts[1]) if len(parts) == 2 else (parts[0] if parts else None)
 
 
@@ -63,12 +63,11 @@ def attend(
     q_segments: Array | None = None,
     k_segments: Array | None = None,
     q_index: Array | None = None,
-    k_index: Array | None = None,
     causal: bool,
 ) -> Array:
     """Scaled dot-product attention with grouped queries (arXiv 2305.13245) and a float32 softmax.
 
-    A query sees the keys of its own segment, and if `causal` only those whose index does not exceed its own. Segment 0
+    A query sees the keys of its own segment, and if `causal` only those up to its own index. Segment 0
     is padding: it sees nothing and is not seen; a query that sees nothing gives zeros. Exact for every length: many
     queries are taken in chunks, recomputed in the backward pass.
 
@@ -78,8 +77,7 @@ def attend(
       v: f[B, S, K, D] values.
       q_segments: i32[B, T] segments of the queries; None (with `k_segments`) is one segment.
       k_segments: i32[B, S] segments of the keys.
-      q_index: i32[B, T] order of the queries; None counts from 0.
-      k_index: i32[B, S] order of the keys; None counts from 0.
+      q_index: i32[B, T] places of the queries among the keys; None counts from 0.
       causal: whether a query sees only keys up to its own index.
 
     Returns:
@@ -93,7 +91,7 @@ def attend(
         raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if (q_segments is None) != (k_segments is None):
         raise ValueError("attention needs the segments of queries and keys, or of neither")
-    packed_rows = causal and q_segments is not None and q_index is None and k_index is None
+    packed_rows = causal and q_segments is not None and q_index is None
     if packed_rows and platform() == "tpu" and splash.supports(queries, keys, dim):
         heads = ("rows", None, "attention_heads", None)
         if mesh_spec(heads, q.shape) != mesh_spec(heads, k.shape):  # a query's head must find its key's on its device
@@ -102,13 +100,12 @@ def attend(
         q, k, v = (constrain(x, heads) for x in (q, k, v))
         return on_shards(splash.causal_attention, (heads, heads, heads, ("rows", None)), q, k, v, q_segments)
     q_index = jnp.arange(queries)[None] if q_index is None else q_index
-    k_index = jnp.arange(keys)[None] if k_index is None else k_index
 
     if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= 128:
-        return _cudnn(q, k, v, _visible(q_segments, k_segments, q_index, k_index, causal))
+        return _cudnn(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
 
     def part(q, q_segments, q_index):
-        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, k_index, causal))
+        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
 
     size = max(1, MAX_SCORES // keys)
     if queries <= size:

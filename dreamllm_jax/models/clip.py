@@ -106,13 +106,11 @@ class _Part(nn.Module):
 
     config: ClipVisionConfig
     dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     def linear(self, features: int, name: str) -> nn.Dense:
         return nn.Dense(
             features,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
             kernel_init=weight(normal(self.config.initializer_range), "tower_in", "tower_out"),
             bias_init=_ZEROS,
             name=name,
@@ -122,7 +120,6 @@ class _Part(nn.Module):
         return nn.LayerNorm(
             self.config.layer_norm_eps,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
             scale_init=_ONES,
             bias_init=_ZEROS,
             use_fast_variance=False,
@@ -143,16 +140,14 @@ class Embeddings(_Part):
             padding="VALID",
             use_bias=False,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
             kernel_init=weight(normal(config.initializer_range), None, None, None, "tower_out"),
             name="patch_embedding",
         )(images).reshape(images.shape[0], -1, width)
-        token = self.param("class_embedding", weight(normal(width**-0.5), "tower_norm"), (width,), self.param_dtype)
+        token = self.param("class_embedding", weight(normal(width**-0.5), "tower_norm"), (width,))
         positions = nn.Embed(
             config.num_patches + 1,
             width,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
             embedding_init=weight(normal(config.initializer_range), None, "tower_out"),
             name="position_embedding",
         )(jnp.arange(config.num_patches + 1))
@@ -184,7 +179,7 @@ class Layer(_Part):
 
     @nn.compact
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
-        part = (self.config, self.dtype, self.param_dtype)
+        part = (self.config, self.dtype)
         x = x + Attention(*part, name="self_attn")(self.norm("layer_norm1")(x))
         x = x + MLP(*part, name="mlp")(self.norm("layer_norm2")(x))
         return constrain(x, ("images", None, None)), None
@@ -213,7 +208,7 @@ class Encoder(_Part):
             if depth == 0:
                 return x
             layers = nn.map_variables(layers, "params", trans_in_fn=first)
-        return layers(config, self.dtype, self.param_dtype, name="layers")(x, None)[0]
+        return layers(config, self.dtype, name="layers")(x, None)[0]
 
 
 class ClipVision(_Part):
@@ -222,7 +217,6 @@ class ClipVision(_Part):
     Attributes:
       config: the tower's shape.
       dtype: type of the computation; norms' statistics and softmax are float32 in any case.
-      param_dtype: type of the parameters.
       remat: what a layer keeps for the backward pass: "none" (everything) or "full" (its input).
     """
 
@@ -238,7 +232,7 @@ class ClipVision(_Part):
         config = self.config
         if images.shape[1:] != (config.image_size, config.image_size, 3):
             raise ValueError(f"images are {images.shape[1:]} where the tower takes {(config.image_size,) * 2 + (3,)}")
-        part = (config, self.dtype, self.param_dtype)
+        part = (config, self.dtype)
         x = Embeddings(*part, name="embeddings")(images.astype(self.dtype))
         x = constrain(x, ("images", None, None))
         x = self.norm("pre_layrnorm")(x)

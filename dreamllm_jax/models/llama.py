@@ -15,45 +15,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from dreamllm_jax.models.attention import attend
 from dreamllm_jax.models.lora import LORA_A, LORA_B, LoraConfig, adapt, initial_a
 from dreamllm_jax.models.remat import keep, rematerialised
+from dreamllm_jax.models.rope import RopeScaling, apply_rope, rope_frequencies
 from dreamllm_jax.models.weights import LAYERS, normal, weight
 from dreamllm_jax.sharding import constrain, gathered
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained length; field names as in a Hugging Face config.
-
-    Attributes:
-      rope_type: "linear" (divide positions), "dynamic" (NTK-aware: a larger base for longer rows), or "llama3"
-        (stretch the low frequencies only, arXiv 2407.21783).
-      factor: how far.
-      low_freq_factor, high_freq_factor, original_max_position_embeddings: "llama3" only.
-    """
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-
-    def __post_init__(self):
-        fields = {
-            "linear": ("factor",),
-            "dynamic": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        }
-        if self.rope_type not in fields:
-            raise ValueError(f"rope_type {self.rope_type!r} is not supported: choose from {list(fields)} or no scaling")
-        if missing := [name for name in fields[self.rope_type] if not getattr(self, name)]:
-            raise ValueError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +71,10 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+
+    def rope_frequencies(self, length: int) -> np.ndarray:
+        """f32[D / 2] radians per position in rows of this length."""
+        return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling, length, self.max_position_embeddings)
 
 
 # Settings of a config.json that would change the function computed here: name -> the one value that is supported.
@@ -148,65 +123,6 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rope_frequencies(config: LlamaConfig, length: int) -> np.ndarray:
-    """Angles a token of rotary embedding (arXiv 2104.09864), scaled as the config says.
-
-    Args:
-      config: the model's shape.
-      length: of the row (or of the cache): "dynamic" scaling grows the base with it once it exceeds
-        `max_position_embeddings`. It is the static length, the same for every row, so that what a document gives
-        does not change with what is packed beside it and a cached key never has to be rotated again.
-
-    Returns:
-      f32[D / 2] radians per position.
-    """
-    scaling, dim, theta = config.rope_scaling, config.head_dim, config.rope_theta
-    if scaling and scaling.rope_type == "dynamic":
-        stretch = scaling.factor * max(1.0, length / config.max_position_embeddings) - (scaling.factor - 1)
-        theta *= stretch ** (dim / (dim - 2))
-    frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
-    if scaling and scaling.rope_type == "linear":
-        frequencies = frequencies / np.float32(scaling.factor)
-    if scaling and scaling.rope_type == "llama3":
-        # Turns over the trained length: those with few are stretched, with many kept, in between interpolated.
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        keep = np.clip(keep, 0, 1).astype(np.float32)
-        frequencies = frequencies * (keep + (1 - keep) / np.float32(scaling.factor))
-    return frequencies.astype(np.float32)
-
-
-def _half_turn(dim: int) -> np.ndarray:
-    """f32[D, D] such that (first, second) @ it = (-second, first) for the halves of a head."""
-    identity, zero = np.eye(dim // 2, dtype=np.float32), np.zeros((dim // 2, dim // 2), np.float32)
-    return np.block([[zero, identity], [-identity, zero]])
-
-
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates each head's first half against its second half (the Hugging Face convention).
-
-    The halves are swapped by an exact product with a signed permutation: on TPU that costs less than cutting vectors of
-    128 lanes in two.
-
-    Args:
-      x: f[B, T, H, D] queries or keys.
-      cos: f32[B, T, D / 2] cosines of position times frequency.
-      sin: f32[B, T, D / 2].
-
-    Returns:
-      f[B, T, H, D] in the type of `x`.
-    """
-    turned = jnp.einsum(
-        "bthd,de->bthe",
-        x,
-        jnp.asarray(_half_turn(x.shape[-1]), x.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    cos, sin = (jnp.concatenate([part, part], axis=-1)[:, :, None] for part in (cos, sin))
-    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
-
-
 @struct.dataclass
 class KVCache:
     """Keys and values of what each row has read; rows fill at their own pace, without gaps.
@@ -252,12 +168,11 @@ class RMSNorm(nn.Module):
     """`rms_norm` and its scale."""
 
     eps: float
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = weight(nn.initializers.ones, "norm")
-        normed = rms_norm(x, self.param("scale", init, (x.shape[-1],), self.param_dtype), self.eps)
+        normed = rms_norm(x, self.param("scale", init, (x.shape[-1],)), self.eps)
         # Fused into the products that follow, the norm would be computed for each, and its gradient slow them down.
         return jax.lax.optimization_barrier(normed)
 
@@ -275,13 +190,12 @@ class Linear(nn.Module):
     axes: tuple[str, str]
     std: float
     dtype: Any
-    param_dtype: Any
     lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = math.prod(self.inputs), math.prod(self.features)
-        kernel = self.param("kernel", weight(normal(self.std), *self.axes), shape, self.param_dtype)
+        kernel = self.param("kernel", weight(normal(self.std), *self.axes), shape)
         kernel = kernel.astype(self.dtype)
         if x.size >= kernel.size:  # of a few tokens, as while generating, the products travel instead
             kernel = gathered(kernel, self.axes)
@@ -289,7 +203,7 @@ class Linear(nn.Module):
         out = jnp.tensordot(x, kernel, axes=len(self.inputs))
         if self.use_bias:
             zeros = weight(nn.initializers.zeros, self.axes[1])
-            bias = self.param("bias", zeros, shape[1:], self.param_dtype)
+            bias = self.param("bias", zeros, shape[1:])
             out = out + bias.astype(self.dtype).reshape(self.features)
         if self.lora is not None:
             a, b = self._adapter(*shape)
@@ -300,8 +214,8 @@ class Linear(nn.Module):
         rank, (axis_in, axis_out) = self.lora.rank, self.axes
         first = weight(initial_a, axis_in, "lora")
         zeros = weight(nn.initializers.zeros, "lora", axis_out)
-        a = self.param(LORA_A, first, (width_in, rank), self.param_dtype).astype(self.dtype)
-        b = self.param(LORA_B, zeros, (rank, width_out), self.param_dtype).astype(self.dtype)
+        a = self.param(LORA_A, first, (width_in, rank)).astype(self.dtype)
+        b = self.param(LORA_B, zeros, (rank, width_out)).astype(self.dtype)
         a, b = gathered(a, (axis_in, "lora")), gathered(b, ("lora", axis_out))
         return a.reshape(*self.inputs, rank), b.reshape(rank, *self.features)
 
@@ -311,14 +225,13 @@ class _Part(nn.Module):
 
     config: LlamaConfig
     dtype: Any
-    param_dtype: Any
 
     def linear(
         self, inputs: tuple[int, ...], features: tuple[int, ...], name: str, axes: tuple[str, str], bias: bool
     ) -> Linear:
         std, adapters = self.config.initializer_range, self.config.lora
         adapters = adapters if adapters is not None and name in adapters.targets else None
-        return Linear(inputs, features, bias, axes, std, self.dtype, self.param_dtype, adapters, name=name)
+        return Linear(inputs, features, bias, axes, std, self.dtype, adapters, name=name)
 
 
 class Attention(_Part):
@@ -380,13 +293,11 @@ class Block(_Part):
     def __call__(self, carry, layer: Array, context: _Context):
         (x, cache), config = carry, self.config
         residual = ("rows", "tokens", "act_embed")
-        normed = RMSNorm(config.rms_norm_eps, self.param_dtype, name="input_layernorm")(x)
-        attended, cache = Attention(config, self.dtype, self.param_dtype, name="self_attn")(
-            normed, cache, layer, context
-        )
+        normed = RMSNorm(config.rms_norm_eps, name="input_layernorm")(x)
+        attended, cache = Attention(config, self.dtype, name="self_attn")(normed, cache, layer, context)
         x = keep(constrain(x + attended, residual), "attention")
-        normed = RMSNorm(config.rms_norm_eps, self.param_dtype, name="post_attention_layernorm")(x)
-        x = constrain(x + MLP(config, self.dtype, self.param_dtype, name="mlp")(normed), residual)
+        normed = RMSNorm(config.rms_norm_eps, name="post_attention_layernorm")(x)
+        x = constrain(x + MLP(config, self.dtype, name="mlp")(normed), residual)
         return (x, cache), None
 
 
@@ -394,13 +305,10 @@ class Head(nn.Module):
     """The output matrix, held apart from its product so that the loss can take it in pieces."""
 
     config: LlamaConfig
-    param_dtype: Any
 
     def setup(self):
         shape = (self.config.hidden_size, self.config.vocab_size)
-        self.kernel = self.param(
-            "kernel", weight(normal(self.config.initializer_range), "embed", "vocab"), shape, self.param_dtype
-        )
+        self.kernel = self.param("kernel", weight(normal(self.config.initializer_range), "embed", "vocab"), shape)
 
 
 class Llama(nn.Module):
@@ -409,13 +317,11 @@ class Llama(nn.Module):
     Attributes:
       config: the model's shape.
       dtype: type of the computation; norms' statistics, rotations and softmax are float32 in any case.
-      param_dtype: type of the parameters.
       remat: what a layer keeps for the backward pass (see `remat`).
     """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     remat: str = "full"
 
     def setup(self):
@@ -424,7 +330,6 @@ class Llama(nn.Module):
             config.vocab_size,
             config.hidden_size,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
             embedding_init=weight(normal(config.initializer_range), "vocab", "embed"),
         )
         self.layers = nn.scan(
@@ -434,10 +339,10 @@ class Llama(nn.Module):
             in_axes=(0, nn.broadcast),
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: LAYERS},
-        )(config, self.dtype, self.param_dtype)
-        self.norm = RMSNorm(config.rms_norm_eps, self.param_dtype)
+        )(config, self.dtype)
+        self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = Head(config, self.param_dtype)
+            self.lm_head = Head(config)
 
     def embed(self, tokens: Array) -> Array:
         """i32[B, T] token ids -> f[B, T, E] embeddings."""
@@ -461,8 +366,9 @@ class Llama(nn.Module):
         Returns:
           f[B, T, E] hidden states after the final norm (meaningless on padding), and the cache with this call's tokens.
         """
+        config = self.config
         length = embeddings.shape[1] if cache is None else cache.segment_ids.shape[1]
-        angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.config, length)
+        angles = positions[..., None].astype(jnp.float32) * config.rope_frequencies(length)
         context = _Context(jnp.cos(angles), jnp.sin(angles), segment_ids)
         if cache is not None:
             valid = segment_ids != 0
@@ -472,7 +378,7 @@ class Llama(nn.Module):
             k_segment_ids = cache.segment_ids.at[rows, slots].set(segment_ids, mode="drop")
             context = context.replace(k_segment_ids=k_segment_ids, q_index=index, slots=slots)
         carry = (embeddings.astype(self.dtype), None if cache is None else (cache.k, cache.v))
-        (hidden, stacks), _ = self.layers(carry, jnp.arange(self.config.num_hidden_layers), context)
+        (hidden, stacks), _ = self.layers(carry, jnp.arange(config.num_hidden_layers), context)
         if cache is not None:
             k, v = stacks
             filled = cache.length + valid.sum(axis=1, dtype=jnp.int32)
@@ -487,9 +393,3 @@ class Llama(nn.Module):
         """f[B, T, E] hidden states -> f32[B, T, V]."""
         kernel = self.head_kernel().astype(self.dtype)
         return jnp.einsum("bte,ev->btv", hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
-
-    def init_all(self, tokens: Array) -> Array:
-        """Logits of one plain document a row; `init` goes through it, for it touches every parameter."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = self(self.embed(tokens), positions, jnp.ones_like(tokens))
-        return self.logits(hidden)

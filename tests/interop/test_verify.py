@@ -13,8 +13,8 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.interop.verify import Difference, compare, table
-from dreamllm_jax.models.llama import RopeScaling
 from dreamllm_jax.models.projectors import ProjectorConfig
+from dreamllm_jax.models.rope import RopeScaling
 from dreamllm_jax.models.vae import PixelAutoencoderConfig
 from tests.tiny import MLP, tiny_config, tiny_params
 

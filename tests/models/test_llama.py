@@ -11,15 +11,10 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from dreamllm_jax.interop.names import from_torch, to_torch
-from dreamllm_jax.models.llama import (
-    KVCache,
-    Llama,
-    LlamaConfig,
-    RopeScaling,
-    llama_config_from_hf,
-    rope_frequencies,
-)
+from dreamllm_jax.models.llama import KVCache, Llama, LlamaConfig, llama_config_from_hf
+from dreamllm_jax.models.rope import RopeScaling
 from tests.parity import assert_same, gradients, random_weights, randomised, relative_error, tensors
+from tests.tiny import logits_of
 
 TINY = {
     "vocab_size": 29,
@@ -62,7 +57,7 @@ def pair(**changes):
 
 
 def shapes_of(ours):
-    return nn.unbox(jax.eval_shape(lambda: ours.init(jax.random.key(0), tokens_of(1, 2), method="init_all")))
+    return nn.unbox(jax.eval_shape(lambda: ours.init(jax.random.key(0), tokens_of(1, 2), method=logits_of)))
 
 
 def by_our_names(named):
@@ -119,7 +114,7 @@ def test_dynamic_scaling_starts_beyond_the_trained_length():
     tokens = tokens_of(2, 12)
     with torch.no_grad():
         want = theirs(torch.from_numpy(tokens)).logits
-    got = jax.jit(ours.apply, static_argnames="method")(params, tokens, method="init_all")
+    got = jax.jit(ours.apply, static_argnames="method")(params, tokens, method=logits_of)
     assert relative_error(got, want) <= 1e-5
 
 
@@ -129,7 +124,7 @@ def test_dynamic_scaling_starts_beyond_the_trained_length():
 )
 def test_frequencies_at_true_width(rope):
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(rope_parameters={"rope_type": "default", **rope}))
-    got = rope_frequencies(llama_config_from_hf({"rope_parameters": rope}), 2048)
+    got = llama_config_from_hf({"rope_parameters": rope}).rope_frequencies(2048)
     np.testing.assert_allclose(got, theirs.inv_freq, rtol=1e-6)
 
 

@@ -14,7 +14,7 @@ from dreamllm_jax.models.dreamllm import abstract_params
 from dreamllm_jax.models.llama import Llama
 from dreamllm_jax.models.lora import PRODUCTS, LoraConfig, adapters_of, is_adapter, merge
 from tests.parity import random_weights, relative_error
-from tests.tiny import tiny_config
+from tests.tiny import logits_of, tiny_config
 
 PLAIN = dataclasses.replace(tiny_config().llama, num_hidden_layers=3, attention_bias=True)
 LORA = LoraConfig(rank=4, alpha=6.0)
@@ -24,13 +24,13 @@ ADAPTED = dataclasses.replace(PLAIN, lora=LORA)
 def logits(config, params):
     tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, 64)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(Llama(config).apply({"params": params}, tokens, method="init_all"))
+        return np.asarray(Llama(config).apply({"params": params}, tokens, method=logits_of))
 
 
 def shapes(config):
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     init = jax.eval_shape(
-        lambda key, tokens: Llama(config).init(key, tokens, method="init_all"), jax.random.key(0), tokens
+        lambda key, tokens: Llama(config).init(key, tokens, method=logits_of), jax.random.key(0), tokens
     )
     return nn.unbox(init["params"])
 
@@ -59,7 +59,7 @@ def test_every_layer_has_an_adapter_for_each_target():
 
 
 def test_a_fresh_adapter_adds_nothing(adapted):
-    params = nn.unbox(Llama(ADAPTED).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32), method="init_all")["params"])
+    params = nn.unbox(Llama(ADAPTED).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32), method=logits_of)["params"])
     np.testing.assert_array_equal(logits(ADAPTED, params), logits(PLAIN, without(params)))
     first = flatten_dict(params, sep="/")["layers/mlp/down_proj/lora_a"]
     assert np.std(first) == pytest.approx(48**-0.5, rel=0.1)
