@@ -18,8 +18,8 @@ LARGE = {"v4": "v4-32", "v5e": "v5e-32", "v5p": "v5p-32"}
 SLICES = {
     **{f"{recipe}.py:7b": SMALL for recipe in ("stage1_comprehension", "stage1_creation", "stage1_joint")},
     **{f"{recipe}.py:13b": MIDDLE for recipe in ("stage1_comprehension", "stage1_creation", "stage1_joint")},
-    **{f"{recipe}.py:7b": MIDDLE for recipe in ("stage2_igpt", "stage3_sft")},
-    **{f"{recipe}.py:13b": LARGE for recipe in ("stage2_igpt", "stage3_sft")},
+    "stage2_igpt.py:7b": MIDDLE,  # of which stage3_sft's step is the same
+    "stage2_igpt.py:13b": LARGE,
 }
 
 
