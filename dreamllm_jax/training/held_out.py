@@ -42,10 +42,8 @@ class HeldOut:
         )
         self.batches = [next(loader) for _ in range(config.batches)]  # this host's part of them
         if config.samples.documents:
-            see, dream = bool(shape.see_slots), bool(shape.dream_slots)
-            self.questions = find_questions(
-                config.samples, same.data.path, same.data.corpora, experiment.model, tokenizer, see, dream
-            )
+            data = same.data
+            self.questions = find_questions(config.samples, data.path, data.corpora, experiment.model, tokenizer)
         self._model = DreamLLM(experiment.model)
         losses = make_losses(self._model, experiment.objective, shape.dream_size, config.buckets)
         self._losses = jax.jit(losses)

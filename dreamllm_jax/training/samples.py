@@ -100,15 +100,12 @@ def find_questions(
     corpora: Mapping[str, CorpusConfig],
     model: DreamLLMConfig,
     tokenizer: Tokenizer,
-    see: bool = True,
-    dream: bool = True,
 ) -> list[Question]:
     """Questions to the first held-out documents that have some which the model has room for.
 
     Args:
       path: the data set of held-out documents.
       corpora: which of its corpora, and how they are trained on; empty for all.
-      see, dream: whether images are read and painted at all.
 
     Raises:
       FileNotFoundError: the data set or one of the corpora is not there.
@@ -116,10 +113,6 @@ def find_questions(
     """
 
     def fits(question: Question) -> bool:
-        if isinstance(question.answer, Image) and not dream:
-            return False
-        if not see and any(isinstance(segment, Image) for segment in question.prompt):
-            return False
         try:
             batch = encode_prompts([question.prompt], tokenizer, model, question.template)
             require_room(model, length_of(batch), max(config.max_tokens, model.num_queries + 2))

@@ -108,11 +108,9 @@ def test_samples_need_something_to_ask(data):
     with pytest.raises(ValueError, match=r"samples\.documents=1: no document of pairs, interleaved in"):
         find(run)
     # Where nothing is painted nothing is asked for it, nor where nothing is read.
-    for slots, left in (("dream_slots", "written"), ("see_slots", "painted")):
-        rows = micro(data)["rows"] | {slots: 0}
-        short = {"documents": 1, "max_tokens": 8}
-        run = read_experiment(micro(data, rows=rows, validation={**validation, "samples": short}))
-        names = [question.name for question in find(run)]
-        assert names == [f"{corpus}/0/{left}" for corpus in ("pairs", "interleaved")]
+    for mode, left in (("comprehension", "written"), ("creation", "painted")):
+        corpora, short = {"pairs": {"mode": mode}}, {"documents": 1, "max_tokens": 8}
+        run = read_experiment(micro(data, validation={**validation, "corpora": corpora, "samples": short}))
+        assert [question.name for question in find(run)] == [f"pairs/0/{left}"]
     with pytest.raises(ConfigError, match="documents needs every"):
         read_experiment(micro(data, validation={"samples": {"documents": 1}}))
