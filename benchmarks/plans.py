@@ -2,7 +2,7 @@
 
 python -m benchmarks.plans --to=FOLDER [--only=13b]
 
-Compiles at low effort, which takes one to three minutes each; FOLDER keeps the figures of `dreamllm_jax.plan`, and those
+Compiles at low effort, one to three minutes each. FOLDER keeps the figures of `dreamllm_jax.plan`, and those
 that are there are not made again.
 """
 
