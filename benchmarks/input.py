@@ -24,11 +24,12 @@ import numpy as np
 from absl import flags
 from PIL import Image as Picture
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.mixture import CorpusConfig
 from dreamllm_jax.data.pipeline import DataConfig, make_loader
-from dreamllm_jax.data.tokens import RowShape, encode_document
+from dreamllm_jax.data.tokens import encode_document
 
 STAGE_2 = RowShape(2048, 6, 6, 256, 64, 224, 512)
 WINDOW = 256

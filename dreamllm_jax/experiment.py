@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.configuration import ConfigError, read
-from dreamllm_jax.data.pipeline import DataConfig, RowShape
+from dreamllm_jax.data.pipeline import DataConfig
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.objectives import ObjectiveConfig
 from dreamllm_jax.sharding import ShardingConfig

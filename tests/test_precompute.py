@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import Batch, RowShape
 from dreamllm_jax.data import storage, stored
 from dreamllm_jax.data.corpora.compose import compose
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import to_png
 from dreamllm_jax.data.pipeline import DataConfig, make_loader
 from dreamllm_jax.data.tokenizer import FOLDER, train_tokenizer
-from dreamllm_jax.data.tokens import RowShape
 from dreamllm_jax.directories import building
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.objectives import ObjectiveConfig, draw, joint_loss

@@ -13,6 +13,7 @@ import time
 from absl.flags import argparse_flags
 
 from dreamllm_jax import command_line
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import sheet, storage, stored
 from dreamllm_jax.data.corpora.conversations import Llava
 from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
@@ -23,7 +24,7 @@ from dreamllm_jax.data.corpora.records import Format
 from dreamllm_jax.data.corpora.tfds_sets import Tfds
 from dreamllm_jax.data.importing import Options, import_corpus
 from dreamllm_jax.data.preparation import prepare
-from dreamllm_jax.data.tokens import MODES, RowShape
+from dreamllm_jax.data.tokens import MODES
 
 FORMATS: dict[str, type[Format]] = {
     "webdataset": WebDataset,

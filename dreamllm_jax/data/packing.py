@@ -9,7 +9,8 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
-from dreamllm_jax.data.tokens import Encoded, RowShape
+from dreamllm_jax.batch import RowShape
+from dreamllm_jax.data.tokens import Encoded
 
 MISSES = 1000  # records in a row that may be left out
 

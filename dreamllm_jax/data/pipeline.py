@@ -14,13 +14,13 @@ from typing import Any
 
 from etils import epath
 
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import Batch, RowShape, empty_batch
 from dreamllm_jax.data import storage, stored, tokenizer
 from dreamllm_jax.data.document import Document
 from dreamllm_jax.data.mixture import CorpusConfig, Mixture, require_alike
 from dreamllm_jax.data.packing import Item, NothingFits, RowStream
-from dreamllm_jax.data.rows import Counts, Pixels, empty_batch, fill_row
-from dreamllm_jax.data.tokens import Encoded, Mode, RowShape, encode_document
+from dreamllm_jax.data.rows import Counts, Pixels, fill_row
+from dreamllm_jax.data.tokens import Encoded, Mode, encode_document
 
 __all__ = ["CorpusConfig", "DataConfig", "Loader", "RowShape", "data_tokenizer", "encode_batch", "make_loader"]
 

@@ -9,14 +9,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import Batch, RowShape
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.packing import Item
-from dreamllm_jax.data.tokens import RowShape
 
 Counts = collections.Counter[tuple[str, str]]  # by corpus and what is counted
 
@@ -57,29 +55,6 @@ class Pixels:
                 (_, old, *_), gone = self._kept.popitem(last=False)
                 self._used -= gone.nbytes + len(old)
         return pixels
-
-
-def empty_batch(count: int, shape: RowShape, pad: int) -> Batch:
-    """A batch of `count` rows in which nothing is filled."""
-
-    def room(slots: int, *stored: int) -> np.ndarray:
-        return np.zeros((count, slots, *stored), jnp.dtype(shape.stored_dtype))
-
-    def pixels(slots: int, size: int) -> np.ndarray:
-        return np.zeros((count, slots, size, size, 3), np.uint8)
-
-    return Batch(
-        tokens=np.full((count, shape.length), pad, np.int32),
-        segment_ids=np.zeros((count, shape.length), np.int32),
-        positions=np.zeros((count, shape.length), np.int32),
-        loss_weights=np.zeros((count, shape.length), np.float32),
-        see_images=None if shape.see_features else pixels(shape.see_slots, shape.see_size),
-        see_slots=np.full((count, shape.see_slots), -1, np.int32),
-        dream_images=None if shape.dream_moments else pixels(shape.dream_slots, shape.dream_size),
-        dream_slots=np.full((count, shape.dream_slots), -1, np.int32),
-        see_features=room(shape.see_slots, *shape.see_features) if shape.see_features else None,
-        dream_moments=room(shape.dream_slots, *shape.dream_moments) if shape.dream_moments else None,
-    )
 
 
 def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, strict: bool = False) -> Counts:

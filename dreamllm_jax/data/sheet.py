@@ -6,11 +6,12 @@ import io
 import os
 from pathlib import Path
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import images, storage
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.pipeline import DataConfig, data_tokenizer
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import Encoded, Mode, RowShape, encode_document
+from dreamllm_jax.data.tokens import Encoded, Mode, encode_document
 
 _STYLE = """
 body { font: 15px/1.7 sans-serif; max-width: 70em; margin: 2em auto; }

@@ -22,6 +22,7 @@ from typing import Literal
 
 import numpy as np
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 
@@ -61,43 +62,6 @@ TEMPLATES = {
     # Llama 2 (Touvron et al. 2023), as its reference code writes dialogues.
     "llama_2": Template("", "[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[INST] ", " [/INST]", " ", True),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape:
-    """The static shape of a row.
-
-    Attributes:
-      length: tokens in a row (L).
-      see_slots: room for images to read (K).
-      dream_slots: room for images to paint (D).
-      num_patches: tokens of an image that is read (P).
-      num_queries: tokens of an image that is painted (Q).
-      see_size: pixels on a side of an image that is read.
-      dream_size: pixels on a side of an image that is painted.
-      see_features: shape of the stored features that stand for an image to read; empty where its pixels do.
-      dream_moments: shape of the stored moments that stand for an image to paint; empty where its pixels do.
-      stored_dtype: the type of both.
-    """
-
-    length: int
-    see_slots: int
-    dream_slots: int
-    num_patches: int
-    num_queries: int
-    see_size: int
-    dream_size: int
-    see_features: tuple[int, ...] = ()
-    dream_moments: tuple[int, ...] = ()
-    stored_dtype: str = "bfloat16"
-
-    def __post_init__(self):
-        least = {"length": 1, "see_slots": 0, "dream_slots": 0}
-        least |= {"num_patches": 1, "see_size": 1} if self.see_slots else {}
-        least |= {"num_queries": 1, "dream_size": 1} if self.dream_slots else {}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} of a row must be at least {value}, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,12 +90,13 @@ def make_steps(schedule: ScheduleConfig, config: SamplerConfig) -> tuple[Steps, 
       ValueError: more steps than the schedule has timesteps, or steps beyond the last.
     """
     total = schedule.num_train_timesteps
-    most = total - (config.name == "dpmpp_2m")
+    makers = {"ddpm": _ddpm, "ddim": _ddim, "dpmpp_2m": _dpmpp_2m, "euler": _euler, "euler_ancestral": _euler}
+    make = makers[config.name]
+    most = total - (make is _dpmpp_2m)
     if config.steps > most:
         raise ValueError(f"the number of sampling steps must lie in 1 ... {most}, got {config.steps}")
     alphas = alphas_cumprod(schedule).astype(np.float64)
-    make = {"ddpm": _ddpm, "ddim": _ddim, "dpmpp_2m": _dpmpp_2m, "euler": _euler, "euler_ancestral": _euler}
-    steps, start = make[config.name](alphas, schedule.prediction_type, config)
+    steps, start = make(alphas, schedule.prediction_type, config)
     if steps[0].max() > total - 1:
         raise ValueError(f"steps_offset={config.steps_offset} leads beyond the {total} timesteps: lower it")
     return Steps(*(np.asarray(column, np.float32) for column in steps)), start

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.corpora import compose
-from dreamllm_jax.data.tokens import VICUNA_SYSTEM, RowShape
+from dreamllm_jax.data.tokens import VICUNA_SYSTEM
 from dreamllm_jax.directories import building
 
 COLOURS = {

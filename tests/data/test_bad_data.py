@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import storage
 from dreamllm_jax.data.document import Document, Image, Text, to_record
 from dreamllm_jax.data.mixture import CorpusConfig
-from dreamllm_jax.data.tokens import RowShape
 from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress, read_metrics
 from tests.data.conftest import assert_sound, png

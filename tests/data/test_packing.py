@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
+from dreamllm_jax.batch import empty_batch
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import ImageError, to_png
 from dreamllm_jax.data.packing import Item, RowStream
 from dreamllm_jax.data.pipeline import encode_batch
-from dreamllm_jax.data.rows import Pixels, empty_batch, fill_row
+from dreamllm_jax.data.rows import Pixels, fill_row
 from dreamllm_jax.data.tokens import encode_document
 from tests.data.conftest import COLOURS, PAIRS, assert_sound, png
 

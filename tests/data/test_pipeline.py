@@ -303,7 +303,8 @@ def test_accepted_changes_of_the_data_go_on_with_documents_not_read_yet(dataset,
 def test_tensorflow_is_not_imported(dataset):
     program = f"""
 import sys
-from dreamllm_jax.data.pipeline import DataConfig, RowShape, data_tokenizer, make_loader
+from dreamllm_jax.batch import RowShape
+from dreamllm_jax.data.pipeline import DataConfig, data_tokenizer, make_loader
 from dreamllm_jax.data import preparation
 config = DataConfig(path={str(dataset)!r})
 next(make_loader(config, RowShape(128, 4, 3, 4, 3, 8, 16), data_tokenizer(config), rows_per_step=2, seed=0))

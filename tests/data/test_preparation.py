@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import images, preparation, storage
 from dreamllm_jax.data.corpora import compose, folder, openmoji, photographs
-from dreamllm_jax.data.pipeline import DataConfig, RowShape, data_tokenizer, make_loader
+from dreamllm_jax.data.pipeline import DataConfig, data_tokenizer, make_loader
 from tests.data.conftest import PAIRS, assert_sound
 
 SHAPE = RowShape(length=160, see_slots=4, dream_slots=4, num_patches=4, num_queries=4, see_size=16, dream_size=16)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax import convert, runs
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import RowShape, empty_batch
 from dreamllm_jax.data.tokenizer import load_tokenizer
 from dreamllm_jax.generation import text
 from dreamllm_jax.interop.gguf import open_gguf
@@ -158,17 +158,8 @@ def test_a_real_model_knows_the_capital_of_france(smollm2, tmp_path):
     assert tokenizer.decode(tokenizer.encode_text("It's 1234 ¥, naïve 🙂!")) == "It's 1234 ¥, naïve 🙂!"
     assert len(tokenizer.encode_text("1234")) == 4  # its digits stand alone
     ids = tokenizer.encode_text("The capital of France is")
-    none = np.zeros((1, 0), np.int32)
-    prompt = Batch(
-        tokens=np.array([ids], np.int32),
-        segment_ids=np.ones((1, len(ids)), np.int32),
-        positions=np.arange(len(ids))[None],
-        loss_weights=np.zeros((1, len(ids)), np.float32),
-        see_images=np.zeros((1, 0, 16, 16, 3), np.uint8),
-        see_slots=none,
-        dream_images=np.zeros((1, 0, 16, 16, 3), np.uint8),
-        dream_slots=none,
-    )
+    prompt = empty_batch(1, RowShape(len(ids)))
+    prompt.tokens[0], prompt.segment_ids[0], prompt.positions[0] = ids, 1, np.arange(len(ids))
     reading = text.read_prompts(model, params, prompt, cache_length=32)
     written, count, _ = text.write(model, params, reading, max_tokens=4, stop=(tokenizer.special.eos,))
     assert tokenizer.decode(np.asarray(written)[0, : int(jnp.squeeze(count))]).startswith(" Paris")
