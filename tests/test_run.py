@@ -137,7 +137,7 @@ def test_the_model_loads_and_generates(finished):
     page = report.write_report(workdir).read_text()
     assert page.count("<img") == 2 * PAIRS + 2 and all(caption in page for caption in result.captions)
     written = json.loads((workdir / "evaluation" / "recall.json").read_text())
-    assert written["pairs"] == PAIRS and written["creation_top1"] == result.creation_top1
+    assert written["pairs"] == PAIRS and written["creation_top1"] == np.mean(result.right["creation_top1"])
 
 
 def test_the_command_line_generates(finished, tmp_path, monkeypatch, capsys):
@@ -168,7 +168,7 @@ def test_the_command_line_generates(finished, tmp_path, monkeypatch, capsys):
     first, second, third = (load_document(tmp_path / f"document{count}" / "0000") for count in (6, 7, 8))
     assert second[: len(first) + 1] == [*first, Text("a dog")] and third[: len(second)] == second
     monkeypatch.setattr("sys.stdin", io.StringIO("a cat\n\na dog\n"))
-    assert generate.read_prompts([], "-", []) == [[Text("a cat")], [Text("a dog")]]
+    assert generate.load_prompts([], "-", []) == [[Text("a cat")], [Text("a dog")]]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_the_command_line_generates(finished, tmp_path, monkeypatch, capsys):
 )
 def test_prompts_that_cannot_be_read(words, file, pictures, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        generate.read_prompts(words, file, pictures)
+        generate.load_prompts(words, file, pictures)
 
 
 @pytest.mark.parametrize(
