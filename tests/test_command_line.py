@@ -22,10 +22,6 @@ pytestmark = pytest.mark.slow
             ["train", "--config=configs/tiny.py", "--workdir={tmp}", "--config.data.path={tmp}/nothing"],
             "{tmp}/nothing",
         ),
-        (
-            ["train", "--config=configs/tiny.py", "--workdir={tmp}/run", "--config.stepz=3"],
-            "config.stepz is not a setting; did you mean config.steps?",
-        ),
         (  # a setting that the file leaves out
             ["train", "--config=configs/tiny.py", "--workdir={tmp}/run", "--config.timeout=-1"],
             "timeout must not be negative, got -1",
