@@ -8,7 +8,6 @@ weights once, and the time the U-Net's multiplications take at the speed of a la
 """
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable
 
@@ -65,35 +64,6 @@ def prompts(config: DreamLLMConfig, rows: int) -> Batch:
     ones = np.ones((rows, PROMPT), np.int32)
     positions = np.cumsum(ones, axis=1, dtype=np.int32) - 1
     return empty_batch(rows, RowShape(PROMPT)).replace(tokens=tokens, segment_ids=ones, positions=positions)
-
-
-def torch_llama(config: DreamLLMConfig):
-    import torch
-    import transformers
-
-    fields = {field.name for field in dataclasses.fields(config.llama)} - {"rope_theta", "rope_scaling"}
-    settings = {name: getattr(config.llama, name) for name in fields}
-    with torch.device(torch_device()):
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**settings, attn_implementation="sdpa", dtype=getattr(torch, config.dtype))
-        )
-    return model.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
-
-
-def torch_unet(config: DreamLLMConfig):
-    import diffusers
-    import torch
-
-    fields = {field.name for field in dataclasses.fields(config.unet)}
-    with torch.device(torch_device()):
-        model = diffusers.UNet2DConditionModel(**{name: getattr(config.unet, name) for name in fields})
-    return model.to(getattr(torch, config.dtype)).eval().requires_grad_(False)
-
-
-def torch_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
@@ -161,20 +131,26 @@ def main() -> None:
     print(line)
 
 
+def torch_llama(config: DreamLLMConfig):
+    import torch
+
+    from benchmarks import torch_models
+
+    return torch_models.llama(config.llama).to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+
+
 def torch_seconds(model, batch: Batch, repeats: int) -> float:
     """Seconds a token of greedy `generate`."""
     import torch
 
-    device = torch_device()
-    ids = torch.tensor(batch.tokens, device=device).long()
-    ones = torch.ones_like(ids)
+    from benchmarks.torch_models import DEVICE, wait
+
+    ids = torch.tensor(batch.tokens, device=DEVICE).long()
+    settings = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
 
     def run(new: int) -> None:
-        model.generate(
-            ids, attention_mask=ones, do_sample=False, min_new_tokens=new, max_new_tokens=new, pad_token_id=0
-        )
-        if device == "cuda":
-            torch.cuda.synchronize()
+        model.generate(ids, min_new_tokens=new, max_new_tokens=new, **settings)
+        wait()
 
     with torch.inference_mode():
         return (seconds(lambda: run(NEW), repeats) - seconds(lambda: run(1), repeats)) / (NEW - 1)
@@ -184,20 +160,21 @@ def torch_picture(config: DreamLLMConfig, steps: int, repeats: int) -> float:
     import diffusers
     import torch
 
-    device = torch_device()
-    unet = torch_unet(config)
+    from benchmarks import torch_models
+
+    unet = torch_models.unet(config.unet).to(getattr(torch, config.dtype)).eval().requires_grad_(False)
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
     height, width, channels = config.latent_shape(config.unet.sample_size * config.vae.downscale)
-    condition = torch.ones(2, config.num_queries, config.unet.cross_attention_dim, device=device, dtype=unet.dtype)
+    placed = {"device": unet.device, "dtype": unet.dtype}
+    condition = torch.ones(2, config.num_queries, config.unet.cross_attention_dim, **placed)
 
     def run() -> None:
         scheduler.set_timesteps(steps)
-        x = torch.randn(1, channels, height, width, device=device, dtype=unet.dtype)
+        x = torch.randn(1, channels, height, width, **placed)
         for timestep in scheduler.timesteps:
             null, conditioned = unet(torch.cat([x, x]), timestep, condition).sample.chunk(2)
             x = scheduler.step(null + 3.5 * (conditioned - null), timestep, x).prev_sample
-        if device == "cuda":
-            torch.cuda.synchronize()
+        torch_models.wait()
 
     with torch.inference_mode():
         return seconds(run, repeats)

@@ -3,13 +3,11 @@
 python -m benchmarks.joint_step --size=1b --rows=4
 """
 
-import json
 import time
 
 import jax
 
-from benchmarks.shapes import experiment, parser, peak_flops, random_batch
-from dreamllm_jax.flops import model_flops
+from benchmarks.shapes import experiment, parser, random_batch, report
 from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.optimizer import make_optimizer
 from dreamllm_jax.training.state import abstract_state, init_leaves, state_from_leaves
@@ -39,27 +37,15 @@ def main() -> None:
             state, metrics = compiled(state, batch, jax.random.key(1))
         jax.block_until_ready((state, metrics))
     seconds = (time.monotonic() - began) / arguments.steps
-    device, flops = jax.devices()[0], model_flops(settings)
-    peak = peak_flops(device.device_kind)
-    stats = device.memory_stats() or {}
-    print(
-        json.dumps(
-            {
-                "program": "dreamllm_jax",
-                "device": f"{jax.device_count()} x {device.device_kind}",
-                "jax": jax.__version__,
-                **vars(arguments),
-                "loss": float(metrics["loss"]),
-                "step_seconds": seconds,
-                "tokens_per_second": arguments.rows * settings.rows.length / seconds,
-                "images_per_second": arguments.rows * (arguments.see + arguments.dream) / seconds,
-                "model_tflops_per_second": flops / seconds / 1e12,
-                "mfu": flops / seconds / (jax.device_count() * peak) if peak else None,
-                "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
-                "compile_seconds": compile_seconds,
-            }
-        )
-    )
+    device = jax.devices()[0]
+    measured = {
+        "program": "dreamllm_jax",
+        "jax": jax.__version__,
+        "loss": float(metrics["loss"]),
+        "peak_gib": (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
+        "compile_seconds": compile_seconds,
+    }
+    report(arguments, settings, device.device_kind, jax.device_count(), seconds, **measured)
 
 
 if __name__ == "__main__":

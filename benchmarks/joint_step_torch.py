@@ -5,16 +5,15 @@
 Each row holds one document, so that its attention is plainly causal: PyTorch's fastest case.
 """
 
-import contextlib
-import json
 import time
 
 import diffusers
 import torch
 import transformers
 
-from benchmarks.shapes import experiment, parser, peak_flops, random_batch
-from dreamllm_jax.flops import model_flops
+from benchmarks import torch_models
+from benchmarks.shapes import experiment, parser, random_batch, report
+from benchmarks.torch_models import DEVICE, wait
 from dreamllm_jax.models.clip import MEAN, STD
 
 
@@ -25,18 +24,8 @@ class JointStep(torch.nn.Module):
         super().__init__()
         model, self.rows = settings.model, settings.rows
         llama, clip, unet, vae = model.llama, model.clip, model.unet, model.vae
-        self.llama = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=llama.vocab_size,
-                hidden_size=llama.hidden_size,
-                intermediate_size=llama.intermediate_size,
-                num_hidden_layers=llama.num_hidden_layers,
-                num_attention_heads=llama.num_attention_heads,
-                max_position_embeddings=llama.max_position_embeddings,
-                attn_implementation="sdpa",
-                use_cache=False,
-            )
-        )
+        self.llama = torch_models.llama(llama)
+        self.llama.config.use_cache = False
         self.llama.gradient_checkpointing_enable()
         self.visual_projector = torch.nn.Linear(clip.hidden_size, llama.hidden_size)
         self.condition_projector = torch.nn.Linear(llama.hidden_size, unet.cross_attention_dim, bias=False)
@@ -53,15 +42,7 @@ class JointStep(torch.nn.Module):
                 attn_implementation="sdpa",
             )
         )
-        frozen["unet"] = diffusers.UNet2DConditionModel(
-            sample_size=self.rows.dream_size // vae.downscale,
-            block_out_channels=unet.block_out_channels,
-            down_block_types=unet.down_block_types,
-            up_block_types=unet.up_block_types,
-            cross_attention_dim=unet.cross_attention_dim,
-            attention_head_dim=unet.attention_head_dim,
-            use_linear_projection=unet.use_linear_projection,
-        )
+        frozen["unet"] = torch_models.unet(unet)
         frozen["vae"] = diffusers.AutoencoderKL(
             block_out_channels=vae.block_out_channels,
             down_block_types=vae.down_block_types,
@@ -123,16 +104,15 @@ def main() -> None:
     arguments = flags.parse_args()
     settings = experiment(arguments)
     batch = random_batch(settings)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    with torch.device(device):
-        model = JointStep(settings, batch).to(device)
+    with torch.device(DEVICE):
+        model = JointStep(settings, batch).to(DEVICE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=DEVICE == "cuda")
     forward = model if arguments.no_compile else torch.compile(model)
     inputs = [
-        torch.as_tensor(x).to(device)
+        torch.as_tensor(x).to(DEVICE)
         for x in (
             batch.tokens.astype("int64"),
             batch.loss_weights,
@@ -140,10 +120,9 @@ def main() -> None:
             batch.dream_images.reshape(-1, *batch.dream_images.shape[2:]),
         )
     ]
-    wait = torch.cuda.synchronize if device == "cuda" else contextlib.nullcontext
 
     def step():
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss = forward(*inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -160,26 +139,15 @@ def main() -> None:
         loss = step()
     wait()
     seconds = (time.monotonic() - began) / arguments.steps
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    flops, peak = model_flops(settings), peak_flops(name)
-    print(
-        json.dumps(
-            {
-                "program": "torch",
-                "device": name,
-                "torch": torch.__version__,
-                **vars(arguments),
-                "loss": loss.item(),
-                "step_seconds": seconds,
-                "tokens_per_second": arguments.rows * settings.rows.length / seconds,
-                "images_per_second": arguments.rows * (arguments.see + arguments.dream) / seconds,
-                "model_tflops_per_second": flops / seconds / 1e12,
-                "mfu": flops / seconds / peak if peak else None,
-                "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0,
-                "compile_seconds": compile_seconds,
-            }
-        )
-    )
+    cuda = DEVICE == "cuda"
+    measured = {
+        "program": "torch",
+        "torch": torch.__version__,
+        "loss": loss.item(),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0,
+        "compile_seconds": compile_seconds,
+    }
+    report(arguments, settings, torch.cuda.get_device_name() if cuda else "cpu", 1, seconds, **measured)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What both sides of a benchmark agree on: the experiment and a synthetic batch."""
 
 import argparse
+import json
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from dreamllm_jax import published
 from dreamllm_jax.batch import Batch, empty_batch
 from dreamllm_jax.chips import CHIPS
 from dreamllm_jax.experiment import Experiment, read_experiment
+from dreamllm_jax.flops import model_flops
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -33,6 +35,29 @@ def peak_flops(device_kind: str) -> float | None:
         if device_kind in chip.device_kinds:
             return chip.peak_flops
     return next((peak for name, peak in _GPUS.items() if device_kind.startswith(name)), None)
+
+
+def report(
+    arguments: argparse.Namespace, experiment: Experiment, kind: str, devices: int, step_seconds: float, **measured
+) -> None:
+    """Prints a line of JSON.
+
+    Args:
+      kind: of the devices, of which there are so many.
+      measured: what else was.
+    """
+    flops, peak = model_flops(experiment), peak_flops(kind)
+    told = {
+        **vars(arguments),
+        **measured,
+        "device": f"{devices} x {kind}",
+        "step_seconds": step_seconds,
+        "tokens_per_second": arguments.rows * experiment.rows.length / step_seconds,
+        "images_per_second": arguments.rows * (arguments.see + arguments.dream) / step_seconds,
+        "model_tflops_per_second": flops / step_seconds / 1e12,
+        "mfu": flops / step_seconds / (devices * peak) if peak else None,
+    }
+    print(json.dumps(told))
 
 
 _TINY_LLAMA = {

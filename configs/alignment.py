@@ -8,6 +8,7 @@ The argument is the model to begin with, as `convert import` writes it. The pict
 
 from ml_collections import ConfigDict
 
+from dreamllm_jax import published
 from dreamllm_jax.training import saved
 
 
@@ -15,21 +16,10 @@ def get_config(arg: str = "") -> ConfigDict:
     if not arg:
         raise ValueError("name the model to begin with: --config=configs/alignment.py:DIR")
     model = saved.find(arg).config
-    picture = (model.unet.sample_size or 64) * model.vae.downscale
-    config = ConfigDict()
-    config.seed = 0
+    config = published.alignment()
     config.steps = 1000
-    config.log_every = 10
-
     config.model = {"dtype": "bfloat16"}  # the rest as the checkpoint says
-    config.parameters = {
-        "init_from": arg,
-        "trainable": (
-            ("(visual_projector|queries|condition_projector)/.*", True),
-            (".*", False),
-        ),
-    }
-
+    config.parameters.init_from = arg
     config.data = {
         "path": "openmoji",
         "corpora": {
@@ -38,9 +28,12 @@ def get_config(arg: str = "") -> ConfigDict:
         },
     }
     document = model.clip.num_patches + model.num_queries + 32
-    config.rows = {"per_step": 8, "length": 4 * document, "see_slots": 4, "dream_slots": 4, "dream_size": picture}
-
-    config.objective = {"lm_weight": 1.0, "dm_weight": 10.0, "drop_prob": 0.1}
-    config.optimizer = {"learning_rate": 2e-3, "warmup_ratio": 0.003}
-    config.checkpoint = {"every": 500, "keep": 2}
+    config.rows = {
+        "per_step": 8,
+        "length": min(4 * document, model.llama.max_position_embeddings),
+        "see_slots": 4,
+        "dream_slots": 4,
+        "dream_size": (model.unet.sample_size or 64) * model.vae.downscale,
+    }
+    config.checkpoint.keep = 2
     return config

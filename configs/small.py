@@ -15,23 +15,13 @@ something; the denoising loss, noisy from step to step, falls slowly throughout 
 condition.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from dreamllm_jax import published
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments(published.Tuning):
-    """What may follow the file's name."""
-
-    llm: published.Llm = "tinyllama"
-    lora: int = 16
-
-
 def get_config(arg: str = "") -> ConfigDict:
-    config = published.tuning(arg, Arguments)
+    config = published.tuning(arg, llm="tinyllama", lora=16)
     config.steps = 10_000
     config.data = {
         "path": "",

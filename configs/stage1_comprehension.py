@@ -5,7 +5,7 @@ pictures; everything else stays frozen. No UNet is run.
     python -m dreamllm_jax.train --config=configs/stage1_comprehension.py:7b --workdir=gs://… \
         --config.parameters.init_from=IMPORTED_MODEL --config.data.path=DOCUMENTS
 
-Argument: `published.Recipe`, as in `llm=13b`; 7b alone will do.
+Argument (`published.ALIGNMENT_ARGUMENTS`): `llm=13b`; 7b alone will do.
 
 Slice: v5e-8 (9.1 of 15.8 GiB a chip). Planned at normal effort: 5.07 s a step, 733 chip-hours for 29 million pictures;
 the compiler's estimate, which a chip will not reach. 13b: 10,177 TFLOP a step to 7b's 5,356, so 1,390 chip-hours at

@@ -8,7 +8,7 @@ pictures, read and painted in one run; the llama, CLIP and Stable Diffusion stay
 The original learns to read and to paint in separate runs (`stage1_comprehension`, `stage1_creation`). The parameters
 that those learn are disjoint and the images are spread over all chips, so one run does both.
 
-Argument: `published.Recipe`, as in `llm=13b,diffusion=sd15,queries=128`; 7b alone will do.
+Argument (`published.ALIGNMENT_ARGUMENTS`): `llm=13b,diffusion=sd15,queries=128`; 7b alone will do.
 
 Slice: v5e-8 (12.5 of 15.8 GiB a chip, planned at low effort). 6,207 TFLOP a step: 5.9 s at the rate that is planned for
 `stage1_comprehension`, so some 520 chip-hours for 13 million pictures painted and as many read. An estimate, like that.

@@ -5,7 +5,7 @@ conversations and instructed stories.
     python -m dreamllm_jax.train --config=configs/stage3_sft.py:7b --workdir=gs://… \
         --config.parameters.init_from=RUN_OF_STAGE_II --config.data.path=DOCUMENTS
 
-Argument: `published.Tuning`, as in `llm=vicuna15-13b,lora=64`; 7b alone will do.
+Argument (`published.TUNING_ARGUMENTS`): `llm=vicuna15-13b,lora=64`; 7b alone will do.
 
 Slice: v5p-16; its step is stage II's, so 33 chip-hours for 5,000 steps by the same estimate. 13b: some 60, on
 v5p-32, with stage II's memory.

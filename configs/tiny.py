@@ -9,24 +9,15 @@ Every part has its real shape, only smaller. As there are no pretrained towers o
 parameter-free autoencoder in pixel space stands in for Stable Diffusion's.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
-from dreamllm_jax.arguments import parse
+from dreamllm_jax import recipes
 
 PICTURE = 32  # pixels on a side
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What may follow the file's name."""
-
-    queries: int = 8
-
-
 def get_config(arg: str = "") -> ConfigDict:
-    given = parse(Arguments, arg)
+    given = recipes.parse(arg, queries=8)
     config = ConfigDict()
     config.seed = 0
     config.steps = 1000

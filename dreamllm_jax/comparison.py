@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,15 +11,13 @@ import numpy as np
 from etils import epath
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from dreamllm_jax.configuration import flat
 from dreamllm_jax.directories import absolute
-from dreamllm_jax.pages import STYLE, figure_image
+from dreamllm_jax.pages import CURVES, curves, page
 from dreamllm_jax.training.metrics import read_metrics
 from dreamllm_jax.training.saved import CONFIG_FILE
 
-CURVES = {"loss": "loss", "lm_loss": "next-token loss (nats)", "dm_loss": "denoising loss"}
 LAST = 0.1  # share of the steps over which final metrics are averaged
 _MEANS = (*CURVES, "grad_norm", "seconds_per_step")
 _RECALL = ("creation_top1", "comprehension_exact")
@@ -115,14 +112,12 @@ def write_comparison(directories: Sequence[epath.PathLike], to: epath.PathLike) 
     """
     to, compared = absolute(to), compare(directories)
     to.mkdir(parents=True, exist_ok=True)
-    buffer = io.StringIO()
-    rows = csv.writer(buffer, lineterminator="\n")
     header, lines = _rows(compared)
-    rows.writerows([header, *lines])
-    (to / "comparison.csv").write_text(buffer.getvalue())
-    page = to / "comparison.html"
-    page.write_text(_page(compared, to.name))
-    return page
+    with (to / "comparison.csv").open("w") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *lines])
+    path = to / "comparison.html"
+    path.write_text(page(f"{to.name}: {len(lines)} runs", _body(compared)))
+    return path
 
 
 def _rows(compared: Comparison) -> tuple[list[str], list[list[Value]]]:
@@ -135,7 +130,7 @@ def _rows(compared: Comparison) -> tuple[list[str], list[list[Value]]]:
     return ["run", *settings, *results], lines
 
 
-def _page(compared: Comparison, title: str) -> str:
+def _body(compared: Comparison) -> str:
     colours = dict(zip(compared.metrics, _colours(len(compared.metrics)), strict=True))
     header, lines = _rows(compared)
     heads = "".join(f'<th title="{html.escape(name)}">{_breakable(name)}</th>' for name in header)
@@ -145,11 +140,9 @@ def _page(compared: Comparison, title: str) -> str:
         cells = "".join(f"<td>{html.escape(_shown(value))}</td>" for value in values)
         body += f"<tr><th>{dot}{html.escape(name)}</th>{cells}</tr>"
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style><h1>{html.escape(title)}: {len(lines)} runs</h1>"
         f"<p>Settings that differ, and means over the last {LAST:.0%} of the steps. Curves have their run's colour.</p>"
         f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"<h2>Curves</h2>{_curves(compared.metrics, colours)}</html>"
+        f"<h2>Curves</h2>{curves(compared.metrics, colours)}"
     )
 
 
@@ -166,24 +159,3 @@ def _colours(count: int) -> list[str]:
     if count <= 10:
         return [to_hex(colormaps["tab10"](i)) for i in range(count)]
     return [to_hex(colormaps["turbo"](0.05 + 0.9 * i / (count - 1))) for i in range(count)]
-
-
-def _curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, str]) -> str:
-    """The losses that any run has learnt, running means over a fiftieth of the steps."""
-    chosen = [name for name in CURVES if any(line.get(name) for lines in metrics.values() for line in lines)]
-    figure = Figure(figsize=(9.5, 3.4 * len(chosen)), layout="constrained")
-    for axes, name in zip(np.atleast_1d(figure.subplots(len(chosen), 1)), chosen, strict=True):
-        for run, lines in metrics.items():
-            points = [(line["step"], line[name]) for line in lines if line.get(name)]
-            if not points:
-                continue
-            steps, values = map(np.asarray, zip(*points, strict=True))
-            window = max(1, len(values) // 50)
-            mean = np.convolve(values, np.ones(window) / window, mode="valid")
-            axes.plot(steps[window - 1 :], mean, color=colours[run], linewidth=1.5)
-        axes.set(title=CURVES[name], xlabel="step", yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter("{x:.3g}")
-        axes.grid(alpha=0.3, which="both")
-    return figure_image(figure, "loss curves")

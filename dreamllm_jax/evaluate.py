@@ -44,11 +44,10 @@ def recall_pairs(arguments: argparse.Namespace) -> None:
     result = recall.recall(trained, pairs, **sampling)
     recall.save(result, target)
     name = arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
-    scores.write(recall.score(result, scores.checkpoint_of(name), sampling), target)
-    print(f"creation: {result.creation_top1:.1%} of {len(pairs)} captions are painted nearest to their own picture")
-    print(
-        f"comprehension: {result.comprehension_exact:.1%} of {len(pairs)} pictures are put into exactly their caption"
-    )
+    found, errors = scores.summary(result.right)
+    scores.write(scores.Score("recall", scores.checkpoint_of(name), len(pairs), found, errors, sampling), target)
+    print(f"creation: {found['creation_top1']:.1%} of {len(pairs)} captions are painted nearest to their own picture")
+    print(f"comprehension: {found['comprehension_exact']:.1%} of {len(pairs)} pictures read as exactly their caption")
 
     opening = [Text(f"{result.captions[0]}.")]
     told = generate_documents(
@@ -122,7 +121,7 @@ def create(arguments: argparse.Namespace) -> None:
     checkpoint, mesh, devices = _start(arguments)
     model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
     painting = creation.Painting(
-        require_size(model, arguments.size or model.config.unet.sample_size * model.config.vae.downscale)[0],
+        require_size(model, arguments.size)[0],
         SamplerConfig(arguments.sampler, arguments.steps),
         arguments.guidance,
         arguments.each,

@@ -9,9 +9,9 @@ python -m dreamllm_jax.generate serve --checkpoint=DIR
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 from absl.flags import argparse_flags
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dreamllm_jax import command_line, runs
 from dreamllm_jax.command_line import positive
 from dreamllm_jax.data.document import Image, Segment, Text
+from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.generation.documents import generate_documents, load_document, png, save_document
@@ -32,13 +33,18 @@ from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
 
 HERE = "<image>"
+Loaded = tuple[DreamLLM, dict, Tokenizer]
+Prompts = Sequence[Sequence[Segment]]
+Made = list[list[Segment]]  # what follows each prompt
 
 
 def main(arguments: argparse.Namespace) -> None:
     begun = _begun(arguments)
     words = arguments.prompt or ([""] if begun and not arguments.prompts else [])  # nothing more need be said
-    prompts = [[*begun, *prompt] for prompt in read_prompts(words, arguments.prompts, arguments.image)]
-    sampling_of = _sampling(arguments)
+    prompts = [[*begun, *prompt] for prompt in load_prompts(words, arguments.prompts, arguments.image)]
+    prompts = [prompt for prompt in prompts for _ in range(getattr(arguments, "images", 1))]
+    if arguments.command != "image":
+        _sampling(arguments, [0])  # which settings it refuses is told at once
     devices, wanted = ShardingConfig(fsdp=arguments.fsdp, tensor=arguments.tensor), arguments.fsdp * arguments.tensor
     if wanted > jax.device_count():
         raise ValueError(
@@ -46,56 +52,50 @@ def main(arguments: argparse.Namespace) -> None:
             f"{jax.device_count()}"
         )
     mesh = make_mesh(devices, jax.devices()[:wanted])
-    model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
-    apart = ("main", "continue", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
+    loaded = runs.load_model(arguments.checkpoint, mesh, devices)
+    apart = ("main", "make", "continue", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
-    painting = {}
-    if arguments.command != "text":
-        painting = {
-            "size": _painted_size(model, arguments),
-            "sampler": samplers.SamplerConfig(
-                arguments.sampler,
-                arguments.steps,
-                arguments.timestep_spacing,
-                use_karras_sigmas=arguments.use_karras_sigmas,
-                eta=arguments.eta,
-            ),
-            "guidance": arguments.guidance,
-            "rescale": arguments.rescale,
-        }
-    repeated = [prompt for prompt in prompts for _ in range(getattr(arguments, "images", 1))]
-    numbered = [(prompt, arguments.seed + number) for number, prompt in enumerate(repeated)]
     with (
         use(mesh, devices),
         Results(arguments.to, settings) as results,
-        tqdm(total=len(numbered), unit=arguments.command) as progress,
+        tqdm(total=len(prompts), unit=arguments.command) as progress,
     ):
-        for some in _batches(numbered, arguments.batch):
-            given, seeds = [prompt for prompt, _ in some], [seed for _, seed in some]
-            sampling = sampling_of(seeds) if sampling_of else None
-            common = model, params, tokenizer, given
-            if arguments.command == "text":
-                made = [[Text(text)] for text in generate_texts(*common, sampling=sampling, **_writing(arguments))]
-            elif arguments.command == "image":
-                negative = [Text(arguments.negative)] if arguments.negative else []
-                pixels = generate_images(*common, seeds=seeds, negative=negative, **painting)
-                made = [[Painted(png(picture))] for picture in pixels]
-            else:
-                made = [[] for _ in given]
-                budget = {"max_tokens": arguments.max_tokens, "max_images": arguments.max_images}
-                options = budget | painting | {"seeds": seeds, "sampling": sampling, "template": arguments.template}
-                for event in generate_documents(*common, **options):
-                    if event.complete:
-                        made[event.row].append(event.segment)
-                        progress.set_postfix(images=sum(isinstance(s, Painted) for document in made for s in document))
-            for (prompt, seed), result in zip(some, made, strict=True):
+        for start in range(0, len(prompts), arguments.batch):
+            given = prompts[start : start + arguments.batch]
+            seeds = range(arguments.seed + start, arguments.seed + start + len(given))
+            made = arguments.make(arguments, loaded, given, seeds)
+            for prompt, seed, result in zip(given, seeds, made, strict=True):
                 name = results.add(prompt, result, seed)
                 if arguments.command == "document":
                     save_document([*prompt, *result], Path(arguments.to) / name)
-                if arguments.command == "text":
-                    progress.write(result[0].text)
                 progress.update()
     print(Path(arguments.to) / INDEX)
+
+
+def write(arguments: argparse.Namespace, loaded: Loaded, prompts: Prompts, seeds: Sequence[int]) -> Made:
+    """A text for each prompt."""
+    settings = _chosen(arguments, "max_tokens", "stop", "beams", "length_penalty", "template")
+    texts = generate_texts(*loaded, prompts, sampling=_sampling(arguments, seeds), **settings)
+    tqdm.write("\n".join(texts))
+    return [[Text(text)] for text in texts]
+
+
+def paint(arguments: argparse.Namespace, loaded: Loaded, prompts: Prompts, seeds: Sequence[int]) -> Made:
+    """An image for each prompt."""
+    negative = [Text(arguments.negative)] if arguments.negative else []
+    pixels = generate_images(*loaded, prompts, seeds=seeds, negative=negative, **_painting(arguments))
+    return [[Painted(png(picture))] for picture in pixels]
+
+
+def tell(arguments: argparse.Namespace, loaded: Loaded, prompts: Prompts, seeds: Sequence[int]) -> Made:
+    """How a document that begins with each prompt goes on."""
+    documents: Made = [[] for _ in prompts]
+    settings = _chosen(arguments, "max_tokens", "max_images", "template") | _painting(arguments)
+    events = generate_documents(*loaded, prompts, seeds=seeds, sampling=_sampling(arguments, seeds), **settings)
+    for event in tqdm(events, unit="part", leave=False):
+        if event.complete:
+            documents[event.row].append(event.segment)
+    return documents
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -105,17 +105,13 @@ def serve(arguments: argparse.Namespace) -> None:
         raise ImportError(f"the chat page needs {error.name}: pip install 'dreamllm_jax[serve]'") from None
     with server.listen(arguments.host, arguments.port) as listening:
         model, params, tokenizer = runs.load_model(arguments.checkpoint)
-        painting = {"size": _painted_size(model, arguments), "sampler": arguments.sampler}
+        painting = {"size": require_size(model, arguments.size), "sampler": arguments.sampler}
         reply = server.make_reply(model, params, tokenizer, template=arguments.template, **painting)
         about = {"checkpoint": arguments.checkpoint, "template": arguments.template}
         app = server.make_app(reply, tokenizer.vocab_size, **about, names=[arguments.host])
         host, port = listening.getsockname()[:2]
         print(f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
         server.run(app, listening)
-
-
-def _painted_size(model: DreamLLM, arguments: argparse.Namespace) -> tuple[int, int]:
-    return require_size(model, arguments.size or model.config.unet.sample_size * model.config.vae.downscale)
 
 
 def _begun(arguments: argparse.Namespace) -> list[Segment]:
@@ -132,32 +128,32 @@ def _begun(arguments: argparse.Namespace) -> list[Segment]:
     return load_document(directory)
 
 
-def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _writing(arguments: argparse.Namespace) -> dict:
-    names = ("max_tokens", "stop", "beams", "length_penalty", "template")
+def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def _sampling(arguments: argparse.Namespace) -> Callable[[Sequence[int]], Sampling] | None:
-    """Makes the `Sampling` of a batch from its seeds; None where the most probable tokens are asked for.
+def _sampling(arguments: argparse.Namespace, seeds: Sequence[int]) -> Sampling | None:
+    """None where the most probable tokens are asked for.
 
     Raises:
       ValueError: a setting out of its range.
     """
-    if arguments.command == "image":
-        return None
-    names = ("temperature", "top_k", "top_p", "repetition_penalty")
-    settings = {name: getattr(arguments, name) for name in names}
-    Sampling.of([0], **settings)
-    if settings["temperature"] == 0 and settings["repetition_penalty"] == 1:
-        return None
-    return lambda seeds: Sampling.of(seeds, **settings)
+    sampling = Sampling.of(seeds, **_chosen(arguments, "temperature", "top_k", "top_p", "repetition_penalty"))
+    return None if arguments.temperature == 0 and arguments.repetition_penalty == 1 else sampling
 
 
-def read_prompts(words: Sequence[str], file: str, pictures: Sequence[str]) -> list[list[Segment]]:
+def _painting(arguments: argparse.Namespace) -> dict[str, Any]:
+    sampler = samplers.SamplerConfig(
+        arguments.sampler,
+        arguments.steps,
+        arguments.timestep_spacing,
+        use_karras_sigmas=arguments.use_karras_sigmas,
+        eta=arguments.eta,
+    )
+    return {"sampler": sampler, **_chosen(arguments, "size", "guidance", "rescale")}
+
+
+def load_prompts(words: Sequence[str], file: str, pictures: Sequence[str]) -> list[list[Segment]]:
     """The prompts given as words, or in a file: one a line, or JSON lines of `prompt` and `images`; `-` is the input.
 
     Args:
@@ -194,7 +190,7 @@ def read_prompts(words: Sequence[str], file: str, pictures: Sequence[str]) -> li
 def _segments(text: str, pictures: Sequence[str], folder: Path) -> list[Segment]:
     parts = text.split(HERE)
     if len(parts) == 1 and pictures:
-        parts = ["", *[""] * (len(pictures) - 1), text]
+        parts = [*[""] * len(pictures), text]
     if len(parts) != len(pictures) + 1:
         raise ValueError(f"{text!r} has {len(parts) - 1} {HERE} for {len(pictures)} images")
     segments: list[Segment] = []
@@ -222,63 +218,56 @@ def _size(text: str) -> tuple[int, int]:
 def make_parser() -> argparse_flags.ArgumentParser:
     parser = argparse_flags.ArgumentParser(prog="python -m dreamllm_jax.generate", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in ("text", "image", "document"):
-        add = commands.add_parser(command)
-        add.set_defaults(main=main)
+    checkpoint, template, painting = (argparse.ArgumentParser(add_help=False) for _ in range(3))  # of several commands
+    checkpoint.add_argument(
+        "--checkpoint", required=True, help="a run or an imported model: DIR, DIR@STEP, DIR@average"
+    )
+    template.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
+    painting.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
+    painting.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name))
+    for command, make, parents in (
+        ("text", write, [checkpoint, template]),
+        ("image", paint, [checkpoint, painting]),
+        ("document", tell, [checkpoint, template, painting]),
+    ):
+        add = commands.add_parser(command, parents=parents)
+        add.set_defaults(main=main, make=make)
         add.add_argument("prompt", nargs="*", help=f"prompts; {HERE} stands for an image")
         add.add_argument("--prompts", default="", help="a file of prompts, one a line or JSON lines; - for the input")
         add.add_argument("--image", action="append", default=[], help="an image of the prompts; may be repeated")
-        _add_checkpoint(add)
         add.add_argument("--to", required=True, help="a new directory for the results")
         add.add_argument("--seed", type=int, default=0, help="of the first result; the next have the next ones")
         add.add_argument("--batch", type=positive, default=8, help="results at a time")
         add.add_argument("--fsdp", type=positive, default=1, help="devices over which results and weights are split")
         add.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
-        if command != "image":
+        if template in parents:
             add.add_argument("--max_tokens", type=positive, default=256)
             add.add_argument("--temperature", type=float, default=0.0, help="0: the most probable tokens")
             add.add_argument("--top_k", type=int, default=0)
             add.add_argument("--top_p", type=float, default=1.0)
             add.add_argument("--repetition_penalty", type=float, default=1.0)
-            _add_template(add)
-        if command == "text":
-            add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
-            add.add_argument("--beams", type=positive, default=1)
-            add.add_argument("--length_penalty", type=float, default=1.0)
-        if command != "text":
-            _add_size_and_sampler(add)
+        if painting in parents:
             add.add_argument("--steps", type=int, default=50)
             add.add_argument("--timestep_spacing", default="trailing", choices=get_args(samplers.Spacing))
             add.add_argument("--use_karras_sigmas", action="store_true")
             add.add_argument("--eta", type=float, default=0.0)
             add.add_argument("--guidance", type=float, default=3.5)
             add.add_argument("--rescale", type=float, default=0.0)
-        if command == "image":
+        if command == "text":
+            add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
+            add.add_argument("--beams", type=positive, default=1)
+            add.add_argument("--length_penalty", type=float, default=1.0)
+        elif command == "image":
             add.add_argument("--negative", default="", help="what is not to be painted")
             add.add_argument("--images", type=positive, default=1, help="images of each prompt")
-        if command == "document":
+        else:
             add.add_argument("--max_images", type=int, default=4)
             add.add_argument("--continue", default="", help="a document saved before: each prompt goes on with it")
-    add = commands.add_parser("serve", help="a chat page in the browser")
+    add = commands.add_parser("serve", parents=[checkpoint, template, painting], help="a chat page in the browser")
     add.set_defaults(main=serve)
-    for add_some in (_add_checkpoint, _add_template, _add_size_and_sampler):
-        add_some(add)
     add.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for whoever can reach this machine; no password")
     add.add_argument("--port", type=_port, default=8000, help="0 for a free one")
     return parser
-
-
-def _add_checkpoint(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--checkpoint", required=True, help="a run or an imported model: DIR, DIR@STEP, DIR@average")
-
-
-def _add_template(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
-
-
-def _add_size_and_sampler(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
-    add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name))
 
 
 if __name__ == "__main__":

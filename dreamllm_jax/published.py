@@ -5,22 +5,18 @@ layer but one, Stable Diffusion 2.1-base (arXiv 2112.10752), as DreamLLM joins t
 and other language models and the older Stable Diffusion that can stand in their places.
 """
 
-import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax.arguments import parse
 from dreamllm_jax.configuration import ConfigError
-
-Llm = Literal["7b", "13b", "vicuna15-7b", "vicuna15-13b", "llama31-8b", "tinyllama", "1b"]
-Diffusion = Literal["sd21", "sd15"]
+from dreamllm_jax.recipes import parse
 
 _SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 _THIRTEEN = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 _FIRST = {"vocab_size": 32008, "max_position_embeddings": 2048}  # 8 special tokens included
 _SECOND = {"vocab_size": 32008, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}  # arXiv 2307.09288
-_LLM: dict[Llm, dict[str, Any]] = {
+_LLM: dict[str, dict[str, Any]] = {
     "7b": {**_FIRST, **_SEVEN},  # LLaMA-1, Vicuna v1.1
     "13b": {**_FIRST, **_THIRTEEN},
     "vicuna15-7b": {**_SECOND, **_SEVEN},
@@ -66,7 +62,7 @@ _CLIP_LARGE = {
     "image_size": 224,
     "patch_size": 14,
 }
-_UNET: dict[Diffusion, dict[str, Any]] = {
+_UNET: dict[str, dict[str, Any]] = {
     "sd21": {
         "block_out_channels": (320, 640, 1280, 1280),
         "cross_attention_dim": 1024,
@@ -88,53 +84,33 @@ EVERYTHING_BUT_TOWERS = (("(llama|visual_projector|queries|condition_projector)/
 ADAPTERS = (("llama/(embed_tokens|lm_head|.*/lora_.)(/.*)?", True), *ALIGNMENT)
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What the stages' configurations take as argument.
-
-    Attributes:
-      llm: the language model's shape: 7b, 13b (LLaMA-1, Vicuna v1.1), vicuna15-7b, vicuna15-13b, llama31-8b,
-        tinyllama; 1b for trials.
-      diffusion: sd21 (2.1-base) or sd15.
-      queries: dream queries an image is painted from.
-    """
-
-    llm: Llm = "7b"
-    diffusion: Diffusion = "sd21"
-    queries: int = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning(Recipe):
-    """What the configurations of stages II and III take.
-
-    Attributes:
-      lora: instead of the whole llama train adapters of this rank (`models.lora`); 0 for none.
-    """
-
-    lora: int = 0
+# Arguments of the stages' configurations: the shapes of language model and Stable Diffusion, and the dream queries an
+# image is painted from; in stages II and III also the rank of adapters (`models.lora`), 0 to train the whole llama.
+CHOICES = {"llm": _LLM, "diffusion": _UNET}
+ALIGNMENT_ARGUMENTS = {"llm": "7b", "diffusion": "sd21", "queries": 64}
+TUNING_ARGUMENTS = ALIGNMENT_ARGUMENTS | {"lora": 0}
 
 
 def model(argument: str = "") -> dict[str, Any]:
     """Settings of DreamLLM, as `DreamLLMConfig` has them.
 
     Args:
-      argument: see `Recipe`; "13b" alone will do.
+      argument: of `ALIGNMENT_ARGUMENTS`; "13b" alone will do.
 
     Raises:
       ConfigError: an argument that cannot be used.
     """
-    return _model(parse(Recipe, argument))
+    return _model(parse(argument, CHOICES, **ALIGNMENT_ARGUMENTS))
 
 
-def _model(recipe: Recipe) -> dict[str, Any]:
+def _model(given: Any) -> dict[str, Any]:
     return {
-        "llama": dict(_LLM[recipe.llm]),
+        "llama": dict(_LLM[given.llm]),
         "clip": dict(_CLIP_LARGE),
         "vae": {"scaling_factor": 0.18215},
-        "unet": dict(_UNET[recipe.diffusion]),
+        "unet": dict(_UNET[given.diffusion]),
         "schedule": {"prediction_type": "epsilon"},
-        "num_queries": recipe.queries,
+        "num_queries": given.queries,
         "dtype": "bfloat16",
     }
 
@@ -143,28 +119,28 @@ def alignment(argument: str = "") -> ConfigDict:
     """The configuration that the variants of stage I have in common: projectors and dream queries are trained.
 
     Args:
-      argument: see `Recipe`.
+      argument: of `ALIGNMENT_ARGUMENTS`.
 
     Raises:
       ConfigError: an argument that cannot be used.
     """
-    config = _stage(parse(Recipe, argument))
+    config = _stage(parse(argument, CHOICES, **ALIGNMENT_ARGUMENTS))
     config.parameters.trainable = ALIGNMENT
     config.optimizer.learning_rate = 2e-3
     return config
 
 
-def tuning(argument: str = "", cls: type[Tuning] = Tuning) -> ConfigDict:
+def tuning(argument: str = "", **defaults: Any) -> ConfigDict:
     """What stages II and III have in common: the llama is trained too, text and pictures weigh 1 and 10.
 
     Args:
-      argument: see `Tuning`.
-      cls: it, or one with other defaults.
+      argument: of `TUNING_ARGUMENTS`.
+      defaults: other values than they have there.
 
     Raises:
       ConfigError: an argument that cannot be used.
     """
-    given = parse(cls, argument)
+    given = parse(argument, CHOICES, **{**TUNING_ARGUMENTS, **defaults})
     config = _stage(given)
     adapt(config, given.lora)
     return config
@@ -183,11 +159,11 @@ def adapt(config: ConfigDict, rank: int) -> None:
     config.parameters.trainable = ADAPTERS if rank else EVERYTHING_BUT_TOWERS
 
 
-def _stage(recipe: Recipe) -> ConfigDict:
+def _stage(given: Any) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.log_every = 10
-    config.model = _model(recipe)
+    config.model = _model(given)
     config.parameters = {"init_from": "", "dtype": "float32", "frozen_dtype": "bfloat16"}
     config.rows = {"per_step": 64, "length": 2048, "see_slots": 4, "dream_slots": 4, "dream_size": 512}
     config.objective = {"lm_weight": 1.0, "dm_weight": 10.0, "drop_prob": 0.1}

@@ -1,4 +1,4 @@
-"""Configuration files that are made of others: a file for each difference, none copied.
+"""What configuration files are made of: the argument behind their name, other configurations, grids of variants.
 
 An ablation (`configs/ablations/*.py`) takes a parent, another configuration, and changes what it is about. What follows
 its name goes to whom it concerns: `configs/ablations/min_snr.py:parent=stage1_creation,gamma=5,llm=13b` has `gamma`,
@@ -10,28 +10,60 @@ import dataclasses
 import importlib.util
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax.arguments import parse, words
-from dreamllm_jax.configuration import ConfigError
-
-T = TypeVar("T", bound="Ablation")
+from dreamllm_jax.configuration import ConfigError, read
 
 
-@dataclasses.dataclass(frozen=True)
-class Ablation:
-    """What every ablation takes; its own arguments are the fields of a class that extends this one.
+def parse(argument: str, choices: Mapping[str, Iterable[str]] | None = None, /, **defaults: Any) -> Any:
+    """The argument behind a configuration file's name, as in `configs/stage2_igpt.py:llm=13b,queries=128`.
 
-    Attributes:
-      parent: the configuration that it changes, a name in `configs/`.
+    Args:
+      argument: `name=value,name=value`; a first word without a name is the value of the first of `defaults`.
+      choices: the words of those arguments that must be one of a few.
+      defaults: what may be given, with the value it has otherwise and so its type: int, float, bool or str.
+
+    Returns:
+      An object with the values under their names.
+
+    Raises:
+      ConfigError: naming what is unknown (with the nearest name that is known), given twice, or of the wrong type.
     """
+    kinds = {name: type(default) for name, default in defaults.items()}
+    kinds |= {name: Literal[tuple(known)] for name, known in (choices or {}).items()}
+    fields = [(name, kinds[name], dataclasses.field(default=default)) for name, default in defaults.items()]
+    values = {name: _converted(kinds.get(name), text) for name, text in _words(argument, next(iter(defaults))).items()}
+    return read(dataclasses.make_dataclass("Arguments", fields, frozen=True), values, "argument")
 
-    parent: str = "stage2_igpt"
+
+def _words(argument: str, first: str) -> dict[str, str]:
+    """The argument's names and what stands for them; a first word without a name is for `first`."""
+    found: dict[str, str] = {}
+    for index, word in enumerate(argument.split(",") if argument else []):
+        name, equals, value = (part.strip() for part in word.partition("="))
+        if not equals and not index:
+            name, value = first, name
+        if not name or not value:
+            raise ConfigError(f"argument {argument!r}: {word!r} is not name=value")
+        if name in found:
+            raise ConfigError(f"argument {argument!r} gives {name} twice")
+        found[name] = value
+    return found
+
+
+def _converted(kind: Any, text: str) -> Any:
+    """The text as its type wants it, or as it is, which the check of types then refuses."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    try:
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        return text
 
 
 def load(path: str | os.PathLike, argument: str = "") -> ConfigDict:
@@ -61,27 +93,37 @@ def module(path: str | os.PathLike) -> ModuleType:
     return loaded
 
 
-def begin(file: str, cls: type[T], argument: str) -> tuple[T, ConfigDict]:
+def begin(
+    file: str,
+    argument: str,
+    parent: str = "stage2_igpt",
+    choices: Mapping[str, Iterable[str]] | None = None,
+    **defaults: Any,
+) -> tuple[Any, ConfigDict]:
     """Takes an ablation's own arguments, and its parent's configuration with the others.
 
     Args:
       file: the ablation's `__file__`.
-      cls: its arguments.
+      parent: the configuration that it changes unless told otherwise, a name in `configs/`.
+      choices, defaults: its arguments, see `parse`.
 
     Raises:
       ConfigError: an argument that nobody takes, or a parent that does not exist.
     """
-    names = {field.name for field in dataclasses.fields(cls)}
-    given = words(cls, argument)
-    ours = parse(cls, ",".join(f"{name}={value}" for name, value in given.items() if name in names))
-    theirs = ",".join(f"{name}={value}" for name, value in given.items() if name not in names)
-    path = Path(file).parent.parent / f"{ours.parent}.py"
+    defaults = {"parent": parent, **defaults}
+    words = _words(argument, "parent")
+    mine, theirs = (
+        ",".join(f"{name}={value}" for name, value in words.items() if (name in defaults) == own)
+        for own in (True, False)
+    )
+    given = parse(mine, choices, **defaults)
+    path = Path(file).parent.parent / f"{given.parent}.py"
     try:
         config = load(path, theirs)
     except ConfigError as error:
-        raise ConfigError(f"{error} (of parent={ours.parent}; here there are {', '.join(sorted(names))})") from None
+        raise ConfigError(f"{error} (of parent={given.parent}; here there are {', '.join(sorted(defaults))})") from None
     config.parent = os.path.relpath(path) + (f":{theirs}" if theirs else "")
-    return ours, config
+    return given, config
 
 
 def override(config: ConfigDict, flags: Sequence[str]) -> dict[str, Any]:

@@ -11,33 +11,14 @@ import html
 import json
 import sys
 
-import numpy as np
 from absl.flags import argparse_flags
 from etils import epath
-from matplotlib.figure import Figure
 
 from dreamllm_jax import command_line
 from dreamllm_jax.comparison import write_comparison
 from dreamllm_jax.directories import absolute
-from dreamllm_jax.pages import STYLE, embedded, figure_image
+from dreamllm_jax.pages import curves, embedded, page
 from dreamllm_jax.training.metrics import read_metrics
-
-
-def _curves(metrics: list[dict[str, float]]) -> str:
-    """Loss curves as an <img> holding an SVG: each step's value, and a running mean."""
-    figure = Figure(figsize=(9.5, 3.2), layout="constrained")
-    steps = [line["step"] for line in metrics]
-    for axes, (name, title) in zip(
-        figure.subplots(1, 2), (("lm_loss", "next-token loss (nats)"), ("dm_loss", "denoising loss")), strict=True
-    ):
-        values = np.array([line[name] for line in metrics])
-        window = max(1, len(values) // 50)
-        mean = np.convolve(values, np.ones(window) / window, mode="valid")
-        axes.plot(steps, values, color="#bcd", linewidth=0.8)
-        axes.plot(steps[window - 1 :], mean, color="#147", linewidth=1.6)
-        axes.set(title=title, xlabel="step", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-    return figure_image(figure, "loss curves")
 
 
 def _picture(path: epath.Path, alt: str) -> str:
@@ -90,18 +71,16 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         "steps": metrics[-1]["step"],
     }
     listed = "".join(f"<div><b>{value}</b><br>{name}</div>" for name, value in figures.items())
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(workdir.name)}</title>'
-        f"<style>{STYLE}</style><h1>DreamLLM: {html.escape(workdir.name)}</h1>"
+    body = (
         f'<div class="figures">{listed}</div>'
-        f"<h2>Training</h2>{_curves(metrics)}"
+        f"<h2>Training</h2>{curves({workdir.name: metrics}, {workdir.name: '#147'})}"
         f"<h2>Pairs</h2><p>Left, painted from the caption; right, the true picture; below, the text read from it.</p>"
         f"{_pairs(evaluation, recall)}"
         f"<h2>A document</h2><p>The model was given the first line; it wrote and painted the rest, seeing each picture "
-        f"it had painted.</p>{_story(evaluation / 'story')}</html>"
+        f"it had painted.</p>{_story(evaluation / 'story')}"
     )
     path = workdir / "report.html"
-    path.write_text(page)
+    path.write_text(page(f"DreamLLM: {workdir.name}", body))
     return path
 
 

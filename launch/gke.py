@@ -16,17 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout that is not installed
 
-from dreamllm_jax.chips import Topology, find_topology
+from dreamllm_jax.chips import find_topology
 from dreamllm_jax.exits import HUNG, PREEMPTED
-from launch.shell import (
-    Failed,
-    Shell,
-    add_required,
-    check_required,
-    check_workdir,
-    read_environment,
-    split_command,
-)
+from launch.shell import Failed, Shell, add_required, check_workdir, parse, read_environment
 
 # What GKE calls the chips: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
 ACCELERATORS = {
@@ -39,35 +31,24 @@ OF_JOBSET = "jobset.sigs.k8s.io/jobset-name"
 FIRST_HOST = "jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
 
 
-def make_jobset(
-    name: str,
-    topology: Topology,
-    image: str,
-    command: list[str],
-    *,
-    spot: bool = False,
-    reservation: str = "",
-    service_account: str = "",
-    queue: str = "",
-    retries: int = 3,
-) -> dict[str, Any]:
-    """The JobSet of a run: a Job a slice, a pod a host.
+def make_jobset(arguments: argparse.Namespace, command: list[str]) -> dict[str, Any]:
+    """The JobSet that the command line describes: a Job a slice, a pod a host.
 
-    Args:
-      service_account: that of the pods, which may read and write the buckets.
-      queue: of Kueue, where the cluster has it.
-      retries: how often it is started again after failures that are neither preemptions nor status 75 or 76.
+    Raises:
+      ValueError: a name or a slice that the cluster would refuse.
     """
+    topology = find_topology(arguments.topology)
+    # Of a pod: NAME-slice-INDEX-INDEX-xxxxx, at most 63 characters.
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", arguments.name):
+        raise ValueError(f"--name={arguments.name}: at most 40 lower-case letters, digits and -, first a letter")
+    if arguments.retries < 0:
+        raise ValueError("--retries must not be negative")
     hosts = topology.hosts // topology.slices
     chips = {"google.com/tpu": topology.chips_per_host}
     where = {
         "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[topology.chip.kind],
         "cloud.google.com/gke-tpu-topology": topology.shape,
     }
-    if spot:
-        where["cloud.google.com/gke-spot"] = "true"
-    if reservation:
-        where["cloud.google.com/reservation-name"] = reservation
     pod = {
         "restartPolicy": "Never",  # the hosts start together or not at all
         "nodeSelector": where,
@@ -78,23 +59,34 @@ def make_jobset(
         "containers": [
             {
                 "name": "host",
-                "image": image,
+                "image": arguments.image,
                 "command": command,
                 "env": [{"name": key, "value": value} for key, value in read_environment().items()],
                 "resources": {"requests": chips, "limits": chips},
             }
         ],
     }
-    if spot:
+    metadata: dict[str, Any] = {
+        "name": arguments.name,
+        # A slice is a node pool; each Job has one to itself.
+        "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+    }
+    if arguments.spot:
+        where["cloud.google.com/gke-spot"] = "true"
         pod["tolerations"] = [{"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true"}]
-    if service_account:
-        pod["serviceAccountName"] = service_account
+    if arguments.reservation:
+        where["cloud.google.com/reservation-name"] = arguments.reservation
+    if arguments.service_account:
+        pod["serviceAccountName"] = arguments.service_account
+    if arguments.queue:
+        metadata["labels"] = {"kueue.x-k8s.io/queue-name": arguments.queue}
     job = {
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,  # one host less, and the slice cannot go on
-        "podFailurePolicy": {  # these end the Job with the reason PodFailurePolicy, others with BackoffLimitExceeded
+        # These end the Job with the reason PodFailurePolicy, others with BackoffLimitExceeded.
+        "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                 {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [PREEMPTED, HUNG]}},
@@ -107,19 +99,12 @@ def make_jobset(
         "action": "RestartJobSetAndIgnoreMaxRestarts",
         "onJobFailureReasons": ["PodFailurePolicy"],
     }
-    metadata: dict[str, Any] = {
-        "name": name,
-        # A slice is a node pool; each Job has one to itself.
-        "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
-    }
-    if queue:
-        metadata["labels"] = {"kueue.x-k8s.io/queue-name": queue}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": metadata,
         "spec": {
-            "failurePolicy": {"maxRestarts": retries, "rules": [again]},
+            "failurePolicy": {"maxRestarts": arguments.retries, "rules": [again]},
             "replicatedJobs": [{"name": "slice", "replicas": topology.slices, "template": {"spec": job}}],
             "ttlSecondsAfterFinished": 7 * 24 * 3600,  # until then it can be looked at
         },
@@ -167,6 +152,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--namespace", default="default")
         command.add_argument("--dry-run", action="store_true", help="print the commands instead")
         add_required(command, "--name", "RUN_NAME", "name of the run in the cluster")
+        command.set_defaults(takes_command=action in ("manifest", "apply"))
         if action in ("manifest", "apply"):
             add_required(command, "--topology", "TOPOLOGY", "as v5p-128, or v5p-128x2 for two slices")
             add_required(command, "--image", "IMAGE", "image with this project, built with launch/Dockerfile")
@@ -181,38 +167,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def jobset_of(arguments: argparse.Namespace, command: list[str]) -> dict[str, Any]:
-    """The JobSet that the command line describes.
-
-    Raises:
-      ValueError: a name or a slice that the cluster would refuse.
-    """
-    topology = find_topology(arguments.topology)
-    # Of a pod: NAME-slice-INDEX-INDEX-xxxxx, at most 63 characters.
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", arguments.name):
-        raise ValueError(f"--name={arguments.name}: at most 40 lower-case letters, digits and -, first a letter")
-    if arguments.retries < 0:
-        raise ValueError("--retries must not be negative")
-    names = ("spot", "reservation", "service_account", "queue", "retries")
-    options = {name: getattr(arguments, name) for name in names}
-    return make_jobset(arguments.name, topology, arguments.image, command, **options)
-
-
 def main(argv: list[str]) -> None:
-    parser, command = make_parser(), []
-    if argv[:1] in (["manifest"], ["apply"]) and not {"--help", "-h"} & set(argv):
-        arguments, command = split_command(parser, argv)
-    else:
-        arguments = parser.parse_args(argv)
-    check_required(arguments)
+    arguments, command = parse(make_parser(), argv)
     check_workdir(command)
     shell, name, namespace = Shell(arguments.dry_run), arguments.name, f"--namespace={arguments.namespace}"
     try:
         match arguments.action:
             case "manifest":
-                print(json.dumps(jobset_of(arguments, command), indent=2))
+                print(json.dumps(make_jobset(arguments, command), indent=2))
             case "apply":
-                manifest = json.dumps(jobset_of(arguments, command), indent=2)
+                manifest = json.dumps(make_jobset(arguments, command), indent=2)
                 shell.run(["kubectl", "apply", "--filename=-", namespace], given=manifest + "\n")
             case "status":
                 pods = ["kubectl", "get", "pods", f"--selector={OF_JOBSET}={name}", "--output=json", namespace]

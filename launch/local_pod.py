@@ -19,13 +19,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout that is not installed
 
 from dreamllm_jax.exits import HUNG, PREEMPTED
-from launch.shell import split_command
+from launch.shell import parse
 
 BETTER = (0, PREEMPTED, HUNG)  # statuses, each better than the next and than all others
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(takes_command=True, required=[])
     parser.add_argument("--hosts", type=int, default=2, help="processes a slice (2)")
     parser.add_argument("--devices", type=int, default=4, help="devices a process (4)")
     parser.add_argument("--slices", type=int, default=1, help="slices, each of --hosts (1)")
@@ -107,7 +108,7 @@ class Pod:
 
 
 def main(argv: list[str]) -> int:
-    arguments, command = split_command(make_parser(), argv)
+    arguments, command = parse(make_parser(), argv)
     counts = arguments.hosts, arguments.devices, arguments.slices
     if min(counts) < 1 or arguments.restarts < 0:
         sys.exit("error: --hosts, --devices and --slices must be positive, and --restarts not negative")

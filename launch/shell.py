@@ -79,26 +79,27 @@ def _popen(command: list[str], **streams) -> subprocess.Popen:
         sys.exit(f"error: {command[0]} is not installed on this machine (see docs/launch.md)")
 
 
-def split_command(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses what stands before `--`, and returns the command that stands after it."""
-    mark = argv.index("--") if "--" in argv else len(argv)
-    arguments, command = parser.parse_args(argv[:mark]), argv[mark + 1 :]
-    if not command:
-        parser.error("give the command after --, as in: -- python -m dreamllm_jax.train --config=... --workdir=...")
-    return arguments, command
-
-
 def add_required(parser: argparse.ArgumentParser, flag: str, variable: str, help: str) -> None:
     """Adds an option that must be given, by itself or by a variable of the environment."""
     parser.add_argument(flag, default=os.environ.get(variable, ""), help=f"{help} (or set {variable})")
     parser.set_defaults(required=[*(parser.get_default("required") or []), (flag, variable, help)])
 
 
-def check_required(arguments: argparse.Namespace) -> None:
-    """Ends the program where a required option is missing."""
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses what stands before `--`, and returns the command that stands after it, which `takes_command` asks for.
+
+    The program ends where that, or a required option, is missing.
+    """
+    mark = argv.index("--") if "--" in argv else len(argv)
+    arguments, command = parser.parse_args(argv[:mark]), argv[mark + 1 :]
+    if arguments.takes_command and not command:
+        parser.error("give the command after --, as in: -- python -m dreamllm_jax.train --config=... --workdir=...")
+    if command and not arguments.takes_command:
+        parser.error(f"{arguments.action} takes no command after --")
     for flag, variable, help in arguments.required:
         if not getattr(arguments, flag.removeprefix("--")):
             sys.exit(f"error: give {flag}=..., or set {variable}: {help}")
+    return arguments, command
 
 
 def check_workdir(command: list[str]) -> None:

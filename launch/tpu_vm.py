@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checko
 
 from dreamllm_jax.chips import Topology, find_topology
 from dreamllm_jax.exits import PREEMPTED
-from launch.shell import ROOT, Failed, Shell, add_required, check_required, check_workdir, split_command
+from launch.shell import ROOT, Failed, Shell, add_required, check_workdir, parse
 
 GIT = ("git", "-C", str(ROOT))
 HOME = "/opt/dreamllm_jax"  # on the hosts; launch/host/dreamllm.service names it too
@@ -292,6 +292,7 @@ def make_parser() -> argparse.ArgumentParser:
     }
     for action, help in told.items():
         command = commands.add_parser(action, help=help, description=help)
+        command.set_defaults(takes_command=action in ("run", "keep"))
         add_required(command, "--name", "RUN_NAME", "name of the request, and of its slices")
         add_required(command, "--topology", "TOPOLOGY", "as v5p-128, or v5p-128x2 for two slices")
         add_required(command, "--project", "CLOUDSDK_CORE_PROJECT", "the Cloud project")
@@ -343,13 +344,7 @@ def _git(*words: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = make_parser()
-    command: list[str] = []
-    if any(action in argv[:1] for action in ("run", "keep")) and not {"--help", "-h"} & set(argv):
-        arguments, command = split_command(parser, argv)
-    else:
-        arguments = parser.parse_args(argv)
-    check_required(arguments)
+    arguments, command = parse(make_parser(), argv)
     try:
         job = make_job(arguments)
     except ValueError as error:

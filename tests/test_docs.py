@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dreamllm_jax import evaluate, recipes
+from dreamllm_jax import convert, evaluate, generate, recipes, report
 from dreamllm_jax.check import describe
 from dreamllm_jax.configuration import flat
-from dreamllm_jax.data.__main__ import FORMATS, parser
+from dreamllm_jax.data import __main__ as data_commands
 from dreamllm_jax.experiment import read_experiment
-from dreamllm_jax.generate import make_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,28 +29,25 @@ def all_commands(program: str) -> list[list[str]]:
     return [arguments for page in PAGES for arguments in commands(page, program)]
 
 
-@pytest.mark.parametrize("arguments", all_commands("python -m dreamllm_jax.data "), ids=" ".join)
-def test_commands_of_data(arguments):
-    parsed = [str(value) for value in vars(parser().parse_args(arguments)).values()]
-    given = [word.split("=", 1)[1] for word in arguments if word.startswith("--") and "=" in word]
-    assert given and set(given) <= set(parsed)
+PARSERS = {
+    "convert": convert.parser,
+    "data": data_commands.parser,
+    "evaluate": evaluate.make_parser,
+    "generate": generate.make_parser,
+    "report": report.make_parser,
+}
+COMMANDS = [(name, words) for name in PARSERS for words in all_commands(f"python -m dreamllm_jax.{name} ")]
 
 
-@pytest.mark.parametrize("arguments", all_commands("python -m dreamllm_jax.generate "), ids=" ".join)
-def test_commands_that_generate(arguments):
-    parsed = vars(make_parser().parse_args(arguments))
-    given = dict(word[2:].split("=", 1) for word in arguments if word.startswith("--"))
-    assert parsed["command"] == arguments[0]
-    assert parsed["command"] == "serve" or parsed["prompt"] or parsed["continue"], "there is something to begin with"
-    assert all(str(parsed[name]) in (value, f"{value}.0") for name, value in given.items())
-
-
-@pytest.mark.parametrize("arguments", all_commands("python -m dreamllm_jax.evaluate "), ids=" ".join)
-def test_commands_that_evaluate(arguments):
-    parsed = vars(evaluate.make_parser().parse_args(arguments))
-    given = dict(word[2:].split("=", 1) for word in arguments if word.startswith("--"))
-    assert given or parsed["directory"] == arguments[1:]
-    assert all(str(parsed[name]) == value for name, value in given.items())
+@pytest.mark.parametrize(("name", "arguments"), COMMANDS, ids=lambda value: value if isinstance(value, str) else None)
+def test_commands_are_understood(name, arguments):
+    parsed = vars(PARSERS[name]().parse_args(arguments))
+    for word in arguments:
+        if word.startswith("--"):
+            flag, _, value = word.removeprefix("--").partition("=")
+            assert flag.replace("-", "_") in parsed and value in str(parsed), word
+    if parsed.get("command") in ("text", "image", "document"):
+        assert parsed["prompt"] or parsed["continue"], "there is something to begin with"
 
 
 def test_every_command_is_on_some_page():
@@ -64,7 +60,7 @@ def test_every_command_is_on_some_page():
 
 def test_the_page_about_data_knows_all_formats():
     listed = re.findall(r"^\| `(\w+)` \| ", (ROOT / "docs" / "data.md").read_text(), re.MULTILINE)
-    assert listed[: len(FORMATS)] == list(FORMATS)
+    assert listed[: len(data_commands.FORMATS)] == list(data_commands.FORMATS)
 
 
 def test_the_page_about_ablations_knows_all_of_them():

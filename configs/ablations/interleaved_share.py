@@ -1,7 +1,5 @@
 """Share of interleaved documents in the mixture; the others keep their proportions."""
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from dreamllm_jax import recipes
@@ -9,14 +7,7 @@ from dreamllm_jax import recipes
 SWEEP = recipes.grid(share=(0.0, 0.25, 0.5, 0.75, 1.0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments(recipes.Ablation):
-    """What may follow the file's name."""
-
-    share: float = 0.5
-
-
 def get_config(arg: str = "") -> ConfigDict:
-    given, config = recipes.begin(__file__, Arguments, arg)
+    given, config = recipes.begin(__file__, arg, share=0.5)
     recipes.set_share(config, "interleaved", given.share)
     return config

@@ -1,7 +1,5 @@
 """How much pictures weigh beside text. The published weights of stages II and III are lm=1, dm=10."""
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from dreamllm_jax import recipes
@@ -9,15 +7,7 @@ from dreamllm_jax import recipes
 SWEEP = recipes.grid(dm=(0.1, 1.0, 5.0, 10.0, 50.0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments(recipes.Ablation):
-    """What may follow the file's name."""
-
-    lm: float = 1.0
-    dm: float = 10.0
-
-
 def get_config(arg: str = "") -> ConfigDict:
-    given, config = recipes.begin(__file__, Arguments, arg)
+    given, config = recipes.begin(__file__, arg, lm=1.0, dm=10.0)
     config.objective.lm_weight, config.objective.dm_weight = given.lm, given.dm
     return config

@@ -3,8 +3,6 @@
 The weighted loss is another quantity: compare pictures, or the plain loss of checkpoints, not the curves.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from dreamllm_jax import recipes
@@ -12,15 +10,7 @@ from dreamllm_jax import recipes
 SWEEP = recipes.grid(gamma=(0.0, 1.0, 5.0, 20.0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments(recipes.Ablation):
-    """What may follow the file's name."""
-
-    parent: str = "stage1_creation"
-    gamma: float = 5.0
-
-
 def get_config(arg: str = "") -> ConfigDict:
-    given, config = recipes.begin(__file__, Arguments, arg)
+    given, config = recipes.begin(__file__, arg, parent="stage1_creation", gamma=5.0)
     config.objective.snr_gamma = given.gamma or None
     return config

@@ -4,9 +4,6 @@
 that has a linear one: import with `--visual-projector=mlp:2` or `--condition-projector=mlp:2`.
 """
 
-import dataclasses
-from typing import Literal
-
 from ml_collections import ConfigDict
 
 from dreamllm_jax import recipes
@@ -19,18 +16,16 @@ SWEEP = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments(recipes.Ablation):
-    """What may follow the file's name."""
-
-    parent: str = "stage1_joint"
-    kind: Literal["linear", "mlp", "conv"] = "mlp"
-    depth: int = 2
-    which: Literal["visual", "condition", "both"] = "visual"
-
-
 def get_config(arg: str = "") -> ConfigDict:
-    given, config = recipes.begin(__file__, Arguments, arg)
+    given, config = recipes.begin(
+        __file__,
+        arg,
+        parent="stage1_joint",
+        choices={"which": ("visual", "condition", "both")},
+        kind="mlp",
+        depth=2,
+        which="visual",
+    )
     for name in ("visual", "condition"):
         if given.which in (name, "both"):
             config.model[f"{name}_projector"] = {"kind": given.kind, "depth": given.depth}

@@ -7,8 +7,6 @@ The published 64 stands among them. More queries cost tokens of the row and atte
 for what the text says.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from dreamllm_jax import recipes
@@ -16,16 +14,8 @@ from dreamllm_jax import recipes
 SWEEP = recipes.grid(queries=(1, 4, 16, 32, 64, 128, 256))
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments(recipes.Ablation):
-    """What may follow the file's name."""
-
-    parent: str = "stage1_creation"
-    queries: int = 64
-
-
 def get_config(arg: str = "") -> ConfigDict:
-    given, config = recipes.begin(__file__, Arguments, arg)
+    given, config = recipes.begin(__file__, arg, parent="stage1_creation", queries=64)
     config.model.num_queries = given.queries
     room = -(-(given.queries + 34) // 128) * 128  # for one picture and a short caption
     config.rows.length = max(config.rows.length, room)

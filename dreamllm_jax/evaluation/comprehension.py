@@ -4,12 +4,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from etils import epath
 
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.evaluation import anls, benchmarks, pope, scores, vqa_accuracy
-from dreamllm_jax.evaluation.benchmarks import Question
+from dreamllm_jax.evaluation import anls, annotations, pope, scores, vqa_accuracy
+from dreamllm_jax.evaluation.annotations import Question
 from dreamllm_jax.evaluation.hosts import compute
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.models.dreamllm import DreamLLM
@@ -18,7 +20,44 @@ TEMPLATE = "vicuna_v1"
 BEAMS, MAX_TOKENS = 5, 1024  # the original's
 _ANSWERABLE = "Is the answer can be known?"  # sic
 
-Found = tuple[dict[str, float], dict[str, float]]  # metrics, standard errors
+# The model's answers, and what the annotators said -> metrics, as `scores.summary` takes them.
+Rating = Callable[[Sequence[str], Sequence[Sequence[str]]], Mapping[str, Any]]
+
+
+def _short(answer: str) -> str:
+    return answer.replace(".", "").replace('"', "").split(",")[0].lower()
+
+
+def _unless_unanswerable(question: Question, said: str) -> Question | None:
+    return None if "no" in said.lower() else question
+
+
+def _perhaps_with_options(question: Question, said: str) -> Question:
+    given = [question.record[letter] for letter in "ABCDE" if question.record.get(letter)]
+    options = "Options: " + "".join(f"({number}). {option} " for number, option in enumerate(given))
+    return _asking(question, options if said.lower().startswith("no") else "")
+
+
+def _asking(question: Question, words: str) -> Question:
+    return dataclasses.replace(question, text=question.text + words)
+
+
+def _each(metric: str, rate: Callable[[str, Sequence[str]], float]) -> Rating:
+    return lambda answers, known: {metric: [rate(*pair) for pair in zip(answers, known, strict=True)]}
+
+
+def _pope(answers: Sequence[str], known: Sequence[Sequence[str]]) -> Mapping[str, Any]:
+    present = [label == "yes" for (label,) in known]
+    right = [pope.says_yes(answer) == there for answer, there in zip(answers, present, strict=True)]
+    return {**pope.scores(answers, present), "accuracy": right}
+
+
+def _cider(answers: Sequence[str], known: Sequence[Sequence[str]]) -> Mapping[str, Any]:
+    try:
+        from dreamllm_jax.evaluation.cider import cider
+    except ModuleNotFoundError as error:
+        raise ImportError(f"CIDEr needs {error.name}: pip install 'dreamllm_jax[evaluation]'") from None
+    return {"cider": cider(answers, known)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,108 +67,83 @@ class Task:
     Attributes:
       read: its annotations.
       score: of the answers, if they are not scored elsewhere.
-      submission: what its server wants; (identity, answer) pairs under these names, or None for a table of MMBench.
+      submission: what its server wants: (identity, answer) pairs under these names, all in one mapping, or a table.
       before, after: the original's words before the image and after the question.
       opening: with which it has the answer begin.
-      asks_first: whether it first asks if the question can be answered, and what is done if not.
+      reconsider: where it first asks if the question can be answered: the question after the answer to that, if any.
       clean: what is made of an answer.
       beams: as the original searches; it draws where this is 1, at temperature 0.2, and we take the most probable.
     """
 
     read: Callable[[Sequence[Path], Path], list[Question]]
-    score: Callable[[Sequence[str], Sequence[Question]], Found] | None = None
-    submission: tuple[str, str] | None = ("question_id", "answer")
+    score: Rating | None = None
+    submission: tuple[str, str] | Literal["mapping", "table"] = ("question_id", "answer")
     before: str = ""
     after: str = ""
     opening: str = ""
-    asks_first: bool = False
+    reconsider: Callable[[Question, str], Question | None] | None = None
     clean: Callable[[str], str] = str
     beams: int = BEAMS
-
-
-def _short(answer: str) -> str:
-    return answer.replace(".", "").replace('"', "").split(",")[0].lower()
-
-
-def _vqa_score(answers: Sequence[str], questions: Sequence[Question]) -> Found:
-    pairs = zip(answers, questions, strict=True)
-    return _of_means("accuracy", [vqa_accuracy.accuracy(answer, question.answers) for answer, question in pairs])
-
-
-def _anls_score(answers: Sequence[str], questions: Sequence[Question]) -> Found:
-    pairs = zip(answers, questions, strict=True)
-    return _of_means("anls", [anls.similarity(answer, question.answers) for answer, question in pairs])
-
-
-def _pope_score(answers: Sequence[str], questions: Sequence[Question]) -> Found:
-    present = [question.answers[0] == "yes" for question in questions]
-    right = [pope.says_yes(answer) == there for answer, there in zip(answers, present, strict=True)]
-    return pope.scores(answers, present), {"accuracy": scores.mean(right)[1]}
-
-
-def _cider_score(answers: Sequence[str], questions: Sequence[Question]) -> Found:
-    try:
-        from dreamllm_jax.evaluation.cider import cider
-    except ModuleNotFoundError as error:
-        raise ImportError(f"CIDEr needs {error.name}: pip install 'dreamllm_jax[evaluation]'") from None
-    return _of_means("cider", cider(answers, [question.answers for question in questions]))
-
-
-def _of_means(name: str, values: Sequence[float]) -> Found:
-    value, error = scores.mean(values)
-    return {name: value}, {name: error}
 
 
 _ANSWER = "Based on the image, please answer the question."
 _ONE_WORD = "Please provide an accurate answer within one word."
 _VQA = Task(
-    benchmarks.vqa, _vqa_score, before=_ANSWER, after=_ONE_WORD, opening="The short answer (one word) is:", clean=_short
+    annotations.vqa,
+    _each("accuracy", vqa_accuracy.accuracy),
+    before=_ANSWER,
+    after=_ONE_WORD,
+    opening="The short answer (one word) is:",
+    clean=_short,
+)
+_CAPTION = Task(
+    annotations.captions,
+    _cider,
+    ("image_id", "caption"),
+    before="Based on the image, give the image caption briefly.",
+    after="Please summarize object in one sentence within 10 words.",
+    opening="The image depicts",
+    clean=str.capitalize,
 )
 
 TASKS: Mapping[str, Task] = {
     "vqav2": _VQA,
     "okvqa": dataclasses.replace(_VQA, before="", after="Please provide an accurate and brief answer within one word."),
     "vizwiz": dataclasses.replace(
-        _VQA, read=benchmarks.vizwiz, submission=("image", "answer"), opening="The answer is:", asks_first=True
+        _VQA,
+        read=annotations.vizwiz,
+        submission=("image", "answer"),
+        opening="The answer is:",
+        reconsider=_unless_unanswerable,
     ),
-    "textvqa": dataclasses.replace(_VQA, read=benchmarks.textvqa, opening="The answer is:"),
-    "docvqa": Task(benchmarks.docvqa, _anls_score, submission=("questionId", "answer")),
+    "textvqa": dataclasses.replace(_VQA, read=annotations.textvqa, opening="The answer is:"),
+    "docvqa": Task(annotations.docvqa, _each("anls", anls.similarity), ("questionId", "answer")),
     "pope": Task(
-        benchmarks.pope,
-        _pope_score,
+        annotations.pope,
+        _pope,
         before="Based on the image, please objectively and accurately indicate whether the object exists.",
         opening="The answer is:",
         beams=1,
     ),
-    "coco_caption": Task(
-        benchmarks.captions,
-        _cider_score,
-        submission=("image_id", "caption"),
-        before="Based on the image, give the image caption briefly.",
-        after="Please summarize object in one sentence within 10 words.",
-        opening="The image depicts",
-        clean=str.capitalize,
-    ),
-    "i2paragraph": Task(
-        benchmarks.paragraphs,
-        _cider_score,
-        submission=("image_id", "caption"),
+    "coco_caption": _CAPTION,
+    "i2paragraph": dataclasses.replace(
+        _CAPTION,
+        read=annotations.paragraphs,
         before="Based on the image, please describe the image in detail.",
         after="Please describe the image in detail.",
-        opening="The image depicts",
-        clean=str.capitalize,
     ),
     "mmvet": Task(
-        benchmarks.mmvet,
+        annotations.mmvet,
+        submission="mapping",
         before="This is an exam, please answer according to the image and question.",
         after="Please provide an accurate, detailed and comprehensive answer.",
     ),
     "mmbench": Task(
-        benchmarks.mmbench,
-        submission=None,
+        annotations.mmbench,
+        submission="table",
         before="This is an exam, please answer according to the image, hint and question.",
         after="Please provide an accurate and detailed answer.",
-        asks_first=True,
+        reconsider=_perhaps_with_options,
     ),
 }
 
@@ -169,28 +183,12 @@ def answer(
 
         return compute(some, questions, batch=batch, length=lambda question: len(question.text))
 
-    def asking(question: Question, words: str) -> Question:
-        return dataclasses.replace(question, text=question.text + words)
-
-    unanswerable: set[int] = set()
-    if task.asks_first:
-        first = ask(Task(task.read), [asking(question, _ANSWERABLE) for question in questions])
-        if task.read is benchmarks.mmbench:
-            unsure = [said.lower().startswith("no") for said in first]
-            questions = [
-                asking(question, _options(question)) if lost else question
-                for question, lost in zip(questions, unsure, strict=True)
-            ]
-        else:
-            unanswerable = {index for index, said in enumerate(first) if "no" in said.lower()}
-    rest = [question for index, question in enumerate(questions) if index not in unanswerable]
-    told = iter(ask(task, rest) if rest else [])
-    return ["unanswerable" if index in unanswerable else task.clean(next(told)) for index in range(len(questions))]
-
-
-def _options(question: Question) -> str:
-    given = [question.record[letter] for letter in "ABCDE" if question.record.get(letter)]
-    return "Options: " + "".join(f"({number}). {option} " for number, option in enumerate(given))
+    asked: Sequence[Question | None] = questions
+    if task.reconsider is not None:
+        first = ask(Task(task.read), [_asking(question, _ANSWERABLE) for question in questions])
+        asked = [task.reconsider(question, said) for question, said in zip(questions, first, strict=True)]
+    told = iter(ask(task, [question for question in asked if question is not None]))
+    return ["unanswerable" if question is None else task.clean(next(told)) for question in asked]
 
 
 def score(
@@ -200,30 +198,33 @@ def score(
     task = TASKS[name]
     if task.score is None or not all(question.answers for question in questions):
         return None
-    return scores.Score(name, checkpoint, len(questions), *task.score(answers, questions), settings)
+    found = scores.summary(task.score(answers, [question.answers for question in questions]))
+    return scores.Score(name, checkpoint, len(questions), *found, settings)
 
 
-def write_submission(name: str, answers: Sequence[str], questions: Sequence[Question], directory: Any) -> Any:
+def write_submission(
+    name: str, answers: Sequence[str], questions: Sequence[Question], directory: epath.Path
+) -> epath.Path:
     """The answers in the form that the benchmark's server takes, as `NAME.json` or `NAME.xlsx`; its path.
 
     Raises:
       ImportError: openpyxl is not installed, which MMBench needs.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    pairs = list(zip(questions, answers, strict=True))
-    if name == "mmbench":
+    pairs, submission = list(zip(questions, answers, strict=True)), TASKS[name].submission
+    if submission == "table":
         return _write_table(pairs, directory / f"{name}.xlsx")
-    if name == "mmvet":
+    if submission == "mapping":
         content: Any = {question.id: answer for question, answer in pairs}
     else:
-        identity, value = TASKS[name].submission
+        identity, value = submission
         content = [{identity: question.id, value: answer} for question, answer in pairs]
     path = directory / f"{name}.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
-def _write_table(pairs: Sequence[tuple[Question, str]], path: Any) -> Any:
+def _write_table(pairs: Sequence[tuple[Question, str]], path: epath.Path) -> epath.Path:
     try:
         from openpyxl import Workbook
     except ModuleNotFoundError:
@@ -231,8 +232,8 @@ def _write_table(pairs: Sequence[tuple[Question, str]], path: Any) -> Any:
     columns = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "l2-category")
     book = Workbook()
     book.active.append([*columns, "prediction"])
-    for question, said in pairs:
-        book.active.append([*(question.record.get(column, "") for column in columns), said])
+    for question, answer in pairs:
+        book.active.append([*(question.record.get(column, "") for column in columns), answer])
     with path.open("wb") as file:
         book.save(file)
     return path

@@ -170,21 +170,19 @@ def measure(
       reference, inception: what FID compares with, by which features; None for no FID.
       similarity: None for no CLIP score, which is 100 times the cosine (Hessel et al. 2021, as torchmetrics scales it).
     """
-    metrics: dict[str, float] = {}
-    errors: dict[str, float] = {}
+    found: dict[str, Sequence[float] | float] = {}
     chosen = {"": [0] * len(captions)}
     if similarity:
         cosines = np.stack([_similarities(captions, directory / str(number), similarity) for number in range(each)])
         if each > 1:
             chosen[f"_best_of_{each}"] = cosines.argmax(axis=0).tolist()
         for name, numbers in chosen.items():
-            values = 100 * np.maximum(cosines[numbers, range(len(captions))], 0)
-            metrics[f"clip_score{name}"], errors[f"clip_score{name}"] = scores.mean(values)
+            found[f"clip_score{name}"] = 100 * np.maximum(cosines[numbers, range(len(captions))], 0)
     if reference and inception:
         for name, numbers in chosen.items():
             files = [directory / str(n) / f"{image}.png" for image, n in zip(captions, numbers, strict=True)]
-            metrics[f"fid{name}"] = fid.distance(_statistics(files, inception), reference)
-    return metrics, errors
+            found[f"fid{name}"] = fid.distance(_statistics(files, inception), reference)
+    return scores.summary(found)
 
 
 def _statistics(files: Sequence[epath.Path], inception: Features) -> fid.Statistics:

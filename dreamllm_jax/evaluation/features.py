@@ -1,7 +1,7 @@
 """What public networks see in pictures, for FID and CLIP score; their weights are local files, and torch runs them."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +50,14 @@ def of_files(files: Sequence[Path], features: Features, size: int = 0, batch: in
       ImageError: one of them cannot be decoded.
       ValueError: they are of different sizes.
     """
-    return np.concatenate([features(pixels) for pixels in _batches(files, size, batch)])
-
-
-def _batches(files: Sequence[Path], size: int, batch: int) -> Iterator[np.ndarray]:
+    found = []
     for start in tqdm(range(0, len(files), batch), unit=f"{batch} pictures"):
         pictures = [images.decode(file.read_bytes()) for file in files[start : start + batch]]
         pixels = [images.diffusion_pixels(one, size) if size else np.asarray(one) for one in pictures]
         if len({one.shape for one in pixels}) > 1:
             raise ValueError(f"{files[start]} and those after it are of different sizes: give --size")
-        yield np.stack(pixels)
+        found.append(features(np.stack(pixels)))
+    return np.concatenate(found)
 
 
 def clip_similarity(directory: str | Path) -> Similarity:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -37,14 +36,13 @@ class Recall:
     read: Sequence[str]
 
     @property
-    def creation_top1(self) -> float:
-        """Share of captions whose painting is nearer to their own picture than to any other."""
-        return float(np.mean(self.nearest == np.arange(len(self.nearest))))
-
-    @property
-    def comprehension_exact(self) -> float:
-        """Share of pictures whose text is exactly their caption."""
-        return float(np.mean([read == caption for read, caption in zip(self.read, self.captions, strict=True)]))
+    def right(self) -> dict[str, list[bool]]:
+        """Of each pair, whether its painting is nearer to its own picture than to any other, and whether what was read
+        is exactly its caption."""
+        return {
+            "creation_top1": [index == nearest for index, nearest in enumerate(self.nearest.tolist())],
+            "comprehension_exact": [read == caption for read, caption in zip(self.read, self.captions, strict=True)],
+        }
 
 
 def recall(
@@ -82,17 +80,6 @@ def recall(
     return Recall(captions, pictures, painted, distances.argmin(axis=1), read)
 
 
-def score(result: Recall, checkpoint: scores.Checkpoint, settings: Mapping[str, Any]) -> scores.Score:
-    """The two shares as a score of the task `recall`."""
-    right = {
-        "creation_top1": result.nearest == np.arange(len(result.nearest)),
-        "comprehension_exact": [read == caption for read, caption in zip(result.read, result.captions, strict=True)],
-    }
-    found = {name: scores.mean(values) for name, values in right.items()}
-    metrics, errors = ({name: pair[part] for name, pair in found.items()} for part in (0, 1))
-    return scores.Score("recall", checkpoint, len(result.captions), metrics, errors, settings)
-
-
 FILE = "recall.json"
 
 
@@ -107,10 +94,6 @@ def save(result: Recall, directory: epath.PathLike) -> None:
             item[name] = f"{i:04}-{name}.png"
             (directory / item[name]).write_bytes(png(pixels))
         items.append(item)
-    summary = {
-        "creation_top1": result.creation_top1,
-        "comprehension_exact": result.comprehension_exact,
-        "pairs": len(items),
-        "items": items,
-    }
+    metrics, _ = scores.summary(result.right)
+    summary = {**metrics, "pairs": len(items), "items": items}
     (directory / FILE).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

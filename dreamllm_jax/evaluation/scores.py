@@ -66,11 +66,19 @@ class Score:
     settings: Mapping[str, Any]
 
 
-def mean(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of the values and its standard error (0 of a single value)."""
-    array = np.asarray(values, np.float64)
-    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else 0.0
-    return float(array.mean()), float(error)
+def summary(found: Mapping[str, Sequence[float] | float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics and standard errors.
+
+    Args:
+      found: by the metrics' names, a value for each item, whose mean is taken; or a number, which has no error.
+    """
+    metrics, errors = {}, {}
+    for name, value in found.items():
+        values = np.asarray(value, np.float64)
+        metrics[name] = float(values.mean())
+        if values.ndim:
+            errors[name] = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return metrics, errors
 
 
 def write(score: Score, directory: epath.PathLike) -> epath.Path:

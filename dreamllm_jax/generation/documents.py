@@ -17,8 +17,8 @@ from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import DEFAULT, paint, require_size
-from dreamllm_jax.generation.prompts import Painted, Written, bucket, encode_prompts, length_of, require_room
-from dreamllm_jax.generation.text import STRETCH, Reading, Sampling, read_image, read_prompts, read_queries, write
+from dreamllm_jax.generation.prompts import Painted, Written, bucket
+from dreamllm_jax.generation.text import STRETCH, Reading, Sampling, begin, read_image, read_queries, write
 from dreamllm_jax.models.dreamllm import DreamLLM
 
 
@@ -56,7 +56,7 @@ def generate_documents(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[Segment]],
     *,
-    size: int | tuple[int, int],
+    size: int | tuple[int, int] | None = None,
     max_tokens: int = 256,
     max_images: int = 4,
     seeds: Sequence[int] | None = None,
@@ -75,13 +75,12 @@ def generate_documents(
 
     Args:
       prompts: how the documents begin.
-      size: pixels of the painted images, (height, width) or on both sides.
       max_tokens: budget of written tokens of each document.
       max_images: budget of painted images of each.
       seeds: one a document; 0, 1, ... if not given. The i-th image of a document is painted from seed + i.
       sampling: how tokens are chosen; None for the most probable ones.
-      sampler, guidance, rescale: of painting, see `images.paint`.
-      template: see `encode_prompts`.
+      size, sampler, guidance, rescale: of painting, see `images.paint`.
+      template: see `prompts.encode_prompts`.
 
     Raises:
       ValueError: the documents could become longer than the model can read, a size that cannot be painted, no budget.
@@ -91,10 +90,8 @@ def generate_documents(
     if max_tokens < 1 or max_images < 0:
         raise ValueError(f"max_tokens must be positive and max_images not negative, got {max_tokens} and {max_images}")
     ids = tokenizer.special
-    batch = encode_prompts(prompts, tokenizer, model.config, template)
     each = model.config.num_queries + model.config.clip.num_patches + 4
-    cache = require_room(model.config, length_of(batch), max_tokens + max_images * each, STRETCH)
-    reading = read_prompts(model, params, batch, cache)
+    reading = begin(model, params, tokenizer, prompts, max_tokens + max_images * each, template)
     documents = [
         _Document(seed, sum(isinstance(segment, Painted) for segment in prompt), max_tokens, max_images)
         for prompt, seed in zip(prompts, seeds or range(len(prompts)), strict=True)
@@ -112,17 +109,8 @@ def generate_documents(
                 yield from _written(documents[row], int(row), tokens[row, : count[row]].tolist(), tokenizer)
         if (asking := those("asking")).any():
             yield from (Event(row, Painted(b""), False) for row in np.flatnonzero(asking).tolist())
-            pictures, reading = _paint(
-                model,
-                params,
-                reading,
-                documents,
-                asking,
-                size=size,
-                sampler=sampler,
-                guidance=guidance,
-                rescale=rescale,
-            )
+            painting = {"size": size, "sampler": sampler, "guidance": guidance, "rescale": rescale}
+            pictures, reading = _paint(model, params, reading, documents, asking, **painting)
             for row, picture in pictures.items():
                 yield Event(row, picture, True)
 

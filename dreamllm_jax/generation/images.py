@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from dreamllm_jax.data.document import Segment
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig, guided, sample
-from dreamllm_jax.generation.prompts import encode_prompts, length_of, require_room
-from dreamllm_jax.generation.text import read_prompts, read_queries
+from dreamllm_jax.generation.text import begin, read_queries
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.sharding import whole
 
@@ -51,7 +50,7 @@ def paint(
     hidden: Float[Array, "N Q E"],
     seeds: Array,
     *,
-    size: int | tuple[int, int],
+    size: int | tuple[int, int] | None = None,
     sampler: SamplerConfig = DEFAULT,
     guidance: float = 3.5,
     rescale: float = 0.0,
@@ -62,7 +61,7 @@ def paint(
     Args:
       hidden: as from `generation.text.read_queries`.
       seeds: u32[N], one an image; an image depends on its own seed and hidden states alone.
-      size: pixels, (height, width) or on both sides.
+      size: pixels, (height, width) or on both sides; None for the size that the U-Net was made for.
       guidance: classifier-free guidance scale; 1 leaves it out.
       rescale: of guidance, see `diffusion.samplers.guided`.
       negative: hidden states that guidance leads away from; None for those of the document without a prompt.
@@ -86,7 +85,7 @@ def generate_images(
     prompts: Sequence[Sequence[Segment]],
     *,
     seeds: Sequence[int],
-    size: int | tuple[int, int],
+    size: int | tuple[int, int] | None = None,
     sampler: SamplerConfig = DEFAULT,
     guidance: float = 3.5,
     rescale: float = 0.0,
@@ -97,8 +96,7 @@ def generate_images(
     Args:
       prompts: texts, or texts with images of what is to be painted.
       seeds: one a prompt.
-      size: pixels, (height, width) or on both sides.
-      guidance, rescale: see `paint`.
+      size, sampler, guidance, rescale: see `paint`.
       negative: what guidance leads away from; nothing for the document without a prompt.
 
     Raises:
@@ -108,23 +106,22 @@ def generate_images(
     require_size(model, size)
 
     def hidden(given: Sequence[Sequence[Segment]]) -> Float[Array, "N Q E"]:
-        batch = encode_prompts(given, tokenizer, model.config)
-        cache = require_room(model.config, length_of(batch), model.config.num_queries + 2)
-        return read_queries(model, params, read_prompts(model, params, batch, cache))[0]
+        return read_queries(model, params, begin(model, params, tokenizer, given, model.config.num_queries + 2))[0]
 
     against = jnp.repeat(hidden([negative]), len(prompts), axis=0) if negative and guidance != 1.0 else None
     common = {"size": size, "sampler": sampler, "guidance": guidance, "rescale": rescale, "negative": against}
     return paint(model, params, hidden(prompts), jnp.asarray(seeds), **common)
 
 
-def require_size(model: DreamLLM, size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels.
+def require_size(model: DreamLLM, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) in pixels of such a size, see `paint`.
 
     Raises:
       ValueError: the model cannot paint such a picture.
     """
-    height, width = (size, size) if isinstance(size, int) else size
     least = model.config.vae.downscale
+    size = size or (model.config.unet.sample_size or 64) * least
+    height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < least or height % least or width % least:
         raise ValueError(f"the sides of a painted image must be multiples of {least} pixels, got {height} x {width}")
     return height, width

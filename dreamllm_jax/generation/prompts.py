@@ -61,27 +61,19 @@ def encode_prompts(
     return batch.replace(dream_images=None)
 
 
-def length_of(batch: Batch) -> int:
-    """Tokens of the longest row."""
-    return int((batch.segment_ids > 0).sum(axis=1).max())
-
-
-def require_room(config: DreamLLMConfig, prompt: int, new: int, spare: int = 0) -> int:
-    """Entries of a cache for a prompt and what may follow it.
-
-    Args:
-      spare: how many more may be written, only to be cut.
+def require_fits(config: DreamLLMConfig, batch: Batch, new: int) -> int:
+    """Tokens of the longest prompt and `new` ones after it.
 
     Raises:
       ValueError: the model was not trained on so long documents.
     """
-    most = config.llama.max_position_embeddings
+    prompt, most = int((batch.segment_ids > 0).sum(axis=1).max()), config.llama.max_position_embeddings
     if config.llama.rope_scaling is None and prompt + new > most:
         raise ValueError(
             f"{prompt} tokens of a prompt and up to {new} new ones (images included) exceed the {most} that the model "
             "can read: shorten the prompt, or allow fewer tokens or images"
         )
-    return bucket(prompt + new + spare, 64)
+    return prompt + new
 
 
 def _shape(config: DreamLLMConfig) -> RowShape:

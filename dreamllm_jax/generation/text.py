@@ -12,6 +12,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dreamllm_jax.batch import Batch
+from dreamllm_jax.data.document import Segment
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.generation.prompts import bucket, encode_prompts, require_fits
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.models.llama import KVCache
 from dreamllm_jax.sharding import whole
@@ -106,11 +109,12 @@ def choose(reading: Reading, sampling: Sampling | None) -> Int[Array, "B"]:
     return jnp.where(sampling.temperature > 0, token, greedy).astype(jnp.int32)
 
 
-def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array, segment_ids: Array) -> tuple:
-    """Feeds embeddings (padding, segment 0, on the right) after what the rows have read: hidden states and Reading."""
+def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array, counts: Array) -> tuple:
+    """The rows read those embeddings that count (padding is on the right): hidden states and Reading."""
+    segment_ids = jnp.broadcast_to(counts, embeddings.shape[:2]).astype(jnp.int32)
     positions = reading.length[:, None] + jnp.arange(segment_ids.shape[1])
     hidden, cache = model.apply({"params": params}, embeddings, positions, segment_ids, reading.cache, method="decode")
-    count = jnp.sum(segment_ids != 0, axis=1)
+    count = jnp.sum(segment_ids, axis=1)
     final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = model.apply({"params": params}, final, method="logits")[:, 0]
     return hidden, Reading(cache, jnp.where((count > 0)[:, None], logits, reading.logits), reading.seen)
@@ -141,7 +145,25 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
     within = (prompts.segment_ids != 0) & ~jnp.isin(prompts.tokens, around)
     seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], prompts.tokens].max(within)
     empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen)
-    return _advance(model, params, empty, embeddings, prompts.segment_ids)[1]
+    return _advance(model, params, empty, embeddings, prompts.segment_ids != 0)[1]
+
+
+def begin(
+    model: DreamLLM,
+    params: dict,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[Segment]],
+    new: int,
+    template: str = "",
+) -> Reading:
+    """Reads how documents begin, with room for `new` tokens; arguments and errors as of `prompts.encode_prompts`.
+
+    Raises:
+      ValueError: the documents could become longer than the model can read.
+    """
+    batch = encode_prompts(prompts, tokenizer, model.config, template)
+    length = require_fits(model.config, batch, new) + STRETCH  # the last stretch may be longer, only to be cut
+    return read_prompts(model, params, batch, bucket(length, 64))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_tokens", "stop"), donate_argnames=("reading",))
@@ -189,7 +211,7 @@ def read_tokens(
 ) -> Reading:
     """The active rows read one token each."""
     embeddings = model.apply({"params": params}, tokens[:, None], method="embed")
-    _, advanced = _advance(model, params, reading, embeddings, active[:, None].astype(jnp.int32))
+    _, advanced = _advance(model, params, reading, embeddings, active[:, None])
     rows = jnp.arange(len(tokens))
     return advanced.replace(seen=advanced.seen.at[rows, tokens].max(active))
 
@@ -210,7 +232,7 @@ def read_image(
     features = model.apply({"params": params}, images, method="see")[:, None]
     slots = jnp.ones((images.shape[0], 1), jnp.int32)
     embeddings = model.apply({"params": params}, tokens, features, slots, method="embed")
-    return _advance(model, params, reading, embeddings, _segments(tokens, active))[1]
+    return _advance(model, params, reading, embeddings, True if active is None else active[:, None])[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "announced"), donate_argnames=("reading",))
@@ -233,11 +255,5 @@ def read_queries(
     tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (reading.logits.shape[0], len(tokens)))
     slots = jnp.full((tokens.shape[0], 1), start, jnp.int32)
     embeddings = model.apply({"params": params}, tokens, dream_slots=slots, method="embed")
-    hidden, reading = _advance(model, params, reading, embeddings, _segments(tokens, active))
+    hidden, reading = _advance(model, params, reading, embeddings, True if active is None else active[:, None])
     return hidden[:, start : start + queries], reading
-
-
-def _segments(tokens: Array, active: Array | None) -> Array:
-    return (
-        jnp.ones_like(tokens) if active is None else jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
-    )

@@ -9,8 +9,7 @@ import numpy as np
 from dreamllm_jax.data.document import Segment
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.generation.beams import search
-from dreamllm_jax.generation.prompts import encode_prompts, length_of, require_room
-from dreamllm_jax.generation.text import STRETCH, Sampling, read_prompts, write
+from dreamllm_jax.generation.text import STRETCH, Sampling, begin, write
 from dreamllm_jax.models.dreamllm import DreamLLM
 
 
@@ -34,7 +33,7 @@ def generate_texts(
       sampling: how tokens are chosen; None for the most probable ones.
       stop: strings that end a text, which is given without them.
       beams: search for the most probable text with so many; then nothing is drawn, and stop strings only cut.
-      template: of conversations, see `encode_prompts`.
+      template: of conversations, see `prompts.encode_prompts`.
 
     Raises:
       ValueError: a prompt too long for the model, or settings that exclude each other.
@@ -45,9 +44,7 @@ def generate_texts(
     if beams < 1 or max_tokens < 1:
         raise ValueError(f"beams and max_tokens must be positive, got {beams} and {max_tokens}")
     eos = (tokenizer.special.eos,)
-    batch = encode_prompts(prompts, tokenizer, model.config, template)
-    cache = require_room(model.config, length_of(batch), max_tokens, STRETCH)
-    reading = read_prompts(model, params, batch, cache)
+    reading = begin(model, params, tokenizer, prompts, max_tokens, template)
     if beams > 1:
         tokens, count, _ = jax.device_get(search(model, params, reading, beams, max_tokens, eos, length_penalty))
         return [_text(tokenizer, row[:n].tolist(), stop)[0] for row, n in zip(tokens, count, strict=True)]

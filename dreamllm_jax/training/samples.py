@@ -13,7 +13,7 @@ from dreamllm_jax.data.storage import Corpus, read_summary
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import generate_images
-from dreamllm_jax.generation.prompts import encode_prompts, length_of, require_room
+from dreamllm_jax.generation.prompts import encode_prompts, require_fits
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig
 
@@ -115,7 +115,7 @@ def find_questions(
     def fits(question: Question) -> bool:
         try:
             batch = encode_prompts([question.prompt], tokenizer, model, question.template)
-            require_room(model, length_of(batch), max(config.max_tokens, model.num_queries + 2))
+            require_fits(model, batch, max(config.max_tokens, model.num_queries + 2))
         except ValueError:  # an image that cannot be decoded is one
             return False
         return True

@@ -12,7 +12,7 @@ from dreamllm_jax import runs
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.evaluate import make_parser
-from dreamllm_jax.evaluation import benchmarks, comprehension, vqa_accuracy
+from dreamllm_jax.evaluation import annotations, comprehension, vqa_accuracy
 from dreamllm_jax.evaluation.scores import Checkpoint
 from tests.evaluation.models import WORDS, save
 
@@ -84,7 +84,7 @@ ANNOTATIONS = {
 }
 
 
-def read(folder, name: str) -> list[benchmarks.Question]:
+def read(folder, name: str) -> list[annotations.Question]:
     return comprehension.TASKS[name].read([folder / file for file in ANNOTATIONS[name]], folder)
 
 
@@ -102,7 +102,7 @@ def test_annotations_become_questions(folder, name):
 
 
 def test_karpathys_test_split(folder):
-    assert [one.id for one in benchmarks.captions([folder / "karpathy.json"], folder)] == [1, 2]
+    assert [one.id for one in annotations.captions([folder / "karpathy.json"], folder)] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -174,5 +174,5 @@ def test_cider():
 
 
 def test_means_have_standard_errors():
-    assert scores.mean([0.0, 1.0, 1.0, 0.0]) == (0.5, pytest.approx((1 / 3) ** 0.5 / 2))
-    assert scores.mean([0.25]) == (0.25, 0.0)
+    metrics, errors = scores.summary({"a": [False, True, True, False], "b": [0.25], "c": 8.5})
+    assert metrics == {"a": 0.5, "b": 0.25, "c": 8.5} and errors == {"a": pytest.approx((1 / 3) ** 0.5 / 2), "b": 0.0}

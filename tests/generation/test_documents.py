@@ -9,6 +9,7 @@ import pytest
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.generation import images as painting
 from dreamllm_jax.generation.documents import (
     DOCUMENT,
     PAGE,
@@ -137,9 +138,7 @@ def test_other_shapes_seeds_and_scales_of_images():
 
     first = painted()
     assert first.shape == (2, DREAM_SIZE, DREAM_SIZE + 6, 3)
-    from dreamllm_jax.generation import images as module
-
-    compiled = module._paint._cache_size()
+    compiled = painting._paint._cache_size()
     others = [painted(guidance=5.0), painted(rescale=0.7), painted(negative=hidden[::-1])]
     assert all(np.abs(first - other).max() > 1 for other in others)
-    assert module._paint._cache_size() <= compiled + 1  # a negative prompt has a row each
+    assert painting._paint._cache_size() <= compiled + 1  # a negative prompt has a row each

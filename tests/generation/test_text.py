@@ -123,16 +123,6 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(prompts):
     assert (written(slice(2, 4), [8, 9]) != whole[2:4]).any()
 
 
-@pytest.mark.slow
-def test_settings_do_not_compile_again(prompts):
-    reading = lambda: read_prompts(MODEL, PARAMS, jax.tree.map(lambda x: x[:4], prompts), 48)  # noqa: E731
-    write(MODEL, PARAMS, reading(), NEW, (IDS.eos,), Sampling.of(range(4), 0.5))
-    before = write._cache_size(), read_prompts._cache_size()
-    write(MODEL, PARAMS, reading(), NEW, (IDS.eos,), Sampling.of([9, 8, 7, 6], 1.5, 3, 0.5, 1.2), jnp.arange(4) < 2)
-    write(MODEL, PARAMS, reading(), NEW, (IDS.eos,), Sampling.of([1, 2, 3, 4], 0.0), jnp.arange(4) < 3)
-    assert (write._cache_size(), read_prompts._cache_size()) == (before[0] + 1, before[1])
-
-
 @pytest.mark.parametrize(
     "settings", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"repetition_penalty": 0.0}]
 )

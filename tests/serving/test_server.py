@@ -8,7 +8,6 @@ import json
 import queue
 import sys
 import threading
-import zlib
 
 import numpy as np
 import PIL.Image
@@ -126,36 +125,21 @@ def encoded(kind: str, size=(40, 30), **options) -> bytes:
     return out.getvalue()
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it has 20,000 x 20,000 pixels."""
-    data = bytearray(encoded("PNG"))
-    data[16:24] = (20_000).to_bytes(4, "big") * 2
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    return bytes(data)
-
-
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # what else is wrong with pictures: tests/data/test_images.py
     ("data", "message"),
     [
-        (b"", "not an image of a known format"),
         (b"a text", "not an image of a known format"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image of a known format"),
-        (encoded("PDF"), "not an image of a known format"),
         (encoded("JPEG", (400, 300))[:-200], "truncated"),
-        (encoded("PNG")[:60], ""),
-        (bomb(), "exceeds limit"),
-        (encoded("PNG", (9000, 8000)), "9000 x 8000 pixels, more than"),
         (encoded("PNG", (3000, 10)), "3000 x 10 pixels is too narrow"),
     ],
-    ids=["empty", "text", "svg", "pdf", "cut jpeg", "cut png", "bomb", "too many pixels", "narrow"],
+    ids=["text", "cut", "narrow"],
 )
 def test_a_bad_picture_is_refused_with_a_reason(client, data, message):
     for response in (
         client.post("/picture", content=data),
         client.post("/reply", json={"conversation": [{"role": "user", "image": base64_of(data)}]}),
     ):
-        assert response.status_code == 400
-        assert response.json()["error"] and message in response.json()["error"]
+        assert response.status_code == 400 and message in response.json()["error"]
     assert lines(client.post("/reply", json=say()))[-1] == {"state": "done"}, "the conversation goes on"
 
 

@@ -21,23 +21,17 @@ STEPS = 20
 CONFIG = """
 from ml_collections import ConfigDict
 from dreamllm_jax import recipes
-from dreamllm_jax.arguments import parse
 from tests.lives import micro
-import dataclasses
 
 SWEEP = [
     {{"queries": queries, "config.optimizer.learning_rate": rate}} for queries in (1, 2) for rate in (0.01, 0.03, 0.1)
 ]
 
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    queries: int = 2
-
 def get_config(arg=""):
     config = ConfigDict(micro({data!r}, steps={steps}, log_every=2, checkpoint={{"every": 5}}))
     config.data.corpora = {{"interleaved": {{"mode": "comprehension"}}}}  # without a UNet it compiles sooner
     config.rows.dream_slots = 0
-    config.model.num_queries = parse(Arguments, arg).queries
+    config.model.num_queries = recipes.parse(arg, queries=2).queries
     return config
 """
 

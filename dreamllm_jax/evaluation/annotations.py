@@ -4,9 +4,11 @@ Each reader is given the annotations' files and the folder of images, and checks
 """
 
 import base64
+import collections
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import sys
@@ -30,7 +32,7 @@ class Question:
     id: Any
     image: bytes | Path
     text: str = ""
-    answers: tuple[str, ...] = ()
+    answers: Sequence[str] = ()
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def read_image(self) -> bytes:
@@ -40,21 +42,14 @@ class Question:
 def vqa(files: Sequence[Path], images: Path) -> list[Question]:
     """VQAv2 and OK-VQA: a file of `questions`, and one of `annotations`, without which nothing can be scored."""
     read = [_json(file) for file in files]
-    [questions] = [_under(one, "questions", files) for one in read if "questions" in one] or [None]
+    questions = next((one["questions"] for one in read if "questions" in one), None)
     if questions is None:
         raise ValueError(f"{_names(files)}: none has `questions`; give --annotations=QUESTIONS.json,ANNOTATIONS.json")
-    answers = {
-        one["question_id"]: tuple(answer["answer"] for answer in one["answers"])
-        for file in read
-        for one in file.get("annotations", ())
-    }
+    answers = collections.defaultdict(list)
+    for one in itertools.chain.from_iterable(one.get("annotations", ()) for one in read):
+        answers[one["question_id"]] = _answers(one)
     return [
-        Question(
-            one["question_id"],
-            _coco_image(images, one["image_id"]),
-            one["question"],
-            answers.get(one["question_id"], ()),
-        )
+        Question(one["question_id"], _coco_image(images, one["image_id"]), one["question"], answers[one["question_id"]])
         for one in questions
     ]
 
@@ -62,12 +57,7 @@ def vqa(files: Sequence[Path], images: Path) -> list[Question]:
 def vizwiz(files: Sequence[Path], images: Path) -> list[Question]:
     """VizWiz-VQA: a list of images with a question each."""
     return [
-        Question(
-            one["image"],
-            _image(images, one["image"]),
-            one["question"],
-            tuple(answer["answer"] for answer in one.get("answers", ())),
-        )
+        Question(one["image"], _image(images, one["image"]), one["question"], _answers(one))
         for one in _json(_only(files))
     ]
 
@@ -75,26 +65,18 @@ def vizwiz(files: Sequence[Path], images: Path) -> list[Question]:
 def textvqa(files: Sequence[Path], images: Path) -> list[Question]:
     """TextVQA: `data`, with pictures of Open Images."""
     return [
-        Question(
-            one["question_id"],
-            _image(images, f"{one['image_id']}.jpg"),
-            one["question"],
-            tuple(one.get("answers", ())),
-        )
+        Question(one["question_id"], _image(images, f"{one['image_id']}.jpg"), one["question"], one.get("answers", ()))
         for one in _under(_json(_only(files)), "data", files)
     ]
 
 
 def docvqa(files: Sequence[Path], images: Path) -> list[Question]:
     """DocVQA and InfographicVQA: `data`, with the accepted answers."""
+    read = _under(_json(_only(files)), "data", files)
+    names = [Path(one.get("image_local_name", one.get("image", ""))).name for one in read]
     return [
-        Question(
-            one["questionId"],
-            _image(images, Path(one.get("image_local_name", one.get("image", ""))).name),
-            one["question"],
-            tuple(one.get("answers", ())),
-        )
-        for one in _under(_json(_only(files)), "data", files)
+        Question(one["questionId"], _image(images, name), one["question"], one.get("answers", ()))
+        for one, name in zip(read, names, strict=True)
     ]
 
 
@@ -102,7 +84,7 @@ def pope(files: Sequence[Path], images: Path) -> list[Question]:
     """POPE: JSON lines."""
     lines = [json.loads(line) for line in _text(_only(files)).splitlines() if line.strip()]
     return [
-        Question(one["question_id"], _image(images, one["image"]), one["text"], (one["label"].strip().lower(),))
+        Question(one["question_id"], _image(images, one["image"]), one["text"], [one["label"].strip().lower()])
         for one in lines
     ]
 
@@ -116,17 +98,15 @@ def captions(files: Sequence[Path], images: Path) -> list[Question]:
             Question(
                 one.get("cocoid", one["filename"]),
                 _image(images, one["filename"]),
-                answers=tuple(sentence["raw"] for sentence in one["sentences"]),
+                answers=[sentence["raw"] for sentence in one["sentences"]],
             )
             for one in listed
             if one["split"] == "test"
         ]
-    said: dict[Any, list[str]] = {}
+    said = collections.defaultdict(list)
     for one in _under(content, "annotations", files):
-        said.setdefault(one["image_id"], []).append(one["caption"])
-    return [
-        Question(one["id"], _image(images, one["file_name"]), answers=tuple(said.get(one["id"], ()))) for one in listed
-    ]
+        said[one["image_id"]].append(one["caption"])
+    return [Question(one["id"], _image(images, one["file_name"]), answers=said[one["id"]]) for one in listed]
 
 
 def paragraphs(files: Sequence[Path], images: Path) -> list[Question]:
@@ -138,7 +118,7 @@ def paragraphs(files: Sequence[Path], images: Path) -> list[Question]:
         raise ValueError(f"{_names(files)}: give --annotations=paragraphs_v1.json,test_split.json")
     wanted = set(splits[0])
     return [
-        Question(one["image_id"], _image(images, f"{one['image_id']}.jpg"), answers=(one["paragraph"],))
+        Question(one["image_id"], _image(images, f"{one['image_id']}.jpg"), answers=[one["paragraph"]])
         for one in told[0]
         if one["image_id"] in wanted
     ]
@@ -151,7 +131,7 @@ def mmvet(files: Sequence[Path], images: Path) -> list[Question]:
     ]
 
 
-def mmbench(files: Sequence[Path], images: Path | None = None) -> list[Question]:
+def mmbench(files: Sequence[Path], images: Path) -> list[Question]:
     """MMBench: a table separated by tabs, with the images in it. The answers are scored by its server."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     rows = list(csv.DictReader(_text(_only(files)).splitlines(), delimiter="\t"))
@@ -164,6 +144,10 @@ def mmbench(files: Sequence[Path], images: Path | None = None) -> list[Question]
         hint = f"Hint:{row['hint']}" if row.get("hint") else ""
         found.append(Question(row["index"], base64.b64decode(image), f"{hint}Question:{row['question']}", record=row))
     return found
+
+
+def _answers(record: Mapping[str, Any]) -> list[str]:
+    return [answer["answer"] for answer in record.get("answers", ())]
 
 
 def _only(files: Sequence[Path]) -> Path:
