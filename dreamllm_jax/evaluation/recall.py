@@ -16,6 +16,8 @@ from dreamllm_jax.generation.images import generate_images
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.runs import Trained
 
+MAX_TOKENS = 32  # of the text written for a picture
+
 
 @dataclasses.dataclass(frozen=True)
 class Recall:
@@ -51,15 +53,11 @@ def recall(
     *,
     steps: int = 50,
     guidance: float = 3.0,
-    max_tokens: int = 32,
-    seed: int = 0,
 ) -> Recall:
-    """Paints the pairs' captions and reads their pictures, greedily and all in one batch each.
+    """Paints the pairs' captions, pair i with seed i, and reads their pictures, greedily and all in one batch each.
 
     Args:
       steps, guidance: of the sampler.
-      max_tokens: longest text written for a picture.
-      seed: pair i is painted from the noise of `seed + i`.
     """
     size = trained.experiment.rows.dream_size
     captions = [pair.texts[0].text for pair in pairs]
@@ -69,14 +67,14 @@ def recall(
     painted = generate_images(
         *common,
         [[Text(caption)] for caption in captions],
-        seeds=range(seed, seed + len(pairs)),
+        seeds=range(len(pairs)),
         size=size,
         sampler=SamplerConfig(steps=steps),
         guidance=guidance,
     )
     painted = np.asarray(painted)
     distances = np.square(painted[:, None].astype(np.float32) - pictures[None]).mean(axis=(2, 3, 4))
-    read = generate_texts(*common, [[Image(pair.images[0].data)] for pair in pairs], max_tokens=max_tokens)
+    read = generate_texts(*common, [[Image(pair.images[0].data)] for pair in pairs], max_tokens=MAX_TOKENS)
     return Recall(captions, pictures, painted, distances.argmin(axis=1), read)
 
 

@@ -120,7 +120,8 @@ def require_size(model: DreamLLM, size: int | tuple[int, int] | None) -> tuple[i
       ValueError: the model cannot paint such a picture.
     """
     least = model.config.vae.downscale
-    size = size or (model.config.unet.sample_size or 64) * least
+    if size is None:
+        size = (model.config.unet.sample_size or 64) * least
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < least or height % least or width % least:
         raise ValueError(f"the sides of a painted image must be multiples of {least} pixels, got {height} x {width}")

@@ -5,7 +5,6 @@ with the role assistant what the model wrote, which has its `tokens` too, and pa
 """
 
 import base64
-import dataclasses
 from typing import Any
 
 from dreamllm_jax.data import images
@@ -17,56 +16,32 @@ MAX_BYTES = 32 << 20  # of a request
 MAX_SEGMENTS, MAX_IMAGES, MAX_CHARACTERS = 200, 16, 20_000  # of a conversation
 KEPT_SIZE = 512  # pixels on the shorter side of a picture that was sent
 
-LIMITS = {
-    "temperature": (0.0, 2.0),
-    "top_p": (0.05, 1.0),
-    "guidance": (1.0, 20.0),
-    "steps": (1, 250),
-    "seed": (0, 999_999_999),
-    "max_tokens": (1, 2048),
-    "max_images": (0, 8),
+# What the page lets people choose of a reply: least, most and default; whole numbers where these are.
+SETTINGS = {
+    "temperature": (0.0, 2.0, 0.0),  # of drawing tokens; 0 takes the most probable ones
+    "top_p": (0.05, 1.0, 1.0),
+    "guidance": (1.0, 20.0, 3.5),  # of painting
+    "steps": (1, 250, 50),
+    "seed": (0, 999_999_999, 0),  # of all draws
+    "max_tokens": (1, 2048, 128),
+    "max_images": (0, 8, 2),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the page lets people choose, within `LIMITS`.
-
-    Attributes:
-      temperature, top_p: of drawing tokens; temperature 0 takes the most probable ones.
-      guidance, steps: of painting.
-      seed: of all draws.
-      max_tokens, max_images: of one reply.
-
-    Raises:
-      ValueError: a value of the wrong type or beyond its limits.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    guidance: float = 3.5
-    steps: int = 50
-    seed: int = 0
-    max_tokens: int = 128
-    max_images: int = 2
-
-    def __post_init__(self):
-        for name, (least, most) in LIMITS.items():
-            value, whole = getattr(self, name), type(least) is int
-            if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
-                kind = "a whole number" if whole else "a number"
-                raise ValueError(f"{name} must be {kind} from {least} to {most}, got {value!r}")
-
-
-def read_settings(given: Any) -> Settings:
+def read_settings(given: Any) -> dict[str, Any]:
     """The settings of a request; what it leaves out has its default.
 
     Raises:
-      ValueError: an unknown one, or a value that cannot be used.
+      ValueError: an unknown one, or a value of the wrong type or beyond its limits.
     """
-    if not isinstance(given, dict) or not given.keys() <= LIMITS.keys():
-        raise ValueError(f"the settings are {', '.join(LIMITS)}; got {given!r:.200}")
-    return Settings(**given)
+    if not isinstance(given, dict) or not given.keys() <= SETTINGS.keys():
+        raise ValueError(f"the settings are {', '.join(SETTINGS)}; got {given!r:.200}")
+    for name, value in given.items():
+        least, most, default = SETTINGS[name]
+        whole = type(default) is int
+        if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+            raise ValueError(f"{name} must be a {'whole ' * whole}number from {least} to {most}, got {value!r}")
+    return {name: default for name, (*_, default) in SETTINGS.items()} | given
 
 
 def read_conversation(given: Any, vocab_size: int) -> list[Segment]:

@@ -11,14 +11,13 @@ people or to be deleted. There is one model, so replies are made one after the o
 
 import base64
 import contextlib
-import dataclasses
 import hashlib
 import ipaddress
 import json
 import logging
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,9 +40,8 @@ from dreamllm_jax.generation.documents import Event, generate_documents
 from dreamllm_jax.generation.text import Sampling
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.serving.conversation import (
-    LIMITS,
     MAX_BYTES,
-    Settings,
+    SETTINGS,
     accept_picture,
     read_conversation,
     read_settings,
@@ -52,7 +50,7 @@ from dreamllm_jax.serving.conversation import (
 
 MAX_WAITING = 8  # people whose turn has not come
 PAGE = (Path(__file__).parent / "page.html").read_text()
-Reply = Callable[[Sequence[Segment], Settings], Generator[Event, None, None]]
+Reply = Callable[[Sequence[Segment], Mapping[str, Any]], Generator[Event, None, None]]
 _logger = logging.getLogger(__name__)
 
 
@@ -67,19 +65,20 @@ def make_reply(
 ) -> Reply:
     """The model's replies: it continues the conversation as a document, or answers in the turns of a template."""
 
-    def reply(conversation: Sequence[Segment], settings: Settings) -> Generator[Event, None, None]:
+    def reply(conversation: Sequence[Segment], settings: Mapping[str, Any]) -> Generator[Event, None, None]:
+        seeds = [settings["seed"]]
         yield from generate_documents(
             model,
             params,
             tokenizer,
             [conversation],
             size=size,
-            max_tokens=settings.max_tokens,
-            max_images=settings.max_images,
-            seeds=[settings.seed],
-            sampling=Sampling.of([settings.seed], settings.temperature, top_p=settings.top_p),
-            sampler=samplers.SamplerConfig(sampler, settings.steps),
-            guidance=settings.guidance,
+            max_tokens=settings["max_tokens"],
+            max_images=settings["max_images"],
+            seeds=seeds,
+            sampling=Sampling.of(seeds, settings["temperature"], top_p=settings["top_p"]),
+            sampler=samplers.SamplerConfig(sampler, settings["steps"]),
+            guidance=settings["guidance"],
             template=template,
         )
 
@@ -102,8 +101,7 @@ def make_app(
         return HTMLResponse(PAGE, headers={"Content-Security-Policy": _policy(PAGE), "Referrer-Policy": "no-referrer"})
 
     async def settings(_: Request) -> Response:
-        defaults = dataclasses.asdict(Settings())
-        limits = {name: [*ends, defaults[name], type(ends[0]) is int] for name, ends in LIMITS.items()}
+        limits = {name: [*limits, type(limits[0]) is int] for name, limits in SETTINGS.items()}
         about = {"checkpoint": checkpoint, "template": template, "max_bytes": MAX_BYTES}
         return JSONResponse({**about, "limits": limits})
 
@@ -128,7 +126,7 @@ def make_app(
             return _refusal(error)
         return _Lines(lines(conversation, chosen), media_type="application/x-ndjson")
 
-    async def lines(conversation: list[Segment], chosen: Settings) -> AsyncIterator[str]:
+    async def lines(conversation: list[Segment], chosen: Mapping[str, Any]) -> AsyncIterator[str]:
         if model.locked():
             yield _line({"state": "waiting"})
         async with model:
@@ -150,7 +148,7 @@ def make_app(
         Route("/picture", picture, methods=["POST"]),
         Route("/reply", answer, methods=["POST"]),
     ]
-    middleware = [Middleware(_OwnPageOnly, names=("localhost", *names))]
+    middleware = [Middleware(_own_page_only, names=("localhost", *names))]
     return Starlette(routes=routes, middleware=middleware, max_body_size=MAX_BYTES)
 
 
@@ -162,24 +160,23 @@ class _Lines(StreamingResponse):
             await super().stream_response(send)
 
 
-class _OwnPageOnly:
+def _own_page_only(app: ASGIApp, names: Sequence[str]) -> ASGIApp:
     """Refuses what other sites' pages send to this server: by their origin, or by a name of theirs that leads here."""
 
-    def __init__(self, app: ASGIApp, names: Sequence[str]):
-        self._app, self._names = app, names
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = self._problem(Headers(scope=scope)) if scope["type"] == "http" else ""
-        await (_refusal(problem, 403) if problem else self._app)(scope, receive, send)
-
-    def _problem(self, headers: Headers) -> str:
+    def problem(headers: Headers) -> str:
         host, origin = headers.get("host", ""), headers.get("origin")
         name = _name(host)
-        if not _is_address(name) and name not in self._names:
+        if not _is_address(name) and name not in names:
             return f"this server is not called {name!r}: use its address, or start it with --host={name}"
         if origin is not None and origin.partition("://")[2] != host:
             return f"this server does not answer pages of {origin}"
         return ""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        found = problem(Headers(scope=scope)) if scope["type"] == "http" else ""
+        await (_refusal(found, 403) if found else app)(scope, receive, send)
+
+    return guarded
 
 
 def _name(host: str) -> str:

@@ -21,7 +21,7 @@ from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.generation.documents import png
 from dreamllm_jax.generation.prompts import Painted, Written
-from dreamllm_jax.serving.conversation import Settings
+from dreamllm_jax.serving.conversation import read_settings
 from dreamllm_jax.serving.server import make_reply
 from dreamllm_jax.training.saved import write_description, write_params
 from tests.painter import TOKENIZER, model_that_paints
@@ -152,7 +152,7 @@ def test_a_conversation_with_pictures(address, model, tmp_path):
         reply, conversation = make_reply(*model, TOKENIZER, size=DREAM_SIZE), [Image(data_of(attached), "user")]
         for words in (said, "a red fox"):
             conversation.append(Text(words, "user"))
-            conversation += [event.segment for event in reply(conversation, Settings(**chosen)) if event.complete]
+            conversation += [event.segment for event in reply(conversation, read_settings(chosen)) if event.complete]
         written = [segment.text for segment in conversation if isinstance(segment, Written) and segment.text]
         painted = [segment.data for segment in conversation if isinstance(segment, Painted)]
         assert written and painted, "the model does both"

@@ -21,7 +21,14 @@ from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.generation.documents import Event, png
 from dreamllm_jax.generation.prompts import Painted, Written
 from dreamllm_jax.serving import server
-from dreamllm_jax.serving.conversation import KEPT_SIZE, MAX_BYTES, MAX_CHARACTERS, MAX_IMAGES, MAX_SEGMENTS, Settings
+from dreamllm_jax.serving.conversation import (
+    KEPT_SIZE,
+    MAX_BYTES,
+    MAX_CHARACTERS,
+    MAX_IMAGES,
+    MAX_SEGMENTS,
+    read_settings,
+)
 from tests.painter import TOKENIZER, model_that_paints
 from tests.tiny import DREAM_SIZE
 
@@ -91,11 +98,16 @@ def test_a_reply_is_streamed_and_the_conversation_goes_on():
             shown,
             {"state": "done"},
         ]
-        assert heard == [([Image(PICTURE, "user"), Text("what is <s>?", "user")], Settings(seed=3, top_p=0.9))]
+        assert heard == [
+            ([Image(PICTURE, "user"), Text("what is <s>?", "user")], read_settings({"seed": 3, "top_p": 0.9}))
+        ]
         mine = [{"role": "assistant", **told[2]}, {"role": "assistant", **shown}, {"role": "user", "text": "and?"}]
         client.post("/reply", json={"conversation": conversation + mine, "settings": {}}).raise_for_status()
         wrote = Written("a red fox", "assistant", (5, 6, 7))
-        assert heard[1] == ([*heard[0][0], wrote, Painted(PICTURE, "assistant"), Text("and?", "user")], Settings())
+        assert heard[1] == (
+            [*heard[0][0], wrote, Painted(PICTURE, "assistant"), Text("and?", "user")],
+            read_settings({}),
+        )
 
 
 @pytest.mark.slow
