@@ -1,6 +1,7 @@
 """What a model says about images: the paper's benchmarks with the original program's prompts."""
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ class Task:
       asks_first: whether it first asks if the question can be answered, and what is done if not.
       clean: what is made of an answer.
       beams: as the original searches; it draws where this is 1, at temperature 0.2, and we take the most probable.
+      needs: packages of the extra `evaluation` that score it or write its submission.
     """
 
     read: Callable[[Sequence[Path], Path], list[Question]]
@@ -45,6 +47,7 @@ class Task:
     asks_first: bool = False
     clean: Callable[[str], str] = str
     beams: int = BEAMS
+    needs: tuple[str, ...] = ()
 
 
 def _short(answer: str) -> str:
@@ -68,10 +71,8 @@ def _pope_score(answers: Sequence[str], questions: Sequence[Question]) -> Found:
 
 
 def _cider_score(answers: Sequence[str], questions: Sequence[Question]) -> Found:
-    try:
-        from dreamllm_jax.evaluation.cider import cider
-    except ModuleNotFoundError as error:
-        raise ImportError(f"CIDEr needs {error.name}: pip install 'dreamllm_jax[evaluation]'") from None
+    from dreamllm_jax.evaluation.cider import cider
+
     return _of_means("cider", cider(answers, [question.answers for question in questions]))
 
 
@@ -82,6 +83,7 @@ def _of_means(name: str, values: Sequence[float]) -> Found:
 
 _ANSWER = "Based on the image, please answer the question."
 _ONE_WORD = "Please provide an accurate answer within one word."
+_CIDER = ("nltk", "pycocoevalcap")
 _VQA = Task(
     benchmarks.vqa, _vqa_score, before=_ANSWER, after=_ONE_WORD, opening="The short answer (one word) is:", clean=_short
 )
@@ -109,6 +111,7 @@ TASKS: Mapping[str, Task] = {
         after="Please summarize object in one sentence within 10 words.",
         opening="The image depicts",
         clean=str.capitalize,
+        needs=_CIDER,
     ),
     "i2paragraph": Task(
         benchmarks.paragraphs,
@@ -118,6 +121,7 @@ TASKS: Mapping[str, Task] = {
         after="Please describe the image in detail.",
         opening="The image depicts",
         clean=str.capitalize,
+        needs=_CIDER,
     ),
     "mmvet": Task(
         benchmarks.mmvet,
@@ -130,8 +134,19 @@ TASKS: Mapping[str, Task] = {
         before="This is an exam, please answer according to the image, hint and question.",
         after="Please provide an accurate and detailed answer.",
         asks_first=True,
+        needs=("openpyxl",),
     ),
 }
+
+
+def require_packages(name: str) -> None:
+    """
+    Raises:
+      ImportError: a package that the task needs is not installed.
+    """
+    for package in TASKS[name].needs:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{name} needs {package}: pip install 'dreamllm_jax[evaluation]'")
 
 
 def prompt(task: Task, question: Question, template: str = TEMPLATE) -> list[Segment]:
@@ -204,11 +219,7 @@ def score(
 
 
 def write_submission(name: str, answers: Sequence[str], questions: Sequence[Question], directory: Any) -> Any:
-    """The answers in the form that the benchmark's server takes, as `NAME.json` or `NAME.xlsx`; its path.
-
-    Raises:
-      ImportError: openpyxl is not installed, which MMBench needs.
-    """
+    """The answers in the form that the benchmark's server takes, as `NAME.json` or `NAME.xlsx`; its path."""
     directory.mkdir(parents=True, exist_ok=True)
     pairs = list(zip(questions, answers, strict=True))
     if name == "mmbench":
@@ -224,10 +235,8 @@ def write_submission(name: str, answers: Sequence[str], questions: Sequence[Ques
 
 
 def _write_table(pairs: Sequence[tuple[Question, str]], path: Any) -> Any:
-    try:
-        from openpyxl import Workbook
-    except ModuleNotFoundError:
-        raise ImportError("MMBench's table needs openpyxl: pip install 'dreamllm_jax[evaluation]'") from None
+    from openpyxl import Workbook
+
     columns = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "l2-category")
     book = Workbook()
     book.active.append([*columns, "prediction"])
