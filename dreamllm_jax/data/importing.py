@@ -150,7 +150,7 @@ def _on_beam(jobs: Sequence[Job], options: str) -> None:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("--beam needs Apache Beam: pip install -e '.[beam]'") from None
+        raise ModuleNotFoundError("--beam needs Apache Beam: pip install 'dreamllm_jax[beam]'") from None
     with apache_beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
         # Reshuffled, so that a runner does not fuse the parts into one piece of work.
         _ = pipeline | apache_beam.Create(jobs) | apache_beam.Reshuffle() | apache_beam.MapTuple(import_part)

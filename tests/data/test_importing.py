@@ -429,6 +429,13 @@ def test_on_beam_it_is_the_same(tmp_path):
     assert summary(tmp_path / "beam") == summary(tmp_path / "alone")
 
 
+def test_without_beam_it_is_told_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\n")
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(ModuleNotFoundError, match=r"--beam needs Apache Beam: pip install 'dreamllm_jax\[beam\]'"):
+        run("import", "text", tmp_path / "a.txt", "--to", tmp_path / "set", "--name=it", "--beam=--runner=DirectRunner")
+
+
 def test_a_second_corpus_joins_the_first(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     (tmp_path / "b.txt").write_text("two\n")

