@@ -172,11 +172,15 @@ class Prediction:
     noisy_latents: Float[Array, "N h w c"]
     prediction: Float[Array, "N h w c"]
     target: Float[Array, "N h w c"]
-    error: Float[Array, "N"]
+    error: Float[Array, " N"]
 
 
 def conditions(
-    model: DreamLLM, config: ObjectiveConfig, params: dict, hidden: Float[Array, "N Q E"], drop: Bool[Array, "N"] | None
+    model: DreamLLM,
+    config: ObjectiveConfig,
+    params: dict,
+    hidden: Float[Array, "N Q E"],
+    drop: Bool[Array, " N"] | None,
 ) -> Float[Array, "N Q C"]:
     """What the UNet is given for each image: the projected hidden states at its queries, or the null condition's.
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from dreamllm_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 
-Denoiser = Callable[[Float[Array, "N h w c"], Float[Array, "N"]], Float[Array, "N h w c"]]
+Denoiser = Callable[[Float[Array, "N h w c"], Float[Array, " N"]], Float[Array, "N h w c"]]
 Name = Literal["ddpm", "ddim", "dpmpp_2m", "euler", "euler_ancestral"]
 Spacing = Literal["leading", "linspace", "trailing"]
 
@@ -73,14 +73,14 @@ class Steps(NamedTuple):
     x := `x` x + `x0` x0 + `before` (x0 of the step before) + `noise` (standard normal).
     """
 
-    timestep: Float[np.ndarray, "S"]
-    scale: Float[np.ndarray, "S"]
-    clean_x: Float[np.ndarray, "S"]
-    clean_m: Float[np.ndarray, "S"]
-    x: Float[np.ndarray, "S"]
-    x0: Float[np.ndarray, "S"]
-    before: Float[np.ndarray, "S"]
-    noise: Float[np.ndarray, "S"]
+    timestep: Float[np.ndarray, " S"]
+    scale: Float[np.ndarray, " S"]
+    clean_x: Float[np.ndarray, " S"]
+    clean_m: Float[np.ndarray, " S"]
+    x: Float[np.ndarray, " S"]
+    x0: Float[np.ndarray, " S"]
+    before: Float[np.ndarray, " S"]
+    noise: Float[np.ndarray, " S"]
 
 
 def make_steps(schedule: ScheduleConfig, config: SamplerConfig) -> tuple[Steps, float]:
@@ -117,7 +117,7 @@ def advance(
 
 def sample(
     denoise: Denoiser,
-    keys: Key[Array, "N"],
+    keys: Key[Array, " N"],
     shape: tuple[int, int, int],
     schedule: ScheduleConfig,
     config: SamplerConfig,
@@ -173,7 +173,7 @@ def guided(
     return guided_denoise
 
 
-def timesteps_of(total: int, config: SamplerConfig, last: int = 0) -> Float[np.ndarray, "S"]:
+def timesteps_of(total: int, config: SamplerConfig, last: int = 0) -> Float[np.ndarray, " S"]:
     """Descending timesteps; `last` more are counted and left out (DPM-Solver's end)."""
     count = config.steps + last
     if config.timestep_spacing == "linspace":

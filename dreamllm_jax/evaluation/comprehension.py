@@ -155,9 +155,10 @@ TASKS: Mapping[str, Task] = {
 
 
 def require_packages(name: str) -> None:
-    """
+    """Looks for what a task needs beside the core, before anything is loaded.
+
     Raises:
-      ImportError: a package that the task needs is not installed.
+      ImportError: it is not installed.
     """
     for package in TASKS[name].needs:
         if importlib.util.find_spec(package) is None:

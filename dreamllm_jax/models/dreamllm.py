@@ -179,7 +179,7 @@ class DreamLLM(nn.Module):
         return self.vae.encode(constrain(images, ("images", None, None, None)))
 
     def denoise(
-        self, latents: Float[Array, "N h w c"], timesteps: Int[Array, "N"], condition: Float[Array, "N Q C"]
+        self, latents: Float[Array, "N h w c"], timesteps: Int[Array, " N"], condition: Float[Array, "N Q C"]
     ) -> Float[Array, "N h w c"]:
         """The UNet's prediction (noise or velocity) for scaled noisy latents."""
         latents = constrain(latents, ("images", None, None, None))
