@@ -79,7 +79,7 @@ def parser() -> argparse_flags.ArgumentParser:
         add.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
         add.add_argument("--beam", default="", help="instead, options of Beam, as '--runner=DataflowRunner ...'")
         add.add_argument("--max_bad", type=float, default=0.5, help="largest share of records that may be unusable")
-        add.add_argument("--sample", dest="count", type=int, default=0, help="also write DIR/NAME.html with so many")
+        add.add_argument("--sample", type=int, default=0, help="also write DIR/NAME.html with so many")
 
     add = commands.add_parser("sample", help="a page of documents as the model will see them", parents=[page])
     add.set_defaults(main=_sample)
@@ -136,8 +136,9 @@ def _import(arguments: argparse.Namespace) -> None:
     print(f"{arguments.to}/{arguments.name}: {counted}, {time.monotonic() - began:.1f} s")
     for reason, count in summary["dropped"].items():
         print(f"  dropped {reason:15} {count:8,}")
-    if arguments.count:
-        arguments.directory, arguments.to = arguments.to, f"{arguments.to}/{arguments.name}.html"
+    if arguments.sample:
+        arguments.directory, arguments.count = arguments.to, arguments.sample
+        arguments.to = f"{arguments.to}/{arguments.name}.html"
         _sample(arguments)
 
 
