@@ -48,6 +48,16 @@ def test_eight_chips_of_v5p(tmp_path):
 
 
 @pytest.mark.slow
+def test_stage_two_with_all_towers(tmp_path):
+    """Images add little to what is sent; the U-Net multiplies less than MaxDiffusion's 13.8 TFLOP for 8 images."""
+    figures = plan(tmp_path, ["--topology=v5p-16"], timeout=1800)
+    assert_fits(figures)
+    assert figures["rows_per_chip"] == 8 and figures["hbm"]["peak"] < 22 * 2**30
+    assert sum(one["bytes"] for one in figures["collectives"]) < 46.5e9
+    assert figures["flops"]["unet"] / (64 * 4 / 8) < 13.8e12
+
+
+@pytest.mark.slow
 def test_parts_of_heads_and_of_rows(tmp_path):
     split = ["--config.sharding.tensor=2", "--config.sharding.sequence=2", "--config.model.llama.num_hidden_layers=2"]
     figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=4", *split, *WITHOUT_IMAGES])
@@ -80,14 +90,13 @@ def test_recipes_fit_their_slices(config, arguments, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("DREAMLLM_JAX_ALL_RECIPES" not in os.environ, reason="set it to compile whole recipes, for hours")
+@pytest.mark.skipif("DREAMLLM_JAX_ALL_RECIPES" not in os.environ, reason="set it to compile all recipes whole, for half an hour")
 @pytest.mark.parametrize(
     ("config", "topology"),
     [
         ("small.py", "v5e-1"),
         ("stage1_creation.py:7b", "v5e-8"),
         ("stage1_joint.py:7b", "v5e-8"),
-        ("stage2_igpt.py:7b", "v5p-16"),
         ("stage3_sft.py:7b", "v5p-16"),
         ("stage1_comprehension.py:13b", "v5e-16"),
         ("stage1_creation.py:13b", "v5e-16"),
