@@ -11,6 +11,7 @@ import dataclasses
 import time
 
 from absl.flags import argparse_flags
+from etils import epath
 
 from dreamllm_jax import command_line
 from dreamllm_jax.data import sheet, storage, stored
@@ -23,6 +24,7 @@ from dreamllm_jax.data.corpora.records import Format
 from dreamllm_jax.data.corpora.tfds_sets import Tfds
 from dreamllm_jax.data.importing import Options, import_corpus
 from dreamllm_jax.data.preparation import prepare
+from dreamllm_jax.data.tokenizer import FOLDER
 from dreamllm_jax.data.tokens import MODES, RowShape
 
 FORMATS: dict[str, type[Format]] = {
@@ -135,6 +137,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
+    if arguments.count and not arguments.tokenizer and not (epath.Path(arguments.to) / FOLDER).exists():
+        raise ValueError(f"--sample={arguments.count} shows tokens: give --tokenizer as well")
     names = [field.name for field in dataclasses.fields(arguments.kind) if hasattr(arguments, field.name)]
     summary = import_corpus(
         arguments.kind(**{name: getattr(arguments, name) for name in names}),
