@@ -69,6 +69,8 @@ def _guarded(main: Callable[[Any], None]) -> Callable[[Any], None]:
         except USER_ERRORS as error:
             if _TRACEBACK.value:
                 raise
+            if isinstance(error, ImportError) and "gcsfs" in str(error):  # etils names the package alone
+                sys.exit("error: gs:// paths need gcsfs: pip install 'dreamllm_jax[gcs]'")
             sys.exit(f"error: {error}")
 
     return guarded
@@ -78,6 +80,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     """Flags, with errors in a configuration file's name or in an overridden setting told as plainly as other flags'."""
     try:
         return flags.FLAGS(list(argv))
+    except SystemExit as ended:  # absl ends with status 1 after --help too
+        sys.exit(0 if any(word.startswith(("--help", "-help", "-?")) for word in argv) else ended.code)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = str(error.args[0] if error.args else error)
         if "Traceback" in text and "--traceback" not in argv:  # of the configuration's file, whose last line says why

@@ -32,6 +32,7 @@ from dreamllm_jax.planning.search import fit  # noqa: E402
 from dreamllm_jax.planning.step import compile_step  # noqa: E402
 
 _CONFIG = command_line.define_config()
+flags.adopt_module_key_flags(command_line)  # --help tells of --config too
 _TOPOLOGY = flags.DEFINE_string("topology", "", "The slice: v5p-128, v5e-16, two slices v5p-128x2, or v5p:4x4x4.")
 _FIT = flags.DEFINE_bool("fit", False, "Find the largest rows.per_step and the cheapest model.remat that fit.")
 _EFFORT = flags.DEFINE_enum("effort", "normal", ["low", "normal"], "low: compiles faster, memory is rough, no times.")

@@ -16,6 +16,7 @@ from dreamllm_jax.exits import PREEMPTED, Preempted
 from dreamllm_jax.training.loop import train
 
 _CONFIG = command_line.define_config()
+flags.adopt_module_key_flags(command_line)  # --help tells of --config too
 _CHECK = flags.DEFINE_bool("check", False, "Check the configuration, say what it comes to, and train nothing.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; not needed on Cloud TPU or one host.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes take part, one a host.")

@@ -1,5 +1,6 @@
 """A user's error on the command line is one line that names the thing, and status 1, before anything is compiled."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,22 @@ def test_errors(arguments, message, tmp_path):
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ") or module == "train"]
     assert len(errors) == 1 and message.format(tmp=tmp_path) in errors[0], result.stderr
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", ["train", "plan", "generate", "evaluate", "report", "convert", "data"])
+def test_help(module, tmp_path):
+    command = [sys.executable, "-m", f"dreamllm_jax.{module}", "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert ("--config:" in result.stdout) == (module in ("train", "plan"))
+
+
+def test_a_bucket_without_its_package():
+    program = (
+        "import runpy, sys; sys.modules['gcsfs'] = None; runpy.run_module('dreamllm_jax.report', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, "--workdir=gs://bucket/run"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "error: gs:// paths need gcsfs: pip install 'dreamllm_jax[gcs]'"

@@ -90,7 +90,9 @@ def test_recipes_fit_their_slices(config, arguments, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("DREAMLLM_JAX_ALL_RECIPES" not in os.environ, reason="set it to compile all recipes whole, for half an hour")
+@pytest.mark.skipif(
+    "DREAMLLM_JAX_ALL_RECIPES" not in os.environ, reason="set it to compile whole recipes, for half an hour"
+)
 @pytest.mark.parametrize(
     ("config", "topology"),
     [

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from absl.flags import argparse_flags
+from etils import epath
 
 from dreamllm_jax import command_line
 from dreamllm_jax.batch import RowShape
@@ -25,6 +26,7 @@ from dreamllm_jax.data.corpora.records import Format
 from dreamllm_jax.data.corpora.tfds_sets import Tfds
 from dreamllm_jax.data.importing import Options, import_corpus
 from dreamllm_jax.data.preparation import prepare
+from dreamllm_jax.data.tokenizer import FOLDER
 from dreamllm_jax.data.tokens import MODES
 
 FORMATS: dict[str, type[Format]] = {
@@ -118,6 +120,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
+    if arguments.sample and not arguments.tokenizer and not (epath.Path(arguments.to) / FOLDER).exists():
+        raise ValueError(f"--sample={arguments.sample} shows tokens: give --tokenizer as well")
 
     def read(cls: type) -> Any:
         names = [field.name for field in dataclasses.fields(cls) if hasattr(arguments, field.name)]

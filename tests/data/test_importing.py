@@ -371,6 +371,13 @@ def test_a_second_corpus_joins_the_first(tmp_path):
         run("import", "text", tmp_path / "a.txt", "--to", tmp_path / "set", "--name=../c")
 
 
+def test_a_page_without_a_tokenizer_is_refused_before_the_import(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    with pytest.raises(ValueError, match="--sample=2 shows tokens: give --tokenizer as well"):
+        run("import", "text", tmp_path / "a.txt", "--to", tmp_path / "set", "--name=it", "--sample=2")
+    assert not (tmp_path / "set").exists()
+
+
 def test_the_page_shows_what_is_learned(dataset, tmp_path):
     run("sample", dataset, "--name=interleaved", "--to", tmp_path / "page.html", "--count=3")
     written = (tmp_path / "page.html").read_text()
