@@ -57,6 +57,8 @@ setup(
     name="dreamllm_jax",
     version=version,
     description="DreamLLM in JAX: one causal language model that reads and makes images inside a document",
+    long_description=Path("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["dreamllm_jax", "dreamllm_jax.*"]),

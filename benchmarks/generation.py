@@ -18,7 +18,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax import published
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import Batch, RowShape, empty_batch
 from dreamllm_jax.configuration import read
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import paint
@@ -60,19 +60,10 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def prompts(config: DreamLLMConfig, rows: int) -> Batch:
-    none = np.zeros((rows, 0), np.int32)
     tokens = np.random.default_rng(0).integers(3, config.llama.vocab_size - 8, (rows, PROMPT)).astype(np.int32)
     ones = np.ones((rows, PROMPT), np.int32)
-    return Batch(
-        tokens=tokens,
-        segment_ids=ones,
-        positions=np.cumsum(ones, axis=1, dtype=np.int32) - 1,
-        loss_weights=np.zeros((rows, PROMPT), np.float32),
-        see_images=None,
-        see_slots=none,
-        dream_images=None,
-        dream_slots=none,
-    )
+    positions = np.cumsum(ones, axis=1, dtype=np.int32) - 1
+    return empty_batch(rows, RowShape(PROMPT)).replace(tokens=tokens, segment_ids=ones, positions=positions)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import importlib.util
 import io
 import os
 import pstats
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -24,11 +25,12 @@ import numpy as np
 from absl import flags
 from PIL import Image as Picture
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.mixture import CorpusConfig
-from dreamllm_jax.data.pipeline import DataConfig, make_loader
-from dreamllm_jax.data.tokens import RowShape, encode_document
+from dreamllm_jax.data.pipeline import DataConfig, Loader
+from dreamllm_jax.data.tokens import encode_document
 
 STAGE_2 = RowShape(2048, 6, 6, 256, 64, 224, 512)
 WINDOW = 256
@@ -81,7 +83,7 @@ def documents(count: int) -> dict[str, list[Document]]:
 def measure(path: Path, shape: RowShape, corpora: dict, tokens: tokenizer.Tokenizer, workers: int, steps: int):
     """Rows a second, the loader, and the loader's profile where `workers` is 0."""
     config = DataConfig(path=str(path), corpora=corpora, workers=workers, window=WINDOW)
-    loader = make_loader(config, shape, tokens, rows_per_step=8, seed=0)
+    loader = Loader(config, shape, tokens, rows_per_step=8, seed=0)
     loader._pixels._memory = 0  # every picture is decoded, as in a corpus that is not seen twice
     for _ in range(3):  # the windows are filled
         next(loader)
@@ -130,11 +132,9 @@ def main() -> None:
     flags.FLAGS.mark_as_parsed()
     model = Path(importlib.util.find_spec("mistral_common").origin).parent / "data/tokenizer.model.v1"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        (path / tokenizer.SENTENCEPIECE_FILE).write_bytes(model.read_bytes())
-        tokens = tokenizer.load_tokenizer(path)
-        counts = {name: storage.write_corpus(path, name, made) for name, made in documents(arguments.documents).items()}
-        storage.write_summary(path, {"corpora": counts})
+        path = Path(folder) / "set"
+        tokens = tokenizer.load_tokenizer(Path(shutil.copy(model, Path(folder) / tokenizer.SENTENCEPIECE_FILE)))
+        storage.write_dataset(path, documents(arguments.documents))
         cases = {
             "stage II": (STAGE_2, {"interleaved": CorpusConfig(), "pairs": CorpusConfig()}),
             "stage I, creation": (STAGE_1, {"pairs": CorpusConfig(mode="creation")}),

@@ -6,7 +6,7 @@ import json
 import numpy as np
 
 from dreamllm_jax import published
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import Batch, empty_batch
 from dreamllm_jax.chips import CHIPS
 from dreamllm_jax.experiment import Experiment, read_experiment
 from dreamllm_jax.flops import model_flops
@@ -120,16 +120,14 @@ def random_batch(experiment: Experiment, seed: int = 0) -> Batch:
     dream = painted_from + np.arange(rows.dream_slots) * (model.num_queries + 2)
     weights = np.ones(shape, np.float32)
     weights[:, : painted_from + rows.dream_slots * (model.num_queries + 2)] = 0
-    size = model.clip.image_size
-    return Batch(
+    batch = empty_batch(rows.per_step, experiment.row_shape)
+    return batch.replace(
         tokens=rng.integers(3, model.llama.vocab_size - 8, shape).astype(np.int32),
         segment_ids=np.ones(shape, np.int32),
         positions=np.broadcast_to(np.arange(rows.length, dtype=np.int32), shape).copy(),
         loss_weights=weights,
-        see_images=rng.integers(0, 256, (rows.per_step, rows.see_slots, size, size, 3)).astype(np.uint8),
-        see_slots=np.broadcast_to(see, (rows.per_step, rows.see_slots)).astype(np.int32),
-        dream_images=rng.integers(
-            0, 256, (rows.per_step, rows.dream_slots, rows.dream_size, rows.dream_size, 3)
-        ).astype(np.uint8),
-        dream_slots=np.broadcast_to(dream, (rows.per_step, rows.dream_slots)).astype(np.int32),
+        see_images=rng.integers(0, 256, batch.see_images.shape).astype(np.uint8),
+        see_slots=np.broadcast_to(see, batch.see_slots.shape).astype(np.int32),
+        dream_images=rng.integers(0, 256, batch.dream_images.shape).astype(np.uint8),
+        dream_slots=np.broadcast_to(dream, batch.dream_slots.shape).astype(np.int32),
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.directories import building, is_remote, require_free, require_room
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.clip import write_clip
-from dreamllm_jax.interop.diffusion import DiffusionConfigs, write_diffusion
+from dreamllm_jax.interop.diffusion import write_diffusion
 from dreamllm_jax.interop.dreamllm import require_expressible, write_dreamllm
 from dreamllm_jax.interop.files import Scratch, import_torch
 from dreamllm_jax.interop.llama import write_llama
@@ -88,7 +89,7 @@ def import_model(source: Source, tokenizer: Tokenizer | None, to: str, dtypes: M
 
 def export_model(
     saved: SavedModel,
-    to: Path,
+    to: str | os.PathLike,
     formats: Sequence[str],
     dtype: str = "",
     max_shard_size: int = 5 * 10**9,
@@ -111,9 +112,10 @@ def export_model(
       FileExistsError, OSError, ImportError, ValueError: before anything is written: a target that exists, a disk that
         is too small, a format that needs torch, a model that the format cannot express.
     """
-    require_free(to)
     if is_remote(to):
         raise ValueError(f"PyTorch's files are written to a local directory, which can then be copied to {to}")
+    to = Path(to)
+    require_free(to)
     for kind in formats:
         _require_expressible(saved.config, kind)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer.exists() else None
@@ -135,7 +137,13 @@ def export_model(
             for kind, folder in folders.items():
                 folder.mkdir(exist_ok=True)
                 place = Path(location or to.absolute(), *folder.relative_to(directory).parts)
-                _write(folder, kind, saved.config, tensors, max_shard_size, str(place))
+                if kind == "hf":
+                    write_llama(folder, saved.config, tensors, max_shard_size)
+                elif kind == "diffusers":
+                    write_diffusion(folder, saved.config, tensors, max_shard_size)
+                    write_clip(folder / "clip", saved.config, tensors, max_shard_size)
+                else:
+                    write_dreamllm(folder, saved.config, tensors, max_shard_size, str(place))
                 if tokenizer is not None and kind != "diffusers":
                     tokenizer.save(folder)
         for kind, folder in folders.items():
@@ -162,24 +170,6 @@ def _require_expressible(config: DreamLLMConfig, kind: str) -> None:
         raise ValueError("a model that paints pixels without an autoencoder has no PyTorch format: only --format=hf")
 
 
-def _write(
-    folder: Path,
-    kind: str,
-    config: DreamLLMConfig,
-    tensors: Mapping[str, Mapping[str, np.ndarray]],
-    max_shard_size: int,
-    location: str,
-) -> None:
-    if kind == "hf":
-        write_llama(folder, config.llama, config.special_tokens, tensors["llama"], max_shard_size)
-    elif kind == "diffusers":
-        configs = DiffusionConfigs(config.unet, config.vae, config.schedule)
-        write_diffusion(folder, configs, tensors["unet"], tensors["vae"], max_shard_size)
-        write_clip(folder / "clip", config.clip, tensors["clip"], max_shard_size)
-    else:
-        write_dreamllm(folder, config, tensors, max_shard_size, location)
-
-
 def _part(path: str) -> str:
     return path.split("/")[0]
 
@@ -203,13 +193,10 @@ def _torch_tensors(saved: SavedModel, sizes: Mapping[str, int]) -> Iterator[tupl
 
 
 def _export_size(sizes: Mapping[str, int], formats: Sequence[str]) -> int:
-    """Bytes of all files and of the scratch file; `dreamllm` holds the towers twice."""
-    size = dict.fromkeys({_part(path) for path in sizes}, 0)
-    for path, count in sizes.items():
-        size[_part(path)] += count
-    files = sum(size[part] for kind in formats for part in PARTS[kind])
-    towers = sum(size[part] for part in PARTS["diffusers"]) if "dreamllm" in formats else 0
-    return sum(size.values()) + files + towers
+    """Bytes of all files and of the scratch file; `dreamllm` holds the towers of `diffusers` twice."""
+    written = [part for kind in formats for part in PARTS[kind]]
+    written += PARTS["diffusers"] if "dreamllm" in formats else ()
+    return sum(size * (1 + written.count(_part(path))) for path, size in sizes.items())
 
 
 @contextlib.contextmanager

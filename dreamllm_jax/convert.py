@@ -18,7 +18,7 @@ from dreamllm_jax import command_line
 from dreamllm_jax.conversion import DTYPES, PARTS, export_model, import_model
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.interop import verify
-from dreamllm_jax.interop.assemble import Additions, assemble
+from dreamllm_jax.interop.assemble import assemble
 from dreamllm_jax.interop.clip import open_clip
 from dreamllm_jax.interop.diffusion import open_diffusion
 from dreamllm_jax.interop.dreamllm import open_dreamllm
@@ -65,7 +65,7 @@ def parser() -> argparse_flags.ArgumentParser:
     add.set_defaults(main=_export)
     add.add_argument("--checkpoint", required=True, metavar="DIR[@STEP]", help="imported model or run's directory")
     add.add_argument("--format", required=True, choices=(*PARTS, "all"), help="all: a folder for each")
-    add.add_argument("--to", required=True, type=Path, help="local directory to write")
+    add.add_argument("--to", required=True, help="local directory to write")
     add.add_argument("--dtype", choices=tuple(DTYPES), default="", help="type of all tensors; default: as stored")
     add.add_argument("--max-shard-size", type=_bytes, default=_bytes("5GB"), help="of one file, such as 5GB")
     add.add_argument("--location", default="", help="where dreamllm's folder will be used, if not at --to")
@@ -125,17 +125,22 @@ def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
         post_layernorm=arguments.visual_layernorm,
         layer_norm_eps=clip.config.layer_norm_eps,
     )
-    additions = Additions(
-        tokenizer.special,
-        tokenizer.vocab_size,
-        tokenizer.new_tokens,
-        arguments.new_tokens,
-        arguments.num_queries,
-        visual,
-        arguments.condition_projector,
-        arguments.seed,
+    source = assemble(
+        llama,
+        clip,
+        unet,
+        vae,
+        schedule,
+        special_tokens=tokenizer.special,
+        vocab_size=tokenizer.vocab_size,
+        new_tokens=tokenizer.new_tokens,
+        init=arguments.new_tokens,
+        num_queries=arguments.num_queries,
+        visual_projector=visual,
+        condition_projector=arguments.condition_projector,
+        seed=arguments.seed,
     )
-    return assemble(llama, clip, unet, vae, schedule, additions), tokenizer
+    return source, tokenizer
 
 
 def _original(arguments: argparse.Namespace) -> tuple[Source, Tokenizer | None]:

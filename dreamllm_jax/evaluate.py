@@ -86,6 +86,7 @@ def language(arguments: argparse.Namespace) -> None:
 
 def comprehend(arguments: argparse.Namespace) -> None:
     task = comprehension.TASKS[arguments.task]
+    comprehension.require_packages(arguments.task)
     files = [Path(file) for file in arguments.annotations.split(",")]
     questions = task.read(files, Path(arguments.images))[: arguments.limit]
     if not questions:

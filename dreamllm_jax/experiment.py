@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dreamllm_jax import precompute
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.configuration import ConfigError, read
-from dreamllm_jax.data.pipeline import DataConfig, RowShape
+from dreamllm_jax.data.pipeline import DataConfig
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.objectives import ObjectiveConfig
 from dreamllm_jax.sharding import ShardingConfig
@@ -121,8 +123,8 @@ class Experiment:
 
     @property
     def row_shape(self) -> RowShape:
-        *area, channels = self.model.latent_shape(self.rows.dream_size)
-        moments = (*area, 2 * channels)
+        shapes = precompute.shapes(self.model, self.rows.dream_size)
+        stored = {name: shapes[name] for name in self.data.stored}
         return RowShape(
             length=self.rows.length,
             see_slots=self.rows.see_slots,
@@ -131,13 +133,10 @@ class Experiment:
             num_queries=self.model.num_queries,
             see_size=self.model.clip.image_size,
             dream_size=self.rows.dream_size,
-            see_features=self._stored("features", (self.model.clip.num_patches, self.model.clip.hidden_size)),
-            dream_moments=self._stored("moments", moments),
+            see_features=stored.get("features", ()),
+            dream_moments=stored.get("moments", ()),
             stored_dtype=self.data.stored_dtype,
         )
-
-    def _stored(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape if name in self.data.stored else ()
 
 
 def require_mesh_fits(experiment: Experiment, mesh: Mapping[str, int]) -> None:

@@ -9,6 +9,7 @@ h x w x c latents.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -171,11 +172,15 @@ class Prediction:
     noisy_latents: Float[Array, "N h w c"]
     prediction: Float[Array, "N h w c"]
     target: Float[Array, "N h w c"]
-    error: Float[Array, "N"]
+    error: Float[Array, " N"]
 
 
 def conditions(
-    model: DreamLLM, config: ObjectiveConfig, params: dict, hidden: Float[Array, "N Q E"], drop: Bool[Array, "N"] | None
+    model: DreamLLM,
+    config: ObjectiveConfig,
+    params: dict,
+    hidden: Float[Array, "N Q E"],
+    drop: Bool[Array, " N"] | None,
 ) -> Float[Array, "N Q C"]:
     """What the UNet is given for each image: the projected hidden states at its queries, or the null condition's.
 
@@ -249,22 +254,21 @@ def _mean(total: Array, count: Array) -> Array:
 def hidden_states(model: DreamLLM, params: dict, batch: Batch, image_chunk: int = 0) -> Float[Array, "B L E"]:
     """The llama's final hidden states for packed rows, images and queries spliced in."""
     apply = functools.partial(model.apply, {"params": params})
-    see, dream = batch.see_slots.shape[1], batch.dream_slots.shape[1]
     features = None
-    if see:
-        stored = batch.see_features is not None
-        see_model = functools.partial(
-            model.apply,
-            {"params": whole({name: params[name] for name in ("clip", "visual_projector")})},
-            method="project" if stored else "see",
-        )
-        images = _by_device(batch.see_features if stored else batch.see_images)
-        parts = chunks.split(images, chunks.count(images.shape[1], image_chunk))
-        features = jax.lax.map(lambda part: _regroup(see_model(_flat(part)), len(part)), parts)
-        features = chunks.join(features)
-        features = features.reshape(*batch.see_slots.shape, *features.shape[2:])
-    x = apply(batch.tokens, features, batch.see_slots, batch.dream_slots if dream else None, method="embed")
+    if batch.see_slots.shape[1]:
+        method, images = ("see", batch.see_images) if batch.see_features is None else ("project", batch.see_features)
+        features = _features(model, params, ("clip", "visual_projector"), method, images, image_chunk)
+    x = apply(batch.tokens, features, batch.see_slots, batch.dream_slots, method="embed")
     return apply(x, batch.positions, batch.segment_ids, method="decode")[0]
+
+
+def _features(model: DreamLLM, params: dict, towers: Sequence[str], method: str, images: Array, chunk: int) -> Array:
+    """What `method` makes of images [B, S, ...], at most `chunk` of each device's at a time."""
+    apply = functools.partial(model.apply, {"params": whole({name: params[name] for name in towers})}, method=method)
+    items = _by_device(images)
+    parts = chunks.split(items, chunks.count(items.shape[1], chunk))
+    features = chunks.join(jax.lax.map(lambda part: _regroup(apply(_flat(part)), len(part)), parts))
+    return features.reshape(*images.shape[:2], *features.shape[2:])
 
 
 def denoising_loss(

@@ -4,7 +4,6 @@ Each process takes files of its own and computes them on its local devices; a fi
 that an interrupted run is simply started again.
 """
 
-import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from dreamllm_jax.data import images, stored
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.storage import Corpus
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig
 
 _GROUP = 64  # documents whose pictures are held at once
 
@@ -57,6 +56,12 @@ def require_same_towers(directory: str | os.PathLike, corpus: str, name: str, le
         )
 
 
+def shapes(config: DreamLLMConfig, size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of what is stored of one image, by name; of painted ones of `size` pixels on a side."""
+    *area, channels = config.latent_shape(size)
+    return {"moments": (*area, 2 * channels), "features": (config.clip.num_patches, config.clip.hidden_size)}
+
+
 def precompute(
     directory: str | os.PathLike,
     corpus: str,
@@ -66,8 +71,8 @@ def precompute(
     *,
     made_by: str,
     size: int,
-    dtype: str = "bfloat16",
-    batch: int = 32,
+    dtype: str,
+    batch: int,
 ) -> int:
     """Computes and stores the moments or features of all images of a corpus.
 
@@ -85,14 +90,7 @@ def precompute(
     """
     documents = Corpus(directory, corpus)
     target = stored.folder(directory, corpus, name)
-    config = model.config
-    if name == "moments":
-        *area, channels = config.latent_shape(size)
-        shape, method, crop = (*area, 2 * channels), "moments", functools.partial(images.diffusion_pixels, size=size)
-    else:
-        size = config.clip.image_size
-        shape, method = (config.clip.num_patches, config.clip.hidden_size), "features"
-        crop = functools.partial(images.clip_pixels, size=size)
+    shape = shapes(model.config, size)[name]
     leaves = flatten_dict(dict(params), sep="/")
     description = stored.Description(shape, dtype, len(documents), made_by, weight_norms(leaves)[name])
     found = stored.read_description(target)
@@ -102,19 +100,27 @@ def precompute(
         require_same_towers(directory, corpus, name, leaves)
         return 0
     target.mkdir(parents=True, exist_ok=True)
-    compute = _on_local_devices(model, params, method, batch)
-    parts = -(-len(documents) // stored.PART)
-    missing = [
-        part
-        for part in range(jax.process_index(), parts, jax.process_count())
-        if not stored.part_path(target, part, len(documents)).exists()
-    ]
-    done = sum(min(stored.PART, len(documents) - part * stored.PART) for part in missing)
+    compute = _on_local_devices(model, params, name, batch)
+
+    def crop(image: Image) -> np.ndarray | None:
+        """The pixels that the tower is given; None if the image cannot be decoded."""
+        try:
+            picture = images.decode(image.data)
+        except images.ImageError:
+            return None
+        if name == "moments":
+            return images.diffusion_pixels(picture, size)
+        return images.clip_pixels(picture, model.config.clip.image_size)
+
+    parts = stored.parts(target, len(documents))
+    mine = list(parts)[jax.process_index() :: jax.process_count()]
+    missing = [path for path in mine if not path.exists()]
+    done = sum(len(parts[path]) for path in missing)
     with tqdm(total=done, desc=f"{corpus} {name}", unit="document", disable=jax.process_index() > 0) as bar:
 
         def arrays(numbers: range) -> Iterator[np.ndarray]:
             for group in (numbers[i : i + _GROUP] for i in range(0, len(numbers), _GROUP)):
-                pictures = [[_cropped(image, crop) for image in documents[i].images] for i in group]
+                pictures = [[crop(image) for image in documents[i].images] for i in group]
                 results = compute([p for document in pictures for p in document if p is not None])
                 for document in pictures:
                     # An image that cannot be decoded leaves a gap, which training counts as such.
@@ -122,29 +128,21 @@ def precompute(
                     yield np.array(each, np.float32).astype(jnp.dtype(dtype))
                     bar.update()
 
-        for part in missing:
-            numbers = range(part * stored.PART, min((part + 1) * stored.PART, len(documents)))
-            stored.write_part(stored.part_path(target, part, len(documents)), arrays(numbers))
-    if all(stored.part_path(target, part, len(documents)).exists() for part in range(parts)):
+        for path in missing:
+            stored.write_part(path, arrays(parts[path]))
+    if all(path.exists() for path in parts):
         stored.write_description(target, description)  # by whichever process ends last
     return done
 
 
-def _cropped(image: Image, crop: Callable[..., np.ndarray]) -> np.ndarray | None:
-    try:
-        return crop(images.decode(image.data))
-    except images.ImageError:
-        return None
-
-
 def _on_local_devices(
-    model: DreamLLM, params: Mapping, method: str, batch: int
+    model: DreamLLM, params: Mapping, name: str, batch: int
 ) -> Callable[[Sequence[np.ndarray]], Iterator[np.ndarray]]:
     """A function from pictures to the towers' results, `batch` of them at once on each device of this process."""
     mesh = Mesh(np.array(jax.local_devices()), ("images",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("images"))
     tower = jax.device_put({name: params[name] for name in ("vae", "clip")}, everywhere)
-    apply = jax.jit(lambda tower, x: model.apply({"params": tower}, x, method=method), out_shardings=split)
+    apply = jax.jit(lambda tower, x: model.apply({"params": tower}, x, method=name), out_shardings=split)
     step = batch * mesh.size
 
     def compute(pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:

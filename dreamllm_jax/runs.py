@@ -19,9 +19,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dreamllm_jax.configuration import ConfigError
-from dreamllm_jax.data.pipeline import data_tokenizer
 from dreamllm_jax.data.preparation import prepare
-from dreamllm_jax.data.storage import SUMMARY
+from dreamllm_jax.data.storage import SUMMARY, open_tokenizer
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.directories import absolute, write_whole
 from dreamllm_jax.distributed import difference, require_same
@@ -92,7 +91,7 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("data prepared")
 
-    tokenizer = data_tokenizer(data)
+    tokenizer = open_tokenizer(data.path, data.tokenizer)
     room = experiment.model.llama.vocab_size
     if tokenizer.vocab_size > room:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """The special tokens that documents with images need."""
 
 import dataclasses
+from collections.abc import Mapping
 
 # Appended after the base vocabulary, in this order.
 ADDED_TOKENS = (
@@ -29,6 +30,11 @@ class SpecialTokens:
     dream: int
     dream_start: int
     dream_end: int
+
+    @classmethod
+    def of(cls, bos: int, eos: int, ids: Mapping[str, int]) -> "SpecialTokens":
+        """`ids` has those of `ADDED_TOKENS`, as they are written there."""
+        return cls(bos, eos, *(ids[token] for token in ADDED_TOKENS))
 
     @classmethod
     def last_of(cls, vocab_size: int, bos: int = 1, eos: int = 2) -> "SpecialTokens":

@@ -135,7 +135,7 @@ class Life:
     """A running process."""
 
     _server = multiprocessing.get_context("forkserver")
-    _server.set_forkserver_preload(["tests.lives"])
+    _server.set_forkserver_preload(["tests.lives", "tensorboardX"])
 
     def __init__(
         self, config: dict, workdir, devices: int = 2, host: Host | None = None, fails_at: int = 0, pause: float = 0.0

@@ -18,7 +18,7 @@ def model_that_paints() -> tuple[DreamLLM, dict]:
     config = dataclasses.replace(config, llama=llama, special_tokens=TOKENIZER.special)
     params = tiny_params(config)
     head = np.array(params["llama"]["lm_head"]["kernel"])
-    ids, words = TOKENIZER.special, TOKENIZER.hf.convert_ids_to_tokens(range(TOKENIZER.vocab_size))
+    ids, words = TOKENIZER.special, [TOKENIZER.fast.id_to_token(i) for i in range(TOKENIZER.vocab_size)]
     silent = [i for i, word in enumerate(words) if i >= ids.pad or word.startswith("<0x")]
     head[:, np.setdiff1d(silent, [ids.dream_start, ids.eos])] = 0
     head[:, ids.dream_start] *= 2

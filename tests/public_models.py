@@ -27,6 +27,16 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(TEXTS, BASE_VOCABULARY + 8)
 
 
+def save_towers(directory: Path, dtype: torch.dtype = torch.float32, **options: dict) -> dict[str, Path]:
+    """A LLaMA, a CLIP and a Stable Diffusion in folders of these names, and where they are, by the flags of `convert`.
+
+    Args:
+      options: those of one of the towers, by its name.
+    """
+    saving = {"llama": save_llama, "clip": save_clip, "diffusion": save_diffusion}
+    return {name: save(directory / name, dtype, **options.get(name, {})) for name, save in saving.items()}
+
+
 def save_llama(directory: Path, dtype: torch.dtype = torch.float32, pickled: bool = False, **settings) -> Path:
     """A LLaMA of two layers with its SentencePiece model; in shards, for they are very small.
 

@@ -66,6 +66,11 @@ def test_the_page_about_data_knows_all_formats():
     assert listed[: len(data_commands.FORMATS)] == list(data_commands.FORMATS)
 
 
+def test_the_page_about_ablations_knows_all_of_them():
+    page = (ROOT / "docs" / "ablations.md").read_text()
+    assert all(f"`{file.stem}`" in page for file in (ROOT / "configs" / "ablations").glob("*.py"))
+
+
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     """A place where the page's own configuration stands beside the shipped ones."""

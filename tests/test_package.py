@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,21 @@ def test_what_is_built_has_every_file(tmp_path):
         for root in (tmp_path / PACKAGE.name, PACKAGE)
     )
     assert "serving/page.html" in built and built == here
+
+
+def test_what_is_published_as_source_has_every_file(tmp_path):
+    """The tests of a source distribution find the pages, configurations and scripts that they read."""
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", f"--egg-base={tmp_path}"]
+    subprocess.run(command, cwd=PACKAGE.parent, check=True, capture_output=True)
+    published = set((tmp_path / "dreamllm_jax.egg-info" / "SOURCES.txt").read_text().splitlines())
+    folders = ("benchmarks", "configs", "docs", "dreamllm_jax", "launch", "tests")
+    files = [file for folder in folders for file in (PACKAGE.parent / folder).rglob("*") if file.is_file()]
+    here = {str(file.relative_to(PACKAGE.parent)) for file in files if file.suffix != ".pyc"}
+    assert here | {"README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "setup.py"} <= published
+
+
+def test_extras_that_messages_name_exist():
+    texts = "".join(file.read_text() for file in PACKAGE.rglob("*.py"))
+    named = set(re.findall(r"pip install .dreamllm_jax\[(\w+)\]", texts))
+    extras = set(re.findall(r'^ +"(\w+)": ', (PACKAGE.parent / "setup.py").read_text(), re.MULTILINE))
+    assert {"torch", "serve", "evaluation", "beam", "quickstart"} <= named <= extras

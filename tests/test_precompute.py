@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import Batch, RowShape
 from dreamllm_jax.data import storage, stored
 from dreamllm_jax.data.corpora.compose import compose
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import to_png
-from dreamllm_jax.data.pipeline import DataConfig, make_loader
-from dreamllm_jax.data.tokenizer import FOLDER, train_tokenizer
-from dreamllm_jax.data.tokens import RowShape
-from dreamllm_jax.directories import building
+from dreamllm_jax.data.pipeline import DataConfig, Loader
+from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.objectives import ObjectiveConfig, draw, joint_loss
-from dreamllm_jax.precompute import precompute, require_same_towers
+from dreamllm_jax.precompute import precompute, require_same_towers, shapes
 from tests.tiny import DREAM_SIZE, SEE_SIZE, tiny_config, tiny_params
 
 CORPORA = ("pairs", "interleaved")
@@ -42,10 +40,7 @@ def case(tmp_path_factory):
     )
     model, params = DreamLLM(config), tiny_params(config)
     path = tmp_path_factory.mktemp("stored") / "set"
-    with building(path) as directory:
-        tokenizer.save(directory / FOLDER)
-        counts = {name: storage.write_corpus(directory, name, documents) for name, documents in corpora.items()}
-        storage.write_summary(directory, {"corpora": counts})
+    storage.write_dataset(path, corpora, tokenizer)
     for corpus in CORPORA:
         for name in stored.NAMES:
             compute(path, corpus, name, model, params)
@@ -60,14 +55,11 @@ def compute(path, corpus, name, model, params, **options):
 def batches(case, names=(), dtype="float32", count=3, **options) -> list[Batch]:
     path, tokenizer, model, _ = case
     shape = RowShape(96, 4, 4, model.config.clip.num_patches, model.config.num_queries, SEE_SIZE, DREAM_SIZE)
-    *area, channels = model.config.latent_shape(DREAM_SIZE)
-    if "moments" in names:
-        shape = dataclasses.replace(shape, dream_moments=(*area, 2 * channels), stored_dtype=dtype)
-    if "features" in names:
-        features = (model.config.clip.num_patches, model.config.clip.hidden_size)
-        shape = dataclasses.replace(shape, see_features=features, stored_dtype=dtype)
+    fields = {"moments": "dream_moments", "features": "see_features"}
+    kept = {fields[name]: shapes(model.config, DREAM_SIZE)[name] for name in names}
+    shape = dataclasses.replace(shape, **kept, stored_dtype=dtype)
     config = DataConfig(path=str(path), window=4, stored=names, stored_dtype=dtype, max_bad=1.0, **options)
-    loader = make_loader(config, shape, tokenizer, rows_per_step=4, seed=0)
+    loader = Loader(config, shape, tokenizer, rows_per_step=4, seed=0)
     taken = [next(loader) for _ in range(count)]
     loader.close()
     return taken
@@ -122,9 +114,7 @@ def test_an_interrupted_run_goes_on(case, tmp_path, monkeypatch):
     path, _, model, params = case
     monkeypatch.setattr(stored, "PART", 4)
     copy = tmp_path / "set"
-    with building(copy) as directory:
-        documents = [storage.Corpus(path, "pairs")[i] for i in range(10)]
-        storage.write_summary(directory, {"corpora": {"pairs": storage.write_corpus(directory, "pairs", documents)}})
+    storage.write_dataset(copy, {"pairs": [storage.Corpus(path, "pairs")[i] for i in range(10)]})
     assert compute(copy, "pairs", "moments", model, params) == 10
     folder = stored.folder(copy, "pairs", "moments")
     parts = sorted(folder.glob("part-*"))

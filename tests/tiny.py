@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import Batch, RowShape, empty_batch
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.models.clip import ClipVisionConfig
 from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
@@ -127,17 +127,9 @@ def random_rows(config: DreamLLMConfig, seed: int = 0) -> list[list[TinyDocument
 
 def make_batch(config: DreamLLMConfig, rows: list[list[TinyDocument]], length: int = LENGTH) -> Batch:
     """Packs the documents of each row one after the other."""
-    count = len(rows)
-    batch = Batch(
-        tokens=np.full((count, length), config.special_tokens.pad, np.int32),
-        segment_ids=np.zeros((count, length), np.int32),
-        positions=np.zeros((count, length), np.int32),
-        loss_weights=np.zeros((count, length), np.float32),
-        see_images=np.zeros((count, SEE_SLOTS, SEE_SIZE, SEE_SIZE, 3), np.uint8),
-        see_slots=np.full((count, SEE_SLOTS), -1, np.int32),
-        dream_images=np.zeros((count, DREAM_SLOTS, DREAM_SIZE, DREAM_SIZE, 3), np.uint8),
-        dream_slots=np.full((count, DREAM_SLOTS), -1, np.int32),
-    )
+    patches, queries = config.clip.num_patches, config.num_queries
+    shape = RowShape(length, SEE_SLOTS, DREAM_SLOTS, patches, queries, SEE_SIZE, DREAM_SIZE)
+    batch = empty_batch(len(rows), shape, config.special_tokens.pad)
     for b, row in enumerate(rows):
         start = k = d = 0
         for segment, document in enumerate(row, 1):

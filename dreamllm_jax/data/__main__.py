@@ -9,10 +9,12 @@ python -m dreamllm_jax.data precompute DIR --checkpoint=MODEL           what the
 import argparse
 import dataclasses
 import time
+from typing import Any
 
 from absl.flags import argparse_flags
 
 from dreamllm_jax import command_line
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import sheet, storage, stored
 from dreamllm_jax.data.corpora.conversations import Llava
 from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
@@ -23,7 +25,7 @@ from dreamllm_jax.data.corpora.records import Format
 from dreamllm_jax.data.corpora.tfds_sets import Tfds
 from dreamllm_jax.data.importing import Options, import_corpus
 from dreamllm_jax.data.preparation import prepare
-from dreamllm_jax.data.tokens import MODES, RowShape
+from dreamllm_jax.data.tokens import MODES
 
 FORMATS: dict[str, type[Format]] = {
     "webdataset": WebDataset,
@@ -54,20 +56,37 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer that is trained")
     add.add_argument("--tokenizer", default="", help="to use instead: a .model, a tokenizer.json, a directory")
 
+    page = argparse.ArgumentParser(add_help=False)
+    page.add_argument("--mode", choices=MODES, default="joint", help="of the page's documents")
+    page.add_argument("--length", type=int, default=2048, help="tokens in a row of the page")
+    page.add_argument("--slots", type=int, default=8, help="images to read and to paint in a row of the page")
+
     formats = commands.add_parser("import", help="a corpus from a public layout").add_subparsers(
         required=True, metavar="FORMAT"
     )
     for name, kind in FORMATS.items():
-        add = formats.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__)
+        add = formats.add_parser(name, help=kind.__doc__.splitlines()[0], description=kind.__doc__, parents=[page])
         add.set_defaults(main=_import, kind=kind)
-        _add_import_flags(add, kind)
+        settings = {field.name: field for cls in (Options, kind) for field in dataclasses.fields(cls)}
+        source = settings.pop("source").default
+        optional = {} if source is dataclasses.MISSING else {"nargs": "?", "default": source}
+        add.add_argument("source", help="file or directory to read", **optional)
+        for field in settings.values():
+            if told := field.metadata.get("help"):
+                add.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=told)
+        add.add_argument("--to", required=True, help="directory of the data set; others of its corpora stay")
+        add.add_argument("--name", required=True, help="of the corpus in the data set")
+        add.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
+        add.add_argument("--beam", default="", help="instead, options of Beam, as '--runner=DataflowRunner ...'")
+        add.add_argument("--max_bad", type=float, default=0.5, help="largest share of records that may be unusable")
+        add.add_argument("--sample", type=int, default=0, help="also write DIR/NAME.html with so many")
 
-    add = commands.add_parser("sample", help="a page of documents as the model will see them")
+    add = commands.add_parser("sample", help="a page of documents as the model will see them", parents=[page])
     add.set_defaults(main=_sample)
     add.add_argument("directory", help="a data set")
     add.add_argument("--name", required=True, help="one of its corpora")
     add.add_argument("--to", required=True, help="the HTML file to write")
-    _add_sample_flags(add)
+    add.add_argument("--count", type=int, default=32, help="how many documents")
     add.add_argument("--tokenizer", default="", help="a .model, a tokenizer.json, a directory; else the data set's own")
 
     add = commands.add_parser("precompute", help="what the frozen image towers make of a data set's images")
@@ -80,42 +99,6 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--dtype", choices=stored.DTYPES, default="bfloat16", help="type to store: data.stored_dtype")
     add.add_argument("--batch", type=int, default=32, help="images at once on each device")
     return top
-
-
-def _add_import_flags(add: argparse.ArgumentParser, kind: type[Format]) -> None:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    has_default = fields["source"].default is not dataclasses.MISSING
-    source = {"nargs": "?", "default": fields["source"].default} if has_default else {}
-    add.add_argument("source", help="file or directory to read", **source)
-    for field in fields.values():
-        if "help" in field.metadata:
-            add.add_argument(
-                f"--{field.name}", type=type(field.default), default=field.default, help=field.metadata["help"]
-            )
-    add.add_argument("--to", required=True, help="directory of the data set; others of its corpora stay")
-    add.add_argument("--name", required=True, help="of the corpus in the data set")
-    add.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
-    add.add_argument("--beam", default="", help="instead, options of a Beam pipeline, as '--runner=DataflowRunner ...'")
-    add.add_argument("--max_bad", type=float, default=0.5, help="largest share of records that may be unusable")
-    if "size" not in fields:
-        add.add_argument("--size", type=int, default=512, help="pixels on the shorter side of a stored image, at most")
-    add.add_argument("--least", type=int, default=16, help="images with a shorter side are left out")
-    add.add_argument("--tokenizer", default="", help="counts tokens: a .model, a tokenizer.json, a directory")
-    add.add_argument(
-        "--sample", dest="count", type=int, default=0, help="also write DIR/NAME.html with so many documents"
-    )
-    _add_shape_flags(add)
-
-
-def _add_sample_flags(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--count", type=int, default=32, help="how many documents")
-    _add_shape_flags(add)
-
-
-def _add_shape_flags(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--mode", choices=MODES, default="joint", help="of the page's documents")
-    add.add_argument("--length", type=int, default=2048, help="tokens in a row of the page")
-    add.add_argument("--slots", type=int, default=8, help="images to read and to paint in a row of the page")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -135,12 +118,16 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
-    names = [field.name for field in dataclasses.fields(arguments.kind) if hasattr(arguments, field.name)]
+
+    def read(cls: type) -> Any:
+        names = [field.name for field in dataclasses.fields(cls) if hasattr(arguments, field.name)]
+        return cls(**{name: getattr(arguments, name) for name in names})
+
     summary = import_corpus(
-        arguments.kind(**{name: getattr(arguments, name) for name in names}),
+        read(arguments.kind),
         arguments.to,
         arguments.name,
-        Options(arguments.size, arguments.least, arguments.tokenizer),
+        read(Options),
         workers=arguments.workers,
         beam=arguments.beam,
         max_bad=arguments.max_bad,
@@ -149,8 +136,9 @@ def _import(arguments: argparse.Namespace) -> None:
     print(f"{arguments.to}/{arguments.name}: {counted}, {time.monotonic() - began:.1f} s")
     for reason, count in summary["dropped"].items():
         print(f"  dropped {reason:15} {count:8,}")
-    if arguments.count:
-        arguments.directory, arguments.to = arguments.to, f"{arguments.to}/{arguments.name}.html"
+    if arguments.sample:
+        arguments.directory, arguments.count = arguments.to, arguments.sample
+        arguments.to = f"{arguments.to}/{arguments.name}.html"
         _sample(arguments)
 
 

@@ -119,20 +119,14 @@ def with_stored(document: Document, stored: Mapping[str, np.ndarray]) -> Documen
     Raises:
       ValueError: there are not as many of them as images.
     """
-    if not stored:
-        return document
     for name, arrays in stored.items():
         if len(arrays) != len(document.images):
             raise ValueError(f"{len(arrays)} stored {name} for {len(document.images)} images")
-    each = iter(range(len(document.images)))
-
-    def one(segment: Segment) -> Segment:
-        if isinstance(segment, Text):
-            return segment
-        index = next(each)
-        return dataclasses.replace(segment, stored={name: arrays[index] for name, arrays in stored.items()})
-
-    return Document(document.kind, tuple(one(segment) for segment in document.segments))
+    images = iter(
+        dataclasses.replace(image, stored={name: arrays[index] for name, arrays in stored.items()})
+        for index, image in enumerate(document.images)
+    )
+    return Document(document.kind, tuple(next(images) if isinstance(s, Image) else s for s in document.segments))
 
 
 def _string(value: bytes | str) -> str:

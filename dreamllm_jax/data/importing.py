@@ -27,30 +27,25 @@ from etils import epath
 from tqdm import tqdm
 
 from dreamllm_jax.data import images, storage
-from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record
+from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record, setting
 from dreamllm_jax.data.document import Document, Image, Segment
-from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.data.tokenizer import load_tokenizer
 from dreamllm_jax.directories import is_remote, write_whole
 
 _SETTINGS = "settings.json"
+_COUNTED = ("documents", "images", "tokens", "records", "bad")
 Job = tuple[Format, Part, int, str, "Options"]
 _DAMAGED = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, pa.ArrowException)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How records become documents.
+    """How records become documents."""
 
-    Attributes:
-      size: pixels on the shorter side of a stored image, at most. 512 is what Stable Diffusion paints, and a wider
-        picture is only a larger file.
-      least: images with a shorter side are left out.
-      tokenizer: to count tokens with; empty for not counting.
-    """
-
-    size: int = 512
-    least: int = 16
-    tokenizer: str = ""
+    # 512 is what Stable Diffusion paints, and a wider picture is only a larger file.
+    size: int = setting(512, "pixels on the shorter side of a stored image, at most")
+    least: int = setting(16, "images with a shorter side are left out")
+    tokenizer: str = setting("", "counts tokens: a .model, a tokenizer.json, a directory")
 
     def __post_init__(self):
         if self.size < self.least or self.least < 1:
@@ -61,11 +56,11 @@ def import_corpus(
     source: Format,
     to: str | os.PathLike,
     name: str,
-    options: Options = Options(),
+    options: Options,
     *,
-    workers: int = 0,
-    beam: str = "",
-    max_bad: float = 0.5,
+    workers: int,
+    beam: str,
+    max_bad: float,
 ) -> dict[str, Any]:
     """Imports a corpus as `to`/`name`; started again after an interruption it does only what is not done.
 
@@ -123,8 +118,7 @@ def _begin(work: epath.Path, settings: Mapping[str, Any]) -> None:
 
 def _require_same(before: Mapping[str, Any] | None, now: Mapping[str, Any], where: epath.Path) -> None:
     before = before or {}
-    changed = [key for key in {**before, **now} if before.get(key) != json.loads(json.dumps(now.get(key)))]
-    if changed:
+    if changed := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
         raise FileExistsError(
             f"{where} was made with another {' and '.join(sorted(changed))}: remove it, or choose another --name"
         )
@@ -150,7 +144,7 @@ def _on_beam(jobs: Sequence[Job], options: str) -> None:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("--beam needs Apache Beam: pip install -e '.[beam]'") from None
+        raise ModuleNotFoundError("--beam needs Apache Beam: pip install 'dreamllm_jax[beam]'") from None
     with apache_beam.Pipeline(options=PipelineOptions(shlex.split(options))) as pipeline:
         # Reshuffled, so that a runner does not fuse the parts into one piece of work.
         _ = pipeline | apache_beam.Create(jobs) | apache_beam.Reshuffle() | apache_beam.MapTuple(import_part)
@@ -164,7 +158,7 @@ def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[None]:
             yield import_part(*job)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _in_worker) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
         futures = [pool.submit(import_part, *job) for job in jobs]
         try:
             for future in concurrent.futures.as_completed(futures):
@@ -178,19 +172,14 @@ def _in_processes(jobs: Sequence[Job], workers: int) -> Iterator[None]:
             pool.shutdown(cancel_futures=True)
 
 
-def _in_worker() -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-
-
 def _told(work: epath.Path, index: int) -> epath.Path:
     return work / f"part-{index:05d}.json"
 
 
 def import_part(source: Format, part: Part, index: int, work: str, options: Options) -> None:
     """Writes the documents of one part; the file that says so comes last and at once."""
-    counts: collections.Counter[str] = collections.Counter()
-    dropped: collections.Counter[str] = collections.Counter()
-    tokenizer = _tokenizer(options.tokenizer)
+    counts, dropped = collections.Counter(dict.fromkeys(_COUNTED, 0)), collections.Counter()
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     with _shards_for(epath.Path(work)) as folder:
         writer = storage.ShardWriter(lambda shard: folder / f"part-{index:05d}.{shard}")
         for record in _records(source, part):
@@ -206,9 +195,7 @@ def import_part(source: Format, part: Part, index: int, work: str, options: Opti
                 counts["tokens"] += sum(len(tokenizer.encode_text(text.text)) for text in document.texts)
         writer.close()
     shards = [(shard.path.name, shard.records, shard.size) for shard in writer.shards]
-    result = {"documents": 0, "images": 0, "tokens": 0, "records": 0, "bad": 0, **counts}
-    result |= {"dropped": dict(dropped), "shards": shards}
-    write_whole(_told(epath.Path(work), index), json.dumps(result) + "\n")
+    write_whole(_told(epath.Path(work), index), json.dumps({**counts, "dropped": dropped, "shards": shards}) + "\n")
 
 
 @contextlib.contextmanager
@@ -221,10 +208,6 @@ def _shards_for(work: epath.Path) -> Iterator[Path]:
         yield Path(folder)
         for file in Path(folder).iterdir():
             epath.Path(file).copy(work / file.name, overwrite=True)
-
-
-def _tokenizer(path: str) -> Tokenizer | None:
-    return load_tokenizer(path) if path else None
 
 
 def _records(source: Format, part: Part) -> Iterator[Record | Dropped]:
@@ -271,7 +254,7 @@ def _summary(results: list[dict[str, Any]], settings: Mapping[str, Any]) -> dict
     dropped: collections.Counter[str] = collections.Counter()
     for result in results:
         dropped.update(result["dropped"])
-    totals = {name: sum(r[name] for r in results) for name in ("documents", "images", "tokens", "records", "bad")}
+    totals = {name: sum(result[name] for result in results) for name in _COUNTED}
     return totals | {"dropped": dict(sorted(dropped.items())), "settings": dict(settings)}
 
 

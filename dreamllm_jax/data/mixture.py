@@ -8,7 +8,7 @@ the streams of its own rows and nothing else, and any number of hosts reads the 
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import grain
@@ -59,10 +59,9 @@ class CorpusConfig:
 
 
 class Place(NamedTuple):
-    """Where a record comes from: the corpus's index and name, the document's, and the epoch."""
+    """Where a record comes from: the corpus, the number of the document in it, and the epoch."""
 
-    corpus: int
-    name: str
+    corpus: str
     document: int
     epoch: int
 
@@ -72,42 +71,34 @@ class Mixture:
 
     Args:
       corpora: the stored documents by name.
-      configs: how each is used; the same names.
+      uses: how each is used, all by weights or all by epochs; the same names.
       streams: V, the rows of a step.
       shuffle: give each epoch an order of its own.
-
-    Raises:
-      ValueError: a corpus without documents, or weights mixed with epochs.
     """
 
     def __init__(
         self,
         corpora: Mapping[str, Corpus],
-        configs: Mapping[str, CorpusConfig],
+        uses: Mapping[str, CorpusConfig],
         *,
         streams: int,
         seed: int,
-        shuffle: bool = True,
+        shuffle: bool,
     ):
-        self.names = tuple(configs)
-        self._corpora = [corpora[name] for name in self.names]
-        self.sizes = [
-            min(config.limit or sys.maxsize, len(corpus))
-            for config, corpus in zip(configs.values(), self._corpora, strict=True)
-        ]
-        self.weights = _weights(configs, self.sizes)
+        self._names, self._corpora = tuple(uses), corpora
+        self._sizes = [min(use.limit or sys.maxsize, len(corpora[name])) for name, use in uses.items()]
         self._streams, self._seed, self._shuffle = streams, seed, shuffle
-        turns = [grain.MapDataset.range(sys.maxsize).map(functools.partial(_pair, i)) for i in range(len(self.names))]
-        self._turns = grain.MapDataset.mix(turns, self.weights)
+        weights = [use.epochs * size or use.weight for use, size in zip(uses.values(), self._sizes, strict=True)]
+        count = len(weights)
+        turns = [grain.MapDataset.range(sys.maxsize).map(lambda turn, i=i: (i, turn)) for i in range(count)]
+        self._turns = grain.MapDataset.mix(turns, [weight / sum(weights) for weight in weights])
         # The corpora take turns in a fixed pattern; each stream enters it at a place of its own, lest streams see
         # one corpus only for a while.
-        phases = np.random.default_rng((seed, _PHASE)).integers(1000, size=streams) * (len(self.names) > 1)
-        self._phases = [int(phase) for phase in phases]
-        begun = np.zeros((max(self._phases) + 1, len(self.names)), np.int64)
-        for index in range(max(self._phases)):
-            begun[index + 1] = begun[index]
-            begun[index + 1, self._turns[index][0]] += 1
-        self._begun = begun
+        phases = np.random.default_rng((seed, _PHASE)).integers(1000, size=streams) * (count > 1)
+        self._phases = phases.tolist()
+        # How many turns each corpus has had before each phase.
+        before = np.eye(count, dtype=int)[[self._turns[turn][0] for turn in range(max(self._phases))]]
+        self._begun = np.concatenate([np.zeros((1, count), int), before.cumsum(axis=0)])
 
     def place(self, record: int) -> Place:
         """Which document record k is."""
@@ -115,10 +106,10 @@ class Mixture:
         phase = self._phases[stream]
         corpus, count = self._turns[turn + phase]
         count = (count - int(self._begun[phase, corpus])) * self._streams + stream
-        epoch, index = divmod(count, self.sizes[corpus])
+        epoch, index = divmod(count, self._sizes[corpus])
         if self._shuffle:
-            index = _shuffled(index, self.sizes[corpus], (self._seed, corpus, epoch))
-        return Place(corpus, self.names[corpus], index, epoch)
+            index = _shuffled(index, self._sizes[corpus], (self._seed, corpus, epoch))
+        return Place(self._names[corpus], index, epoch)
 
     def draws(self, record: int) -> np.ndarray:
         """f64[2] uniform in [0, 1), for record k alone."""
@@ -127,26 +118,6 @@ class Mixture:
     def read(self, place: Place) -> Document:
         """The document; raises whatever a damaged record leads to."""
         return self._corpora[place.corpus][place.document]
-
-
-def _pair(corpus: int, index: int) -> tuple[int, int]:
-    return corpus, index
-
-
-def require_alike(configs: Mapping[str, CorpusConfig]) -> None:
-    """Raises ValueError if some corpora are mixed by epochs, and others by weights."""
-    by_epochs = [name for name, config in configs.items() if config.epochs]
-    if by_epochs and len(by_epochs) < len(configs):
-        rest = ", ".join(name for name in configs if name not in by_epochs)
-        raise ValueError(f"give epochs to all corpora or to none: {rest} has none")
-
-
-def _weights(configs: Mapping[str, CorpusConfig], sizes: Sequence[int]) -> list[float]:
-    require_alike(configs)
-    by_epochs = any(config.epochs for config in configs.values())
-    amounts = zip(configs.values(), sizes, strict=True)
-    weights = [config.epochs * size if by_epochs else config.weight for config, size in amounts]
-    return [weight / sum(weights) for weight in weights]
 
 
 def _shuffled(index: int, size: int, seed: tuple[int, int, int]) -> int:

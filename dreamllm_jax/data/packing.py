@@ -9,7 +9,8 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
-from dreamllm_jax.data.tokens import Encoded, RowShape
+from dreamllm_jax.batch import RowShape
+from dreamllm_jax.data.tokens import Encoded
 
 MISSES = 1000  # records in a row that may be left out
 
@@ -40,12 +41,11 @@ class RowStream:
     Args:
       read: an item by the number of its record; None for a record that is left out.
       first, step: the records of this stream are first, first + step, first + 2 step, ...
-      window: how many documents wait; 0 gives each document a row of its own.
+      window: how many documents wait; 1 gives each document a row of its own.
     """
 
     def __init__(self, read: Callable[[int], Item | None], shape: RowShape, *, first: int, step: int, window: int):
-        self._read, self._shape, self._window = read, shape, max(window, 1)
-        self._alone = window == 0
+        self._read, self._shape, self._window = read, shape, window
         self._next, self._step = first, step
         self._waiting: collections.deque[Item] = collections.deque()
 
@@ -59,8 +59,6 @@ class RowStream:
             missed = missed + 1 if item is None else 0
             if missed == MISSES:
                 raise NothingFits(f"{MISSES} documents one after the other had to be left out")
-        if self._alone:
-            return [self._waiting.popleft()]
         room = [self._shape.length, self._shape.see_slots, self._shape.dream_slots]
         taken, left = [], collections.deque()
         for item in self._waiting:

@@ -8,25 +8,24 @@ not on the number of hosts, of threads, or of times that the run was taken up ag
 import collections
 import concurrent.futures
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
-from dreamllm_jax.batch import Batch
-from dreamllm_jax.data import storage, stored, tokenizer
+from dreamllm_jax.batch import Batch, RowShape, empty_batch
+from dreamllm_jax.data import storage, stored
 from dreamllm_jax.data.document import Document
-from dreamllm_jax.data.mixture import CorpusConfig, Mixture, require_alike
+from dreamllm_jax.data.mixture import CorpusConfig, Mixture
 from dreamllm_jax.data.packing import Item, NothingFits, RowStream
-from dreamllm_jax.data.rows import Counts, Pixels, empty_batch, fill_row
-from dreamllm_jax.data.tokens import Encoded, Mode, RowShape, encode_document
-
-__all__ = ["CorpusConfig", "DataConfig", "Loader", "RowShape", "data_tokenizer", "encode_batch", "make_loader"]
+from dreamllm_jax.data.rows import Counts, Pixels, fill_row
+from dreamllm_jax.data.tokenizer import Tokenizer
+from dreamllm_jax.data.tokens import Encoded, encode_document
 
 _logger = logging.getLogger(__name__)
 ENOUGH = 200  # documents after which too large a share of bad ones ends the run
 AHEAD = 2  # batches made in advance
+READ = ("documents", "dropped_record", "dropped_room", "dropped_empty")  # each document is counted as one of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +70,10 @@ class DataConfig:
         for name in ("flip", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is between 0 and 1, got {getattr(self, name)}")
-        require_alike(self.corpora)
-        unknown = set(self.stored) - set(stored.NAMES)
-        if unknown:
+        without = [name for name, corpus in self.corpora.items() if not corpus.epochs]
+        if 0 < len(without) < len(self.corpora):
+            raise ValueError(f"give epochs to all corpora or to none: {', '.join(without)} has none")
+        if unknown := set(self.stored) - set(stored.NAMES):
             raise ValueError(f"stored may name {' and '.join(stored.NAMES)}, got {', '.join(sorted(unknown))}")
         if self.stored_dtype not in stored.DTYPES:
             raise ValueError(f"stored_dtype is {' or '.join(stored.DTYPES)}, got {self.stored_dtype!r}")
@@ -81,176 +81,133 @@ class DataConfig:
             raise ValueError("stored moments cannot be mirrored: set flip=0 or leave moments out of stored")
 
 
-def data_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:
-    """The tokenizer that a configuration asks for."""
-    if config.tokenizer:
-        return tokenizer.load_tokenizer(config.tokenizer)
-    storage.read_summary(config.path)
-    own = epath.Path(config.path) / tokenizer.FOLDER
-    if not own.exists():
-        raise FileNotFoundError(f"{config.path} has no tokenizer of its own: set config.data.tokenizer")
-    return tokenizer.load_tokenizer(own)
-
-
-def make_loader(
-    config: DataConfig,
-    shape: RowShape,
-    text_tokenizer: tokenizer.Tokenizer,
-    *,
-    rows_per_step: int,
-    seed: int,
-    mine: slice = slice(None),
-) -> "Loader":
-    """An endless iterator over batches of NumPy arrays.
+class Loader:
+    """An endless iterator over batches of NumPy arrays, the next ones being made by threads meanwhile.
 
     Args:
+      config: what is read.
+      shape: of the rows; what is stored of images is read where it says so.
+      tokenizer: see `storage.open_tokenizer`.
+      rows_per_step: rows of a step on all hosts.
+      seed: of everything random.
       mine: the rows of each step that this host feeds; the whole stream is the same, whatever a host takes of it.
-
-    Raises:
-      FileNotFoundError: the data set, one of the corpora or what was stored of it is not there.
-      ValueError: the rows have no room for a corpus's documents.
-    """
-    summary = storage.read_summary(config.path)
-    configs = dict(config.corpora) or {name: CorpusConfig() for name in sorted(summary["corpora"])}
-    shapes = {"moments": shape.dream_moments, "features": shape.see_features}
-    wanted = {name: (shapes[name], config.stored_dtype) for name in config.stored if shapes[name]}
-    corpora = {name: storage.Corpus(config.path, name, wanted) for name in configs}
-    mixture = Mixture(corpora, configs, streams=rows_per_step, seed=seed, shuffle=config.shuffle)
-    reader = _Reader(mixture, configs, text_tokenizer, shape, config.flip)
-    for name, corpus in corpora.items():
-        reader.check(name, corpus[0])
-    settings = dataclasses.asdict(dataclasses.replace(config, path="", pairs=0, tokenizer="", workers=0, max_bad=0.0))
-    settings |= {"corpora": {name: dataclasses.asdict(corpus) for name, corpus in configs.items()}}
-    settings |= {"documents": {name: summary["corpora"][name] for name in configs}}
-    settings |= {"shape": dataclasses.asdict(shape), "vocab_size": text_tokenizer.vocab_size, "seed": seed}
-    settings |= {"rows_per_step": rows_per_step}
-    streams = {
-        row: RowStream(reader, shape, first=row, step=rows_per_step, window=config.window if config.pack else 0)
-        for row in range(*mine.indices(rows_per_step))
-    }
-    return Loader(streams, reader, config, settings)
-
-
-def encode_batch(
-    documents: Sequence[Document],
-    text_tokenizer: tokenizer.Tokenizer,
-    shape: RowShape,
-    mode: Mode = "joint",
-    **options: Any,
-) -> Batch:
-    """The documents as a batch, one a row; see `encode_document` for the options.
-
-    Raises:
-      ImageError: an image cannot be decoded.
-    """
-    batch, pixels = empty_batch(len(documents), shape, text_tokenizer.special.pad), Pixels(shape)
-    for index, document in enumerate(documents):
-        encoded = encode_document(document, text_tokenizer, shape, mode, **options)
-        fill_row(batch, index, [Item(index, "", encoded)], pixels, strict=True)
-    return batch
-
-
-class _Reader:
-    """Record number -> item, or None for a document that would teach nothing, does not fit or cannot be read."""
-
-    def __init__(
-        self,
-        mixture: Mixture,
-        configs: Mapping[str, CorpusConfig],
-        text_tokenizer: tokenizer.Tokenizer,
-        shape: RowShape,
-        flip: float,
-    ):
-        self.mixture, self.tokenizer, self.shape = mixture, text_tokenizer, shape
-        self._configs, self._flip = configs, flip
-        self.left_out: collections.deque[tuple[str, str]] = collections.deque()
-
-    def __call__(self, record: int) -> Item | None:
-        place, (draw, flip) = self.mixture.place(record), self.mixture.draws(record)
-        try:
-            document = self.mixture.read(place)
-        except Exception:  # the reader's native code raises whatever a damaged record leads it to
-            self.left_out.append((place.name, "dropped_record"))
-            return None
-        try:
-            encoded = self._encode(place.name, document, draw)
-        except ValueError:
-            self.left_out.append((place.name, "dropped_room"))
-            return None
-        if document.blank or not encoded.learns:
-            self.left_out.append((place.name, "dropped_empty"))
-            return None
-        return Item(record, place.name, encoded, flip=not encoded.see and bool(flip < self._flip))
-
-    def check(self, name: str, document: Document) -> None:
-        """Raises ValueError if a typical document of the corpus cannot be encoded."""
-        mode = self._configs[name].mode
-        for draw in (0.0, 0.5):
-            try:
-                learns = self._encode(name, document, draw).learns
-            except ValueError as error:
-                raise ValueError(f"corpus {name!r} in mode {mode!r}: {error}") from None
-            if not learns:
-                raise ValueError(
-                    f"corpus {name!r} in mode {mode!r}: a row of {self.shape.length} tokens, {self.shape.see_slots} "
-                    f"see and {self.shape.dream_slots} dream slots leaves nothing to learn of its first document"
-                )
-
-    def _encode(self, name: str, document: Document, draw: float) -> Encoded:
-        config = self._configs[name]
-        return encode_document(
-            document,
-            self.tokenizer,
-            self.shape,
-            config.mode,
-            draw=draw,
-            template=config.template,
-            learn_dream_start=config.learn_dream_start,
-            see_first=config.see_first,
-        )
-
-
-class Loader:
-    """Iterates over batches, the next ones being made by threads meanwhile.
 
     Attributes:
       totals: what this host has been given since the start, by corpus and kind: documents, tokens, see and dream
         (images), and `dropped_<reason>` for documents that were left out: record (unreadable), room (too little of
         it), empty (nothing to learn), or why an image could not be decoded.
       records: of the last batch, the numbers of the records in each of this host's rows.
+
+    Raises:
+      FileNotFoundError: the data set, one of the corpora or what was stored of it is not there.
+      ValueError: the rows have no room for a corpus's documents.
     """
 
     def __init__(
-        self, streams: Mapping[int, RowStream], reader: _Reader, config: DataConfig, settings: Mapping[str, Any]
+        self,
+        config: DataConfig,
+        shape: RowShape,
+        tokenizer: Tokenizer,
+        *,
+        rows_per_step: int,
+        seed: int,
+        mine: slice = slice(None),
     ):
-        self._streams, self._reader, self._config, self._settings = dict(streams), reader, config, settings
-        self._pixels = Pixels(reader.shape)
+        self._config, self._shape, self._tokenizer = config, shape, tokenizer
+        summary = storage.read_summary(config.path)["corpora"]
+        self._uses = dict(config.corpora) or {name: CorpusConfig() for name in sorted(summary)}
+        shapes = {"moments": shape.dream_moments, "features": shape.see_features}
+        arrays = {name: (one, shape.stored_dtype) for name, one in shapes.items() if one}
+        corpora = {name: storage.Corpus(config.path, name, arrays) for name in self._uses}
+        self._mixture = Mixture(corpora, self._uses, streams=rows_per_step, seed=seed, shuffle=config.shuffle)
+        for name, corpus in corpora.items():
+            self._require_use(name, corpus[0])
+        # All that the stream depends on, as JSON gives it back.
+        settings = dataclasses.asdict(
+            dataclasses.replace(config, path="", pairs=0, tokenizer="", workers=0, max_bad=0.0)
+        )
+        settings |= {"corpora": {name: dataclasses.asdict(use) for name, use in self._uses.items()}}
+        settings |= {"documents": {name: summary[name] for name in self._uses}, "shape": dataclasses.asdict(shape)}
+        settings |= {"vocab_size": tokenizer.vocab_size, "seed": seed, "rows_per_step": rows_per_step}
+        self._settings = json.loads(json.dumps(settings))
+        window = config.window if config.pack else 1
+        self._streams = {
+            row: RowStream(self._read, shape, first=row, step=rows_per_step, window=window)
+            for row in range(*mine.indices(rows_per_step))
+        }
+        self._pixels = Pixels(shape)
         self._rows = 0
         self.totals: Counts = collections.Counter()
         self.records: list[list[int]] = []
+        self._left_out: collections.deque[tuple[str, str]] = collections.deque()  # by threads, since the last batch
         self._state = self._stream_states()
         self._ahead: collections.deque[concurrent.futures.Future] = collections.deque()
         self._threads = concurrent.futures.ThreadPoolExecutor(config.workers) if config.workers else None
         self._maker = concurrent.futures.ThreadPoolExecutor(1) if config.workers else None
+
+    def _require_use(self, name: str, document: Document) -> None:
+        """Raises ValueError if a typical document of the corpus cannot be encoded."""
+        where = f"corpus {name!r} in mode {self._uses[name].mode!r}"
+        for draw in (0.0, 0.5):
+            try:
+                learns = self._encode(name, document, draw).learns
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            if not learns:
+                raise ValueError(
+                    f"{where}: a row of {self._shape.length} tokens, {self._shape.see_slots} see and "
+                    f"{self._shape.dream_slots} dream slots leaves nothing to learn of its first document"
+                )
+
+    def _read(self, record: int) -> Item | None:
+        """A record as an item; None if it would teach nothing, does not fit or cannot be read."""
+        place, (draw, flip) = self._mixture.place(record), self._mixture.draws(record)
+        try:
+            document = self._mixture.read(place)
+        except Exception:  # the reader's native code raises whatever a damaged record leads it to
+            self._left_out.append((place.corpus, "dropped_record"))
+            return None
+        try:
+            encoded = self._encode(place.corpus, document, draw)
+        except ValueError:
+            self._left_out.append((place.corpus, "dropped_room"))
+            return None
+        if document.blank or not encoded.learns:
+            self._left_out.append((place.corpus, "dropped_empty"))
+            return None
+        return Item(record, place.corpus, encoded, flip=not encoded.see and bool(flip < self._config.flip))
+
+    def _encode(self, corpus: str, document: Document, draw: float) -> Encoded:
+        use = self._uses[corpus]
+        return encode_document(
+            document,
+            self._tokenizer,
+            self._shape,
+            use.mode,
+            draw=draw,
+            template=use.template,
+            learn_dream_start=use.learn_dream_start,
+            see_first=use.see_first,
+        )
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> Batch:
         if self._maker is None:
-            batch, counts, self.records, state = self._make()
+            made = self._make()
         else:
             while len(self._ahead) <= AHEAD:
                 self._ahead.append(self._maker.submit(self._make))
-            batch, counts, self.records, state = self._ahead.popleft().result()
+            made = self._ahead.popleft().result()
+        batch, counts, self.records, self._state = made
         self.totals.update(counts)
         self._rows += len(batch.tokens)
-        self._state = state
         self._require_good()
         return batch
 
     def _make(self) -> tuple[Batch, Counts, list[list[int]], dict[str, list[int]]]:
-        batch = empty_batch(len(self._streams), self._reader.shape, self._reader.tokenizer.special.pad)
+        batch = empty_batch(len(self._streams), self._shape, self._tokenizer.special.pad)
 
         def make_row(index: int, stream: RowStream) -> tuple[Counts, list[int]]:
             row = next(stream)
@@ -259,21 +216,20 @@ class Loader:
         each = map if self._threads is None else self._threads.map
         counts: Counts = collections.Counter()
         records = []
-        left_out = self._reader.left_out
         try:
             for held, taken in each(make_row, range(len(self._streams)), self._streams.values()):
                 counts.update(held)
                 records.append(taken)
         except NothingFits as error:
-            reasons = collections.Counter(f"{corpus}: {what.removeprefix('dropped_')}" for corpus, what in left_out)
+            reasons = collections.Counter(f"{corpus}: {_reason(what)}" for corpus, what in self._left_out)
             raise ValueError(f"{error} ({', '.join(f'{what} {n}' for what, n in reasons.items())})") from None
-        counts.update(left_out.popleft() for _ in range(len(left_out)))
+        counts.update(self._left_out.popleft() for _ in range(len(self._left_out)))
         return batch, counts, records, self._stream_states()
 
     def documents(self, records: Sequence[Sequence[int]]) -> dict[str, list[str]]:
         """The documents in rows of `records`, as corpus/number, by the rows' numbers in the global batch."""
-        places = ([self._reader.mixture.place(record) for record in row] for row in records)
-        named = ([f"{place.name}/{place.document}" for place in row] for row in places)
+        places = ([self._mixture.place(record) for record in row] for row in records)
+        named = ([f"{place.corpus}/{place.document}" for place in row] for row in places)
         return dict(zip(map(str, self._streams), named, strict=True))
 
     def _stream_states(self) -> dict[str, list[int]]:
@@ -281,24 +237,17 @@ class Loader:
 
     def _require_good(self) -> None:
         """Raises ValueError if more than the permitted share of documents had to be left out."""
-        bad: collections.Counter[str] = collections.Counter()
-        seen: collections.Counter[str] = collections.Counter()
-        for (corpus, what), count in self.totals.items():
-            if what.startswith("dropped_"):
-                bad[corpus] += count
-            if what == "documents" or what in ("dropped_record", "dropped_room", "dropped_empty"):
-                seen[corpus] += count
-        if seen.total() < ENOUGH or bad.total() <= self._config.max_bad * seen.total():
+        counts = self.counts()
+        dropped = {name: {what: n for what, n in held.items() if _reason(what)} for name, held in counts.items()}
+        bad = {name: sum(held.values()) for name, held in dropped.items()}
+        read = {name: sum(held.get(what, 0) for what in READ) for name, held in counts.items()}
+        if sum(read.values()) < ENOUGH or sum(bad.values()) <= self._config.max_bad * sum(read.values()):
             return
-        worst = max(bad, key=lambda corpus: bad[corpus] / seen[corpus])
-        reasons = ", ".join(
-            f"{what.removeprefix('dropped_')} {count}"
-            for (corpus, what), count in sorted(self.totals.items())
-            if corpus == worst and what.startswith("dropped_")
-        )
+        worst = max(bad, key=lambda name: bad[name] / max(read[name], 1))
+        reasons = ", ".join(f"{_reason(what)} {n}" for what, n in dropped[worst].items())
         raise ValueError(
-            f"{bad.total()} of {seen.total()} documents had to be left out, more than data.max_bad="
-            f"{self._config.max_bad} allows; the worst corpus is {worst!r} with {bad[worst]} of {seen[worst]} "
+            f"{sum(bad.values())} of {sum(read.values())} documents had to be left out, more than data.max_bad="
+            f"{self._config.max_bad} allows; the worst corpus is {worst!r} with {bad[worst]} of {read[worst]} "
             f"({reasons})"
         )
 
@@ -306,12 +255,12 @@ class Loader:
         """`totals` by corpus."""
         return {
             name: {what: count for (corpus, what), count in sorted(self.totals.items()) if corpus == name}
-            for name in self._reader.mixture.names
+            for name in self._uses
         }
 
     def fill(self) -> dict[str, float]:
         """The share of tokens, see slots and dream slots that were used so far."""
-        shape = self._reader.shape
+        shape = self._shape
         rooms = {"tokens": shape.length, "see": shape.see_slots, "dream": shape.dream_slots}
         used: collections.Counter[str] = collections.Counter()
         for (_, what), count in self.totals.items():
@@ -340,7 +289,7 @@ class Loader:
         changed = [
             f"{name}={saved!r}, this run has {value!r}"
             for name, value in self._settings.items()
-            if (saved := _plain(state["settings"].get(name))) != _plain(value)
+            if (saved := state["settings"].get(name)) != value
         ]
         if changed and not accept_changes:
             raise ValueError(
@@ -356,7 +305,7 @@ class Loader:
         else:
             for row, stream in self._streams.items():
                 stream.state = state["streams"][str(row)]
-        self._reader.left_out.clear()
+        self._left_out.clear()
         self._state = self._stream_states()
         first = 0 in self._streams
         self.totals = collections.Counter({(corpus, what): n for corpus, what, n in state["totals"]} if first else {})
@@ -388,8 +337,6 @@ def joined_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+def _reason(what: str) -> str:
+    """Why documents were left out, of what is counted; empty if it counts something else."""
+    return what.removeprefix("dropped_") if what.startswith("dropped_") else ""

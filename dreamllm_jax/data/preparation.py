@@ -7,7 +7,7 @@ from typing import Any
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.corpora import compose, folder, openmoji, photographs
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM
-from dreamllm_jax.directories import building, is_remote
+from dreamllm_jax.directories import is_remote
 
 SOURCES = {"openmoji": openmoji, "photographs": photographs}
 DEFAULT_PAIRS = 24
@@ -50,7 +50,8 @@ def prepare(
         "tokenizer": str(text_tokenizer) or vocab_size,
     }
     if source not in SOURCES:
-        settings |= {"source": str(Path(source).absolute()), "content": folder.fingerprint(Path(source))}
+        source = Path(source).absolute()
+        settings |= {"source": str(source), "content": folder.fingerprint(source)}
     if (Path(to) / storage.SUMMARY).is_file():
         summary = storage.read_summary(to)
         if summary["settings"] != settings:
@@ -63,24 +64,13 @@ def prepare(
     if source in SOURCES:
         captioned = list(SOURCES[source].pairs(settings["pairs"], size))
     else:
-        captioned = list(folder.pairs(Path(source), pairs, size))
+        captioned = list(folder.pairs(source, pairs, size))
     if text_tokenizer:
         chosen = tokenizer.load_tokenizer(text_tokenizer)
     else:
         names = openmoji.names().values() if source == "openmoji" else ()
         chosen = tokenizer.train_tokenizer(_training_texts([*(text for _, text in captioned), *names]), vocab_size)
-    with building(to) as directory:
-        chosen.save(directory / tokenizer.FOLDER)
-        summary = {
-            "settings": settings,
-            "vocab_size": chosen.vocab_size,
-            "corpora": {
-                name: storage.write_corpus(directory, name, documents)
-                for name, documents in compose.compose(captioned).items()
-            },
-        }
-        storage.write_summary(directory, summary)
-    return summary
+    return storage.write_dataset(to, compose.compose(captioned), chosen, settings)
 
 
 def _training_texts(captions: list[str]) -> list[str]:

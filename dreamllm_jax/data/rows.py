@@ -9,22 +9,21 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import Batch, RowShape
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.packing import Item
-from dreamllm_jax.data.tokens import RowShape
 
 Counts = collections.Counter[tuple[str, str]]  # by corpus and what is counted
 
 
 class Pixels:
-    """Decodes images to the sizes of a row, remembering the latest ones up to `memory` bytes of pixels.
+    """What stands for images in a batch: what is stored of them, or their pixels in the sizes of a row.
 
-    A small data set is then decoded once; a large one pays only the memory. Threads may share it.
+    The latest pixels are remembered, up to `memory` bytes: a small data set is then decoded once; a large one pays only
+    the memory. Threads may share it. Both methods raise `ImageError` for an image that cannot be used.
     """
 
     def __init__(self, shape: RowShape, memory: int = 64 << 20):
@@ -35,11 +34,15 @@ class Pixels:
         self._decode = functools.lru_cache(maxsize=8)(images.decode)  # what is painted is often read back
 
     def see(self, image: Image) -> np.ndarray:
-        """u8[H, W, 3] for CLIP."""
+        """u8[H, W, 3] for CLIP, or its stored features."""
+        if self._shape.see_features:
+            return _stored(image, "features")
         return self._remember(images.clip_pixels, image.data, self._shape.see_size)
 
     def dream(self, image: Image, flip: bool = False) -> np.ndarray:
-        """u8[H', W', 3] for the diffusion model."""
+        """u8[H', W', 3] for the diffusion model, or its stored moments."""
+        if self._shape.dream_moments:
+            return _stored(image, "moments")
         return self._remember(images.diffusion_pixels, image.data, self._shape.dream_size, flip)
 
     def _remember(self, crop: Callable[..., np.ndarray], data: bytes, *options: Any) -> np.ndarray:
@@ -59,29 +62,6 @@ class Pixels:
         return pixels
 
 
-def empty_batch(count: int, shape: RowShape, pad: int) -> Batch:
-    """A batch of `count` rows in which nothing is filled."""
-
-    def room(slots: int, *stored: int) -> np.ndarray:
-        return np.zeros((count, slots, *stored), jnp.dtype(shape.stored_dtype))
-
-    def pixels(slots: int, size: int) -> np.ndarray:
-        return np.zeros((count, slots, size, size, 3), np.uint8)
-
-    return Batch(
-        tokens=np.full((count, shape.length), pad, np.int32),
-        segment_ids=np.zeros((count, shape.length), np.int32),
-        positions=np.zeros((count, shape.length), np.int32),
-        loss_weights=np.zeros((count, shape.length), np.float32),
-        see_images=None if shape.see_features else pixels(shape.see_slots, shape.see_size),
-        see_slots=np.full((count, shape.see_slots), -1, np.int32),
-        dream_images=None if shape.dream_moments else pixels(shape.dream_slots, shape.dream_size),
-        dream_slots=np.full((count, shape.dream_slots), -1, np.int32),
-        see_features=room(shape.see_slots, *shape.see_features) if shape.see_features else None,
-        dream_moments=room(shape.dream_slots, *shape.dream_moments) if shape.dream_moments else None,
-    )
-
-
 def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, strict: bool = False) -> Counts:
     """Writes one row into an empty batch.
 
@@ -98,7 +78,7 @@ def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, stri
     counts: Counts = collections.Counter()
     see_into = batch.see_images if batch.see_features is None else batch.see_features
     dream_into = batch.dream_images if batch.dream_moments is None else batch.dream_moments
-    start, seen, painted = 0, 0, 0
+    start = 0
     for segment, item in enumerate(row, 1):
         encoded, corpus = item.encoded, item.corpus
         stop = start + len(encoded.tokens)
@@ -108,29 +88,27 @@ def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, stri
         counts[corpus, "documents"] += 1
         counts[corpus, "tokens"] += stop - start
         try:
-            see = [
-                pixels.see(image) if batch.see_features is None else _stored(image, "features") for image in encoded.see
-            ]
-            dream = [
-                pixels.dream(image, item.flip) if batch.dream_moments is None else _stored(image, "moments")
-                for image in encoded.dream
-            ]
+            see = [pixels.see(image) for image in encoded.see]
+            dream = [pixels.dream(image, item.flip) for image in encoded.dream]
         except images.ImageError as error:
             if strict:
                 raise
             counts[corpus, f"dropped_{error.reason}"] += 1
         else:
             batch.loss_weights[index, start:stop] = encoded.loss_weights
-            for slot, image in zip(encoded.see_slots, see, strict=True):
-                batch.see_slots[index, seen], see_into[index, seen] = start + slot, image
-                seen += 1
-            for slot, image in zip(encoded.dream_slots, dream, strict=True):
-                batch.dream_slots[index, painted], dream_into[index, painted] = start + slot, image
-                painted += 1
+            _fill_slots(batch.see_slots[index], see_into[index], start + encoded.see_slots, see)
+            _fill_slots(batch.dream_slots[index], dream_into[index], start + encoded.dream_slots, dream)
             counts[corpus, "see"] += len(see)
             counts[corpus, "dream"] += len(dream)
         start = stop
     return counts
+
+
+def _fill_slots(slots: np.ndarray, into: np.ndarray, places: np.ndarray, images: Sequence[np.ndarray]) -> None:
+    """Puts images and their places into the first empty ones of a row's slots."""
+    first = int((slots >= 0).sum())
+    for slot, (place, image) in enumerate(zip(places, images, strict=True), first):
+        slots[slot], into[slot] = place, image
 
 
 def _stored(image: Image, name: str) -> np.ndarray:

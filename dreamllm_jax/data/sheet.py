@@ -2,15 +2,14 @@
 
 import base64
 import html
-import io
 import os
 from pathlib import Path
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import images, storage
 from dreamllm_jax.data.document import Image
-from dreamllm_jax.data.pipeline import DataConfig, data_tokenizer
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import Encoded, Mode, RowShape, encode_document
+from dreamllm_jax.data.tokens import Encoded, Mode, encode_document
 
 _STYLE = """
 body { font: 15px/1.7 sans-serif; max-width: 70em; margin: 2em auto; }
@@ -39,7 +38,7 @@ def write_sheet(
       FileNotFoundError: no such data set or corpus, or no tokenizer.
     """
     documents = storage.Corpus(directory, corpus)
-    text_tokenizer = data_tokenizer(DataConfig(path=str(directory), tokenizer=tokenizer))
+    text_tokenizer = storage.open_tokenizer(directory, tokenizer)
     count = min(count, len(documents))
     chosen = [index * len(documents) // count for index in range(count)]
     body = [_section(documents, index, text_tokenizer, shape, mode) for index in chosen]
@@ -75,7 +74,7 @@ def _body(encoded: Encoded, tokenizer: Tokenizer) -> str:
             parts.append(_figure(*pictures[place]))
         if token == tokenizer.special.im_patch:
             continue
-        piece = special.get(token) or tokenizer.hf.convert_ids_to_tokens(token).replace("▁", " ")
+        piece = special.get(token) or tokenizer.fast.id_to_token(token).replace("▁", " ")
         kinds = " ".join(name for name, on in (("learned", weight > 0), ("special", token in special)) if on)
         parts.append(f'<span class="{kinds}">{html.escape(piece)}</span>')
     return "".join(parts)
@@ -83,11 +82,8 @@ def _body(encoded: Encoded, tokenizer: Tokenizer) -> str:
 
 def _figure(kind: str, image: Image) -> str:
     try:
-        small = images.decode(image.data)
+        small = images.to_jpeg(images.decode(image.data), 112)
     except images.ImageError as error:
         return f"<figure class={kind}>[{kind}: {html.escape(str(error))}]</figure>"
-    small.thumbnail((224, 224))
-    out = io.BytesIO()
-    small.save(out, "JPEG", quality=85)
-    data = base64.b64encode(out.getvalue()).decode()
+    data = base64.b64encode(small).decode()
     return f'<figure class={kind}><img src="data:image/jpeg;base64,{data}"><br>{kind}</figure>'

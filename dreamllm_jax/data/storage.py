@@ -19,7 +19,9 @@ from etils import epath
 
 from dreamllm_jax.data.document import Document, from_record, to_record, with_stored
 from dreamllm_jax.data.stored import Stored
-from dreamllm_jax.directories import write_whole
+from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
+from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.directories import building, write_whole
 
 VERSION = "1.0.0"
 SUMMARY = "dataset.json"
@@ -81,16 +83,38 @@ class ShardWriter:
             self._writer = None
 
 
-def write_corpus(directory: Path, name: str, documents: Iterable[Document]) -> dict[str, int]:
-    """Writes one corpus as `directory/name/1.0.0`.
+def write_dataset(
+    directory: str | os.PathLike,
+    corpora: Mapping[str, Iterable[Document]],
+    tokenizer: Tokenizer | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes a whole data set, which appears only when it is whole.
+
+    Args:
+      corpora: its documents, by the name of their corpus.
+      tokenizer: the one that goes with it.
+      settings: what it is made from.
 
     Returns:
-      How many documents and images were written.
+      The summary stored with it: settings, corpora with their counts of documents and images, vocab_size.
 
     Raises:
-      ValueError: there was not a single document.
+      FileExistsError: there is something at `directory`.
+      ValueError: a corpus has no documents.
     """
-    target = Path(directory) / name / VERSION
+    summary: dict[str, Any] = {"settings": dict(settings or {})}
+    with building(directory) as folder:
+        if tokenizer:
+            tokenizer.save(folder / TOKENIZER)
+            summary["vocab_size"] = tokenizer.vocab_size
+        summary["corpora"] = {name: _write_corpus(folder, name, documents) for name, documents in corpora.items()}
+        write_summary(folder, summary)
+    return summary
+
+
+def _write_corpus(directory: Path, name: str, documents: Iterable[Document]) -> dict[str, int]:
+    target = directory / name / VERSION
     target.mkdir(parents=True)
     writer = ShardWriter(lambda index: target / f"part-{index:05d}")
     images = 0
@@ -181,6 +205,21 @@ def add_corpus(directory: epath.PathLike, name: str, summary: Mapping[str, Any])
     whole = json.loads(path.read_text()) if path.exists() else {"settings": {}, "corpora": {}}
     whole["corpora"][name] = dict(summary)
     write_summary(directory, whole)
+
+
+def open_tokenizer(directory: str | os.PathLike, other: str = "") -> Tokenizer:
+    """The tokenizer of a data set, or the one that `other` names (see `load_tokenizer`).
+
+    Raises:
+      FileNotFoundError: the data set is missing or has no tokenizer.
+    """
+    if other:
+        return load_tokenizer(other)
+    read_summary(directory)
+    own = epath.Path(directory) / TOKENIZER
+    if not own.exists():
+        raise FileNotFoundError(f"{directory} has no tokenizer of its own: set config.data.tokenizer")
+    return load_tokenizer(own)
 
 
 def read_summary(directory: str | os.PathLike) -> dict[str, Any]:

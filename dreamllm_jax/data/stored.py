@@ -42,9 +42,11 @@ def folder(directory: str | os.PathLike, corpus: str, name: str) -> epath.Path:
     return epath.Path(directory) / corpus / "stored" / name
 
 
-def part_path(directory: epath.Path, index: int, documents: int) -> epath.Path:
-    """The file of the documents from `index * PART` on."""
-    return directory / f"part-{index:05d}-of-{-(-documents // PART):05d}.array_record"
+def parts(directory: epath.Path, documents: int) -> dict[epath.Path, range]:
+    """The files in a corpus's directory, and which of so many documents each of them holds."""
+    count = -(-documents // PART)
+    files = [directory / f"part-{part:05d}-of-{count:05d}.array_record" for part in range(count)]
+    return {file: range(documents)[part * PART : (part + 1) * PART] for part, file in enumerate(files)}
 
 
 def write_part(path: epath.Path, documents: Iterable[np.ndarray]) -> None:
@@ -105,8 +107,7 @@ class Stored:
                     f"the stored {name} of corpus {corpus!r} have the {what} {there}, this run needs {wanted}; remove "
                     f"{path} and compute them again: {remedy}"
                 )
-        parts = -(-documents // PART)
-        self._source = ArrayRecordDataSource([os.fspath(part_path(path, i, documents)) for i in range(parts)])
+        self._source = ArrayRecordDataSource([os.fspath(part) for part in parts(path, documents)])
         self._shape, self._dtype = found.shape, jnp.dtype(found.dtype)
 
     def __getitem__(self, document: int) -> np.ndarray:

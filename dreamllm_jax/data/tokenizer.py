@@ -8,7 +8,7 @@ characters, never a special token.
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sentencepiece
@@ -16,7 +16,6 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import PreTrainedTokenizerFast
 
 from dreamllm_jax import gguf_reader
 from dreamllm_jax.directories import write_whole
@@ -33,41 +32,39 @@ class Tokenizer:
     """Text to token ids and back, with the special tokens known by name.
 
     Attributes:
+      fast: the tokenizer itself, which holds all special tokens.
+      names: which of them transformers knows as bos_token, eos_token, unk_token and pad_token.
       special: the ids of the special tokens.
       new_tokens: ids that were appended to a base vocabulary just now: no model has seen them.
-      hf: the same tokenizer as transformers' class.
+      sentencepiece_model: what it was converted from, if it was.
     """
 
     def __init__(
-        self, hf: PreTrainedTokenizerFast, new_tokens: Sequence[int] = (), sentencepiece_model: bytes | None = None
+        self,
+        fast: FastTokenizer,
+        names: Mapping[str, str],
+        new_tokens: Sequence[int] = (),
+        sentencepiece_model: bytes | None = None,
     ):
-        self.hf = hf
+        self.fast, self.names = fast, dict(names)
         self.new_tokens = tuple(new_tokens)
         self.sentencepiece_model = sentencepiece_model
-        ids = {token: hf.convert_tokens_to_ids(token) for token in ADDED_TOKENS}
-        self.special = SpecialTokens(
-            bos=hf.bos_token_id,
-            eos=hf.eos_token_id,
-            pad=ids["[PAD]"],
-            **{token.strip("<>"): ids[token] for token in ADDED_TOKENS if token != "[PAD]"},
-        )
-        self._literal = FastTokenizer.from_str(hf.backend_tokenizer.to_str())
-        self._literal.encode_special_tokens = True
+        bos, eos = (fast.token_to_id(names[name]) for name in ("bos_token", "eos_token"))
+        self.special = SpecialTokens.of(bos, eos, {token: fast.token_to_id(token) for token in ADDED_TOKENS})
+        fast.encode_special_tokens = True  # as any other text
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, the special tokens included."""
-        return len(self.hf)
+        return self.fast.get_vocab_size()
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of the text, taken literally, without bos or eos; nothing for the empty text."""
-        return self._literal.encode(text, add_special_tokens=False).ids
+        return self.fast.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of the ids."""
-        return self.hf.decode(
-            [int(i) for i in ids], skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens left out."""
+        return self.fast.decode([int(i) for i in ids])
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the files by which transformers (and `load_tokenizer`) read a tokenizer.
@@ -77,18 +74,16 @@ class Tokenizer:
         """
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        backend = self.hf.backend_tokenizer
-        write_whole(directory / FILE, backend.to_str())
+        write_whole(directory / FILE, self.fast.to_str())
         if self.sentencepiece_model is not None:
             write_whole(directory / SENTENCEPIECE_FILE, self.sentencepiece_model)
-        names = {name: token for name, token in self.hf.special_tokens_map.items() if isinstance(token, str)}
-        names["additional_special_tokens"] = [token for token in ADDED_TOKENS if token != "[PAD]"]
+        names = {**self.names, "additional_special_tokens": [token for token in ADDED_TOKENS if token != "[PAD]"]}
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         added = {
             str(index): {flag: getattr(token, flag) for flag in flags}
-            for index, token in sorted(backend.get_added_tokens_decoder().items())
+            for index, token in sorted(self.fast.get_added_tokens_decoder().items())
         }
-        ids = {token: backend.token_to_id(token) for token in ADDED_TOKENS}
+        ids = {token: self.fast.token_to_id(token) for token in ADDED_TOKENS}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **names,
@@ -101,12 +96,6 @@ class Tokenizer:
             ("special_tokens_map.json", names),
         ):
             write_whole(directory / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-    def __getstate__(self):
-        return {"hf": self.hf, "new_tokens": self.new_tokens, "sentencepiece_model": self.sentencepiece_model}
-
-    def __setstate__(self, state):
-        self.__init__(**state)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -122,15 +111,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer at {path}")
-    added = _recorded_ids(path) if path.is_dir() else {}
-    if path.is_dir():
-        candidates = [path / SENTENCEPIECE_FILE, path / FILE]
-        found = [p for p in candidates if p.exists()]
+    directory = path if path.is_dir() else None
+    if directory:
+        found = [file for file in (path / SENTENCEPIECE_FILE, path / FILE) if file.exists()]
         if not found:
             raise FileNotFoundError(f"neither {SENTENCEPIECE_FILE} nor {FILE} in {path}")
-        directory, path = path, found[0]
-    else:
-        directory = None
+        path = found[0]
     model = None
     if path.suffix == ".model":
         model = path.read_bytes()
@@ -142,7 +128,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         fast, names = from_gguf(path)
     else:
         raise ValueError(f"{path}: a tokenizer is a SentencePiece .model, a {FILE}, a .gguf or a directory with one")
-    return _with_special_tokens(fast, names, added, model)
+    return _with_special_tokens(fast, names, _recorded_ids(directory) if directory else {}, model)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -298,9 +284,11 @@ def _with_special_tokens(
         if fast.token_to_id(token) != index:
             raise ValueError(f"the special token {token} should have the id {index}, got {fast.token_to_id(token)}")
     if fast.token_to_id("<unk>") is not None:
-        names = {"unk_token": "<unk>", **names}
-    hf = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", **names)
-    return Tokenizer(hf, [fast.token_to_id(token) for token in new], sentencepiece_model)
+        names = {**names, "unk_token": "<unk>"}
+    names = {**names, "pad_token": "[PAD]"}
+    known = {token.content for token in fast.get_added_tokens_decoder().values()}
+    _mark_special(fast, [token for token in names.values() if token not in known])
+    return Tokenizer(fast, names, [fast.token_to_id(token) for token in new], sentencepiece_model)
 
 
 def _recorded_ids(directory: epath.Path) -> dict[str, int]:

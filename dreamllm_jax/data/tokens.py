@@ -15,6 +15,7 @@ SEE is `<im_start> <im_patch>*P <im_end>`, DREAM is `<dream_start> <im_patch>*Q 
     text                  <s> text </s>                        learns text, </s>
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from itertools import groupby
@@ -22,6 +23,7 @@ from typing import Literal
 
 import numpy as np
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 
@@ -61,43 +63,6 @@ TEMPLATES = {
     # Llama 2 (Touvron et al. 2023), as its reference code writes dialogues.
     "llama_2": Template("", "[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[INST] ", " [/INST]", " ", True),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape:
-    """The static shape of a row.
-
-    Attributes:
-      length: tokens in a row (L).
-      see_slots: room for images to read (K).
-      dream_slots: room for images to paint (D).
-      num_patches: tokens of an image that is read (P).
-      num_queries: tokens of an image that is painted (Q).
-      see_size: pixels on a side of an image that is read.
-      dream_size: pixels on a side of an image that is painted.
-      see_features: shape of the stored features that stand for an image to read; empty where its pixels do.
-      dream_moments: shape of the stored moments that stand for an image to paint; empty where its pixels do.
-      stored_dtype: the type of both.
-    """
-
-    length: int
-    see_slots: int
-    dream_slots: int
-    num_patches: int
-    num_queries: int
-    see_size: int
-    dream_size: int
-    see_features: tuple[int, ...] = ()
-    dream_moments: tuple[int, ...] = ()
-    stored_dtype: str = "bfloat16"
-
-    def __post_init__(self):
-        least = {"length": 1, "see_slots": 0, "dream_slots": 0}
-        least |= {"num_patches": 1, "see_size": 1} if self.see_slots else {}
-        least |= {"num_queries": 1, "dream_size": 1} if self.dream_slots else {}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} of a row must be at least {value}, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,42 +127,41 @@ def encode_document(
         raise ValueError(f"unknown mode {mode!r}; known are {', '.join(MODES)}")
     if document.kind == "pair" and mode == "joint":
         mode = "creation" if draw < 0.5 else "comprehension"
-    if document.kind == "conversation":
-        row = _Row(tokenizer, shape, 0, see_first)
-        _write_conversation(row, document.segments, TEMPLATES[template], learn_dream_start, complete)
-        return row.encoded()
-    row = _Row(tokenizer, shape, 1, see_first)
-    if document.kind != "instruct_interleaved":
-        row.write([row.special.bos], learn=False)
-    learn_end = True
-    if document.kind == "text":
-        for segment in document.texts:
-            row.write_text(segment.text)
-    elif document.kind == "pair":
-        learn_end = mode == "comprehension"
-        _write_pair(row, document.texts[0].text, document.images[0], mode)
-    elif document.kind == "image_image":
-        learn_end = False
-        source, target = document.images
-        row.require(see=1, dream=1)
-        row.write_image(source, see=True)
-        row.write_image(target, dream=True)
-    elif document.kind == "interleaved":
-        _write_interleaved(row, document.segments, mode)
-    else:
-        prompt = [s for s in document.segments if s.role != "assistant"]
-        answer = [s for s in document.segments if s.role == "assistant"]
-        if _write_conversation(row, prompt, TEMPLATES[template]):
-            _write_interleaved(row, answer, mode)
-    if complete:
-        row.end(learn_end)
+    row = _Row(tokenizer, shape, int(document.kind != "conversation"), see_first)
+    with contextlib.suppress(_Full):
+        if document.kind == "conversation":
+            _write_conversation(row, document.segments, TEMPLATES[template], learn_dream_start, complete)
+            return row.encoded()
+        if document.kind == "instruct_interleaved":
+            _write_conversation(row, [s for s in document.segments if s.role != "assistant"], TEMPLATES[template])
+            _write_interleaved(row, [s for s in document.segments if s.role == "assistant"], mode)
+        else:
+            row.write([row.special.bos], learn=False)
+        if document.kind == "text":
+            for segment in document.texts:
+                row.write_text(segment.text)
+        elif document.kind == "pair":
+            _write_pair(row, document.texts[0].text, document.images[0], mode)
+        elif document.kind == "image_image":
+            row.require(see=1, dream=1)
+            row.write_image(document.images[0], see=True)
+            row.write_image(document.images[1], dream=True)
+        elif document.kind == "interleaved":
+            _write_interleaved(row, document.segments, mode)
+    if complete and document.kind != "conversation":
+        row.end(learn=document.kind != "image_image" and (document.kind, mode) != ("pair", "creation"))
     return row.encoded()
+
+
+class _Full(Exception):
+    """There is no room for what comes next: the document is cut before it."""
 
 
 def _write_pair(row: "_Row", text: str, image: Image, mode: Mode) -> None:
     if mode == "creation":
         row.require(dream=1)
-        row.write_text(text, learn=False, leave=row.shape.num_queries + 2)
+        ids = row.tokenizer.encode_text(text)
+        row.write(ids[: row.room - row.shape.num_queries - 2], learn=False)
         row.write_image(image, dream=True)
     else:
         row.require(see=1)
@@ -209,12 +173,9 @@ def _write_interleaved(row: "_Row", segments: Sequence[Segment], mode: Mode) -> 
     see, dream = mode != "creation", mode != "comprehension"
     for segment in segments:
         if isinstance(segment, Text):
-            ids = row.tokenizer.encode_text(segment.text.strip())
-            written = row.write(ids, learn=True)
+            row.write(row.tokenizer.encode_text(segment.text.strip()), learn=True)
         else:
-            written = row.write_image(segment, see=see, dream=dream, learn_dream_start=True)
-        if not written:
-            return
+            row.write_image(segment, see=see, dream=dream, learn_dream_start=True)
 
 
 def _write_conversation(
@@ -223,8 +184,8 @@ def _write_conversation(
     template: Template,
     learn_dream_start: bool = False,
     complete: bool = True,
-) -> bool:
-    """Writes turns in a template; False if they were cut.
+) -> None:
+    """Writes turns in a template.
 
     Every stretch of text between images and `</s>` is encoded by itself, as the original's tokenizer does.
     """
@@ -233,35 +194,33 @@ def _write_conversation(
     turns = [(role, list(turn)) for role, turn in groupby(segments, lambda s: s.role) if role != "system"]
     for index, (role, turn) in enumerate(turns):
         if role == "user":
-            if template.bos_each_turn and index and not row.write([row.special.bos], learn=False):
-                return False
+            if template.bos_each_turn and index:
+                row.write([row.special.bos], learn=False)
             heard = template.user if index or not system else template.first.format(system)
             for segment in turn:
                 if isinstance(segment, Text):
                     heard += segment.text
-                    continue
-                if not (row.write_text(heard, learn=False) and row.write_image(segment, see=True)):
-                    return False
-                heard = ""
-            if not row.write_text(heard + template.assistant, learn=False):
-                return False
+                else:
+                    row.write_text(heard, learn=False)
+                    row.write_image(segment, see=True)
+                    heard = ""
+            row.write_text(heard + template.assistant, learn=False)
             continue
-        last = index == len(turns) - 1
-        ends = complete or not last
+        ends = complete or index < len(turns) - 1
         for segment in turn:
             if isinstance(segment, Text):
-                written = row.write_text(segment.text + (template.end if ends and segment is turn[-1] else ""))
+                row.write_text(segment.text + (template.end if ends and segment is turn[-1] else ""))
             else:
-                written = row.write_image(segment, see=True, dream=True, learn_dream_start=learn_dream_start)
-            if not written:
-                return False
-        if ends and not row.write([row.special.eos], learn=True):
-            return False
-    return True
+                row.write_image(segment, see=True, dream=True, learn_dream_start=learn_dream_start)
+        if ends:
+            row.write([row.special.eos], learn=True)
 
 
 class _Row:
-    """The tokens and images of one document as they are written, `reserved` tokens being kept free for its end."""
+    """The tokens and images of one document as they are written, `reserved` tokens being kept free for its end.
+
+    What is written raises `_Full` if it does not fit.
+    """
 
     def __init__(self, tokenizer: Tokenizer, shape: RowShape, reserved: int, see_first: bool):
         self.see_first = see_first
@@ -276,26 +235,27 @@ class _Row:
     def room(self) -> int:
         return self.limit - len(self.tokens)
 
-    def write(self, ids: Sequence[int], learn: bool) -> bool:
-        """Writes all of the ids or, when there is no room, nothing; says which."""
+    def write(self, ids: Sequence[int], learn: bool) -> None:
+        """Writes all of the ids or nothing."""
         if len(ids) > self.room:
-            return False
+            raise _Full
         self.tokens.extend(ids)
         self.weights.extend([float(learn)] * len(ids))
-        return True
 
-    def write_text(self, text: str, learn: bool = True, leave: int = 0) -> bool:
-        """Writes as much of the text as fits, leaving room for `leave` tokens; says whether that was all of it."""
+    def write_text(self, text: str, learn: bool = True) -> None:
+        """Writes as much of the text as fits."""
         ids = self.tokenizer.encode_text(text)
-        fitting = ids[: max(self.room - leave, 0)]
-        return self.write(fitting, learn) and len(fitting) == len(ids)
+        room = self.room
+        self.write(ids[:room], learn)
+        if len(ids) > room:
+            raise _Full
 
     def write_image(
         self, image: Image, see: bool = False, dream: bool = False, learn_dream_start: bool = False
-    ) -> bool:
-        """Writes DREAM, SEE or both for one image; or nothing, when tokens or slots are lacking. Says which."""
+    ) -> None:
+        """Writes DREAM, SEE or both for one image; or nothing, when tokens or slots are lacking."""
         if not self._fits(see, dream):
-            return False
+            raise _Full
         if see and self.see_first:
             self._write_see(image)
         if dream:
@@ -304,7 +264,6 @@ class _Row:
             self.write([self.special.im_patch] * self.shape.num_queries + [self.special.dream_end], learn=False)
         if see and not self.see_first:
             self._write_see(image)
-        return True
 
     def _write_see(self, image: Image) -> None:
         self.write([self.special.im_start], learn=False)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from dreamllm_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 
-Denoiser = Callable[[Float[Array, "N h w c"], Float[Array, "N"]], Float[Array, "N h w c"]]
+Denoiser = Callable[[Float[Array, "N h w c"], Float[Array, " N"]], Float[Array, "N h w c"]]
 Name = Literal["ddpm", "ddim", "dpmpp_2m", "euler", "euler_ancestral"]
 Spacing = Literal["leading", "linspace", "trailing"]
 
@@ -73,14 +73,14 @@ class Steps(NamedTuple):
     x := `x` x + `x0` x0 + `before` (x0 of the step before) + `noise` (standard normal).
     """
 
-    timestep: Float[np.ndarray, "S"]
-    scale: Float[np.ndarray, "S"]
-    clean_x: Float[np.ndarray, "S"]
-    clean_m: Float[np.ndarray, "S"]
-    x: Float[np.ndarray, "S"]
-    x0: Float[np.ndarray, "S"]
-    before: Float[np.ndarray, "S"]
-    noise: Float[np.ndarray, "S"]
+    timestep: Float[np.ndarray, " S"]
+    scale: Float[np.ndarray, " S"]
+    clean_x: Float[np.ndarray, " S"]
+    clean_m: Float[np.ndarray, " S"]
+    x: Float[np.ndarray, " S"]
+    x0: Float[np.ndarray, " S"]
+    before: Float[np.ndarray, " S"]
+    noise: Float[np.ndarray, " S"]
 
 
 def make_steps(schedule: ScheduleConfig, config: SamplerConfig) -> tuple[Steps, float]:
@@ -90,12 +90,13 @@ def make_steps(schedule: ScheduleConfig, config: SamplerConfig) -> tuple[Steps, 
       ValueError: more steps than the schedule has timesteps, or steps beyond the last.
     """
     total = schedule.num_train_timesteps
-    most = total - (config.name == "dpmpp_2m")
+    makers = {"ddpm": _ddpm, "ddim": _ddim, "dpmpp_2m": _dpmpp_2m, "euler": _euler, "euler_ancestral": _euler}
+    make = makers[config.name]
+    most = total - (make is _dpmpp_2m)
     if config.steps > most:
         raise ValueError(f"the number of sampling steps must lie in 1 ... {most}, got {config.steps}")
     alphas = alphas_cumprod(schedule).astype(np.float64)
-    make = {"ddpm": _ddpm, "ddim": _ddim, "dpmpp_2m": _dpmpp_2m, "euler": _euler, "euler_ancestral": _euler}
-    steps, start = make[config.name](alphas, schedule.prediction_type, config)
+    steps, start = make(alphas, schedule.prediction_type, config)
     if steps[0].max() > total - 1:
         raise ValueError(f"steps_offset={config.steps_offset} leads beyond the {total} timesteps: lower it")
     return Steps(*(np.asarray(column, np.float32) for column in steps)), start
@@ -116,7 +117,7 @@ def advance(
 
 def sample(
     denoise: Denoiser,
-    keys: Key[Array, "N"],
+    keys: Key[Array, " N"],
     shape: tuple[int, int, int],
     schedule: ScheduleConfig,
     config: SamplerConfig,
@@ -172,7 +173,7 @@ def guided(
     return guided_denoise
 
 
-def timesteps_of(total: int, config: SamplerConfig, last: int = 0) -> Float[np.ndarray, "S"]:
+def timesteps_of(total: int, config: SamplerConfig, last: int = 0) -> Float[np.ndarray, " S"]:
     """Descending timesteps; `last` more are counted and left out (DPM-Solver's end)."""
     count = config.steps + last
     if config.timestep_spacing == "linspace":

@@ -47,7 +47,7 @@ def schedule_config_from_diffusers(config: Mapping[str, Any]) -> ScheduleConfig:
     return read
 
 
-def alphas_cumprod(config: ScheduleConfig) -> Float[np.ndarray, "T"]:
+def alphas_cumprod(config: ScheduleConfig) -> Float[np.ndarray, " T"]:
     """Products of 1 - beta up to each timestep (Ho et al. 2020, eq. 4; diffusers' `DDPMScheduler`), in float32.
 
     Raises:
@@ -66,15 +66,15 @@ def alphas_cumprod(config: ScheduleConfig) -> Float[np.ndarray, "T"]:
     return np.cumprod(1.0 - betas).astype(np.float32)
 
 
-def _at(values: np.ndarray, timesteps: Int[Array, "N"]) -> Float[Array, "N 1 1 1"]:
+def _at(values: np.ndarray, timesteps: Int[Array, " N"]) -> Float[Array, "N 1 1 1"]:
     return jnp.asarray(values)[timesteps][:, None, None, None]
 
 
 def add_noise(
-    alphas: Float[np.ndarray, "T"],
+    alphas: Float[np.ndarray, " T"],
     latents: Float[Array, "N h w c"],
     noise: Float[Array, "N h w c"],
-    timesteps: Int[Array, "N"],
+    timesteps: Int[Array, " N"],
 ) -> Float[Array, "N h w c"]:
     """sqrt(a) x + sqrt(1 - a) n: the forward process at `timesteps`."""
     a = _at(alphas, timesteps)
@@ -82,10 +82,10 @@ def add_noise(
 
 
 def velocity(
-    alphas: Float[np.ndarray, "T"],
+    alphas: Float[np.ndarray, " T"],
     latents: Float[Array, "N h w c"],
     noise: Float[Array, "N h w c"],
-    timesteps: Int[Array, "N"],
+    timesteps: Int[Array, " N"],
 ) -> Float[Array, "N h w c"]:
     """sqrt(a) n - sqrt(1 - a) x: the target of v-prediction (Salimans and Ho 2022)."""
     a = _at(alphas, timesteps)
@@ -93,8 +93,8 @@ def velocity(
 
 
 def min_snr_weights(
-    alphas: Float[np.ndarray, "T"], timesteps: Int[Array, "N"], gamma: float, prediction_type: PredictionType
-) -> Float[Array, "N"]:
+    alphas: Float[np.ndarray, " T"], timesteps: Int[Array, " N"], gamma: float, prediction_type: PredictionType
+) -> Float[Array, " N"]:
     """Weights min(s, gamma) / s with s the signal-to-noise ratio, plus one for v-prediction (Hang et al. 2023)."""
     a = jnp.asarray(alphas)[timesteps]
     snr = a / (1.0 - a)

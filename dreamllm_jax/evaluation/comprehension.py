@@ -1,6 +1,7 @@
 """What a model says about images: the paper's benchmarks with the original program's prompts."""
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,7 @@ class Task:
       reconsider: where it first asks if the question can be answered: the question after the answer to that, if any.
       clean: what is made of an answer.
       beams: as the original searches; it draws where this is 1, at temperature 0.2, and we take the most probable.
+      needs: packages of the extra `evaluation` that score it or write its submission.
     """
 
     read: Callable[[Sequence[Path], Path], list[Question]]
@@ -84,10 +86,12 @@ class Task:
     reconsider: Callable[[Question, str], Question | None] | None = None
     clean: Callable[[str], str] = str
     beams: int = BEAMS
+    needs: tuple[str, ...] = ()
 
 
 _ANSWER = "Based on the image, please answer the question."
 _ONE_WORD = "Please provide an accurate answer within one word."
+_CIDER = ("nltk", "pycocoevalcap")
 _VQA = Task(
     annotations.vqa,
     _each("accuracy", vqa_accuracy.accuracy),
@@ -104,6 +108,7 @@ _CAPTION = Task(
     after="Please summarize object in one sentence within 10 words.",
     opening="The image depicts",
     clean=str.capitalize,
+    needs=_CIDER,
 )
 
 TASKS: Mapping[str, Task] = {
@@ -144,8 +149,20 @@ TASKS: Mapping[str, Task] = {
         before="This is an exam, please answer according to the image, hint and question.",
         after="Please provide an accurate and detailed answer.",
         reconsider=_perhaps_with_options,
+        needs=("openpyxl",),
     ),
 }
+
+
+def require_packages(name: str) -> None:
+    """Looks for what a task needs beside the core, before anything is loaded.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    for package in TASKS[name].needs:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{name} needs {package}: pip install 'dreamllm_jax[evaluation]'")
 
 
 def prompt(task: Task, question: Question, template: str = TEMPLATE) -> list[Segment]:

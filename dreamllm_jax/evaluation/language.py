@@ -39,7 +39,7 @@ def token_scores(
     params: dict,
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Log-probabilities of targets after their inputs, and whether each is the most probable token.
 

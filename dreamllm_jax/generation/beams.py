@@ -26,7 +26,7 @@ def search(
     max_tokens: int,
     stop: tuple[int, ...],
     length_penalty: Float[Array, ""] | float = 1.0,
-) -> tuple[Int[Array, "B M"], Int[Array, "B"], Float[Array, "B"]]:
+) -> tuple[Int[Array, "B M"], Int[Array, " B"], Float[Array, " B"]]:
     """The best of the continuations that `beams` beams find, as transformers' `generate(num_beams=...)` does.
 
     A row's search ends when its best unfinished beam, at its present length, scores no better than the worst of as many
@@ -84,7 +84,7 @@ def search(
     return whole((tokens, count, scores[:, 0]))
 
 
-def _rows(reading: Reading, index: Int[Array, "R"]) -> Reading:
+def _rows(reading: Reading, index: Int[Array, " R"]) -> Reading:
     """The readings of rows `index`, which may repeat."""
     cache = reading.cache
     return Reading(

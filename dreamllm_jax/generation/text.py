@@ -31,7 +31,7 @@ class Reading:
     seen: Bool[Array, "B V"]
 
     @property
-    def length(self) -> Int[Array, "B"]:
+    def length(self) -> Int[Array, " B"]:
         return self.cache.length
 
 
@@ -47,11 +47,11 @@ class Sampling:
       seed: of the row's draws, which depend on it and on the token's position alone.
     """
 
-    temperature: Float[Array, "B"]
-    top_k: Int[Array, "B"]
-    top_p: Float[Array, "B"]
-    repetition_penalty: Float[Array, "B"]
-    seed: Int[Array, "B"]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    repetition_penalty: Float[Array, " B"]
+    seed: Int[Array, " B"]
 
     @classmethod
     def of(
@@ -82,7 +82,7 @@ class Sampling:
         )
 
 
-def choose(reading: Reading, sampling: Sampling | None) -> Int[Array, "B"]:
+def choose(reading: Reading, sampling: Sampling | None) -> Int[Array, " B"]:
     """The rows' next tokens, penalised, cut and drawn in the order of transformers' processors."""
     logits = reading.logits
     if sampling is None:
@@ -174,8 +174,8 @@ def write(
     max_tokens: int,
     stop: tuple[int, ...],
     sampling: Sampling | None = None,
-    active: Bool[Array, "B"] | None = None,
-) -> tuple[Int[Array, "B M"], Int[Array, "B"], Reading]:
+    active: Bool[Array, " B"] | None = None,
+) -> tuple[Int[Array, "B M"], Int[Array, " B"], Reading]:
     """Continues every row until a stop token, which is written and read too.
 
     Args:
@@ -207,7 +207,7 @@ def write(
 
 
 def read_tokens(
-    model: DreamLLM, params: dict, reading: Reading, tokens: Int[Array, "B"], active: Bool[Array, "B"]
+    model: DreamLLM, params: dict, reading: Reading, tokens: Int[Array, " B"], active: Bool[Array, " B"]
 ) -> Reading:
     """The active rows read one token each."""
     embeddings = model.apply({"params": params}, tokens[:, None], method="embed")
@@ -222,7 +222,7 @@ def read_image(
     params: dict,
     reading: Reading,
     images: UInt8[Array, "B H W 3"],
-    active: Bool[Array, "B"] | None = None,
+    active: Bool[Array, " B"] | None = None,
 ) -> Reading:
     """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, resized and cropped for CLIP."""
     ids = model.config.special_tokens
@@ -241,7 +241,7 @@ def read_queries(
     params: dict,
     reading: Reading,
     announced: bool = False,
-    active: Bool[Array, "B"] | None = None,
+    active: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B Q E"], Reading]:
     """Every row reads `<dream_start> queries <dream_end>`: the hidden states to paint an image from.
 

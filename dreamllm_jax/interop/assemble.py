@@ -1,6 +1,6 @@
 """A DreamLLM to begin training with, from a LLaMA, a CLIP and a Stable Diffusion."""
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
-from dreamllm_jax.interop.files import Tensor, stored
+from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.llama import grow
 from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.interop.source import Part, Source, join
@@ -17,49 +17,48 @@ from dreamllm_jax.models.projectors import DreamQueries, Projector, ProjectorCon
 from dreamllm_jax.vocabulary import SpecialTokens
 
 
-@dataclasses.dataclass(frozen=True)
-class Additions:
-    """What the three models do not have and DreamLLM needs.
+def assemble(
+    llama: Part,
+    clip: Part,
+    unet: Part,
+    vae: Part,
+    schedule: ScheduleConfig,
+    *,
+    special_tokens: SpecialTokens,
+    vocab_size: int,
+    new_tokens: Sequence[int],
+    init: Literal["normal", "mean"],
+    num_queries: int,
+    visual_projector: ProjectorConfig,
+    condition_projector: ProjectorConfig,
+    seed: int,
+) -> Source:
+    """Joins the towers (see `open_llama`, `open_clip`, `open_diffusion`) with fresh projectors and dream queries.
 
-    Attributes:
-      special_tokens: their ids.
-      vocab_size: ids of the tokenizer.
+    Args:
+      special_tokens, vocab_size: of the tokenizer.
       new_tokens: ids the language model has never seen.
       init: rows of new tokens: "normal", or the "mean" of the others.
       num_queries, visual_projector, condition_projector: see `DreamLLMConfig`; they begin at random.
       seed: of everything random here.
-    """
-
-    special_tokens: SpecialTokens
-    vocab_size: int
-    new_tokens: tuple[int, ...]
-    init: Literal["normal", "mean"] = "normal"
-    num_queries: int = 64
-    visual_projector: ProjectorConfig = ProjectorConfig()
-    condition_projector: ProjectorConfig = ProjectorConfig()
-    seed: int = 0
-
-
-def assemble(llama: Part, clip: Part, unet: Part, vae: Part, schedule: ScheduleConfig, additions: Additions) -> Source:
-    """Joins the towers (see `open_llama`, `open_clip`, `open_diffusion`) with fresh projectors and dream queries.
 
     Raises:
       ValueError: listing what is missing, unexpected or wrongly shaped in a tower.
     """
-    llama = grow(llama, additions.vocab_size, list(additions.new_tokens), additions.init, additions.seed)
+    llama = grow(llama, vocab_size, new_tokens, init, seed)
     config = DreamLLMConfig(
         llama=llama.config,
         clip=clip.config,
         vae=vae.config,
         unet=unet.config,
         schedule=schedule,
-        visual_projector=additions.visual_projector,
-        condition_projector=additions.condition_projector,
-        num_queries=additions.num_queries,
-        special_tokens=additions.special_tokens,
+        visual_projector=visual_projector,
+        condition_projector=condition_projector,
+        num_queries=num_queries,
+        special_tokens=special_tokens,
     )
     towers = {"llama": llama, "clip": clip, "unet": unet, "vae": vae}
-    tensors = {name: part.tensors for name, part in towers.items()} | _fresh(config, additions.seed)
+    tensors = {name: part.tensors for name, part in towers.items()} | _fresh(config, seed)
     return join(config, tensors, tuple(name for part in towers.values() for name in part.left_out))
 
 
@@ -76,6 +75,6 @@ def _fresh(config: DreamLLMConfig, seed: int) -> dict[str, dict[str, Tensor]]:
         ),
     }
     return {
-        name: {key: stored(np.ascontiguousarray(array)) for key, array in to_torch(nn.unbox(tree["params"])).items()}
+        name: {key: Tensor.of(np.ascontiguousarray(array)) for key, array in to_torch(nn.unbox(tree["params"])).items()}
         for name, tree in params.items()
     }

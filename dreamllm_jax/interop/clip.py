@@ -10,6 +10,7 @@ from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.models.clip import MEAN, STD, ClipVisionConfig, clip_config_from_hf
+from dreamllm_jax.models.dreamllm import DreamLLMConfig
 
 # What a CLIP checkpoint holds beside the vision tower.
 _OTHERS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
@@ -23,16 +24,12 @@ def open_clip(directory: Path, select_layer: int = -2) -> Part:
     Raises:
       FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
     """
-    config = read_clip_config(directory, select_layer)
-    return clip_part(config, files.open_model(directory, "model", "pytorch_model"))
+    return clip_part(read_clip_config(directory, select_layer), files.open_model(directory, "model", "pytorch_model"))
 
 
 def read_clip_config(directory: Path, select_layer: int = -2) -> ClipVisionConfig:
     """The shape of the vision tower, from `config.json`; errors as of `open_clip`."""
-    try:
-        return clip_config_from_hf(files.read_json(directory / "config.json"), select_layer)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+    return files.read_config(directory / "config.json", lambda settings: clip_config_from_hf(settings, select_layer))
 
 
 def clip_part(config: ClipVisionConfig, tensors: Mapping[str, Tensor]) -> Part:
@@ -43,26 +40,30 @@ def clip_part(config: ClipVisionConfig, tensors: Mapping[str, Tensor]) -> Part:
 
 
 def write_clip(
-    directory: Path, config: ClipVisionConfig, tensors: Mapping[str, np.ndarray], max_shard_size: int
+    directory: Path, config: DreamLLMConfig, tensors: Mapping[str, Mapping[str, np.ndarray]], max_shard_size: int
 ) -> None:
-    """Writes a directory that `CLIPVisionModel` and `CLIPImageProcessor` load."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "select_layer"}
-    settings |= {"torch_dtype": str(tensors["pre_layrnorm.weight"].dtype), "num_channels": 3}
+    """Writes a directory that `CLIPVisionModel` and `CLIPImageProcessor` load.
+
+    Args:
+      tensors: part of the parameter tree -> torch name -> array; `clip` at least.
+    """
+    settings = {name: value for name, value in dataclasses.asdict(config.clip).items() if name != "select_layer"}
+    settings |= {"torch_dtype": str(tensors["clip"]["pre_layrnorm.weight"].dtype), "num_channels": 3}
     files.write_json(
         directory / "config.json",
         {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **settings},
     )
-    side = {"height": config.image_size, "width": config.image_size}
+    size = config.clip.image_size
     files.write_json(
         directory / "preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {"shortest_edge": config.image_size},
+            "size": {"shortest_edge": size},
             "resample": 3,
             "do_center_crop": True,
-            "crop_size": side,
+            "crop_size": {"height": size, "width": size},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -70,6 +71,5 @@ def write_clip(
             "image_std": list(STD),
         },
     )
-    files.write_safetensors(
-        directory, "model", {PREFIX + name: tensor for name, tensor in tensors.items()}, max_shard_size
-    )
+    named = {PREFIX + name: tensor for name, tensor in tensors["clip"].items()}
+    files.write_safetensors(directory, "model", named, max_shard_size)

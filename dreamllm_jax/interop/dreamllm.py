@@ -18,14 +18,13 @@ import numpy as np
 from dreamllm_jax.interop import files
 from dreamllm_jax.interop.clip import PREFIX, clip_part, open_clip, read_clip_config, write_clip
 from dreamllm_jax.interop.diffusion import (
-    DiffusionConfigs,
     open_diffusion,
     read_diffusion_configs,
     rename_legacy_attention,
     write_diffusion,
 )
 from dreamllm_jax.interop.files import Tensor
-from dreamllm_jax.interop.llama import hf_settings, hf_tensors, llama_part, write_generation_config
+from dreamllm_jax.interop.llama import hf_settings, hf_tensors, llama_part, write_hf
 from dreamllm_jax.interop.source import Source, join, split
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.llama import llama_config_from_hf
@@ -34,8 +33,8 @@ from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
 
 _logger = logging.getLogger(__name__)
 
-_VISION, _QUERIES, _HEAD = "clip_vision_embedding", "dream_embedding", "stable_diffusion_head"
-_OLD_VISION, _OLD_QUERIES, _OLD_HEAD = "clip_vision_model_projector.pt", "dream_queries.pt", "unet_projector.pt"
+VISION, QUERIES, HEAD = "clip_vision_embedding", "dream_embedding", "stable_diffusion_head"
+_OLD = {VISION: "clip_vision_model_projector.pt", QUERIES: "dream_queries.pt", HEAD: "unet_projector.pt"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +47,14 @@ class _Layout:
     clip: Path
     diffusion: Path
 
-    def plugin(self, name: str, file: str) -> Path | None:
-        """A plugin's file: of the checkpoint itself, else of the directory that its settings name."""
-        named = self.plugins[name].get("pretrained_model_name_or_path")
-        for directory in [self.directory, *_places(self.directory, named)]:
-            if (directory / file).is_file():
-                return directory / file
-        return None
+    def plugin(self, name: str) -> tuple[Path | None, Path | None]:
+        """A plugin's file and that of older checkpoints: in this one itself, else where its settings name another."""
+        places = [self.directory, *_places(self.directory, self.plugins[name].get("pretrained_model_name_or_path"))]
+        new, old = f"{name}.bin", _OLD[name]
+        found = [next((place / file for place in places if (place / file).is_file()), None) for file in (new, old)]
+        if not any(found):
+            raise FileNotFoundError(f"{self.directory} has neither {new} nor {old}")
+        return tuple(found)
 
 
 def _places(directory: Path, name: str | None) -> list[Path]:
@@ -67,12 +67,12 @@ def _places(directory: Path, name: str | None) -> list[Path]:
     return [directory / Path(name).name, directory / name, Path(name), directory.parent / Path(name).name]
 
 
-def _layout(directory: Path, clip: Path | None, diffusion: Path | None, settings: Mapping[str, Any] | None) -> _Layout:
-    settings = files.read_json(directory / "config.json") if settings is None else settings
+def _layout(directory: Path, clip: Path | None, diffusion: Path | None) -> _Layout:
+    settings = files.read_json(directory / "config.json")
     if settings.get("model_type") != "dreamllm":
         raise ValueError(f"{directory}/config.json has model_type {settings.get('model_type')!r}, expected 'dreamllm'")
     plugins = settings.get("plugins_init_kwargs", {})
-    if missing := [name for name in (_VISION, _QUERIES, _HEAD) if name not in plugins]:
+    if missing := [name for name in (VISION, QUERIES, HEAD) if name not in plugins]:
         raise ValueError(f"{directory}/config.json: plugins_init_kwargs has no {', '.join(missing)}")
 
     def tower(given: Path | None, plugin: str, key: str, inside: str, flag: str) -> Path:
@@ -90,48 +90,30 @@ def _layout(directory: Path, clip: Path | None, diffusion: Path | None, settings
         directory,
         settings,
         plugins,
-        tower(clip, _VISION, "clip_vision_model_name_or_path", "config.json", "clip"),
-        tower(diffusion, _HEAD, "diffusion_name_or_path", "unet/config.json", "diffusion"),
+        tower(clip, VISION, "clip_vision_model_name_or_path", "config.json", "clip"),
+        tower(diffusion, HEAD, "diffusion_name_or_path", "unet/config.json", "diffusion"),
     )
 
 
-def read_config(
-    directory: Path,
-    settings: Mapping[str, Any] | None = None,
-    clip: Path | None = None,
-    diffusion: Path | None = None,
-) -> DreamLLMConfig:
-    """The model described by a checkpoint's `config.json` and the towers' configurations it refers to.
-
-    Args:
-      directory: the checkpoint.
-      settings: in place of the directory's `config.json`.
-      clip, diffusion: directories of the towers, where those that `config.json` names are not to be found.
-
-    Raises:
-      FileNotFoundError, ValueError: naming the file or the setting that is missing or not supported.
-    """
-    return _config(_layout(directory, clip, diffusion, settings))
-
-
 def _config(layout: _Layout) -> DreamLLMConfig:
-    vision, head, queries = (layout.plugins[name] for name in (_VISION, _HEAD, _QUERIES))
+    """The model described by a checkpoint's `config.json` and the towers' configurations it refers to."""
+    vision, head, queries = (layout.plugins[name] for name in (VISION, HEAD, QUERIES))
     clip = read_clip_config(layout.clip, vision.get("select_layer", -2))
-    diffusion = read_diffusion_configs(layout.diffusion)
+    unet, vae, schedule = read_diffusion_configs(layout.diffusion)
     try:
         return DreamLLMConfig(
             llama=llama_config_from_hf(layout.settings),
             clip=clip,
-            vae=diffusion.vae,
-            unet=diffusion.unet,
-            schedule=diffusion.schedule,
+            vae=vae,
+            unet=unet,
+            schedule=schedule,
             visual_projector=_projector(
-                _VISION,
+                VISION,
                 vision,
                 post_layernorm=vision.get("use_additional_post_layernorm", False),
                 layer_norm_eps=clip.layer_norm_eps,
             ),
-            condition_projector=_projector(_HEAD, head),
+            condition_projector=_projector(HEAD, head),
             num_queries=queries.get("num_dream_queries", 64),
             special_tokens=_special_tokens(layout.settings.get("special_tokens2ids_dict", {})),
         )
@@ -150,23 +132,20 @@ def _special_tokens(ids: Mapping[str, Any]) -> SpecialTokens:
     ids = {**ids, **ids.get("additional_special_tokens", {})}
     if missing := [token for token in ("<s>", "</s>", *ADDED_TOKENS) if token not in ids]:
         raise ValueError(f"special_tokens2ids_dict has no {', '.join(missing)}")
-    added = {token.strip("<>"): ids[token] for token in ADDED_TOKENS if token != "[PAD]"}
-    return SpecialTokens(bos=ids["<s>"], eos=ids["</s>"], pad=ids["[PAD]"], **added)
+    return SpecialTokens.of(ids["<s>"], ids["</s>"], ids)
 
 
-def open_dreamllm(
-    directory: Path,
-    settings: Mapping[str, Any] | None = None,
-    clip: Path | None = None,
-    diffusion: Path | None = None,
-) -> Source:
-    """A checkpoint of the original program; arguments as of `read_config`.
+def open_dreamllm(directory: Path, clip: Path | None = None, diffusion: Path | None = None) -> Source:
+    """A checkpoint of the original program.
+
+    Args:
+      clip, diffusion: directories of the towers, where those that `config.json` names are not to be found.
 
     Raises:
       FileNotFoundError, ValueError: naming every file or tensor that is missing, unexpected or wrongly shaped;
         ImportError without PyTorch, for the plugin files are pickles.
     """
-    layout = _layout(directory, clip, diffusion, settings)
+    layout = _layout(directory, clip, diffusion)
     config = _config(layout)
     llama = llama_part(config.llama, files.open_model(directory, "model", "pytorch_model"), directory)
     vision, left_out = _vision(layout, config)
@@ -178,52 +157,41 @@ def open_dreamllm(
     return dataclasses.replace(source, tokenizer=directory)
 
 
-def _missing(layout: _Layout, name: str, old: str) -> FileNotFoundError:
-    return FileNotFoundError(f"{layout.directory} has neither {name}.bin nor {old}")
-
-
 def _queries(layout: _Layout) -> dict[str, Tensor]:
-    new, old = layout.plugin(_QUERIES, f"{_QUERIES}.bin"), layout.plugin(_QUERIES, _OLD_QUERIES)
+    new, old = layout.plugin(QUERIES)
     if old and new:
         _logger.warning("%s is taken before %s, as the original program does", old, new)
-    if old:  # the parameter itself, pickled
-        tensors = {name or "dream_queries": tensor for name, tensor in files.open_tensors(old).items()}
-    elif new:
-        tensors = files.open_tensors(new)
-    else:
-        raise _missing(layout, _QUERIES, _OLD_QUERIES)
-    return {name: _first(tensor) for name, tensor in tensors.items()}
 
+    def first(tensor: Tensor) -> Tensor:
+        """Without the batch axis that they are stored with."""
+        if len(tensor.shape) != 3 or tensor.shape[0] != 1:
+            return tensor
+        return Tensor(tensor.shape[1:], tensor.dtype, lambda: tensor.read()[0])
 
-def _first(tensor: Tensor) -> Tensor:
-    """The queries without the batch axis they are stored with."""
-    if len(tensor.shape) != 3 or tensor.shape[0] != 1:
-        return tensor
-    return Tensor(tensor.shape[1:], tensor.dtype, lambda: tensor.read()[0])
+    # In the old file stands the parameter itself, which has no name.
+    return {name or "dream_queries": first(tensor) for name, tensor in files.open_tensors(old or new).items()}
 
 
 def _vision(layout: _Layout, config: DreamLLMConfig) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    if path := layout.plugin(_VISION, f"{_VISION}.bin"):
+    path, old = layout.plugin(VISION)
+    if path:
         prefixes = {"clip_vision_model.": "clip", "projector.": "projector", "post_layernorm.": "norm"}
         found = split(files.open_tensors(path), prefixes, path.name)
         clip = clip_part(config.clip, found["clip"])
         norm = {f"post_layernorm.{name}": tensor for name, tensor in found["norm"].items()}
         return {"clip": clip.tensors, "visual_projector": found["projector"] | norm}, clip.left_out
-    if path := layout.plugin(_VISION, _OLD_VISION):
-        clip = open_clip(layout.clip, config.clip.select_layer)
-        return {"clip": clip.tensors, "visual_projector": files.open_tensors(path)}, clip.left_out
-    raise _missing(layout, _VISION, _OLD_VISION)
+    clip = open_clip(layout.clip, config.clip.select_layer)
+    return {"clip": clip.tensors, "visual_projector": files.open_tensors(old)}, clip.left_out
 
 
 def _head(layout: _Layout) -> dict[str, dict[str, Tensor]]:
-    if path := layout.plugin(_HEAD, f"{_HEAD}.bin"):
+    path, old = layout.plugin(HEAD)
+    if path:
         prefixes = {"vae.": "vae", "unet.": "unet", "projector.": "condition_projector"}
         found = split(files.open_tensors(path), prefixes, path.name)
         return {**found, "vae": rename_legacy_attention(found["vae"])}
-    if path := layout.plugin(_HEAD, _OLD_HEAD):
-        unet, vae, _ = open_diffusion(layout.diffusion)
-        return {"unet": unet.tensors, "vae": vae.tensors, "condition_projector": files.open_tensors(path)}
-    raise _missing(layout, _HEAD, _OLD_HEAD)
+    unet, vae, _ = open_diffusion(layout.diffusion)
+    return {"unet": unet.tensors, "vae": vae.tensors, "condition_projector": files.open_tensors(old)}
 
 
 def write_dreamllm(
@@ -250,40 +218,30 @@ def write_dreamllm(
     del settings["mlp_bias"], settings["head_dim"]
     if llama.rope_scaling is not None:
         settings["rope_scaling"] = {"type": llama.rope_scaling.rope_type, "factor": llama.rope_scaling.factor}
-    files.write_json(
-        directory / "config.json",
-        {
-            "architectures": ["DreamLLMForCausalMLM"],
-            "model_type": "dreamllm",
-            **settings,
-            **_plugin_settings(config, location),
-        },
-    )
-    write_generation_config(directory, config.special_tokens)
+    settings = {"architectures": ["DreamLLMForCausalMLM"], "model_type": "dreamllm", **settings}
+    settings |= _plugin_settings(config, location)
     unscaled = dataclasses.replace(llama, rope_scaling=None)
     buffers = {
         f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": unscaled.rope_frequencies(1)
         for layer in range(llama.num_hidden_layers)
     }
-    files.write_safetensors(directory, "model", hf_tensors(tensors["llama"]) | buffers, max_shard_size)
+    write_hf(directory, settings, hf_tensors(tensors["llama"]) | buffers, max_shard_size)
 
-    files.write_pickle(
-        directory / f"{_QUERIES}.bin", {name: queries[None] for name, queries in tensors["queries"].items()}
-    )
+    queries = {name: array[None] for name, array in tensors["queries"].items()}
+    files.write_pickle(directory / f"{QUERIES}.bin", queries)
     vision = {f"clip_vision_model.{PREFIX}{name}": tensor for name, tensor in tensors["clip"].items()}
     for name, tensor in tensors["visual_projector"].items():
         vision[name if name.startswith("post_layernorm.") else f"projector.{name}"] = tensor
-    files.write_pickle(directory / f"{_VISION}.bin", vision)
+    files.write_pickle(directory / f"{VISION}.bin", vision)
     head = {
         f"{prefix}.{name}": tensor
         for prefix, part in (("vae", "vae"), ("unet", "unet"), ("projector", "condition_projector"))
         for name, tensor in tensors[part].items()
     }
-    files.write_pickle(directory / f"{_HEAD}.bin", head)
+    files.write_pickle(directory / f"{HEAD}.bin", head)
 
-    write_clip(directory / "clip", config.clip, tensors["clip"], max_shard_size)
-    configs = DiffusionConfigs(config.unet, config.vae, config.schedule)
-    write_diffusion(directory / "diffusion", configs, tensors["unet"], tensors["vae"], max_shard_size)
+    write_clip(directory / "clip", config, tensors, max_shard_size)
+    write_diffusion(directory / "diffusion", config, tensors, max_shard_size)
 
 
 def require_expressible(config: DreamLLMConfig) -> None:
@@ -305,14 +263,13 @@ def require_expressible(config: DreamLLMConfig) -> None:
 
 
 def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
-    ids = config.special_tokens
-    width = config.llama.hidden_size
+    bos, eos, *added = dataclasses.astuple(config.special_tokens)
+    ids = dict(zip(ADDED_TOKENS, added, strict=True))
 
     def plugin(kind: str, **settings) -> dict[str, Any]:
-        target = f"omni.models.dreamllm.modeling_plugins.{kind}"
         return {
-            "_target_": target,
-            "embed_hidden_size": width,
+            "_target_": f"omni.models.dreamllm.modeling_plugins.{kind}",
+            "embed_hidden_size": config.llama.hidden_size,
             "pretrained_model_name_or_path": None,
             **settings,
         }
@@ -322,7 +279,7 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
 
     return {
         "plugins_init_kwargs": {
-            _VISION: plugin(
+            VISION: plugin(
                 "CLIPVisionEmbedding",
                 clip_vision_model_name_or_path=str(Path(location, "clip")),
                 select_layer=config.clip.select_layer,
@@ -332,8 +289,8 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
                 local_files_only=True,
                 **projector(config.visual_projector),
             ),
-            _QUERIES: plugin("DreamEmbedding", num_dream_queries=config.num_queries, freeze_dream_queries=False),
-            _HEAD: plugin(
+            QUERIES: plugin("DreamEmbedding", num_dream_queries=config.num_queries, freeze_dream_queries=False),
+            HEAD: plugin(
                 "StableDiffusionHead",
                 diffusion_name_or_path=str(Path(location, "diffusion")),
                 freeze_unet=True,
@@ -342,14 +299,12 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
                 **projector(config.condition_projector),
             ),
         },
-        "plugins_type": {_VISION: "embedding", _QUERIES: "embedding", _HEAD: "head"},
+        "plugins_type": {VISION: "embedding", QUERIES: "embedding", HEAD: "head"},
         "special_tokens2ids_dict": {
-            "<s>": ids.bos,
-            "</s>": ids.eos,
-            "[PAD]": ids.pad,
-            "additional_special_tokens": {
-                token: getattr(ids, token.strip("<>")) for token in ADDED_TOKENS if token != "[PAD]"
-            },
+            "<s>": bos,
+            "</s>": eos,
+            "[PAD]": ids.pop("[PAD]"),
+            "additional_special_tokens": ids,
         },
         "loss_weight_lm": 1.0,
         "loss_weight_vm": 10.0,

@@ -5,6 +5,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,7 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _ALIGNMENT = 64  # bytes, as numpy and torch like their arrays
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Tensor:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
-
-def stored(array: np.ndarray) -> Tensor:
-    """An array at hand as a `Tensor`."""
-    return Tensor(array.shape, array.dtype, lambda: array)
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Tensor":
+        """An array in memory."""
+        return cls(array.shape, array.dtype, lambda: array)
 
 
 def read_json(path: Path) -> dict:
@@ -52,6 +54,15 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_config(path: Path, parse: Callable[[dict], T]) -> T:
+    """What `parse` makes of a JSON file; errors as of `read_json`, those of `parse` included."""
+    settings = read_json(path)
+    try:
+        return parse(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def import_torch(purpose: str):
@@ -145,25 +156,16 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
     content = {"": content} if isinstance(content, torch.Tensor) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} does not hold tensors by name")
-    return {name: stored(from_torch_tensor(value)) for name, value in content.items()}
+    return {name: Tensor.of(_from_torch(value)) for name, value in content.items()}
 
 
-def from_torch_tensor(tensor) -> np.ndarray:
+def _from_torch(tensor) -> np.ndarray:
     """A torch tensor's memory as numpy, which has no bfloat16 of its own."""
-    tensor = tensor.detach()
-    if str(tensor.dtype) == "torch.bfloat16":
-        import torch
+    import torch
 
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def to_torch_tensor(array: np.ndarray):
-    """The inverse of `from_torch_tensor`; shares the memory of `array`."""
-    torch = import_torch("writing a PyTorch file")
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    if tensor.dtype == torch.bfloat16:
+        return tensor.detach().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.detach().numpy()
 
 
 class Scratch:
@@ -241,8 +243,14 @@ def _serialize(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def write_pickle(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a state dict as `torch.save` does."""
     torch = import_torch(f"writing {path.name}")
+
+    def to_torch(array: np.ndarray):
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
     with path.open("wb") as file:  # torch's own writer would not say why it could not write
-        torch.save({name: to_torch_tensor(tensor) for name, tensor in tensors.items()}, file)
+        torch.save({name: to_torch(array) for name, array in tensors.items()}, file)
 
 
 def write_json(path: Path, content: Mapping) -> None:

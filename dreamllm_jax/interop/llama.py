@@ -1,7 +1,7 @@
 """LLaMA in Hugging Face's layout: `config.json` and the tensors of `LlamaForCausalLM`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.source import Part
+from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.llama import LlamaConfig, llama_config_from_hf
 from dreamllm_jax.vocabulary import SpecialTokens
 
@@ -26,11 +27,7 @@ def open_llama(path: Path) -> Part:
     """
     if path.suffix == ".gguf":
         return open_gguf(path)
-    settings = files.read_json(path / "config.json")
-    try:
-        config = llama_config_from_hf(settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
+    config = files.read_config(path / "config.json", llama_config_from_hf)
     return llama_part(config, files.open_model(path, "model", "pytorch_model"), path)
 
 
@@ -61,7 +58,7 @@ def llama_part(config: LlamaConfig, tensors: Mapping[str, Tensor], where: Path) 
     return Part(config, rest, left_out)
 
 
-def grow(part: Part, vocab_size: int, new_tokens: list[int], init: str, seed: int = 0) -> Part:
+def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed: int) -> Part:
     """Makes room for a larger vocabulary, and initialises the rows of `new_tokens` in embedding and output matrix.
 
     Args:
@@ -118,22 +115,23 @@ def hf_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def write_llama(
-    directory: Path,
-    config: LlamaConfig,
-    special: SpecialTokens,
-    tensors: Mapping[str, np.ndarray],
-    max_shard_size: int,
+    directory: Path, config: DreamLLMConfig, tensors: Mapping[str, Mapping[str, np.ndarray]], max_shard_size: int
 ) -> None:
-    """Writes a directory that `LlamaForCausalLM.from_pretrained` loads."""
-    settings = hf_settings(config, special, str(tensors[EMBEDDING].dtype))
-    files.write_json(
-        directory / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **settings}
-    )
-    write_generation_config(directory, special)
-    files.write_safetensors(directory, "model", hf_tensors(tensors), max_shard_size)
+    """Writes a directory that `LlamaForCausalLM.from_pretrained` loads.
+
+    Args:
+      tensors: part of the parameter tree -> torch name -> array; `llama` at least.
+    """
+    settings = hf_settings(config.llama, config.special_tokens, str(tensors["llama"][EMBEDDING].dtype))
+    settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **settings}
+    write_hf(directory, settings, hf_tensors(tensors["llama"]), max_shard_size)
 
 
-def write_generation_config(directory: Path, special: SpecialTokens) -> None:
-    """Writes `generation_config.json`: where a text begins and ends."""
-    settings = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
-    files.write_json(directory / "generation_config.json", settings)
+def write_hf(
+    directory: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], max_shard_size: int
+) -> None:
+    """Writes `config.json`, `generation_config.json` (where a text begins and ends) and the tensors."""
+    files.write_json(directory / "config.json", settings)
+    ids = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    files.write_json(directory / "generation_config.json", ids)
+    files.write_safetensors(directory, "model", tensors, max_shard_size)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dreamllm_jax.interop.files import Tensor, stored
+from dreamllm_jax.interop.files import Tensor
 
 SCANNED = "layers"
 _LISTED = re.compile(
@@ -123,7 +123,7 @@ def arrange(template: Mapping, tensors: Mapping[str, Tensor]) -> dict[str, Leaf]
 
 def from_torch(template: Mapping, tensors: Mapping[str, np.ndarray]) -> dict:
     """Torch tensors as our parameter tree of numpy arrays; arguments and errors as of `arrange`."""
-    leaves = arrange(template, {name: stored(np.asarray(tensor)) for name, tensor in tensors.items()})
+    leaves = arrange(template, {name: Tensor.of(np.asarray(tensor)) for name, tensor in tensors.items()})
     return unflatten_dict({path: leaf.read() for path, leaf in leaves.items()}, sep="/")
 
 

@@ -5,7 +5,6 @@ They are read by the libraries' own loaders and not by ours, which are what is b
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import re
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreamllm_jax.interop.dreamllm import HEAD, QUERIES, VISION
+from dreamllm_jax.interop.files import read_json
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.projectors import ProjectorConfig
 
@@ -30,12 +31,8 @@ def loaders(config: DreamLLMConfig, directory: Path) -> dict[str, Callable[[], "
       ValueError: the directory is in none of the formats. A loader raises it for a tensor that is missing, unexpected
         or wrongly shaped.
     """
-    path, settings, found = directory / "config.json", {}, {}
-    if path.is_file():
-        try:
-            settings = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+    path, found = directory / "config.json", {}
+    settings = read_json(path) if path.is_file() else {}
     if settings.get("model_type") == "dreamllm":
         return _dreamllm(config, directory, settings)
     if settings.get("model_type") == "llama":
@@ -99,9 +96,6 @@ def _require_same_tensors(file: Path, missing: Iterable, unexpected: Iterable, s
         raise ValueError(f"{file.name}: {', '.join(problems[:3])}{more}")
 
 
-_VISION, _QUERIES, _HEAD = "clip_vision_embedding", "dream_embedding", "stable_diffusion_head"
-
-
 def _dreamllm(config: DreamLLMConfig, directory: Path, settings: Mapping) -> dict[str, Callable[[], "nn.Module"]]:
     """Loaders of a checkpoint of the original program: the plugins' modules are put together as they were stored."""
     import torch
@@ -146,36 +140,36 @@ def _dreamllm(config: DreamLLMConfig, directory: Path, settings: Mapping) -> dic
         return _llama(directory, config=LlamaConfig(**{name: settings[name] for name in names & settings.keys()}))
 
     def vision() -> dict[str, nn.Module]:
-        where = folder(_VISION, "clip_vision_model_name_or_path")
+        where = folder(VISION, "clip_vision_model_name_or_path")
         clip = CLIPVisionConfig.from_pretrained(where, local_files_only=True, attn_implementation="eager")
         modules = {"projector": projector(config.visual_projector, config.clip.hidden_size, width, bias=True)}
         if config.visual_projector.post_layernorm:
             modules["post_layernorm"] = nn.LayerNorm(width, clip.layer_norm_eps)
-        filled = fill(_VISION, nn.ModuleDict({"clip_vision_model": CLIPVisionModel(clip), **modules}))
+        filled = fill(VISION, nn.ModuleDict({"clip_vision_model": CLIPVisionModel(clip), **modules}))
         clip, *rest = filled.values()
         return {"clip": clip, "visual_projector": nn.Sequential(*rest)}
 
     def queries() -> nn.Module:
-        return fill(_QUERIES, nn.ParameterDict({"dream_queries": torch.zeros(1, config.num_queries, width)}))
+        return fill(QUERIES, nn.ParameterDict({"dream_queries": torch.zeros(1, config.num_queries, width)}))
 
     def head() -> dict[str, nn.Module]:
-        where = folder(_HEAD, "diffusion_name_or_path")
+        where = folder(HEAD, "diffusion_name_or_path")
         with torch.device("meta"):  # not initialised, for every tensor comes from the file
             modules = {
                 "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(where / "unet")),
                 "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(where / "vae")),
                 "projector": projector(config.condition_projector, width, config.unet.cross_attention_dim, bias=False),
             }
-        filled = fill(_HEAD, nn.ModuleDict(modules))
+        filled = fill(HEAD, nn.ModuleDict(modules))
         return {"unet": filled["unet"], "vae": filled["vae"], "condition_projector": filled["projector"]}
 
     found = {"llama": llama}
-    there = {plugin for plugin in (_VISION, _QUERIES, _HEAD) if (directory / f"{plugin}.bin").is_file()}
-    for plugin in sorted({_VISION, _QUERIES, _HEAD} - there):
+    there = {plugin for plugin in (VISION, QUERIES, HEAD) if (directory / f"{plugin}.bin").is_file()}
+    for plugin in sorted({VISION, QUERIES, HEAD} - there):
         _logger.warning("%s has no %s.bin: what it would hold is not compared", directory, plugin)
-    if _VISION in there:
+    if VISION in there:
         found["clip"] = lambda: vision()["clip"]
-    if _HEAD in there:
+    if HEAD in there:
         found |= {"unet": lambda: head()["unet"], "vae": lambda: head()["vae"]}
     if len(there) == 3:
         found["visual_projector"] = lambda: vision()["visual_projector"]

@@ -59,8 +59,6 @@ def compare(
     params: Callable[[str], Mapping[str, Any]],
     directory: Path,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
-    text: Sequence[int] | None = None,
-    seed: int = 0,
 ) -> list[Difference]:
     """Runs every tower that the directory has on the same inputs in torch and here.
 
@@ -77,8 +75,6 @@ def compare(
         checkpoint of the original program, whose towers' configurations are in folders inside it of the names in its
         config.json, or at the paths that are named there.
       dtypes: "float32", "bfloat16" or both.
-      text: token ids for the language model, cut at its longest; None for random ones.
-      seed: of the random inputs.
 
     Returns:
       A difference for each tower and type. "multimodal forward" is the logits and the condition for one sequence of
@@ -87,11 +83,11 @@ def compare(
     Raises:
       ImportError: PyTorch is not installed.
       ValueError: the directory is none of these; it is of another shape than our model; a tensor is missing,
-        unexpected or of the wrong shape; an id of `text` is beyond the vocabulary.
+        unexpected or of the wrong shape.
     """
     import_torch("verifying")
     loaders = torch_modules.loaders(config, Path(directory))
-    inputs = _inputs(config, text, seed)
+    inputs = _inputs(config)
     theirs = {dtype: dict(inputs) for dtype in ("float32", *dtypes)}
     ours = {dtype: dict(inputs) for dtype in dtypes}
     exact: Values = {}  # torch's float64 results, of the towers that need them
@@ -150,13 +146,10 @@ def _difference(tower: str, name: str, dtype: str, ours: Mapping, theirs: Mappin
     return Difference(tower, dtype, float(np.abs(got - want).max()), _relative(got, want), limit)
 
 
-def _inputs(config: DreamLLMConfig, text: Sequence[int] | None, seed: int) -> Values:
-    """What both sides are given; images and latents in our layout."""
-    rng = np.random.default_rng(seed)
-    vocab_size, longest, ids = config.llama.vocab_size, config.llama.max_position_embeddings, config.special_tokens
-    text = rng.integers(vocab_size, size=min(32, longest)) if text is None else np.asarray(text)[:longest]
-    if wrong := [int(token) for token in text if not 0 <= token < vocab_size]:
-        raise ValueError(f"text has the id {wrong[0]}, but the vocabulary has {vocab_size}")
+def _inputs(config: DreamLLMConfig) -> Values:
+    """What both sides are given, at random; images and latents in our layout."""
+    rng, ids = np.random.default_rng(0), config.special_tokens
+    text = rng.integers(config.llama.vocab_size, size=min(32, config.llama.max_position_embeddings))
     half = len(text) // 2
     see = [ids.bos, *text[:half], ids.im_start, *[ids.im_patch] * config.clip.num_patches, ids.im_end]
     dream = [*text[half:], ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]

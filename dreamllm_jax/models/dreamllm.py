@@ -133,7 +133,7 @@ class DreamLLM(nn.Module):
         x = self.llama.embed(tokens)
         if see_features is not None:
             x = splice(x, see_features, see_slots)
-        if dream_slots is not None:
+        if dream_slots is not None and dream_slots.shape[1]:
             queries = self.queries()
             x = splice(x, jnp.broadcast_to(queries, (*dream_slots.shape, *queries.shape)), dream_slots)
         return constrain(x, ("rows", "tokens", "act_embed"))
@@ -179,7 +179,7 @@ class DreamLLM(nn.Module):
         return self.vae.encode(constrain(images, ("images", None, None, None)))
 
     def denoise(
-        self, latents: Float[Array, "N h w c"], timesteps: Int[Array, "N"], condition: Float[Array, "N Q C"]
+        self, latents: Float[Array, "N h w c"], timesteps: Int[Array, " N"], condition: Float[Array, "N Q C"]
     ) -> Float[Array, "N h w c"]:
         """The UNet's prediction (noise or velocity) for scaled noisy latents."""
         latents = constrain(latents, ("images", None, None, None))

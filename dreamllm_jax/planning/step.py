@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.batch import Batch, empty_batch
 from dreamllm_jax.chips import Topology
 from dreamllm_jax.experiment import Experiment, require_mesh_fits
 from dreamllm_jax.planning.program import Program, read_program
@@ -82,26 +82,10 @@ def lower_step(experiment: Experiment, devices: Sequence[jax.Device]) -> tuple[M
 
 
 def _abstract_batch(experiment: Experiment, sharding: NamedSharding) -> Batch:
-    shape, rows = experiment.row_shape, experiment.rows.per_step
+    def of(row: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((experiment.rows.per_step, *row.shape[1:]), row.dtype, sharding=sharding)
 
-    def of(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *sizes), dtype, sharding=sharding)
-
-    def pixels(slots: int, size: int) -> jax.ShapeDtypeStruct:
-        return of("uint8", slots, size, size, 3)
-
-    return Batch(
-        tokens=of("int32", shape.length),
-        segment_ids=of("int32", shape.length),
-        positions=of("int32", shape.length),
-        loss_weights=of("float32", shape.length),
-        see_images=None if shape.see_features else pixels(shape.see_slots, shape.see_size),
-        see_slots=of("int32", shape.see_slots),
-        dream_images=None if shape.dream_moments else pixels(shape.dream_slots, shape.dream_size),
-        dream_slots=of("int32", shape.dream_slots),
-        see_features=of(shape.stored_dtype, shape.see_slots, *shape.see_features) if shape.see_features else None,
-        dream_moments=of(shape.stored_dtype, shape.dream_slots, *shape.dream_moments) if shape.dream_moments else None,
-    )
+    return jax.tree.map(of, empty_batch(1, experiment.row_shape))
 
 
 def compile_step(experiment: Experiment, topology: Topology, effort: Effort = "normal") -> CompiledStep:

@@ -3,7 +3,7 @@
 import jax
 from jax.sharding import NamedSharding
 
-from dreamllm_jax.data.pipeline import make_loader
+from dreamllm_jax.data.pipeline import Loader
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.distributed import local_rows
 from dreamllm_jax.experiment import Experiment
@@ -22,7 +22,7 @@ class HeldOut:
       rows: how the rows of a batch lie on the mesh.
 
     Raises:
-      FileNotFoundError, ValueError: a data set that is missing or does not fit, see `make_loader`, `find_questions`.
+      FileNotFoundError, ValueError: a data set that is missing or does not fit, see `Loader`, `find_questions`.
     """
 
     def __init__(self, experiment: Experiment, tokenizer: Tokenizer, rows: NamedSharding):
@@ -32,7 +32,7 @@ class HeldOut:
         if not config.every:
             return
         same = experiment.held_out
-        loader = make_loader(
+        loader = Loader(
             same.data,
             same.row_shape,
             tokenizer,

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from dreamllm_jax.chips import chip_of
-from dreamllm_jax.data.pipeline import make_loader
+from dreamllm_jax.data.pipeline import Loader
 from dreamllm_jax.data.storage import read_summary
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.distributed import gather, local_rows
@@ -54,7 +54,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
     mesh = make_mesh(experiment.sharding)
     require_mesh_fits(experiment, mesh.shape)
     rows = rows_sharding(mesh, experiment.sharding, experiment.rows.per_step)
-    batches = make_loader(
+    batches = Loader(
         experiment.data,
         experiment.row_shape,
         tokenizer,

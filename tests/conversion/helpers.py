@@ -1,5 +1,7 @@
 """Converting without a process of its own, and looking at what comes of it."""
 
+from pathlib import Path
+
 import numpy as np
 
 from dreamllm_jax import convert
@@ -14,6 +16,11 @@ def run(command: str, **flags) -> None:
         words += [flag] if value is True else [f"{flag}={value}"]
     arguments = convert.parser().parse_args(words)
     arguments.main(arguments)
+
+
+def towers(root: Path) -> dict[str, Path]:
+    """The three towers in a directory, as flags of the import."""
+    return {name: root / name for name in ("llama", "clip", "diffusion")}
 
 
 def tensors(checkpoint) -> dict[str, np.ndarray]:

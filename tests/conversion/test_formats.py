@@ -8,7 +8,6 @@ import sys
 from types import SimpleNamespace
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -23,13 +22,13 @@ from dreamllm_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from dreamllm_jax.interop.dreamllm import open_dreamllm  # noqa: E402
 from dreamllm_jax.training import saved  # noqa: E402
 from tests import public_models  # noqa: E402
-from tests.conversion.helpers import assert_identical, run, tensors  # noqa: E402
+from tests.conversion.helpers import assert_identical, run, tensors, towers  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*:FutureWarning")
 
 LAYOUTS = {
-    "safetensors": {"llama": {}, "clip": {}, "diffusion": {}},
-    "pickles": {"llama": {"pickled": True}, "clip": {"pickled": True}, "diffusion": {"pickled": True}},
+    "safetensors": {},
+    "pickles": {name: {"pickled": True} for name in ("llama", "clip", "diffusion")},
     "tied, whole clip, 1.5": {
         "llama": {"tie_word_embeddings": True, "num_key_value_heads": 4},
         "clip": {"whole": True},
@@ -43,14 +42,9 @@ def imported(request, tmp_path_factory):
     """Three public directories of one layout and type, and the checkpoint made of them."""
     layout, dtype = request.param
     root = tmp_path_factory.mktemp("imported")
-    kinds, options = {"dtype": getattr(torch, dtype)}, LAYOUTS[layout]
-    public_models.save_llama(root / "llama", **kinds, **options["llama"])
-    public_models.save_clip(root / "clip", **kinds, **options["clip"])
-    public_models.save_diffusion(root / "diffusion", **kinds, **options["diffusion"])
-    towers = {name: root / name for name in ("llama", "clip", "diffusion")}
     run(
         "import",
-        **towers,
+        **public_models.save_towers(root, getattr(torch, dtype), **LAYOUTS[layout]),
         to=root / "ours",
         num_queries=3,
         visual_projector="mlp:2",
@@ -58,11 +52,11 @@ def imported(request, tmp_path_factory):
         condition_projector="mlp:3",
         dtype=",".join(f"{part}:{dtype}" for part in ("visual_projector", "queries", "condition_projector")),
     )
-    return SimpleNamespace(root=root, ours=root / "ours", dtype=dtype, **towers)
+    return SimpleNamespace(root=root, ours=root / "ours", dtype=dtype)
 
 
 def test_import_accounts_for_every_tensor(imported):
-    theirs = LlamaForCausalLM.from_pretrained(imported.llama, dtype="auto").state_dict()
+    theirs = LlamaForCausalLM.from_pretrained(imported.root / "llama", dtype="auto").state_dict()
     found = saved.find(str(imported.ours))
     leaves = tensors(imported.ours)
     assert {str(leaf.dtype) for leaf in leaves.values()} == {imported.dtype}
@@ -87,9 +81,9 @@ def test_out_and_in_again_is_bit_identical(imported, tmp_path):
 
     diffusers = tmp_path / "out" / "diffusers"
     run("import", llama=tmp_path / "out" / "hf", clip=diffusers / "clip", diffusion=diffusers, to=tmp_path / "towers")
-    towers = {path: array for path, array in want.items() if path.split("/")[0] in ("llama", "clip", "vae", "unet")}
+    want = {path: array for path, array in want.items() if path.split("/")[0] in ("llama", "clip", "vae", "unet")}
     got = tensors(tmp_path / "towers")
-    assert_identical({path: got[path] for path in towers}, towers)
+    assert_identical({path: got[path] for path in want}, want)
     before, after = (load_tokenizer(saved.find(str(p)).tokenizer) for p in (imported.ours, tmp_path / "towers"))
     assert after.special == before.special and after.new_tokens == ()
 
@@ -127,15 +121,10 @@ def test_the_libraries_load_what_is_exported_and_compute_the_same(imported, tmp_
 def test_types_are_converted_where_bits_allow_it(tmp_path):
     """float16 -> float32 -> float16 and bfloat16 -> float32 -> bfloat16 lose nothing; a part's type can be chosen."""
     for dtype in ("float16", "bfloat16"):
-        root = tmp_path / dtype
-        kind = getattr(torch, dtype)
-        towers = {
-            "llama": public_models.save_llama(root / "llama", kind),
-            "clip": public_models.save_clip(root / "clip", kind),
-            "diffusion": public_models.save_diffusion(root / "diffusion", kind),
-        }
-        run("import", **towers, to=root / "wide", dtype="float32")
-        run("import", **towers, to=root / "mixed", dtype="clip:float32")
+        root, kind = tmp_path / dtype, getattr(torch, dtype)
+        flags = public_models.save_towers(root, kind)
+        run("import", **flags, to=root / "wide", dtype="float32")
+        run("import", **flags, to=root / "mixed", dtype="clip:float32")
         run("export", checkpoint=root / "wide", format="hf", to=root / "hf", dtype=dtype, no_check=True)
         run("export", checkpoint=root / "mixed", format="hf", to=root / "direct", no_check=True)
         wide, direct = (
@@ -146,15 +135,11 @@ def test_types_are_converted_where_bits_allow_it(tmp_path):
             if not name.endswith(("embed_tokens.weight", "lm_head.weight")):  # new rows were drawn in either type
                 assert torch.equal(tensor, wide[name]), name
         mixed = tensors(root / "mixed")
-        assert {mixed["clip/pre_layrnorm/scale"].dtype, mixed["vae/quant_conv/kernel"].dtype} == {
-            np.dtype(np.float32),
-            np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16),
-        }
+        assert mixed["clip/pre_layrnorm/scale"].dtype == "float32" and mixed["vae/quant_conv/kernel"].dtype == dtype
 
 
 def test_embeddings_of_new_tokens_can_begin_as_the_mean(imported, tmp_path):
-    towers = {name: getattr(imported, name) for name in ("llama", "clip", "diffusion")}
-    run("import", **towers, to=tmp_path / "mean", new_tokens="mean", dtype="float32")
+    run("import", **towers(imported.root), to=tmp_path / "mean", new_tokens="mean", dtype="float32")
     found = saved.find(str(tmp_path / "mean"))
     rows = tensors(tmp_path / "mean")["llama/embed_tokens/embedding"]
     new = [*dataclasses.asdict(found.config.special_tokens).values()][2:]
@@ -174,13 +159,10 @@ def test_a_mesh_is_given_its_shards(imported, tmp_path):
         "unet/conv_in/kernel": (None, None, None, "b"),
         "queries/dream_queries": (None, "b"),
     }
+    placing = {path: jax.NamedSharding(mesh, jax.P(*spec)) for path, spec in specs.items()}
     abstract = {
-        path: jax.ShapeDtypeStruct(
-            source.leaves[path].shape,
-            np.float32,
-            sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)),
-        )
-        for path, spec in specs.items()
+        path: jax.ShapeDtypeStruct(source.leaves[path].shape, np.float32, sharding=sharding)
+        for path, sharding in placing.items()
     }
     placed, want = source.restore(abstract), tensors(imported.ours)
     for path, array in placed.items():
@@ -207,8 +189,7 @@ def test_half_precision_variants_and_the_place_of_use(original, tmp_path):
     for part in ("unet", "vae"):
         stem = diffusion / part / "diffusion_pytorch_model"
         stem.with_suffix(".safetensors").rename(stem.with_suffix(".fp16.safetensors"))
-    towers = {"llama": original / "llama", "clip": original / "clip", "diffusion": diffusion}
-    run("import", **towers, to=tmp_path / "ours", num_queries=3)
+    run("import", **towers(original) | {"diffusion": diffusion}, to=tmp_path / "ours", num_queries=3)
     assert_identical(tensors(tmp_path / "ours"), tensors(original / "ours"))
     flags = {"format": "dreamllm", "location": "/mnt/models/mine", "no_check": True}
     run("export", checkpoint=tmp_path / "ours", to=tmp_path / "out", **flags)
@@ -220,9 +201,8 @@ def test_half_precision_variants_and_the_place_of_use(original, tmp_path):
 
 @pytest.mark.slow
 def test_projectors_that_convolve(original, tmp_path):
-    towers = {name: original / name for name in ("llama", "clip", "diffusion")}
     kinds = {"visual_projector": "conv", "condition_projector": "conv"}
-    run("import", **towers, **kinds, to=tmp_path / "ours", num_queries=4)
+    run("import", **towers(original), **kinds, to=tmp_path / "ours", num_queries=4)
     assert conversion.export_model(saved.find(str(tmp_path / "ours")), tmp_path / "out", ("dreamllm",))
     run("import", dreamllm=tmp_path / "out", to=tmp_path / "again")
     assert_identical(tensors(tmp_path / "again"), tensors(tmp_path / "ours"))
@@ -257,15 +237,13 @@ def test_safetensors_need_no_torch(original, tmp_path):
         command = [sys.executable, "-c", program, *flags]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    towers = [f"--{name}={original / name}" for name in ("llama", "clip", "diffusion")]
-    done = without_torch("import", *towers, "--num-queries=3", f"--to={tmp_path / 'to'}")
+    flags = [f"--{name}={path}" for name, path in towers(original).items()]
+    done = without_torch("import", *flags, "--num-queries=3", f"--to={tmp_path / 'to'}")
     assert done.returncode == 0, done.stderr
     assert_identical(tensors(tmp_path / "to"), tensors(original / "ours"))
+    theirs = original / "original"
     for flags, purpose in (
-        (
-            ["import", f"--dreamllm={original / 'original'}"],
-            f"reading {original / 'original' / 'clip_vision_embedding.bin'}",
-        ),
+        (["import", f"--dreamllm={theirs}"], f"reading {theirs / 'clip_vision_embedding.bin'}"),
         (["export", f"--checkpoint={original / 'ours'}", "--format=dreamllm"], "--format=dreamllm"),
     ):
         done = without_torch(*flags, f"--to={tmp_path / 'other'}")

@@ -1,13 +1,14 @@
 import io
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.corpora import compose
-from dreamllm_jax.data.tokens import VICUNA_SYSTEM, RowShape
-from dreamllm_jax.directories import building
+from dreamllm_jax.data.tokens import VICUNA_SYSTEM
 
 COLOURS = {
     "a red square": (250, 10, 20),
@@ -19,10 +20,20 @@ COLOURS = {
 }
 
 
-def png(colour: tuple[int, int, int], size: tuple[int, int] = (20, 16)) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", size, colour).save(out, "PNG")
+    image.save(out, kind, **options)
     return out.getvalue()
+
+
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (20, 16)) -> bytes:
+    return encode(Image.new("RGB", size, colour))
+
+
+def bomb(data: bytes, side: int) -> bytes:
+    """A PNG that says it has so many pixels on a side."""
+    header = data[12:16] + side.to_bytes(4, "big") * 2 + data[24:29]
+    return data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
 
 
 PAIRS = [(png(colour), text) for text, colour in COLOURS.items()]
@@ -42,13 +53,11 @@ def shape() -> RowShape:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory, text_tokenizer):
     """A stored data set of all kinds of documents."""
-    path = tmp_path_factory.mktemp("data") / "set"
-    with building(path) as directory:
-        text_tokenizer.save(directory / tokenizer.FOLDER)
-        corpora = {
-            name: storage.write_corpus(directory, name, documents) for name, documents in compose.compose(PAIRS).items()
-        }
-        storage.write_summary(directory, {"settings": {}, "corpora": corpora, "vocab_size": text_tokenizer.vocab_size})
+    return write(tmp_path_factory.mktemp("data") / "set", text_tokenizer, **compose.compose(PAIRS))
+
+
+def write(path, text_tokenizer, **corpora):
+    storage.write_dataset(path, corpora, text_tokenizer)
     return path
 
 

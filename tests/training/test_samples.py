@@ -14,8 +14,7 @@ from dreamllm_jax import runs
 from dreamllm_jax.configuration import ConfigError
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.mixture import CorpusConfig
-from dreamllm_jax.data.pipeline import data_tokenizer
-from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.data.storage import Corpus, open_tokenizer
 from dreamllm_jax.experiment import read_experiment
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.sharding import make_mesh, rows_sharding
@@ -99,7 +98,7 @@ def test_samples_are_what_the_model_says(data, tmp_path):
 
 def find(run):
     rows = rows_sharding(make_mesh(run.sharding), run.sharding, run.rows.per_step)
-    return HeldOut(run, data_tokenizer(run.data), rows).questions
+    return HeldOut(run, open_tokenizer(run.data.path, run.data.tokenizer), rows).questions
 
 
 def test_samples_need_something_to_ask(data):

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from PIL import ImageOps
 
 from dreamllm_jax.data import images
-from dreamllm_jax.data.document import Document, Image, Segment, Text
+from dreamllm_jax.data.document import Document, Image, Kind, Segment, Text
 
 QUESTIONS = ("What is in the picture?", "What do you see?", "Name what this shows.")
 REQUESTS = ("Paint this: {}.", "Show me: {}.", "Make a picture of this: {}.")
 ANSWER = "Here it is:"
 INSTRUCTION = "Show these one after the other: {}."
-
 
 CORPORA = ("pairs", "image_image", "interleaved", "instructions", "conversations", "text")
 
@@ -28,28 +27,26 @@ def compose(
     """
     rng = random.Random(seed)
     corpora: dict[str, list[Document]] = {name: [] for name in CORPORA}
+
+    def add(name: str, kind: Kind, *segments: Segment) -> None:
+        corpora[name].append(Document(kind, segments))
+
     for index, (data, caption) in enumerate(pairs):
-        corpora["pairs"].append(Document("pair", (Text(caption), Image(data))))
+        add("pairs", "pair", Text(caption), Image(data))
         if "image_image" in names:
             mirrored = images.to_png(ImageOps.mirror(images.decode(data)))
-            corpora["image_image"].append(Document("image_image", (Image(data), Image(mirrored))))
+            add("image_image", "image_image", Image(data), Image(mirrored))
         others = [pair for pair in pairs if pair[1] != caption]
         story = [(data, caption), *rng.sample(others, min(1 + index % 2, len(others)))]
-        corpora["interleaved"].append(Document("interleaved", _tell(story, "")))
+        add("interleaved", "interleaved", *_tell(story, ""))
         listed = " and ".join(text for _, text in story)
         instruction = Text(INSTRUCTION.format(listed), "user")
-        corpora["instructions"].append(Document("instruct_interleaved", (instruction, *_tell(story, "assistant"))))
-        question, request = QUESTIONS[index % len(QUESTIONS)], REQUESTS[index % len(REQUESTS)].format(caption)
-        corpora["conversations"].append(
-            Document(
-                "conversation",
-                (Image(data, "user"), Text(f"\n{question}", "user"), Text(f"{caption}.", "assistant")),
-            )
-        )
-        corpora["conversations"].append(
-            Document("conversation", (Text(request, "user"), Text(f"{ANSWER} ", "assistant"), Image(data, "assistant")))
-        )
-        corpora["text"].append(Document("text", (Text(f"Here are {listed}."),)))
+        add("instructions", "instruct_interleaved", instruction, *_tell(story, "assistant"))
+        question = Image(data, "user"), Text(f"\n{QUESTIONS[index % len(QUESTIONS)]}", "user")
+        add("conversations", "conversation", *question, Text(f"{caption}.", "assistant"))
+        request = Text(REQUESTS[index % len(REQUESTS)].format(caption), "user")
+        add("conversations", "conversation", request, Text(f"{ANSWER} ", "assistant"), Image(data, "assistant"))
+        add("text", "text", Text(f"Here are {listed}."))
     return {name: corpora[name] for name in names}
 
 

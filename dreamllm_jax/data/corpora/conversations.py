@@ -5,10 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from dreamllm_jax.data.corpora import pictures
-from dreamllm_jax.data.corpora.records import Dropped, Record, read_image
+from dreamllm_jax.data.corpora.records import Dropped, Part, Record
 from dreamllm_jax.data.document import Image, Role, Text
 
 ROLES: dict[str, Role] = {
@@ -31,7 +29,7 @@ class Llava(pictures.ImageTable):
     images: `"modal_info": {"<image>": ["image", [file, ...]]}`. Conversations without images are fine.
     """
 
-    def record(self, row: Mapping[str, Any], root: str | epath.Path) -> Record | Dropped:
+    def record(self, row: Mapping[str, Any], part: Part) -> Record | Dropped:
         turns = row.get("conversations")
         if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
             return Dropped("fields")
@@ -57,7 +55,7 @@ class Llava(pictures.ImageTable):
                 file = next(own[piece], None) if piece in own else next(files, None) if files else named
                 if file is None:
                     return Dropped("placeholders")
-                image = read_image(root, file)
+                image = self.read(file, part)
                 segments.append(dataclasses.replace(image, role=role) if isinstance(image, Image) else image)
                 shown += 1
             if any(next(rest, None) is not None for rest in own.values()):

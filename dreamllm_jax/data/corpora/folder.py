@@ -4,13 +4,14 @@
 `file` and `text`. Files are named relative to the folder.
 """
 
-import csv
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from dreamllm_jax.data import images
+from dreamllm_jax.data.corpora import tables
+from dreamllm_jax.data.corpora.records import Dropped, Part, is_inside
 
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
 
@@ -21,7 +22,6 @@ def captions(folder: Path) -> list[tuple[str, str]]:
     Raises:
       FileNotFoundError, ValueError: the message names what is missing, empty, malformed or there twice.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; a source is openmoji, photographs or a folder of pictures")
     found = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
@@ -30,19 +30,21 @@ def captions(folder: Path) -> list[tuple[str, str]]:
     if len(found) > 1:
         raise ValueError(f"both {' and '.join(CAPTION_FILES)} are in {folder}; keep one")
     rows: dict[str, str] = {}
-    for line, row in _read(found[0]):
-        place = f"{found[0]}, line {line}"
-        file, text = (row.get(field) if isinstance(row, dict) else None for field in ("file", "text"))
+    for number, row in enumerate(tables.rows(Part(str(found[0]))), 1):
+        place = f"{found[0]}, row {number}"
+        if isinstance(row, Dropped):
+            raise ValueError(f"{place}: needs a file and a text ({row.reason})")
+        file, text = row.get("file"), row.get("text")
         if not isinstance(file, str) or not isinstance(text, str) or not file.strip() or not text.strip():
             raise ValueError(f"{place}: needs a file and a text")
-        name = PurePosixPath(file)
-        if name.is_absolute() or ".." in name.parts:
+        name = str(PurePosixPath(file))
+        if not is_inside(file):
             raise ValueError(f"{place}: {file} is not inside the folder")
-        if str(name) in rows:
+        if name in rows:
             raise ValueError(f"{place}: {file} has a caption already")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{place}: no file {file} in {folder}")
-        rows[str(name)] = text.strip()
+        rows[name] = text.strip()
     if not rows:
         raise ValueError(f"{found[0]} lists no pictures")
     return list(rows.items())
@@ -59,31 +61,13 @@ def pairs(folder: Path, count: int, size: int) -> Iterator[tuple[bytes, str]]:
         raise ValueError(f"{folder} has {len(rows)} captioned pictures, not {count}")
     for file, text in rows[: count or None]:
         try:
-            picture = images.decode((Path(folder) / file).read_bytes())
+            picture = images.decode((folder / file).read_bytes())
         except images.ImageError as error:
-            raise ValueError(f"{Path(folder) / file} cannot be used: {error}") from error
+            raise ValueError(f"{folder / file} cannot be used: {error}") from error
         yield images.to_jpeg(picture, size), text
 
 
 def fingerprint(folder: Path) -> str:
     """Changes when a caption or a picture's size does."""
-    rows = [(file, text, (Path(folder) / file).stat().st_size) for file, text in captions(folder)]
+    rows = [(file, text, (folder / file).stat().st_size) for file, text in captions(folder)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _read(path: Path) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            reader = csv.DictReader(file)
-            missing = {"file", "text"} - set(reader.fieldnames or ())
-            if missing:
-                raise ValueError(f"{path}: no column {' and '.join(sorted(missing))} in its first line")
-            for row in reader:
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None

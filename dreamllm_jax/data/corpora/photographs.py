@@ -59,7 +59,7 @@ def _find(name: str) -> Path:
     for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("the photographs need their packages: pip install scikit-image scikit-learn")
+            raise ModuleNotFoundError(f"the photographs need {package}: pip install 'dreamllm_jax[quickstart]'")
         path = Path(spec.origin).parent / folder / name
         if path.is_file():
             return path

@@ -4,32 +4,19 @@ What img2dataset leaves is understood: the `url` in the .json beside a tar's ima
 the Parquet files beside folders of images. A table with the columns `url` and `file` can say the same.
 """
 
-import abc
 import dataclasses
 import functools
 import json
 import sqlite3
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any, Self
+from typing import Self
 
 from etils import epath
 
 from dreamllm_jax.data.corpora import tables, tars
-from dreamllm_jax.data.corpora.records import (
-    Dropped,
-    Format,
-    Part,
-    Record,
-    find,
-    is_inside,
-    is_url,
-    local,
-    read_image,
-    setting,
-    under,
-)
+from dreamllm_jax.data.corpora.records import Dropped, Part, find, is_inside, is_url, local, read_image, setting, under
 from dreamllm_jax.data.document import Image
 
 INDEX = "images.sqlite"
@@ -68,27 +55,19 @@ class Pictures:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageTable(Format):
+class ImageTable(tables.Table):
     """A format of tables whose rows name files of images."""
 
     images: str = setting("", "directory of the images; default the table's own")
 
-    def parts(self) -> list[Part]:
-        return [part for path in find(self.source, tables.SUFFIXES) for part in tables.parts(path, tables.REFERENCES)]
-
     def prepare(self, scratch: epath.Path) -> Self:
         if self.images:
-            require(self.images)
+            _require_folder(self.images)
         return self
 
-    def records(self, part: Part) -> Iterator[Record | Dropped]:
-        root = self.images or epath.Path(part.path).parent
-        for row in tables.rows(part):
-            yield row if isinstance(row, Dropped) else self.record(row, root)
-
-    @abc.abstractmethod
-    def record(self, row: Mapping[str, Any], root: str | epath.Path) -> Record | Dropped:
-        """What a row stands for; the images' names are relative to `root`."""
+    def read(self, name: object, part: Part) -> Image | Dropped:
+        """The image that a row of the part names."""
+        return read_image(self.images or epath.Path(part.path).parent, name)
 
 
 def make(root: str, scratch: epath.Path, table: str = "") -> Pictures:
@@ -102,7 +81,7 @@ def make(root: str, scratch: epath.Path, table: str = "") -> Pictures:
     Raises:
       FileNotFoundError, ValueError: the directory or the table cannot be used.
     """
-    folder = require(root)
+    folder = _require_folder(root)
     archives = under(folder, tars.SUFFIXES)
     lists = [path for path in under(folder, [".parquet"]) if path.with_suffix("").is_dir()]
     if not (archives or lists or table):
@@ -126,12 +105,7 @@ def make(root: str, scratch: epath.Path, table: str = "") -> Pictures:
     return Pictures(str(folder), str(index))
 
 
-def require(root: str) -> epath.Path:
-    """The directory of images `root`.
-
-    Raises:
-      FileNotFoundError: it is not there.
-    """
+def _require_folder(root: str) -> epath.Path:
     folder = local(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"no directory of images {root}")

@@ -1,21 +1,19 @@
 """Texts alone."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any
 
 from dreamllm_jax.data.corpora import tables
-from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record, find, read_text, setting
+from dreamllm_jax.data.corpora.records import Part, Record, read_text, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainText(Format):
+class PlainText(tables.Table):
     """JSON lines, CSV or Parquet with a field of text, or .txt with one document a line; also .gz, .zst, .zip."""
 
+    part_bytes = tables.CONTENTS
     text: str = setting("text", "field with the text")
 
-    def parts(self) -> list[Part]:
-        return [part for path in find(self.source, tables.SUFFIXES) for part in tables.parts(path, tables.CONTENTS)]
-
-    def records(self, part: Part) -> Iterator[Record | Dropped]:
-        for row in tables.rows(part):
-            yield row if isinstance(row, Dropped) else Record("text", (read_text(row.get(self.text)),))
+    def record(self, row: Mapping[str, Any], part: Part) -> Record:
+        return Record("text", (read_text(row.get(self.text)),))

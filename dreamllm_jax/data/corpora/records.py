@@ -5,6 +5,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from etils import epath
 
@@ -50,8 +51,17 @@ class Format(abc.ABC):
         """
 
     @abc.abstractmethod
+    def rows(self, part: Part) -> Iterator[Any]:
+        """What stands in a part for each record, in order; `Dropped` where it cannot be read."""
+
+    @abc.abstractmethod
+    def record(self, row: Any, part: Part) -> Record | Dropped:
+        """What a row of a part means."""
+
     def records(self, part: Part) -> Iterator[Record | Dropped]:
         """The records of a part, in their order."""
+        for row in self.rows(part):
+            yield row if isinstance(row, Dropped) else self.record(row, part)
 
     def prepare(self, scratch: epath.Path) -> "Format":
         """Called once, before the first part is read, with a directory to keep something in; gives what then reads."""

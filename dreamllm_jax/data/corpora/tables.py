@@ -6,18 +6,19 @@ workers; of Parquet, ranges of row groups. A compressed file (.gz, .zst, .zip) i
 
 import contextlib
 import csv
+import dataclasses
 import gzip
 import io
 import json
 import zipfile
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from dreamllm_jax.data.corpora.records import Dropped, Part
+from dreamllm_jax.data.corpora.records import Dropped, Format, Part, find
 
 COMPRESSED = (".gz", ".zst", ".zip")
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
@@ -41,7 +42,7 @@ def parts(path: epath.Path, size: int) -> list[Part]:
             return [Part(str(path), start, stop) for start, stop in _row_groups(path, size)]
         except pa.ArrowInvalid:
             return [Part(str(path))]  # told when it is read
-    with path.open("rb") as file:
+    with _open(path) as file:
         if kind in (".csv", ".tsv"):
             ends = _csv_ends(file, kind)
         elif _is_list(file):
@@ -65,11 +66,8 @@ def rows(part: Part) -> Iterator[dict[str, Any] | Dropped]:
     if kind == ".parquet":
         yield from _parquet_rows(path, part)
         return
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_open(path))
-        header = []
-        if kind in (".csv", ".tsv"):
-            header = next(_csv(iter(file.readline, b""), kind), [])
+    with _open(path) as file:
+        header = next(_csv(iter(file.readline, b""), kind), []) if kind in (".csv", ".tsv") else []
         listed = kind.startswith((".json", ".ndjson")) and _is_list(file)
         if part.stop:
             file.seek(part.start)
@@ -89,6 +87,23 @@ def columns(path: epath.Path) -> set[str]:
         return set(file.schema_arrow.names)
 
 
+@dataclasses.dataclass(frozen=True)
+class Table(Format):
+    """A format of tables with a record in each row.
+
+    Attributes:
+      part_bytes: about the size of a part.
+    """
+
+    part_bytes: ClassVar[int] = REFERENCES
+
+    def parts(self) -> list[Part]:
+        return [part for path in find(self.source, SUFFIXES) for part in parts(path, self.part_bytes)]
+
+    def rows(self, part: Part) -> Iterator[dict[str, Any] | Dropped]:
+        return rows(part)
+
+
 def _kind(path: epath.Path) -> str:
     name = path.name
     for packed in COMPRESSED:
@@ -100,30 +115,24 @@ def _kind(path: epath.Path) -> str:
 
 
 @contextlib.contextmanager
-def _open(path: epath.Path) -> Iterator[IO[bytes]]:
+def _open(path: epath.Path) -> Iterator[io.BufferedReader]:
     with path.open("rb") as file:
         if path.suffix == ".gz":
-            with gzip.open(file) as plain:
-                yield io.BufferedReader(plain)
+            file = gzip.GzipFile(fileobj=file)
         elif path.suffix == ".zst":
-            yield io.BufferedReader(pa.CompressedInputStream(file, "zstd"))
+            file = pa.CompressedInputStream(file, "zstd")
         elif path.suffix == ".zip":
-            with zipfile.ZipFile(file) as archive:
-                names = [name for name in archive.namelist() if name.endswith(TEXTS)]
-                if len(names) != 1:
-                    raise ValueError(f"{path}: an archive with one table is expected, this has {len(names)}")
-                with archive.open(names[0]) as plain:
-                    yield io.BufferedReader(plain)
-        else:
-            yield file
+            archive = zipfile.ZipFile(file)
+            names = [name for name in archive.namelist() if name.endswith(TEXTS)]
+            if len(names) != 1:
+                raise ValueError(f"{path}: an archive with one table is expected, this has {len(names)}")
+            file = archive.open(names[0])
+        with io.BufferedReader(file) as buffered:
+            yield buffered
 
 
-def _is_list(file: IO[bytes]) -> bool:
-    if hasattr(file, "peek"):
-        return file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    beginning = file.read(64)
-    file.seek(0)
-    return beginning.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+def _is_list(file: io.BufferedReader) -> bool:
+    return file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _line_ends(file: IO[bytes], size: int) -> Iterator[int]:

@@ -2,23 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dreamllm_jax.data.corpora.records import (
-    Dropped,
-    Format,
-    Part,
-    Record,
-    local,
-    read_image,
-    read_text,
-    setting,
-    under,
-)
+from dreamllm_jax.data.corpora.records import Format, Part, Record, local, read_image, read_text, setting, under
 
 PART = 4096  # records
 
@@ -41,19 +31,16 @@ class Tfds(Format):
         count = info.splits[self.split].num_examples
         return [Part(self.source, start, min(start + PART, count)) for start in range(0, count, PART)]
 
-    def records(self, part: Part) -> Iterator[Record | Dropped]:
+    def rows(self, part: Part) -> Iterator[Mapping[str, Any]]:
         source = _source(self.source, self.split)
-        feature = _builder(self.source).info.features[self.text]
-        for index in range(part.start, part.stop):
-            example = source[index]
-            text: Any = example[self.text]
-            if isinstance(feature, tfds.features.ClassLabel):
-                text = feature.int2str(text)
-            texts = (read_text(text.tolist() if isinstance(text, np.ndarray) else text),)
-            if self.image:
-                yield Record("pair", (*texts, read_image("", example[self.image])))
-            else:
-                yield Record("text", texts)
+        return (source[index] for index in range(part.start, part.stop))
+
+    def record(self, row: Mapping[str, Any], part: Part) -> Record:
+        text, feature = row[self.text], _builder(self.source).info.features[self.text]
+        if isinstance(feature, tfds.features.ClassLabel):
+            text = feature.int2str(text)
+        text = read_text(text.tolist() if isinstance(text, np.ndarray) else text)
+        return Record("pair", (text, read_image("", row[self.image]))) if self.image else Record("text", (text,))
 
 
 @functools.cache
