@@ -39,9 +39,11 @@ PARSERS = {
 COMMANDS = [(name, words) for name in PARSERS for words in all_commands(f"python -m dreamllm_jax.{name} ")]
 
 
-@pytest.mark.parametrize(("name", "arguments"), COMMANDS, ids=lambda value: value if isinstance(value, str) else None)
-def test_commands_are_understood(name, arguments):
-    parsed = vars(PARSERS[name]().parse_args(arguments))
+@pytest.mark.parametrize(
+    ("program", "arguments"), COMMANDS, ids=lambda value: value if isinstance(value, str) else None
+)
+def test_commands_are_understood(program, arguments):
+    parsed = vars(PARSERS[program]().parse_args(arguments))
     for word in arguments:
         if word.startswith("--"):
             flag, _, value = word.removeprefix("--").partition("=")
