@@ -47,7 +47,10 @@ def test_commands_are_understood(program, arguments):
     for word in arguments:
         if word.startswith("--"):
             flag, _, value = word.removeprefix("--").partition("=")
-            assert flag.replace("-", "_") in parsed and value in str(parsed), word
+            read = str(parsed[flag.replace("-", "_")])
+            exact = read in (value, f"{value}.0", f"['{value}']")
+            # What a flag of convert becomes may be written otherwise: a path, a projector, a number of bytes.
+            assert not value or exact or (program == "convert" and value in str(parsed)), word
     if parsed.get("command") in ("text", "image", "document"):
         assert parsed["prompt"] or parsed["continue"], "there is something to begin with"
 

@@ -33,8 +33,11 @@ def captions(folder: Path) -> list[tuple[str, str]]:
     for number, row in enumerate(tables.rows(Part(str(found[0]))), 1):
         place = f"{found[0]}, row {number}"
         if isinstance(row, Dropped):
-            raise ValueError(f"{place}: needs a file and a text ({row.reason})")
-        file, text = row.get("file"), row.get("text")
+            what = {"not_json": "not JSON", "not_csv": "not CSV"}.get(row.reason, "needs a file and a text")
+            raise ValueError(f"{place}: {what}")
+        if missing := [name for name in ("file", "text") if name not in row]:
+            raise ValueError(f"{place}: needs a file and a text, there is no {' and no '.join(missing)}")
+        file, text = row["file"], row["text"]
         if not isinstance(file, str) or not isinstance(text, str) or not file.strip() or not text.strip():
             raise ValueError(f"{place}: needs a file and a text")
         name = str(PurePosixPath(file))
