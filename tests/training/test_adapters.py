@@ -1,6 +1,7 @@
 """A run that trains adapters: it begins as the model it begins with, its base stays, and what is exported is merged."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,34 +28,40 @@ LORA = {"rank": 2, "alpha": 3.0}
 ADAPTERS = [["llama/.*/lora_.", True], ["queries/.*", True], [".*", False]]
 
 
-def run(config, workdir):
+def run(data: str, workdir: Path, lora: dict | None = None, begin: Path | None = None) -> None:
+    """Trains adapters, or everything. Runs differ in as little as they can, so that they share compiled programs."""
+    config = micro(
+        data,
+        steps=6,
+        checkpoint={"every": 6},
+        model={"llama": {"lora": lora}} if begin else micro(data)["model"],
+        parameters={
+            "trainable": ADAPTERS if lora else [[".*", True]],
+            "init_from": str(begin or ""),
+            "frozen_dtype": "float32",
+        },
+        optimizer={"learning_rate": 0.3, "warmup_ratio": 0.0},
+    )
     life = Life(config, workdir, devices=1)
     assert life.end() == 0, life.said()
+
+
+def first_loss(workdir: Path) -> float:
+    return read_metrics(workdir)[0]["loss"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data):
     """A model, and adapters trained on it."""
     root = tmp_path_factory.mktemp("adapters")
-    common = {"steps": 6, "checkpoint": {"every": 6}}
-    run(micro(data, **common, parameters={"trainable": [[".*", True]]}), root / "base")
-    config = micro(
-        data,
-        **common,
-        model={"llama": {"lora": LORA}},
-        parameters={"trainable": ADAPTERS, "init_from": str(root / "base"), "frozen_dtype": "float32"},
-        optimizer={"learning_rate": 0.3, "warmup_ratio": 0.0},
-    )
-    run(config, root / "adapted")
+    run(data, root / "base")
+    run(data, root / "adapted", LORA, root / "base")
     return root
 
 
 def test_the_first_loss_is_the_base_models(trained, data, tmp_path):
-    config = micro(data, steps=1, parameters={"init_from": str(trained / "base"), "trainable": [[".*", True]]})
-    run(config, tmp_path / "whole")
-    adapted, whole, base = (
-        read_metrics(path)[0]["loss"] for path in (trained / "adapted", tmp_path / "whole", trained / "base")
-    )
+    run(data, tmp_path / "whole", begin=trained / "base")
+    adapted, whole, base = map(first_loss, (trained / "adapted", tmp_path / "whole", trained / "base"))
     assert adapted == pytest.approx(whole, rel=1e-6)
     assert whole != pytest.approx(base, rel=1e-4)  # which began at random
 
@@ -108,16 +115,8 @@ def test_the_merged_model_says_the_same(trained):
 
 def test_a_run_without_adapters_begins_with_the_merged_model(trained, data, tmp_path):
     """And one with the same adapters goes on with them: both have the loss of one step more."""
-    losses = []
-    for lora, trainable in ((None, [[".*", True]]), (LORA, ADAPTERS)):
-        config = micro(
-            data,
-            steps=1,
-            model={"llama": {"lora": lora}},
-            parameters={"init_from": str(trained / "adapted"), "trainable": trainable, "frozen_dtype": "float32"},
-        )
-        run(config, tmp_path / str(lora is None))
-        losses.append(read_metrics(tmp_path / str(lora is None))[0]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    begun = runs.load(tmp_path / "True").model.config.llama.lora
-    assert begun is None
+    run(data, tmp_path / "plain", None, trained / "adapted")
+    run(data, tmp_path / "same", LORA, trained / "adapted")
+    assert first_loss(tmp_path / "plain") == pytest.approx(first_loss(tmp_path / "same"), rel=1e-5)
+    assert first_loss(tmp_path / "same") != pytest.approx(first_loss(trained / "adapted"), rel=1e-4)
+    assert runs.load(tmp_path / "plain").model.config.llama.lora is None
