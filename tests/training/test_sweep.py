@@ -17,7 +17,7 @@ from dreamllm_jax.training import saved
 from dreamllm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 20
+STEPS = 8
 CONFIG = """
 from ml_collections import ConfigDict
 from dreamllm_jax import recipes
@@ -28,7 +28,7 @@ SWEEP = [
 ]
 
 def get_config(arg=""):
-    config = ConfigDict(micro({data!r}, steps={steps}, log_every=2, checkpoint={{"every": 5}}))
+    config = ConfigDict(micro({data!r}, steps={steps}, log_every=2, checkpoint={{"every": {steps}}}))
     config.data.corpora = {{"interleaved": {{"mode": "comprehension"}}}}  # without a UNet it compiles sooner
     config.rows.dream_slots = 0
     config.model.num_queries = recipes.parse(arg, queries=2).queries
@@ -60,16 +60,17 @@ def test_six_runs_across_a_kill(config, tmp_path):
     to = tmp_path / "runs"
     first = sweep(config, f"--to={to}", wait=False)
     limit = time.monotonic() + 600
-    second = to / "queries=1,learning_rate=0.03" / "metrics.jsonl"
-    while not (second.exists() and second.read_text()):
+    second = to / "queries=1,learning_rate=0.03" / "config.json"
+    while not second.exists():
         assert time.monotonic() < limit and first.poll() is None
         time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)  # the run that it has started lives on
+    first.send_signal(signal.SIGKILL)  # the run that it has started lives on: it is waited for
     first.wait()
 
     said, status = sweep(config, f"--to={to}")
     assert status == 0, said
     assert "1 of 6: queries=1,learning_rate=0.01: finished" in said
+    assert "== queries=1,learning_rate=0.03: waiting for the process that still trains it" in said
     directories = sorted(path for path in to.iterdir() if path.is_dir())
     assert len(directories) == 6
     for directory in directories:
