@@ -96,7 +96,7 @@ def comprehend(arguments: argparse.Namespace) -> None:
     model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
     asking = {
         "beams": arguments.beams or task.beams,
-        "max_tokens": arguments.max_tokens,
+        "max_tokens": arguments.max_tokens or comprehension.most_tokens(model),
         "template": "" if arguments.template == NONE else arguments.template,
     }
     with use(mesh, devices):
@@ -197,7 +197,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--annotations", required=True, help="the benchmark's file; of VQA, questions,annotations")
     add.add_argument("--images", default=".", help="folder of the benchmark's images")
     add.add_argument("--beams", type=positive, help="if not given, as the original: 5, of pope 1")
-    add.add_argument("--max_tokens", type=positive, default=comprehension.MAX_TOKENS)
+    add.add_argument("--max_tokens", type=positive, help="if not given, 1024 or half of what the model reads")
     add.add_argument("--template", default=comprehension.TEMPLATE, choices=[NONE, *TEMPLATES])
 
     add = commands.add_parser("creation", help="pictures for captions, their FID and CLIP score")

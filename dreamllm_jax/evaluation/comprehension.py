@@ -165,6 +165,11 @@ def require_packages(name: str) -> None:
             raise ImportError(f"{name} needs {package}: pip install 'dreamllm_jax[evaluation]'")
 
 
+def most_tokens(model: DreamLLM) -> int:
+    """How long answers may become: as the original's, but never more than half of what the model reads."""
+    return min(MAX_TOKENS, model.config.llama.max_position_embeddings // 2)
+
+
 def prompt(task: Task, question: Question, template: str = TEMPLATE) -> list[Segment]:
     """What the model is given; with a template the opening is the beginning of its own turn."""
     said = [Text(task.before), Image(question.read_image()), Text(question.text + task.after)]
