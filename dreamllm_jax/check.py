@@ -67,7 +67,8 @@ def _require_data(experiment: Experiment) -> None:
     there = read_summary(data.path)["corpora"]
     if missing := [name for name in data.corpora if name not in there]:
         raise ConfigError(
-            f"config.data.corpora.{missing[0]} is not in {data.path}: there are {', '.join(sorted(there))}"
+            f"config.data.corpora.{missing[0]} is not in {data.path}: there are {', '.join(sorted(there))}; import it "
+            f"with --name={missing[0]}, or leave it out of config.data.corpora"
         )
 
 

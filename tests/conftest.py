@@ -9,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = platform
 if platform == "cpu":
     # Compiling is most of what tests do; less optimised code compiles several times faster and computes the same.
     options = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+    options.append("--xla_cpu_parallel_codegen_split_count=1")  # there is a test on every core already
     # One collective at a time: eight devices that wait in several at once can run out of threads.
     options.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # gone since: an unknown flag ends the process

@@ -120,7 +120,10 @@ BROKEN = [
         "config.data: give epochs to all corpora or to none",
     ),
     ({"data.path": "no/such/folder"}, "no/such/folder"),
-    ({"data.path": "{data}"}, "config.data.corpora.conversations is not in {data}: there are interleaved, pairs"),
+    (
+        {"data.path": "{data}"},
+        "config.data.corpora.conversations is not in {data}: there are interleaved, pairs; import it",
+    ),
     ({"parameters.init_from": "no/such/model"}, "no/such/model has no model.json"),
 ]
 
