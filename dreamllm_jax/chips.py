@@ -28,7 +28,6 @@ class Chip:
       device_kinds: what `jax.Device.device_kind` calls it.
       peak_flops: bfloat16 FLOP/s of its matrix units.
       hbm_bytes: memory that a program may use.
-      hbm_bandwidth: bytes/s.
       ici_bandwidth: bytes/s that it sends over all its links to other chips of the slice.
       dcn_bandwidth: bytes/s that it sends to other slices.
       clock: Hz.
@@ -40,7 +39,6 @@ class Chip:
     device_kinds: tuple[str, ...]
     peak_flops: float
     hbm_bytes: int
-    hbm_bandwidth: float
     ici_bandwidth: float
     dcn_bandwidth: float
     clock: float
@@ -55,10 +53,10 @@ def _gib(size: float) -> int:
 CHIPS = {
     chip.kind: chip
     for chip in (
-        Chip("v4", ("TPU v4",), 275e12, _gib(30.75), 1228e9, 300e9, 6.25e9, 1.05e9, 2, 3),
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, _gib(15.75), 819e9, 200e9, 3.125e9, 1.5e9, 1, 2),
-        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, _gib(95.74), 2765e9, 600e9, 6.25e9, 1.75e9, 2, 3),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, _gib(31.25), 1640e9, 400e9, 12.5e9, 1.75e9, 1, 2),
+        Chip("v4", ("TPU v4",), 275e12, _gib(30.75), 300e9, 6.25e9, 1.05e9, 2, 3),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, _gib(15.75), 200e9, 3.125e9, 1.5e9, 1, 2),
+        Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, _gib(95.74), 600e9, 6.25e9, 1.75e9, 2, 3),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, _gib(31.25), 400e9, 12.5e9, 1.75e9, 1, 2),
     )
 }
 _ALIASES = {"v5litepod": "v5e"}

@@ -116,8 +116,8 @@ def test_data_crosses_slices():
         make_mesh(ShardingConfig(), devices)
 
 
-def compiled(peak=2**30, effort="normal", topology="v5p-16x2", collectives=(), **changes):
-    program = Program({"": 1e12}, 459e12 / 4, 1.75e9 / 2, 0.0, tuple(collectives), ())
+def compiled(peak=2**30, effort="normal", topology="v5p-16x2", collectives=(), loops=(), **changes):
+    program = Program({"": 1e12}, 459e12 / 4, 1.75e9 / 2, 0.0, tuple(collectives), loops)
     memory = Memory(find_topology(topology).chip.hbm_bytes, peak, 2**28, 2**29)
     return CompiledStep(
         experiment(**changes),
@@ -154,6 +154,7 @@ def test_figures_as_json_and_as_text():
     assert figures["rows_per_chip"] == 4 / 16 and figures["fits"]
     text = describe(compiled())
     assert "v5p-16x2: 16 chips of v5p (2 slices of 2x2x2), mesh data 2 x fsdp 8" in text and "chip-hours" in text
+    assert "unknown length" not in text and "1 loops of unknown length" in describe(compiled(loops=("while.1",)))
 
     rough = as_json(compiled(effort="low"))["estimated"]
     assert {"step_seconds", "mfu", "tokens_per_second", "images_per_second"} <= rough.keys()
