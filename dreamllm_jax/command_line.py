@@ -9,33 +9,43 @@ from typing import Any
 from absl import app, flags
 from absl import logging as absl_logging
 from absl.flags import argparse_flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax import recipes
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised, not only what it says.")
+
+_OVERRIDE = "--config."
 
 # What the package raises for wrong settings, files and environments, with a message for the user.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
-def define_config() -> flags.FlagHolder:
-    """The flag `--config=FILE.py[:argument]`, and one for each setting: `--config.rows.per_step=8`.
-
-    Settings that the file leaves out can be given too; misspelt ones are refused when the configuration is read.
-    """
-    return config_flags.DEFINE_config_file(
-        "config", None, "The experiment, a file with get_config().", lock_config=False, accept_new_attributes=True
+def define_config() -> None:
+    """Defines `--config=FILE.py[:ARGUMENT]`, of which `run` makes a configuration."""
+    flags.DEFINE_string(
+        "config",
+        None,
+        "The experiment: FILE.py[:ARGUMENT] with get_config(). --config.rows.per_step=8 changes a setting.",
     )
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses the flags and runs `main`; an error of the user ends it with status 1 and one line that says which."""
+def run(main: Callable[[ConfigDict | None], None]) -> None:
+    """Parses the flags and runs `main` with the configuration that they describe, if they do.
+
+    `--config.rows.per_step=8` gives a setting, also one that the file leaves out; misspelt ones are refused when the
+    configuration is read. An error of the user ends the program with status 1 and one line that says which.
+    """
 
     def checked(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            sys.exit(f"error: unexpected arguments {' '.join(argv[1:])}; every setting is a --flag")
-        main(argv)
+        overrides = [word for word in argv if word.startswith(_OVERRIDE)]
+        if unexpected := [word for word in argv[1:] if word not in overrides]:
+            sys.exit(f"error: unexpected arguments {' '.join(unexpected)}; every setting is a --flag")
+        if flags.FLAGS.config is None:
+            main(None)
+            return
+        file, _, argument = flags.FLAGS.config.partition(":")
+        main(recipes.override(recipes.load(file, argument), overrides))
 
     app.run(_guarded(checked), flags_parser=_parse)
 
@@ -77,16 +87,14 @@ def _guarded(main: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-    """Flags, with errors in a configuration file's name or in an overridden setting told as plainly as other flags'."""
+    """Parses the flags; the words that are left are the program's name and settings of the configuration."""
+    overrides = [word for word in argv if word.startswith(_OVERRIDE)]
     try:
-        return flags.FLAGS(list(argv))
+        return flags.FLAGS([word for word in argv if word not in overrides]) + overrides
     except SystemExit as ended:  # absl ends with status 1 after --help too
         sys.exit(0 if any(word.startswith(("--help", "-help", "-?")) for word in argv) else ended.code)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = str(error.args[0] if error.args else error)
-        if "Traceback" in text and "--traceback" not in argv:  # of the configuration's file, whose last line says why
-            text = text.rstrip().splitlines()[-1].removeprefix(f"{ConfigError.__module__}.{ConfigError.__name__}: ")
-        sys.exit(f"error: {' '.join(text.split())} (--help lists the flags)")
+    except flags.Error as error:
+        sys.exit(f"error: {' '.join(str(error).split())} (--help lists the flags)")
 
 
 def _show_progress() -> None:

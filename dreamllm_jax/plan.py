@@ -22,6 +22,7 @@ for _name, _value in _QUIET.items():
     os.environ.setdefault(_name, _value)
 
 from absl import flags  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
 
 from dreamllm_jax import command_line, runs  # noqa: E402
 from dreamllm_jax.chips import Topology, find_topology  # noqa: E402
@@ -31,7 +32,7 @@ from dreamllm_jax.planning.estimate import as_json, describe, remedy  # noqa: E4
 from dreamllm_jax.planning.search import fit  # noqa: E402
 from dreamllm_jax.planning.step import compile_step  # noqa: E402
 
-_CONFIG = command_line.define_config()
+command_line.define_config()
 flags.adopt_module_key_flags(command_line)  # --help tells of --config too
 _TOPOLOGY = flags.DEFINE_string("topology", "", "The slice: v5p-128, v5e-16, two slices v5p-128x2, or v5p:4x4x4.")
 _FIT = flags.DEFINE_bool("fit", False, "Find the largest rows.per_step and the cheapest model.remat that fit.")
@@ -40,11 +41,11 @@ _ROWS = flags.DEFINE_integer("rows_per_chip", 0, "Instead of the configuration's
 _JSON = flags.DEFINE_string("json", "", "A file that receives the figures.")
 
 
-def main(_) -> None:
-    if _CONFIG.value is None or not _TOPOLOGY.value:
+def main(config: ConfigDict | None) -> None:
+    if config is None or not _TOPOLOGY.value:
         sys.exit("error: give --config=FILE.py and --topology=SLICE, such as v5p-16")
     topology = find_topology(_TOPOLOGY.value)
-    experiment = _experiment(_CONFIG.value.to_dict(), topology)
+    experiment = _experiment(config.to_dict(), topology)
     step = fit(experiment, topology) if _FIT.value else compile_step(experiment, topology, _EFFORT.value)
     print(describe(step))
     if _JSON.value:

@@ -70,9 +70,14 @@ def load(path: str | os.PathLike, argument: str = "") -> ConfigDict:
     """What a configuration file's `get_config` gives.
 
     Raises:
-      ConfigError: there is no such file, or it refuses the argument.
+      ConfigError: there is no such file, or it refuses the argument, or fails.
     """
-    return module(path).get_config(argument)
+    try:
+        return module(path).get_config(*[argument] if argument else [])
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever is wrong with a program of the user's
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def module(path: str | os.PathLike) -> ModuleType:
@@ -126,20 +131,38 @@ def begin(
     return given, config
 
 
-def override(config: ConfigDict, flags: Sequence[str]) -> dict[str, Any]:
-    """The settings with those of flags such as `--config.optimizer.learning_rate=1e-3` in their places."""
-    settings = config.to_dict()
+def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
+    """Changes settings as flags such as `--config.optimizer.learning_rate=1e-3` say, and gives the configuration.
+
+    Groups that the configuration leaves out are made. A value is a Python literal, true, false, or a word.
+
+    Raises:
+      ConfigError: a flag without a value, or for a setting within what is no group.
+    """
     for flag in flags:
-        path, _, text = flag.removeprefix("--config.").partition("=")
+        path, equals, text = flag.removeprefix("--config.").partition("=")
         *groups, name = path.split(".")
-        at = settings
+        if not equals or not name:
+            raise ConfigError(f"{flag} is not --config.SETTING=VALUE")
+        at = config
         for group in groups:
-            at = at.setdefault(group, {})
-        try:
-            at[name] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            at[name] = text
-    return settings
+            if at.get(group) is None:
+                at[group] = ConfigDict()
+            at = at[group]
+            if not isinstance(at, ConfigDict):
+                raise ConfigError(f"{flag}: {group} is {at!r}, not a group of settings")
+        with at.unlocked(), at.ignore_type():  # the types are checked with everything else
+            at[name] = _literal(text, at.get(name))
+    return config
+
+
+def _literal(text: str, before: Any) -> Any:
+    if isinstance(before, str) and text != "None":
+        return text
+    try:
+        return {"true": True, "false": False}[text] if text in ("true", "false") else ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:

@@ -10,12 +10,13 @@ import sys
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from dreamllm_jax import check, command_line, compilation, distributed, runs
 from dreamllm_jax.exits import PREEMPTED, Preempted
 from dreamllm_jax.training.loop import train
 
-_CONFIG = command_line.define_config()
+command_line.define_config()
 flags.adopt_module_key_flags(command_line)  # --help tells of --config too
 _CHECK = flags.DEFINE_bool("check", False, "Check the configuration, say what it comes to, and train nothing.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; not needed on Cloud TPU or one host.")
@@ -25,15 +26,15 @@ _TIMEOUT = flags.DEFINE_integer("timeout", distributed.TIMEOUT, "Seconds that ho
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run (local or gs://): the same again continues it.")
 
 
-def main(_) -> None:
-    if _CONFIG.value is None or not (_WORKDIR.value or _CHECK.value):
+def main(config: ConfigDict | None) -> None:
+    if config is None or not (_WORKDIR.value or _CHECK.value):
         sys.exit("error: give --config=FILE.py and --workdir=DIR")
     if _CHECK.value:
         jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator, which may be in use
-        print(check.describe(_CONFIG.value.to_dict()))
+        print(check.describe(config.to_dict()))
         return
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value)
-    run = runs.start(_CONFIG.value.to_dict(), _WORKDIR.value)
+    run = runs.start(config.to_dict(), _WORKDIR.value)
     compilation.keep_programs(run.workdir)
     try:
         train(run.experiment, run.tokenizer, run.workdir)

@@ -76,7 +76,7 @@ def expand(config: str, to: str, overrides: Sequence[str]) -> list[Run]:
         chosen = ",".join([*([argument] if argument else []), *words])
         try:
             settings = module.get_config(chosen)
-            experiment = read_experiment(recipes.override(settings, [*overrides, *flags]))
+            experiment = read_experiment(recipes.override(settings, [*overrides, *flags]).to_dict())
         except ValueError as error:
             raise ConfigError(f"{file}, variant {name}: {error}") from None
         if name in runs:

@@ -27,6 +27,12 @@ pytestmark = pytest.mark.slow
             ["train", "--config=configs/tiny.py", "--workdir={tmp}/run", "--config.timeout=-1"],
             "timeout must not be negative, got -1",
         ),
+        (  # of a group that the file leaves out
+            ["train", "--config=configs/tiny.py", "--workdir={tmp}/run", "--config.validation.evry=100"],
+            "config.validation.evry is not a setting; did you mean config.validation.every?",
+        ),
+        (["train", "--config=configs/tiny.py", "--workdirr={tmp}/run"], "flag 'workdirr'. Did you mean: workdir"),
+        (["train", "--config=configs/tony.py", "--workdir={tmp}/run"], "there is no configs/tony.py; beside it are"),
         (["evaluate", "recall", "--workdir={tmp}"], "has no config.json: it is not the --workdir of a training run"),
         (
             ["generate", "text", "--checkpoint={tmp}", "--to={tmp}/out", "hello", "--fsdp=50", "--tensor=2"],

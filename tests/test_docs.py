@@ -92,7 +92,7 @@ def trained() -> list[list[str]]:
 def test_commands_that_train_and_plan(arguments, mine):
     file, _, argument = arguments[0].removeprefix("--config=").partition(":")
     flags = [word for word in arguments if word.startswith("--config.")]
-    settings = recipes.override(recipes.load(file, argument), flags)
+    settings = recipes.override(recipes.load(file, argument), flags).to_dict()
     assert read_experiment(settings).steps > 0
     others = {word.split("=")[0] for word in arguments[1:] if word not in flags}
     assert others <= {"--workdir", "--check", "--topology", "--fit", "--effort", "--json"}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from dreamllm_jax import recipes
 from dreamllm_jax.check import check, describe
@@ -149,3 +150,36 @@ def test_what_a_check_says():
     assert count.split() == ["queries", "512", "float32", "trained"]
     assert "learning rate" in told and "step 1,000" in told and "\u2588" in told
     assert all(len(line) < 200 for line in told.splitlines())
+
+
+def test_settings_on_the_command_line():
+    """Also of groups that are not there, of references, and of texts that look like numbers."""
+    config = ConfigDict({"data": {"path": "x"}, "model": {"lora": None}, "steps": 3, "flip": False})
+    config.every = config.get_ref("steps") * 2
+    flags = ["steps=5", "data.path=12", "validation.samples.documents=2", "model.lora.rank=4", "flip=true"]
+    flags += ["pairs=(('a', 1.0),)", "model.dtype=float32", "model.dtype=None"]
+    assert recipes.override(config, [f"--config.{flag}" for flag in flags]).to_dict() == {
+        "data": {"path": "12"},
+        "model": {"lora": {"rank": 4}, "dtype": None},
+        "steps": 5,
+        "every": 10,
+        "flip": True,
+        "validation": {"samples": {"documents": 2}},
+        "pairs": (("a", 1.0),),
+    }
+    for flag, message in (
+        ("--config.steps", "is not --config.SETTING=VALUE"),
+        ("--config.steps.x=1", "steps is 5, not"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recipes.override(config, [flag])
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [("def get_config(:", "SyntaxError"), ("def get_config():\n  return nothing", "NameError: name 'nothing'")],
+)
+def test_a_program_that_fails_is_named(program, message, tmp_path):
+    (tmp_path / "mine.py").write_text(program)
+    with pytest.raises(ConfigError, match=rf"mine\.py: {message}"):
+        recipes.load(tmp_path / "mine.py")
