@@ -139,19 +139,19 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
     Raises:
       ConfigError: a flag without a value, or for a setting within what is no group.
     """
-    for flag in flags:
-        path, equals, text = flag.removeprefix("--config.").partition("=")
-        *groups, name = path.split(".")
-        if not equals or not name:
-            raise ConfigError(f"{flag} is not --config.SETTING=VALUE")
-        at = config
-        for group in groups:
-            if at.get(group) is None:
-                at[group] = ConfigDict()
-            at = at[group]
-            if not isinstance(at, ConfigDict):
-                raise ConfigError(f"{flag}: {group} is {at!r}, not a group of settings")
-        with at.unlocked(), at.ignore_type():  # the types are checked with everything else
+    with config.unlocked(), config.ignore_type():  # types are checked with everything else
+        for flag in flags:
+            path, equals, text = flag.removeprefix("--config.").partition("=")
+            *groups, name = path.split(".")
+            if not equals or not name:
+                raise ConfigError(f"{flag} is not --config.SETTING=VALUE")
+            at = config
+            for group in groups:
+                if at.get(group) is None:
+                    at[group] = ConfigDict()
+                at = at[group]
+                if not isinstance(at, ConfigDict):
+                    raise ConfigError(f"{flag}: {group} is {at!r}, not a group of settings")
             at[name] = _literal(text, at.get(name))
     return config
 

@@ -156,10 +156,13 @@ def test_settings_on_the_command_line():
     """Also of groups that are not there, of references, and of texts that look like numbers."""
     config = ConfigDict({"data": {"path": "x"}, "model": {"lora": None}, "steps": 3, "flip": False})
     config.every = config.get_ref("steps") * 2
-    flags = ["steps=5", "data.path=12", "validation.samples.documents=2", "model.lora.rank=4", "flip=true"]
-    flags += ["pairs=(('a', 1.0),)", "model.dtype=float32", "model.dtype=None"]
-    assert recipes.override(config, [f"--config.{flag}" for flag in flags]).to_dict() == {
-        "data": {"path": "12"},
+    config.lock()
+    given = (
+        "steps=5 data.path=12 data.window=2.5 data.window=x validation.samples.documents=2 model.lora.rank=4 flip=true"
+    )
+    given += " pairs=(('a',1.0),) model.dtype=float32 model.dtype=None"
+    assert recipes.override(config, [f"--config.{flag}" for flag in given.split()]).to_dict() == {
+        "data": {"path": "12", "window": "x"},
         "model": {"lora": {"rank": 4}, "dtype": None},
         "steps": 5,
         "every": 10,
