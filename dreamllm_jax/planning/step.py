@@ -23,7 +23,7 @@ from dreamllm_jax.training.step import train_step_of
 # "low" compiles several times faster: FLOPs and collectives are the same, memory reads up to a fifth too low, and the
 # estimated cycles mean nothing.
 Effort = Literal["low", "normal"]
-_OPTIONS = {"low": {"exec_time_optimization_effort": -1.0}, "normal": None}
+_OPTIONS = {"low": {"optimization_level": 9}, "normal": None}  # XLA's EFFORT_O0
 
 
 @dataclasses.dataclass(frozen=True)
