@@ -15,6 +15,17 @@ TPU_OPTIONS: dict[str, bool | int | str] = {
     "xla_tpu_overlap_compute_collective_tc": True,  # on the core that multiplies
 }
 
+# The compiler that comes with jax 0.11 takes this one for v5e alone, and refuses the program elsewhere.
+_V5E_ONLY = "xla_tpu_enable_async_collective_fusion_fuse_all_gather"
+
+
+def compiler_options(device: jax.Device) -> dict[str, bool | int | str] | None:
+    """What the compiler is told for a device and its like; None but for TPUs."""
+    if device.platform != "tpu":
+        return None
+    refused = jax.__version_info__ >= (0, 11) and device.device_kind not in ("TPU v5 lite", "TPU v5e")
+    return {name: value for name, value in TPU_OPTIONS.items() if not (refused and name == _V5E_ONLY)}
+
 
 def keep_programs(workdir: epath.PathLike) -> None:
     """Keeps compiled programs with the run, so that a preempted one starts again without compiling.

@@ -1,4 +1,6 @@
-"""Compiled programs are kept with the run, unless the user chose a place."""
+"""Compiled programs are kept with the run, unless the user chose a place; what the compiler is told."""
+
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -20,3 +22,13 @@ def test_programs_are_kept_with_the_run_or_where_the_user_says(tmp_path, cache_s
     jax.config.update("jax_compilation_cache_dir", None)
     compilation.keep_programs(tmp_path)
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / compilation.CACHE)
+
+
+def test_options_are_those_that_the_compiler_takes(monkeypatch):
+    def told(platform: str, kind: str) -> int:
+        options = compilation.compiler_options(SimpleNamespace(platform=platform, device_kind=kind))
+        return len(options or ())
+
+    for version, v5p in (((0, 10, 2), 5), ((0, 11, 2), 4)):
+        monkeypatch.setattr(jax, "__version_info__", version)
+        assert (told("tpu", "TPU v5"), told("tpu", "TPU v5 lite"), told("cpu", "cpu")) == (v5p, 5, 0)

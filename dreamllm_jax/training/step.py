@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from dreamllm_jax.batch import Batch
-from dreamllm_jax.compilation import TPU_OPTIONS
+from dreamllm_jax.compilation import compiler_options
 from dreamllm_jax.experiment import Experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.objectives import Draws, ObjectiveConfig, Totals, draw, joint_loss
@@ -105,7 +105,7 @@ def make_train_step(
 def jit_train_step(train_step: Callable, state: TrainState) -> Callable:
     """Jits a train step: the old state's memory is reused, and the new state lies where the old one did."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    options = TPU_OPTIONS if state.step.sharding.mesh.devices.flat[0].platform == "tpu" else None
+    options = compiler_options(state.step.sharding.mesh.devices.flat[0])
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
