@@ -40,7 +40,7 @@ def run(main: Callable[[ConfigDict | None], None]) -> None:
     def checked(argv: Sequence[str]) -> None:
         overrides = [word for word in argv if word.startswith(_OVERRIDE)]
         if unexpected := [word for word in argv[1:] if word not in overrides]:
-            sys.exit(f"error: unexpected arguments {' '.join(unexpected)}; every setting is a --flag")
+            sys.exit(f"error: unexpected arguments {' '.join(unexpected)}; flags are --NAME=VALUE")
         if flags.FLAGS.config is None:
             main(None)
             return

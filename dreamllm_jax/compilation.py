@@ -3,6 +3,8 @@
 import jax
 from etils import epath
 
+from dreamllm_jax.chips import chip_of
+
 CACHE = "compiled"
 
 # Options of the TPU compiler, each with its reason. Without these five nothing else happens while a layer's weights are
@@ -23,7 +25,8 @@ def compiler_options(device: jax.Device) -> dict[str, bool | int | str] | None:
     """What the compiler is told for a device and its like; None but for TPUs."""
     if device.platform != "tpu":
         return None
-    refused = jax.__version_info__ >= (0, 11) and device.device_kind not in ("TPU v5 lite", "TPU v5e")
+    chip = chip_of(device)
+    refused = jax.__version_info__ >= (0, 11) and not (chip and chip.kind == "v5e")
     return {name: value for name, value in TPU_OPTIONS.items() if not (refused and name == _V5E_ONLY)}
 
 

@@ -6,11 +6,12 @@ the parent's `llm` is 13b. Its `SWEEP` lists the values to compare, for `launch/
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from dreamllm_jax.configuration import ConfigError, read
+
+_TRUTH = {"true": True, "false": False}
 
 
 def parse(argument: str, choices: Mapping[str, Iterable[str]] | None = None, /, **defaults: Any) -> Any:
@@ -59,7 +62,7 @@ def _words(argument: str, first: str) -> dict[str, str]:
 def _converted(kind: Any, text: str) -> Any:
     """The text as its type wants it, or as it is, which the check of types then refuses."""
     if kind is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
+        return _TRUTH.get(text.lower(), text)
     try:
         return kind(text) if kind in (int, float) else text
     except ValueError:
@@ -72,19 +75,16 @@ def load(path: str | os.PathLike, argument: str = "") -> ConfigDict:
     Raises:
       ConfigError: there is no such file, or it refuses the argument, or fails.
     """
-    try:
-        return module(path).get_config(*[argument] if argument else [])
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever is wrong with a program of the user's
-        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
+    loaded = module(path)
+    with _naming(path):
+        return loaded.get_config(*[argument] if argument else [])
 
 
 def module(path: str | os.PathLike) -> ModuleType:
     """A configuration file as a module.
 
     Raises:
-      ConfigError: there is no such file, or it has no get_config.
+      ConfigError: there is no such file, or it fails, or has no get_config.
     """
     path = Path(path)
     if not path.is_file():
@@ -92,10 +92,22 @@ def module(path: str | os.PathLike) -> ModuleType:
         raise ConfigError(f"there is no {path}" + (f"; beside it are {', '.join(there)}" if there else ""))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    with _naming(path):
+        spec.loader.exec_module(loaded)
     if not hasattr(loaded, "get_config"):
         raise ConfigError(f"{path} has no get_config(arg)")
     return loaded
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever is wrong with a program of the user's is told as a mistake in that file."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def begin(
@@ -159,8 +171,10 @@ def override(config: ConfigDict, flags: Sequence[str]) -> ConfigDict:
 def _literal(text: str, before: Any) -> Any:
     if isinstance(before, str) and text != "None":
         return text
+    if text in _TRUTH:
+        return _TRUTH[text]
     try:
-        return {"true": True, "false": False}[text] if text in ("true", "false") else ast.literal_eval(text)
+        return ast.literal_eval(text)
     except (SyntaxError, ValueError):
         return text
 

@@ -63,20 +63,20 @@ def expand(config: str, to: str, overrides: Sequence[str]) -> list[Run]:
       ConfigError: no sweep, two variants alike, or one that cannot be trained; the message names it.
     """
     file, _, argument = config.partition(":")
-    module = recipes.module(file)
-    if not getattr(module, "SWEEP", None):
+    variants = getattr(recipes.module(file), "SWEEP", None)
+    if not variants:
         raise ConfigError(
             f"{file} declares no SWEEP: a list of variants such as [{{'queries': 16}}, {{'queries': 64}}]"
         )
     runs: dict[str, Run] = {}
-    for variant in module.SWEEP:
+    for variant in variants:
         name = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in variant.items()).replace("/", "-")
         words = [f"{key}={value}" for key, value in variant.items() if not key.startswith("config.")]
         flags = [f"--{key}={value}" for key, value in variant.items() if key.startswith("config.")]
         chosen = ",".join([*([argument] if argument else []), *words])
         try:
-            settings = module.get_config(chosen)
-            experiment = read_experiment(recipes.override(settings, [*overrides, *flags]).to_dict())
+            settings = recipes.override(recipes.load(file, chosen), [*overrides, *flags])
+            experiment = read_experiment(settings.to_dict())
         except ValueError as error:
             raise ConfigError(f"{file}, variant {name}: {error}") from None
         if name in runs:

@@ -24,11 +24,13 @@ def test_programs_are_kept_with_the_run_or_where_the_user_says(tmp_path, cache_s
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / compilation.CACHE)
 
 
-def test_options_are_those_that_the_compiler_takes(monkeypatch):
-    def told(platform: str, kind: str) -> int:
-        options = compilation.compiler_options(SimpleNamespace(platform=platform, device_kind=kind))
-        return len(options or ())
+@pytest.mark.parametrize(("version", "on_v5p"), [((0, 10, 2), True), ((0, 11, 2), False)])
+def test_options_are_those_that_the_compiler_takes(version, on_v5p, monkeypatch):
+    def told(platform: str, kind: str) -> dict | None:
+        return compilation.compiler_options(SimpleNamespace(platform=platform, device_kind=kind))
 
-    for version, v5p in (((0, 10, 2), 5), ((0, 11, 2), 4)):
-        monkeypatch.setattr(jax, "__version_info__", version)
-        assert (told("tpu", "TPU v5"), told("tpu", "TPU v5 lite"), told("cpu", "cpu")) == (v5p, 5, 0)
+    monkeypatch.setattr(jax, "__version_info__", version)
+    option = "xla_tpu_enable_async_collective_fusion_fuse_all_gather"
+    v5p, v5e = told("tpu", "TPU v5"), told("tpu", "TPU v5 lite")
+    assert (option in v5p, v5e, told("cpu", "cpu")) == (on_v5p, compilation.TPU_OPTIONS, None)
+    assert v5p | {option: True} == v5e

@@ -68,6 +68,12 @@ def test_the_page_about_data_knows_all_formats():
     assert listed[: len(data_commands.FORMATS)] == list(data_commands.FORMATS)
 
 
+def test_the_page_about_data_imports_what_it_then_trains_on():
+    (block, *_) = re.findall(r"^```bash\n(.*?)^```", (ROOT / "docs" / "data.md").read_text(), re.M | re.S)
+    (recipe,) = re.findall(r"--config=(\S+?):", block)
+    assert set(re.findall(r"--name=(\w+)", block)) == set(recipes.load(ROOT / recipe).data.corpora)
+
+
 def test_the_page_about_ablations_knows_all_of_them():
     page = (ROOT / "docs" / "ablations.md").read_text()
     assert all(f"`{file.stem}`" in page for file in (ROOT / "configs" / "ablations").glob("*.py"))

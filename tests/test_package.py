@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "configuration": set(),
     "directories": set(),
     "chunks": set(),
-    "compilation": set(),
+    "compilation": {"chips"},
     "gguf_reader": set(),
     "published": {"configuration", "recipes"},
     "recipes": {"configuration"},

@@ -154,7 +154,7 @@ def test_figures_as_json_and_as_text():
     assert figures["rows_per_chip"] == 4 / 16 and figures["fits"]
     text = describe(compiled())
     assert "v5p-16x2: 16 chips of v5p (2 slices of 2x2x2), mesh data 2 x fsdp 8" in text and "chip-hours" in text
-    assert "unknown length" not in text and "1 loops of unknown length" in describe(compiled(loops=("while.1",)))
+    assert "unknown length" not in text and "unknown length, counted once: 1" in describe(compiled(loops=("while.1",)))
 
     rough = as_json(compiled(effort="low"))["estimated"]
     assert {"step_seconds", "mfu", "tokens_per_second", "images_per_second"} <= rough.keys()

@@ -33,23 +33,27 @@ def plan(tmp_path, arguments, config="stage2_igpt.py:7b", timeout=900):
 
 
 @pytest.mark.slow
-def test_stage_two_of_7b(tmp_path):
-    """Weights travel twice and gradients once, in bfloat16; logits and attention scores are never whole.
-
-    And the U-Net multiplies less than MaxDiffusion's: 13.8 TFLOP for 8 images.
-    """
-    figures = plan(tmp_path, ["--topology=v5p-16"], timeout=1800)
-    assert_fits(figures)
+def test_eight_chips_of_v5p(tmp_path):
+    """Weights travel twice and gradients once, in bfloat16; logits and attention scores are never whole."""
+    figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=8", *WITHOUT_IMAGES])
     parameters = sum(one["count"] for one in figures["parameters"] if one["part"] == "llama")
     sent = sum(one["bytes"] for one in figures["collectives"])
-    assert 3 * 2 * parameters * 7 / 8 == pytest.approx(sent, rel=0.25) and sent < 46.5e9
+    assert 3 * 2 * parameters * 7 / 8 == pytest.approx(sent, rel=0.25) and sent < 45e9
     assert {one["axis"] for one in figures["collectives"] if one["bytes"] > 2**20} == {"fsdp"}
-    assert figures["rows_per_chip"] == 8 and figures["hbm"]["peak"] < 22 * 2**30
-    assert figures["compiled_flops"] < 8 * 900e12
+    assert figures["compiled_flops"] == pytest.approx(figures["flops"]["total"] - figures["kernel_flops"], rel=0.03)
+    assert figures["compiled_flops"] < 8 * 825e12
+    assert figures["hbm"]["peak"] < 22 * 2**30
     # float32 weights and moments lie on one chip each; a second whole copy of anything large would show.
-    trained = sum(one["count"] for one in figures["parameters"] if one["trained"])
-    frozen = sum(one["count"] for one in figures["parameters"] if not one["trained"])
-    assert figures["hbm"]["weights"] + figures["hbm"]["optimizer"] < 1.05 * (12 * trained + 2 * frozen) / 8
+    assert figures["hbm"]["weights"] + figures["hbm"]["optimizer"] < 1.05 * 12 * parameters / 8 + 2**29
+
+
+@pytest.mark.slow
+def test_stage_two_with_all_towers(tmp_path):
+    """Images add little to what is sent; the U-Net multiplies less than MaxDiffusion's 13.8 TFLOP for 8 images."""
+    figures = plan(tmp_path, ["--topology=v5p-16"], timeout=1800)
+    assert_fits(figures)
+    assert figures["rows_per_chip"] == 8 and figures["hbm"]["peak"] < 22 * 2**30
+    assert sum(one["bytes"] for one in figures["collectives"]) < 46.5e9
     assert figures["flops"]["unet"] / (64 * 4 / 8) < 13.8e12
 
 

@@ -149,7 +149,7 @@ def _flops_lines(step: CompiledStep) -> list[str]:
         compiled = step.topology.chips * step.program.mxu_flops
         lines.append(f"  {'compiled program':20} {_figure(compiled / 1e12)}   counted there, outside of kernels")
         if step.program.unknown_loops:
-            lines.append(f"  {len(step.program.unknown_loops)} loops of unknown length are counted once")
+            lines.append(f"  loops of unknown length, counted once: {len(step.program.unknown_loops)}")
     return lines
 
 

@@ -79,6 +79,7 @@ def assert_equal_runs(got, want):
         ShardingConfig(fsdp=8),
         ShardingConfig(fsdp=1, sequence=8),
         ShardingConfig(fsdp=1, tensor=8),
+        ShardingConfig(fsdp=2, tensor=4),
         ShardingConfig(data=2, fsdp=2, tensor=2),
         ShardingConfig(fsdp=2, sequence=2, tensor=2),
     ],

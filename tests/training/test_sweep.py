@@ -36,16 +36,17 @@ def get_config(arg=""):
 """
 
 
-def sweep(*arguments, wait=True):
+def start(*arguments, stdout: int = subprocess.PIPE) -> subprocess.Popen:
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     environment = os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "launch" / "sweep.py"), *arguments]
-    if not wait:
-        return subprocess.Popen(command, cwd=ROOT, env=environment)
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
-    )
-    return done.stdout, done.returncode
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True)
+
+
+def sweep(*arguments) -> tuple[str, int]:
+    process = start(*arguments)
+    said, _ = process.communicate(timeout=900)
+    return said, process.returncode
 
 
 @pytest.fixture
@@ -58,19 +59,26 @@ def config(data, tmp_path):
 @pytest.mark.slow
 def test_six_runs_across_a_kill(config, tmp_path):
     to = tmp_path / "runs"
-    first = sweep(config, f"--to={to}", wait=False)
+    first = start(config, f"--to={to}", stdout=subprocess.DEVNULL)
     limit = time.monotonic() + 600
     second = to / "queries=1,learning_rate=0.03" / "config.json"
     while not second.exists():
         assert time.monotonic() < limit and first.poll() is None
         time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)  # the run that it has started lives on: it is waited for
+    (trains,) = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+    os.kill(int(trains), signal.SIGSTOP)
+    first.kill()  # the run that it has started lives on
     first.wait()
 
-    said, status = sweep(config, f"--to={to}")
-    assert status == 0, said
-    assert "1 of 6: queries=1,learning_rate=0.01: finished" in said
-    assert "== queries=1,learning_rate=0.03: waiting for the process that still trains it" in said
+    again = start(config, f"--to={to}")
+    heard = []
+    while not heard or "waiting" not in heard[-1]:
+        heard.append(next(again.stdout))
+    os.kill(int(trains), signal.SIGCONT)
+    said, _ = again.communicate(timeout=900)
+    assert again.returncode == 0, said
+    assert "== 1 of 6: queries=1,learning_rate=0.01: finished\n" in heard
+    assert heard[-1] == "== queries=1,learning_rate=0.03: waiting for the process that still trains it\n"
     directories = sorted(path for path in to.iterdir() if path.is_dir())
     assert len(directories) == 6
     for directory in directories:
