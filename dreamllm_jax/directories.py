@@ -33,6 +33,14 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     unfinished.replace(path)
 
 
+def remove_unfinished(directory: str | os.PathLike) -> None:
+    """Removes what killed processes left of files that `write_whole` was writing there; nobody may be writing now."""
+    if not is_remote(directory):
+        for path in Path(directory).glob(".*"):
+            if path.suffix[1:].isdigit():
+                path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def building(directory: str | os.PathLike) -> Iterator[Path]:
     """A temporary directory beside `directory` that takes its name only if the block ends well.

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Installs the project, then checks and tests it. Arguments go to pytest: bash launch/test.sh -m "not slow"
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev,quickstart
-
+chromium=
 if ! command -v chromedriver > /dev/null && command -v apt-get > /dev/null && [[ $EUID -eq 0 ]]; then
-  echo "== installing chromium, in which the chat page is tested"
+  echo "== installing chromium, in which the chat page is tested, while pip installs the rest"
   export DEBIAN_FRONTEND=noninteractive
-  { apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; } > /dev/null 2>&1 ||
-    echo "there is none: that test is skipped"
+  { apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; } > /dev/null 2>&1 &
+  chromium=$!
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev,quickstart
+if [[ -n $chromium ]]; then
+  wait "$chromium" || echo "there is no chromium: that test is skipped"
 fi
 
 echo "== ruff"

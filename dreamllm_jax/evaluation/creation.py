@@ -22,7 +22,7 @@ from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.directories import write_whole
+from dreamllm_jax.directories import remove_unfinished, write_whole
 from dreamllm_jax.distributed import difference, gather
 from dreamllm_jax.evaluation import fid, scores
 from dreamllm_jax.evaluation.features import Features, Similarity, of_files
@@ -131,6 +131,9 @@ def paint(
     ]
     for number in range(painting.each):
         (directory / str(number)).mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            remove_unfinished(directory / str(number))
+    gather(0)  # nobody writes before that
     there = [{path.name for path in (directory / str(number)).iterdir()} for number in range(painting.each)]
     for number, some in tqdm(batches[jax.process_index() :: jax.process_count()], disable=jax.process_index() > 0):
         missing = [image for image in some if f"{image}.png" not in there[number]]

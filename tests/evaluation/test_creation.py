@@ -115,6 +115,7 @@ def test_killed_twice_it_ends_with_the_same_pictures(command, tmp_path):
     first = painting.kill_at(words, folder, 50)
     second = painting.kill_at(words, folder, 120)
     assert 50 <= first < second < CAPTIONS
+    (folder / f".{second:06}.png.5760").write_bytes(b"as a kill inside of a write leaves it")
     assert painting.finish(words) == 0
     assert painting.finish([*command, f"--pictures={tmp_path / 'whole'}"]) == 0
     pictures = {path.name: path.read_bytes() for path in folder.glob("*")}
