@@ -15,9 +15,10 @@ if platform == "cpu":
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # gone since: an unknown flag ends the process
         options.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *options])
-# Compiled programs are kept between runs; delete the folder to be rid of them.
+# Compiled programs are kept for other processes and later runs, small ones too, of which a training run has a hundred;
+# delete the folder to be rid of them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 from absl import flags  # noqa: E402
 
