@@ -210,6 +210,31 @@ def test_a_program_for_tpu():
     assert read.hbm_bytes == 5 * (4 * array + 3 * 4)  # kernel and copy read one and write one each; and the counter
 
 
+SPARSE_CORE_TEXT = """HloModule jit_step, is_scheduled=true
+
+%gather (p: bf16[16,128]) -> bf16[64,128] {
+  %p = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, \
+replica_groups=mesh['data'=2,'tensor'=4] {'tensor'}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[16,128]) -> bf16[64,128] {
+  %x = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %begun = ((), (), s32[]{:S(2)}) call-start(), async_execution_thread="sparsecore", to_apply=%gather
+  %given = ((bf16[16,128]{1,0:T(8,128)(2,1)}), bf16[64,128]{1,0:T(8,128)(2,1)}) call-update(%begun, %x)
+  ROOT %result = bf16[64,128]{1,0:T(8,128)(2,1)} call-done(%given)
+}
+"""
+
+
+def test_a_gather_on_sparse_cores():
+    read = read_program(SPARSE_CORE_TEXT, MESH)
+    (gather,) = read.collectives
+    assert (gather.kind, gather.axis, gather.count) == ("all-gather", "tensor", 1)
+    array = 64 * 128 * 2
+    assert gather.bytes == array * 3 / 4 and read.hbm_bytes == array * (1 + 1 / 4)
+
+
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.parse("HloModule nothing\n")

@@ -151,6 +151,10 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
+# "call-start" is another core's work, such as a gather on a SparseCore.
+_CALLS = ("fusion", "call", "call-start", "async-start")
+
+
 @dataclasses.dataclass(frozen=True)
 class Executed:
     """A computation, how often it is executed in a step, and whether it is part of a fusion."""
@@ -179,7 +183,7 @@ def executions(module: Module) -> tuple[list[Executed], list[str]]:
             elif instruction.opcode == "conditional":
                 for branch in _branches(instruction):
                     visit(branch, count, False)
-            elif instruction.opcode in ("fusion", "call", "async-start") and (called := instruction.called()):
+            elif instruction.opcode in _CALLS and (called := instruction.called()):
                 visit(called, count, fused or instruction.opcode == "fusion")
 
     visit(module.entry, 1.0, False)

@@ -286,8 +286,8 @@ def between_slices(attributes: str) -> tuple[str, float]:
 # Memory traffic.
 
 _MOVES_NOTHING = re.compile(
-    "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|(partition|replica)-id|after-all|iota|"
-    "opt(imization)?-barrier|domain|rng-get-and-update-state|infeed|outfeed|send|recv|async.*|.*-done"
+    "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call(-start|-update)?|(partition|replica)-id|"
+    "after-all|iota|opt(imization)?-barrier|domain|rng-get-and-update-state|infeed|outfeed|send|recv|async.*|.*-done"
 )
 
 
