@@ -12,7 +12,7 @@ from dreamllm_jax.data.storage import write_summary
 from dreamllm_jax.experiment import read_experiment
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 10  # of work, however busy the machine is
+SECONDS = 10
 
 LORA = {"rank": 4, "alpha": 8.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
@@ -150,11 +150,11 @@ def data(tmp_path) -> str:
 )
 def test_broken_configurations(changes, message, data):
     settings = changed(recipes.load(ROOT / "configs" / "tiny.py").to_dict(), changes, data)
-    began = time.process_time()
+    began = time.monotonic()
     with pytest.raises((ValueError, OSError)) as refused:
         check(settings)
     assert message.format(data=data) in str(refused.value) and "\n" not in str(refused.value)
-    assert time.process_time() - began < SECONDS
+    assert time.monotonic() - began < SECONDS
 
 
 def test_a_missing_setting_is_named():

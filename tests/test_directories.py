@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dreamllm_jax.directories import write_whole
+from dreamllm_jax.directories import remove_unfinished, write_whole
 
 CONTENTS = ["a" * 20_000_000, "b" * 20_000_000]
 WRITER = """
@@ -29,6 +29,9 @@ def test_a_killed_writer_leaves_the_old_or_the_new(tmp_path):
         assert path.read_text() in CONTENTS
     write_whole(path, b"bytes too")
     assert path.read_bytes() == b"bytes too"
+    (tmp_path / ".mine.txt").touch()
+    remove_unfinished(tmp_path)
+    assert {one.name for one in tmp_path.iterdir()} == {"file", ".mine.txt"}
 
 
 def test_a_writer_that_fails_leaves_the_old(tmp_path):

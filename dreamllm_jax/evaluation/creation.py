@@ -106,6 +106,9 @@ def begin(directory: epath.Path, captions: Mapping[str, str], settings: Mapping[
         elif jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    if jax.process_index() == 0:
+        for pictures in directory.glob("[0-9]*"):
+            remove_unfinished(pictures)
     gather(0)  # nobody writes before everybody has looked
 
 
@@ -131,9 +134,6 @@ def paint(
     ]
     for number in range(painting.each):
         (directory / str(number)).mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            remove_unfinished(directory / str(number))
-    gather(0)  # nobody writes before that
     there = [{path.name for path in (directory / str(number)).iterdir()} for number in range(painting.each)]
     for number, some in tqdm(batches[jax.process_index() :: jax.process_count()], disable=jax.process_index() > 0):
         missing = [image for image in some if f"{image}.png" not in there[number]]

@@ -65,8 +65,8 @@ def compare(
     Our weights are first rounded to the type that torch's are stored in, so that an export in bfloat16 is judged by
     what it computes and not by the digits it was not given. In float32 the relative difference may be `FLOAT32_LIMIT`;
     where a model amplifies rounding more than that, ours may be `ROUNDING_FACTOR` times as far from torch's float64
-    result as torch's own float32 result is. Our float32 products are added up in float64, on a CPU. In
-    bfloat16, weights and computation, it is so with torch's float32 and bfloat16 results, plus `BFLOAT16_LIMIT`.
+    result as torch's own float32 result is. In bfloat16, weights and computation, it is so with torch's float32 and
+    bfloat16 results, plus `BFLOAT16_LIMIT`. On a CPU our float32 products are added up in float64.
 
     Args:
       config: our model.

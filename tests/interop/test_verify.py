@@ -144,7 +144,8 @@ def test_one_weight_that_differs_is_found(directories, path, differing):
 
 
 def test_a_model_that_amplifies_rounding_is_judged_by_torchs_own(directories, monkeypatch):
-    """With a limit that float32 cannot keep, ours, whose products are exact, is nearer to float64 than torch's."""
+    """With a limit that float32 cannot keep, ours, its products exact, is nearer to float64 than torch's; wrong weights
+    are not as near."""
     monkeypatch.setattr("dreamllm_jax.interop.verify.FLOAT32_LIMIT", 1e-9)
     (right,) = compare(CONFIG, PARAMS.__getitem__, directories / "hf", dtypes=["float32"])
     assert right.passed and 1e-9 < right.relative < right.limit / ROUNDING_FACTOR < 1e-5, right
