@@ -5,6 +5,7 @@ A SentencePiece BPE model is converted once (`from_sentencepiece`) and equals Se
 characters, never a special token.
 """
 
+import functools
 import io
 import json
 import os
@@ -37,6 +38,8 @@ class Tokenizer:
       special: the ids of the special tokens.
       new_tokens: ids that were appended to a base vocabulary just now: no model has seen them.
       sentencepiece_model: what it was converted from, if it was.
+      legacy: in a conversation, text behind a special token begins with SentencePiece's space, as any text does; False
+        where the tokenizer's configuration says so, as Llama 2's does.
     """
 
     def __init__(
@@ -45,10 +48,12 @@ class Tokenizer:
         names: Mapping[str, str],
         new_tokens: Sequence[int] = (),
         sentencepiece_model: bytes | None = None,
+        legacy: bool = True,
     ):
         self.fast, self.names = fast, dict(names)
         self.new_tokens = tuple(new_tokens)
         self.sentencepiece_model = sentencepiece_model
+        self.legacy = legacy
         bos, eos = (fast.token_to_id(names[name]) for name in ("bos_token", "eos_token"))
         self.special = SpecialTokens.of(bos, eos, {token: fast.token_to_id(token) for token in ADDED_TOKENS})
         fast.encode_special_tokens = True  # as any other text
@@ -58,9 +63,20 @@ class Tokenizer:
         """Number of ids, the special tokens included."""
         return self.fast.get_vocab_size()
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of the text, taken literally, without bos or eos; nothing for the empty text."""
-        return self.fast.encode(text, add_special_tokens=False).ids
+    def encode_text(self, text: str, prefix: bool = True) -> list[int]:
+        """Ids of the text, taken literally, without bos or eos; nothing for the empty text.
+
+        Args:
+          prefix: begin with the space that SentencePiece puts before a text; other tokenizers have none.
+        """
+        fast = self.fast if prefix else self._without_prefix
+        return fast.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _without_prefix(self) -> FastTokenizer:
+        fast = FastTokenizer.from_str(json.dumps(_drop_prefix(json.loads(self.fast.to_str()))))
+        fast.encode_special_tokens = True
+        return fast
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out."""
@@ -89,6 +105,7 @@ class Tokenizer:
             **names,
             "added_tokens_decoder": added,
             "clean_up_tokenization_spaces": False,
+            "legacy": self.legacy,
         }
         for file, content in (
             ("tokenizer_config.json", config),
@@ -102,7 +119,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Reads a SentencePiece `.model`, a `tokenizer.json`, a Hugging Face directory holding either, or a `.gguf` model.
 
     The special tokens that are missing are appended, those already there keep their ids. A directory may give the ids
-    of the appended tokens in `added_tokens.json` or in its config's `special_tokens2ids_dict`.
+    of the appended tokens in `added_tokens.json` or in its config's `special_tokens2ids_dict`; whether a SentencePiece
+    model is `legacy` stands in the tokenizer_config.json beside it.
 
     Raises:
       FileNotFoundError: nothing to read there.
@@ -117,9 +135,10 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         if not found:
             raise FileNotFoundError(f"neither {SENTENCEPIECE_FILE} nor {FILE} in {path}")
         path = found[0]
-    model = None
+    model, legacy = None, True
     if path.suffix == ".model":
         model = path.read_bytes()
+        legacy = _config(path.parent).get("legacy") is not False
         fast, names = from_sentencepiece(model), dict(_LLAMA_NAMES)
     elif path.suffix == ".json":
         fast = FastTokenizer.from_str(path.read_text())
@@ -128,7 +147,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         fast, names = from_gguf(path)
     else:
         raise ValueError(f"{path}: a tokenizer is a SentencePiece .model, a {FILE}, a .gguf or a directory with one")
-    return _with_special_tokens(fast, names, _recorded_ids(directory) if directory else {}, model)
+    return _with_special_tokens(fast, names, _recorded_ids(directory) if directory else {}, model, legacy)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -274,8 +293,22 @@ def _mark_special(fast: FastTokenizer, tokens: Iterable[str]) -> None:
     fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
 
 
+def _drop_prefix(part: Any) -> Any:
+    """A tokenizer's description, or a part of it, without what puts a space before a text."""
+    if isinstance(part, list):
+        return [_drop_prefix(each) for each in part if not (isinstance(each, dict) and each.get("type") == "Prepend")]
+    if not isinstance(part, dict):
+        return part
+    without = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {name: without.get(name, _drop_prefix(each)) for name, each in part.items()}
+
+
 def _with_special_tokens(
-    fast: FastTokenizer, names: dict[str, str], recorded: dict[str, int], sentencepiece_model: bytes | None = None
+    fast: FastTokenizer,
+    names: dict[str, str],
+    recorded: dict[str, int],
+    sentencepiece_model: bytes | None = None,
+    legacy: bool = True,
 ) -> Tokenizer:
     wanted = sorted(ADDED_TOKENS, key=lambda token: (recorded.get(token, 1 << 30), ADDED_TOKENS.index(token)))
     new = [token for token in wanted if fast.token_to_id(token) is None and token not in recorded]
@@ -288,7 +321,13 @@ def _with_special_tokens(
     names = {**names, "pad_token": "[PAD]"}
     known = {token.content for token in fast.get_added_tokens_decoder().values()}
     _mark_special(fast, [token for token in names.values() if token not in known])
-    return Tokenizer(fast, names, [fast.token_to_id(token) for token in new], sentencepiece_model)
+    return Tokenizer(fast, names, [fast.token_to_id(token) for token in new], sentencepiece_model, legacy)
+
+
+def _config(directory: epath.Path | None) -> dict[str, Any]:
+    """A directory's tokenizer_config.json, if it has one."""
+    file = directory / "tokenizer_config.json" if directory else None
+    return json.loads(file.read_text()) if file and file.exists() else {}
 
 
 def _recorded_ids(directory: epath.Path) -> dict[str, int]:
@@ -304,13 +343,11 @@ def _recorded_ids(directory: epath.Path) -> dict[str, int]:
 
 def _special_names(fast: FastTokenizer, directory: epath.Path | None) -> dict[str, str]:
     """The names of bos and eos: from the directory's tokenizer_config.json, else LLaMA's."""
-    names = dict(_LLAMA_NAMES)
-    if directory is not None and (directory / "tokenizer_config.json").exists():
-        config = json.loads((directory / "tokenizer_config.json").read_text())
-        for name in names:
-            token = config.get(name)
-            if token:
-                names[name] = token["content"] if isinstance(token, dict) else token
+    names, config = dict(_LLAMA_NAMES), _config(directory)
+    for name in names:
+        token = config.get(name)
+        if token:
+            names[name] = token["content"] if isinstance(token, dict) else token
     for name, token in names.items():
         if fast.token_to_id(token) is None:
             raise ValueError(f"the tokenizer has no {name} {token!r}; give its directory with tokenizer_config.json")

@@ -189,6 +189,10 @@ def _write_conversation(
 
     Every stretch of text between images and `</s>` is encoded by itself, as the original's tokenizer does.
     """
+
+    def say(text: str, learn: bool) -> None:
+        row.write_text(text, learn, prefix=row.tokenizer.legacy or not row.behind_special)
+
     row.write([row.special.bos], learn=False)
     system = "".join(s.text for s in segments if isinstance(s, Text) and s.role == "system") or template.system
     turns = [(role, list(turn)) for role, turn in groupby(segments, lambda s: s.role) if role != "system"]
@@ -201,17 +205,21 @@ def _write_conversation(
                 if isinstance(segment, Text):
                     heard += segment.text
                 else:
-                    row.write_text(heard, learn=False)
+                    say(heard, learn=False)
                     row.write_image(segment, see=True)
                     heard = ""
-            row.write_text(heard + template.assistant, learn=False)
+            say(heard + template.assistant, learn=False)
             continue
         ends = complete or index < len(turns) - 1
+        said = ""
         for segment in turn:
             if isinstance(segment, Text):
-                row.write_text(segment.text + (template.end if ends and segment is turn[-1] else ""))
-            else:
-                row.write_image(segment, see=True, dream=True, learn_dream_start=learn_dream_start)
+                said += segment.text
+                say(segment.text + (template.end if ends and segment is turn[-1] else ""), learn=True)
+                continue
+            if not said:  # the space before what is said, which a text begins with anyway
+                row.write_text(said := " ", prefix=False)
+            row.write_image(segment, see=True, dream=True, learn_dream_start=learn_dream_start)
         if ends:
             row.write([row.special.eos], learn=True)
 
@@ -242,9 +250,15 @@ class _Row:
         self.tokens.extend(ids)
         self.weights.extend([float(learn)] * len(ids))
 
-    def write_text(self, text: str, learn: bool = True) -> None:
-        """Writes as much of the text as fits."""
-        ids = self.tokenizer.encode_text(text)
+    @property
+    def behind_special(self) -> bool:
+        """Whether the last token is a special one that is not the row's first."""
+        special = (self.special.bos, self.special.eos, self.special.im_end, self.special.dream_end)
+        return len(self.tokens) > 1 and self.tokens[-1] in special
+
+    def write_text(self, text: str, learn: bool = True, prefix: bool = True) -> None:
+        """Writes as much of the text as fits; `prefix` as in `Tokenizer.encode_text`."""
+        ids = self.tokenizer.encode_text(text, prefix)
         room = self.room
         self.write(ids[:room], learn)
         if len(ids) > room:

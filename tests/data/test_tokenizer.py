@@ -5,6 +5,9 @@ import random
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers, trainers
 
 from dreamllm_jax.data import tokenizer
 from dreamllm_jax.vocabulary import ADDED_TOKENS
@@ -41,6 +44,39 @@ def test_equals_sentencepiece(model, tmp_path):
     for text in texts:
         assert ours.encode_text(text) == reference.encode(text), text
         assert ours.decode(ours.encode_text(text)) == reference.decode(reference.encode(text)), text
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto.normalizer_spec.add_dummy_prefix = False
+    reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    for text in texts:
+        assert ours.encode_text(text, prefix=False) == reference.encode(text), text
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+)
+def test_the_prefix_of_other_tokenizers(splits, tmp_path):
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = splits
+    fast.train_from_iterator(["a red square"] * 9, trainers.BpeTrainer(special_tokens=["<s>", "</s>"]))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer.load_tokenizer(tmp_path)
+    assert "".join(map(fast.id_to_token, ours.encode_text("red", prefix=False))) == "red"
+    assert ours.encode_text("red") == fast.encode("red").ids
+
+
+@pytest.mark.parametrize(("told", "legacy"), [({}, True), ({"legacy": None}, True), ({"legacy": False}, False)])
+def test_legacy_is_what_the_directory_says_and_is_saved(told, legacy, model, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    ours = tokenizer.load_tokenizer(tmp_path)
+    ours.save(tmp_path / "saved")
+    assert ours.legacy == tokenizer.load_tokenizer(tmp_path / "saved").legacy == legacy
 
 
 def test_special_tokens_follow_the_base_vocabulary(model, tmp_path):

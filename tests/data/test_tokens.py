@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM, encode_document
 
 A, B = Image(b"A"), Image(b"B")
@@ -44,11 +45,18 @@ ROWS = {
         *(CHAT, {}, "BOS", OPENING, "SEE", "\nWhat? ASSISTANT:", ("a red square.", True), "EOS!"),
         *("USER: Paint it. ASSISTANT:", ("Here: ", True), "DREAM", "SEE", "EOS!"),
     ),
+    # The original writes "ASSISTANT: <dream>", and learns that space.
+    "conversation, painted at once": (
+        Document("conversation", (Text("Paint it.", "user"), assistant(B), Text("Done.", "assistant"))),
+        *({}, "BOS", f"{OPENING}Paint it. ASSISTANT:", "SPACE!", "DREAM", "SEE", ("Done.", True), "EOS!"),
+    ),
 }
 
 
 def expand(parts, tokenizer, shape):
+    """The parts' tokens; of a tokenizer that is not legacy, text behind an image or `</s>` has no prefix."""
     special = tokenizer.special
+    behind = special.eos, special.im_end, special.dream_end
     tokens, weights, see, dream = [], [], [], []
     for part in parts:
         text, learn = (part.removesuffix("!"), part.endswith("!")) if isinstance(part, str) else part
@@ -60,8 +68,10 @@ def expand(parts, tokenizer, shape):
             ids = [special.dream_start, *[special.im_patch] * shape.num_queries, special.dream_end]
         elif text in ("BOS", "EOS"):
             ids = [special.bos if text == "BOS" else special.eos]
+        elif text == "SPACE":
+            ids = [tokenizer.fast.token_to_id("▁")]
         else:
-            ids = tokenizer.encode_text(text)
+            ids = tokenizer.encode_text(text, prefix=tokenizer.legacy or tokens[-1] not in behind)
         tokens += ids
         learned = 1 if text == "DREAM" else len(ids)
         weights += [float(learn)] * learned + [0.0] * (len(ids) - learned)
@@ -84,6 +94,16 @@ def test_what_a_document_becomes(case, text_tokenizer, long):
     assert encoded.see_slots.tolist() == see and encoded.dream_slots.tolist() == dream
     assert len(encoded.see) == len(see) and len(encoded.dream) == len(dream)
     assert encoded.tokens.dtype == np.int32 and encoded.loss_weights.dtype == np.float32
+
+
+@pytest.mark.parametrize("case", ["conversation", "conversation, painted at once", "instruct"])
+def test_a_conversation_of_a_tokenizer_that_is_not_legacy(case, text_tokenizer, long):
+    newer = Tokenizer(text_tokenizer.fast, text_tokenizer.names, legacy=False)
+    document, _, *parts = ROWS[case]
+    encoded = encode_document(document, newer, long, "creation")
+    tokens, weights, _, _ = expand(parts, newer if case != "instruct" else text_tokenizer, long)
+    assert encoded.tokens.tolist() == tokens and encoded.loss_weights.tolist() == weights
+    assert (tokens == expand(parts, text_tokenizer, long)[0]) == (case == "instruct")
 
 
 def test_images_keep_their_order(text_tokenizer, long):
