@@ -96,7 +96,7 @@ def compare(
             loaded, before = {part: loaders[part] for part in parts if part in loaders}, set(theirs["float32"])
             try:
                 stored = _run_theirs(run_theirs, config, loaded, theirs)
-                gc.collect()  # torch's modules refer to themselves
+                _collect(stored)
                 _run_ours(run_ours, config, params, stored, ours)
                 new = theirs["float32"].keys() - before if "float32" in dtypes else ()
                 if any(_relative(ours["float32"][name], theirs["float32"][name]) > FLOAT32_LIMIT for name in new):
@@ -104,7 +104,7 @@ def compare(
                     side = {name: theirs["float32"][name] for name in before}
                     _run_theirs(run_theirs, config, loaded, {"float64": side})
                     exact |= {name: side[name] for name in new}
-                    gc.collect()
+                    _collect(stored)
             except ValueError as error:
                 raise ValueError(f"{directory}, {tower}: {error}") from error
     differences = []
@@ -259,6 +259,12 @@ def _run_theirs(run: Callable, config: DreamLLMConfig, loaders: Mapping, sides: 
         found = {name: x.permute(0, 2, 3, 1) if x.ndim == 4 else x for name, x in found.items()}
         values |= {name: x.float().numpy() for name, x in found.items()}
     return stored
+
+
+def _collect(stored: Mapping[str, tuple[str, int]]) -> None:
+    """Frees torch's modules, which refer to themselves; small ones are not worth the half second that it takes."""
+    if sum(count for _, count in stored.values()) > 2**24:
+        gc.collect()
 
 
 def _their_image_encoder(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,6 +35,8 @@ CONFIG_FILE = "config.json"  # of a run: its complete configuration
 
 # Small enough that a host which needs a shard does not read the whole array, and that little waits in memory.
 _CHUNK_BYTES, _FILE_BYTES = 64 << 20, 256 << 20
+# Orbax's event loop leaves cycles that would hold what was restored before; to find them takes half a second.
+_COLLECT_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,8 @@ class SavedModel:
                 args = {path: restore_args[path] for path in item}
                 request = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
                 found |= _handler().restore(store, args=request)
-                gc.collect()  # Orbax's event loop leaves cycles that would hold what was restored before
+        if sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in wanted.values()) > _COLLECT_BYTES:
+            gc.collect()
         return {path: found[path] for path in wanted}
 
 
