@@ -138,14 +138,14 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(start[2], opcode[1], shape, rest[opcode.end() : end], rest[end + 1 :], bool(start[1]))
 
 
-_DELIMITERS = re.compile(r'"(?:[^"\\]|\\.)*"|[(){}\[\]]')
+_PARENTHESES = re.compile(r'"(?:[^"\\]|\\.)*"|[()]')
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes; brackets in quotation marks do not count."""
+    """Where the parenthesis that opens at `start` closes; those in quotation marks do not count."""
     depth = 0
-    for match in _DELIMITERS.finditer(text, start):
-        depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(match[0], 0)
+    for match in _PARENTHESES.finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
         if depth == 0:
             return match.start()
     return len(text)
