@@ -29,7 +29,7 @@ fi
 echo "== installing dreamllm_jax[$1] into $VIRTUAL_ENV"
 # pip compiles 25,000 files on one core; compileall on all of them. Some files are no Python, which does not matter.
 python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[$1]"
-python -m compileall -qq --workers 0 "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
+python -W ignore -m compileall -qq --workers 0 "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 python -m pip check
 
 # Torch is an option here: transformers need not remark on its absence.
