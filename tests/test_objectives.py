@@ -82,7 +82,7 @@ def reference(case):
     return [float(loss.detach()) for loss in losses], torch_model.gradients()
 
 
-@pytest.mark.parametrize("kind", ["everything", "velocity"])
+@pytest.mark.parametrize("kind", ["everything", pytest.param("velocity", marks=pytest.mark.slow)])
 def test_joint_loss_and_every_gradient_equal_torch(kind, request):
     if kind == "everything":
         case = request.getfixturevalue("everything")
@@ -121,6 +121,7 @@ def test_what_is_empty_contributes_exactly_nothing(everything):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_packed_rows_equal_the_documents_alone(everything):
     """The same documents, one a row: the same loss and gradients."""
     case = everything
