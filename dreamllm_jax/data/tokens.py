@@ -211,15 +211,16 @@ def _write_conversation(
             say(heard + template.assistant, learn=False)
             continue
         ends = complete or index < len(turns) - 1
-        said = ""
-        for segment in turn:
-            if isinstance(segment, Text):
-                said += segment.text
-                say(segment.text + (template.end if ends and segment is turn[-1] else ""), learn=True)
-                continue
-            if not said:  # the space before what is said, which a text begins with anyway
-                row.write_text(said := " ", prefix=False)
-            row.write_image(segment, see=True, dream=True, learn_dream_start=learn_dream_start)
+        for place, segment in enumerate(turn):
+            said = segment.text if isinstance(segment, Text) else ""
+            if said and ends and place == len(turn) - 1:
+                said += template.end
+            if place == 0:  # a space stands between the template and the answer, be that text or an image
+                row.write_text(f" {said}", prefix=False)
+            else:
+                say(said, learn=True)
+            if not isinstance(segment, Text):
+                row.write_image(segment, see=True, dream=True, learn_dream_start=learn_dream_start)
         if ends:
             row.write([row.special.eos], learn=True)
 

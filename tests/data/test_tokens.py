@@ -2,10 +2,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM, encode_document
+from dreamllm_jax.vocabulary import ADDED_TOKENS
 
 A, B = Image(b"A"), Image(b"B")
 
@@ -104,6 +107,18 @@ def test_a_conversation_of_a_tokenizer_that_is_not_legacy(case, text_tokenizer, 
     tokens, weights, _, _ = expand(parts, newer if case != "instruct" else text_tokenizer, long)
     assert encoded.tokens.tolist() == tokens and encoded.loss_weights.tolist() == weights
     assert (tokens == expand(parts, text_tokenizer, long)[0]) == (case == "instruct")
+
+
+def test_an_answer_begins_with_a_space_whatever_the_tokenizer(long):
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    fast.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+    fast.add_special_tokens(list(ADDED_TOKENS))
+    letters = Tokenizer(fast, {"bos_token": "<s>", "eos_token": "</s>"})
+    encoded = encode_document(Document("conversation", CHAT.segments[1:3]), letters, long)
+    assert fast.decode(encoded.tokens) == f"{VICUNA_SYSTEM} USER: \nWhat? ASSISTANT: a red square."
+    assert fast.decode(encoded.tokens[encoded.loss_weights > 0]) == " a red square."
 
 
 def test_images_keep_their_order(text_tokenizer, long):
