@@ -138,7 +138,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     model, legacy = None, True
     if path.suffix == ".model":
         model = path.read_bytes()
-        legacy = _config(path.parent).get("legacy") is not False
+        legacy = _read_json(path.parent / "tokenizer_config.json").get("legacy") is not False
         fast, names = from_sentencepiece(model), dict(_LLAMA_NAMES)
     elif path.suffix == ".json":
         fast = FastTokenizer.from_str(path.read_text())
@@ -324,26 +324,28 @@ def _with_special_tokens(
     return Tokenizer(fast, names, [fast.token_to_id(token) for token in new], sentencepiece_model, legacy)
 
 
-def _config(directory: epath.Path | None) -> dict[str, Any]:
-    """A directory's tokenizer_config.json, if it has one."""
-    file = directory / "tokenizer_config.json" if directory else None
-    return json.loads(file.read_text()) if file and file.exists() else {}
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    """What stands in a file; nothing if it is not there."""
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from error
 
 
 def _recorded_ids(directory: epath.Path) -> dict[str, int]:
     """Ids of our special tokens that a checkpoint directory wrote down."""
-    recorded: dict[str, int] = {}
-    if (directory / "added_tokens.json").exists():
-        recorded = json.loads((directory / "added_tokens.json").read_text())
-    elif (directory / "config.json").exists():
-        recorded = json.loads((directory / "config.json").read_text()).get("special_tokens2ids_dict", {})
+    recorded = _read_json(directory / "added_tokens.json")
+    if not recorded:
+        recorded = _read_json(directory / "config.json").get("special_tokens2ids_dict", {})
     flat = {k: v for value in (recorded, recorded.get("additional_special_tokens", {})) for k, v in dict(value).items()}
     return {token: flat[token] for token in ADDED_TOKENS if isinstance(flat.get(token), int)}
 
 
 def _special_names(fast: FastTokenizer, directory: epath.Path | None) -> dict[str, str]:
     """The names of bos and eos: from the directory's tokenizer_config.json, else LLaMA's."""
-    names, config = dict(_LLAMA_NAMES), _config(directory)
+    names, config = dict(_LLAMA_NAMES), _read_json(directory / "tokenizer_config.json") if directory else {}
     for name in names:
         token = config.get(name)
         if token:

@@ -44,7 +44,7 @@ class Template:
       system: the system's text where a conversation brings none.
       first: what stands before the user's first words, with `{}` for the system's text, if there is any.
       user: what stands before the user's words otherwise.
-      assistant: what follows them.
+      assistant: what follows them; a space stands between it and the answer, be that text or an image.
       end: what follows the assistant's text, before `</s>`.
       bos_each_turn: whether `<s>` begins every turn of the user, or only the first.
     """
@@ -215,7 +215,7 @@ def _write_conversation(
             said = segment.text if isinstance(segment, Text) else ""
             if said and ends and place == len(turn) - 1:
                 said += template.end
-            if place == 0:  # a space stands between the template and the answer, be that text or an image
+            if place == 0:
                 row.write_text(f" {said}", prefix=False)
             else:
                 say(said, learn=True)
