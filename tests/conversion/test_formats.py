@@ -29,8 +29,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*:FutureWar
 LAYOUTS = {
     "safetensors": {},
     "pickles": {name: {"pickled": True} for name in ("llama", "clip", "diffusion")},
-    "tied, whole clip, 1.5": {
-        "llama": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "tied and scaled, whole clip, 1.5": {
+        "llama": {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+        },
         "clip": {"whole": True},
         "diffusion": {"version": "1.5"},
     },
@@ -90,7 +94,7 @@ def test_out_and_in_again_is_bit_identical(imported, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "imported", [("safetensors", "float32"), ("tied, whole clip, 1.5", "float32")], indirect=True, ids=str
+    "imported", [("safetensors", "float32"), ("tied and scaled, whole clip, 1.5", "float32")], indirect=True, ids=str
 )
 def test_the_libraries_load_what_is_exported_and_compute_the_same(imported, tmp_path, monkeypatch):
     found, check = [], conversion._check

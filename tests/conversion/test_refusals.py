@@ -10,6 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
+
 from dreamllm_jax.conversion import export_model  # noqa: E402
 from dreamllm_jax.models.vae import PixelAutoencoderConfig  # noqa: E402
 from dreamllm_jax.training import saved  # noqa: E402
@@ -43,6 +45,18 @@ def test_a_truncated_file_is_named(broken):
     head = (broken / "stable_diffusion_head.bin").read_bytes()
     (broken / "stable_diffusion_head.bin").write_bytes(head[: len(head) // 2])
     assert_refused("{path}/stable_diffusion_head.bin is truncated or not a PyTorch file: ", broken)
+
+
+def test_a_tied_head_is_left_out_where_it_is_the_embedding(broken):
+    edit(broken / "config.json", tie_word_embeddings=True)
+    message = "{path}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding"
+    assert_refused(message, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    run("import", dreamllm=broken, to=broken.parent / "to")
+    found = saved.find(str(broken.parent / "to"))
+    assert found.config.llama.tie_word_embeddings and not any("lm_head" in path for path in found.leaves())
 
 
 def test_an_index_that_names_a_missing_shard(broken):

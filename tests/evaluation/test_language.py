@@ -15,10 +15,10 @@ with warnings.catch_warnings():
     from dreamllm_jax.evaluation import language
 from lm_eval.api.instance import Instance
 
-from dreamllm_jax.evaluation.scores import Checkpoint
+from dreamllm_jax.evaluate import make_parser
 from dreamllm_jax.models.dreamllm import DreamLLM, abstract_params
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings, use
-from tests.evaluation.models import CONFIG, PARAMS, TOKENIZER, WORDS
+from tests.evaluation.models import CONFIG, PARAMS, TOKENIZER, WORDS, save
 from tests.torch_reference import TorchDreamLLM
 
 MODEL = DreamLLM(CONFIG)
@@ -126,15 +126,17 @@ def local_task(folder) -> str:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval's and datasets' own
-def test_a_local_task_runs_offline(tmp_path, monkeypatch):
+def test_a_local_task_runs_offline_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    name, given = local_task(tmp_path), Checkpoint("somewhere", 3, False)
-    [score] = language.evaluate(subject(8), given, {name: 0}, language.find_tasks([name], str(tmp_path)))
+    words = [f"--tasks={local_task(tmp_path)}", f"--include={tmp_path}", "--shots=0", "--batch=8", f"--to={tmp_path}"]
+    arguments = make_parser().parse_args(["language", f"--checkpoint={save(tmp_path / 'model')}", *words])
+    arguments.main(arguments)
+    score = json.loads((tmp_path / "local_foxes-0.json").read_text())
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     asked = requests("loglikelihood", [(i["question"], f" {choice}") for i in items for choice in i["choices"]])
     totals = np.array([total for total, _ in subject(8).loglikelihood(asked, disable_tqdm=True)]).reshape(9, 3)
     right = totals.argmax(axis=1) == [item["answer"] for item in items]
-    assert (score.count, score.metrics["acc"]) == (9, right.mean())
-    assert score.standard_errors["acc"] == pytest.approx(right.std(ddof=1) / 3)
+    assert (score["task"], score["count"], score["metrics"]["acc"]) == ("local_foxes", 9, right.mean())
+    assert score["standard_errors"]["acc"] == pytest.approx(right.std(ddof=1) / 3)
     with pytest.raises(ValueError, match="has no task nonsense: there are local_foxes"):
         language.find_tasks(["nonsense"], str(tmp_path))

@@ -142,3 +142,5 @@ def test_other_shapes_seeds_and_scales_of_images():
     others = [painted(guidance=5.0), painted(rescale=0.7), painted(negative=hidden[::-1])]
     assert all(np.abs(first - other).max() > 1 for other in others)
     assert painting._paint._cache_size() <= compiled + 1  # a negative prompt has a row each
+    without, hardly = painted(guidance=1.0), painted(guidance=1.000001)  # the null condition is left out, and is not
+    assert np.abs(without - hardly).max() <= 1 and painting._paint._cache_size() <= compiled + 2

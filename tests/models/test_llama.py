@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -10,9 +11,11 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from dreamllm_jax.interop.llama import hf_settings
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.models.llama import KVCache, Llama, LlamaConfig, llama_config_from_hf
 from dreamllm_jax.models.rope import RopeScaling
+from dreamllm_jax.vocabulary import SpecialTokens
 from tests.parity import assert_same, gradients, random_weights, randomised, relative_error, tensors
 from tests.tiny import logits_of
 
@@ -266,6 +269,17 @@ def test_config_is_read_in_old_and_new_style():
     assert llama_config_from_hf(transformers.LlamaConfig().to_dict()) == LlamaConfig()
     first = llama_config_from_hf({name: TINY[name] for name in TINY if name != "num_key_value_heads"})
     assert (first.num_key_value_heads, first.head_dim, first.rope_theta) == (4, 8, 10000.0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_written_is_the_same_model_to_transformers_and_to_us(variant):
+    theirs = transformers.LlamaConfig(**{**TINY, **VARIANTS[variant]})
+    ours = llama_config_from_hf(theirs.to_dict())
+    written = json.loads(json.dumps({"model_type": "llama", **hf_settings(ours, SpecialTokens.last_of(29), "float32")}))
+    assert llama_config_from_hf(written) == ours
+    read = transformers.LlamaConfig(**written)
+    assert torch.equal(LlamaRotaryEmbedding(read).inv_freq, LlamaRotaryEmbedding(theirs).inv_freq)
+    assert read.rope_parameters.items() >= theirs.rope_parameters.items()
 
 
 @pytest.mark.parametrize(
