@@ -1,4 +1,4 @@
-"""A run whose data set and directory lie in a bucket."""
+"""A run whose data set and directory lie in a bucket, and a model that is imported into one."""
 
 import json
 import os
@@ -29,6 +29,16 @@ from dreamllm_jax.training import metrics, saved
 model = saved.find(sys.argv[1])
 parameters = model.read(model.leaves())
 print(model.step, len(parameters), *(int(line["step"]) for line in metrics.read_metrics(sys.argv[1])))
+"""
+CONVERT = """
+import json, sys
+from dreamllm_jax import convert
+for words in sys.argv[1:]:
+    arguments = convert.parser().parse_args(json.loads(words))
+    try:
+        arguments.main(arguments)
+    except FileExistsError as error:
+        print(error)
 """
 
 
@@ -90,4 +100,24 @@ def test_a_run_in_a_bucket_is_continued(data, python, tmp_path):
     assert f"continuing {workdir} from step 7" in told
     step, parameters, *logged = map(int, python("-c", ENDED, workdir).splitlines()[0].split())
     assert (step, logged) == (12, list(range(1, 13))) and parameters > 100
+    assert not list(ROOT.glob("gs:*"))
+
+
+def test_a_model_is_imported_into_a_bucket_and_exported_from_it(python, tmp_path):
+    """Every bit goes in and comes out, and what is there is not written over."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    from tests import public_models
+
+    model = f"gs://{bucket.NAME}/model"
+    towers = [f"--{name}={path}" for name, path in public_models.save_towers(tmp_path).items()]
+    come = ["import", *towers, f"--to={model}", "--num-queries=3"]
+    go = ["export", f"--checkpoint={model}", f"--to={tmp_path / 'out'}", "--format=hf", "--no-check"]
+    told = python("-c", CONVERT, *map(json.dumps, (come, come, go)))
+    assert told.count(f"{model} exists already; choose another name or remove it") == 1
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    for shard in (tmp_path / "llama").glob("*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            assert torch.equal(got[name][: len(tensor)], tensor), name  # after the vocabulary come new rows
     assert not list(ROOT.glob("gs:*"))
