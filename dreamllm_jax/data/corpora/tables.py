@@ -174,7 +174,8 @@ def _list_ends(file: IO[bytes], path: epath.Path) -> Iterator[int]:
     def more() -> bool:
         nonlocal text, offset, place
         read = file.read(1 << 20).decode("latin-1")
-        text, offset, place = text[place:] + read, offset + place, 0
+        if read:
+            text, offset, place = text[place:] + read, offset + place, 0
         return bool(read)
 
     more()
