@@ -166,9 +166,12 @@ def test_mmc4_in_tars(tmp_path):
     encoded = page(image_info=[{"image_base64": base64.b64encode(jpeg("red")).decode(), "matched_text_index": 1}])
     named = page(image_info=[{"image_name": "pic.jpg", "matched_text_index": 1}])
     files = {"p1.json": json.dumps(encoded).encode(), "p2.json": json.dumps(named).encode(), "p2.pic.jpg": jpeg("blue")}
+    damaged = page(image_info=[{"image_base64": "?", "matched_text_index": 1}])
+    files |= {"p3.json": b"{", "p4.json": b"[]", "p5.json": json.dumps(damaged).encode()}
     write_tar(tmp_path / "0.tar", files)
     told = [plain("One. Two.", f"[{colour}]", "Three.") for colour in ("red", "blue")]
-    assert bring("mmc4", tmp_path / "0.tar", tmp_path / "set") == told
+    assert bring("mmc4", tmp_path / "0.tar", tmp_path / "set", "--max_bad=0.5") == [*told, plain("One. Two. Three.")]
+    assert summary(tmp_path / "set")["dropped"] == {"not_json": 1, "fields": 1, "broken": 1}
 
 
 def test_instruct_interleaved(walls):
@@ -178,18 +181,41 @@ def test_instruct_interleaved(walls):
     assert documents == [[("user", "Tell of walls."), *told]]
 
 
-def test_obelics(tmp_path):
-    images, table = tmp_path / "images", tmp_path / "obelics.parquet"
-    images.mkdir()
+def fetched_as_tars(images: Path) -> list[str]:
+    """`img2dataset --output_format=webdataset`."""
     files = {"0.jpg": jpeg("red"), "0.json": json.dumps({"url": "http://x/red.jpg"}).encode()}
     files |= {"1.jpg": jpeg("green"), "1.json": json.dumps({"url": "http://x/g"}).encode()}
     write_tar(images / "00000.tar", files)
+    return []
+
+
+def fetched_as_files(images: Path) -> list[str]:
+    """`img2dataset --output_format=files`; what could not be fetched stands in the table without a file."""
+    (images / "00000").mkdir()
+    (images / "00000" / "000000000.jpg").write_bytes(jpeg("red"))
+    urls, keys = ["http://x/red.jpg", "http://x/gone.jpg"], ["000000000", "000000001"]
+    table = pa.table({"url": urls, "key": keys, "status": ["success", "failed_to_download"]})
+    pq.write_table(table, images / "00000.parquet")
+    return []
+
+
+def mapped(images: Path) -> list[str]:
+    (images / "a.jpg").write_bytes(jpeg("red"))
+    (images.parent / "map.csv").write_text("url,file\nhttp://x/red.jpg,a.jpg\nhttp://x/gone.jpg,b.jpg\n")
+    return [f"--map={images.parent / 'map.csv'}"]
+
+
+@pytest.mark.parametrize("fetched", [fetched_as_tars, fetched_as_files, mapped])
+def test_obelics(fetched, tmp_path):
+    images, table = tmp_path / "images", tmp_path / "obelics.parquet"
+    images.mkdir()
     rows = {
         "images": [[None, "http://x/red.jpg", None, "http://x/gone.jpg"]],
         "texts": [["First.", None, "Then.", None]],
     }
     pq.write_table(pa.table(rows), table)
-    assert bring("obelics", table, tmp_path / "set", f"--images={images}") == [plain("First.", "[red]", "Then.")]
+    flags = [f"--images={images}", *fetched(images)]
+    assert bring("obelics", table, tmp_path / "set", *flags) == [plain("First.", "[red]", "Then.")]
     assert summary(tmp_path / "set")["dropped"] == {"missing": 1}
     with pytest.raises(ValueError, match="fetch them with img2dataset"):
         bring("obelics", table, tmp_path / "other")
@@ -264,14 +290,20 @@ def test_what_cannot_be_used_is_counted_and_never_mispaired(tmp_path):
         files |= {f"{name}.jpg": data, f"{name}.txt": f"a {name} picture".encode()}
     files |= {"mute.jpg": jpeg("green"), "bare.txt": b"no picture", "../out.jpg": jpeg("green"), "code.pkl": b"cos\n"}
     write_tar(tmp_path / "0.tar", files)
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        for name, kind in (("folder.jpg", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/hostname"
+            tar.addfile(info)
     whole = (tmp_path / "0.tar").read_bytes()
     (tmp_path / "1.tar").write_bytes(whole[: len(whole) // 4])
     good, fine = plain("a good picture", "[red]"), plain("a fine picture", "[blue]")
     assert bring("webdataset", tmp_path, tmp_path / "set", "--max_bad=0.9") == [good, fine, good]
     dropped = summary(tmp_path / "set")["dropped"]
-    assert dropped["size"] == dropped["small"] == dropped["no_text"] == dropped["no_image"] == dropped["outside"] == 1
-    assert dropped["pickle"] == dropped["damaged_file"] == 1 and dropped["broken"] >= 1 and dropped["format"] >= 1
-    with pytest.raises(ValueError, match=r"8 of 10 records cannot be used \(.*pickle 1.*more than --max_bad=0.1"):
+    once = ("size", "small", "no_text", "no_image", "outside", "pickle", "link", "damaged_file")
+    assert all(dropped[reason] == 1 for reason in once), dropped
+    assert dropped["broken"] >= 1 and dropped["format"] >= 1
+    with pytest.raises(ValueError, match=r"9 of 11 records cannot be used \(.*pickle 1.*more than --max_bad=0.1"):
         bring("webdataset", tmp_path / "0.tar", tmp_path / "other", "--max_bad=0.1")
 
 
