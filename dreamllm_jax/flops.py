@@ -378,19 +378,19 @@ def _unet(tally: _Tally, config: UNetConfig, images: int, side: int, queries: in
         tally.product(f"{path}/{name}/proj_out/kernel", _dense(tokens, width, width))
 
     tally.product(f"{path}/conv_in/kernel", _convolution(images, side, config.in_channels, widths[0]))
-    width, skips = widths[0], [(widths[0], side)]
+    width, skips = widths[0], [widths[0]]
     for level, kind in enumerate(config.down_block_types):
         for i in range(layers[level]):
             resnet(f"down_blocks_{level}/resnets_{i}", width, widths[level])
             width = widths[level]
             if kind.startswith("CrossAttn"):
                 transformer(f"down_blocks_{level}/attentions_{i}", level)
-            skips.append((width, side))
+            skips.append(width)
         if level < config.levels - 1:
             halved = _convolution(images, side, width, width, stride=2)
             tally.product(f"{path}/down_blocks_{level}/downsamplers_0/conv/kernel", halved)
-            side = (side + 1) // 2
-            skips.append((width, side))
+            side //= 2  # exactly, in training
+            skips.append(width)
 
     resnet("mid_block/resnets_0", width, width)
     transformer("mid_block/attentions_0", config.levels - 1)
@@ -399,17 +399,13 @@ def _unet(tally: _Tally, config: UNetConfig, images: int, side: int, queries: in
     for block, kind in enumerate(config.up_block_types):
         level = config.levels - 1 - block
         for i in range(layers[level] + 1):
-            skip, _ = skips.pop()
-            resnet(f"up_blocks_{block}/resnets_{i}", width + skip, widths[level])
+            resnet(f"up_blocks_{block}/resnets_{i}", width + skips.pop(), widths[level])
             width = widths[level]
             if kind.startswith("CrossAttn"):
                 transformer(f"up_blocks_{block}/attentions_{i}", level)
-        if level:
-            small, side = side, skips[-1][1]
-            if side == 2 * small:  # even and odd rows and columns: four convolutions of 2x2
-                doubled = 4 * _convolution(images, small, width, width, kernel=2, padding=(1, 0))
-            else:
-                doubled = _convolution(images, side, width, width)
+        if level:  # even and odd rows and columns: four convolutions of 2x2
+            doubled = 4 * _convolution(images, side, width, width, kernel=2, padding=(1, 0))
+            side *= 2
             tally.product(f"{path}/up_blocks_{block}/upsamplers_0/conv/kernel", doubled)
     tally.product(f"{path}/conv_out/kernel", _convolution(images, side, width, config.out_channels))
     return tally

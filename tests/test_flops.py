@@ -8,6 +8,7 @@ import pytest
 from dreamllm_jax.experiment import read_experiment
 from dreamllm_jax.flops import PARTS, model_flops, step_flops
 from dreamllm_jax.models.lora import LoraConfig
+from dreamllm_jax.models.projectors import ProjectorConfig
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.planning.step import lower_step
 from tests.tiny import DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
@@ -68,7 +69,7 @@ NO_IMAGES = {"see_slots": 0, "dream_slots": 0}
 CASES = {
     "stage 2": {},
     "stage 2, recomputed": {"remat": "full", "objective": {"drop_prob": 0.5}},
-    "alignment": {"trainable": ALIGNMENT},
+    "alignment": {"trainable": ALIGNMENT, "model": tiny_config(visual_projector=ProjectorConfig(kind="conv"))},
     "everything, recomputed": {"trainable": EVERYTHING, "remat": "full"},
     "adapters": {"model": ADAPTED, "trainable": ((".*lora_.", True), (".*", False)), "remat": "full"},
     "text alone, chunks": {"rows": NO_IMAGES, "objective": {"loss_chunk": 8}, "remat": "attention+up"},

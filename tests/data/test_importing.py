@@ -410,6 +410,16 @@ def test_a_page_without_a_tokenizer_is_refused_before_the_import(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
+def test_tokens_are_counted_and_shown_after_an_import(dataset, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one wall\nand another\n")
+    tokenizer = f"--tokenizer={dataset}/tokenizer"
+    run("import", "text", tmp_path / "a.txt", "--to", tmp_path / "set", "--name=it", "--sample=2", tokenizer)
+    tokens = summary(tmp_path / "set")["tokens"]
+    assert f"it: 2 documents, {tokens} tokens, " in capsys.readouterr().out and tokens >= 4
+    page = (tmp_path / "set" / "it.html").read_text()
+    assert page.count("<section>") == 2 and page.count('class="learned') == tokens + 2  # and an end each
+
+
 def test_the_page_shows_what_is_learned(dataset, tmp_path):
     run("sample", dataset, "--name=interleaved", "--to", tmp_path / "page.html", "--count=3")
     written = (tmp_path / "page.html").read_text()

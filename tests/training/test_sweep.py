@@ -87,6 +87,8 @@ def test_six_runs_across_a_kill(config, tmp_path):
     said, status = sweep(config, f"--to={to}")
     assert (said.count(": finished"), status) == (6, 0), said
 
+    (directories[0] / "evaluation").mkdir()
+    (directories[0] / "evaluation" / "recall.json").write_text(json.dumps({"creation_top1": 0.625, "pairs": 8}))
     page = write_comparison([to], to).read_text()
     assert page.count("<tr><th><span") == 6 and "queries=2,learning_rate=0.1" in page
     with open(to / "comparison.csv", newline="") as file:
@@ -94,6 +96,7 @@ def test_six_runs_across_a_kill(config, tmp_path):
     assert {(line["model.num_queries"], line["optimizer.learning_rate"]) for line in lines} == {
         (queries, rate) for queries in ("1", "2") for rate in ("0.01", "0.03", "0.1")
     }
+    assert sorted(line["creation_top1"] for line in lines) == [*[""] * 5, "0.625"]
     assert "rows.length" not in lines[0] and all(float(line["loss"]) > 0 for line in lines)
 
 
