@@ -1,10 +1,12 @@
 """What is logged of a run: every step once, whatever cut the file short."""
 
 import json
+import sys
 
+import numpy as np
 import pytest
 
-from dreamllm_jax.training.metrics import MetricsLog, read_metrics
+from dreamllm_jax.training.metrics import MetricsLog, Sample, read_metrics
 
 
 def write(workdir, first: int, last: int) -> None:
@@ -30,3 +32,39 @@ def test_lines_are_there_when_they_are_flushed(tmp_path):
         log.write(1, {"seconds_per_step": 0.0})
         log.flush(at_once=False)
         assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+
+
+class Project:
+    """Weights & Biases, as far as it is used."""
+
+    def __init__(self):
+        self.begun, self.told, self.ended = [], [], 0
+        self.Image = lambda pixels, caption: ("image", pixels.shape, caption)
+        self.Html = lambda text: ("html", text)
+
+    def init(self, **settings):
+        self.begun.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.told.append((step, values))
+
+    def finish(self):
+        self.ended += 1
+
+
+def test_weights_and_biases_is_told_everything_and_goes_on_with_the_same_run(tmp_path, monkeypatch):
+    project = Project()
+    monkeypatch.setitem(sys.modules, "wandb", project)
+    painted = Sample("a cat", np.zeros((4, 6, 3), np.uint8))
+    for step in (1, 2):
+        with MetricsLog(tmp_path, step - 1, project="cats") as log:
+            log.write(step, {"loss": 2.0, "seconds_per_step": 0.0})
+            log.write_samples(step, {"0": painted, "1": Sample("a <b>", None)})
+            log.write_validation(step, {"loss": 3.0})
+    first, second = project.begun
+    assert first == second and first["id"] and (first["project"], first["resume"]) == ("cats", "allow")
+    scalars, samples, validation = project.told[3:]
+    assert scalars[0] == 2 and scalars[1]["loss"] == 2.0 and "goodput" in scalars[1]
+    told = {"samples/0": ("image", (4, 6, 3), "a cat"), "samples/1": ("html", "a &lt;b&gt;")}
+    assert (samples, validation) == ((2, told), (2, {"validation/loss": 3.0})) and project.ended == 2
