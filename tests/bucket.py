@@ -1,4 +1,4 @@
-"""A bucket on this machine: an emulator of Google Cloud Storage, with the conditions on generations that it leaves out.
+"""A bucket on this machine: an emulator of Google Cloud Storage, with conditions on generations and moving added.
 
 python -m tests.bucket PORT
 """
@@ -55,9 +55,17 @@ def _with_generations(handler: Callable) -> Callable:
     return handle
 
 
+def move(request, response, storage, *args, **kwargs):
+    request.params["dest_bucket_name"] = request.params["bucket_name"]
+    objects.copy(request, response, storage)
+    storage.delete_file(request.params["bucket_name"], request.params["object_id"])
+
+
 if __name__ == "__main__":
     for handler in ("get", "download", "insert", "delete"):
         setattr(objects, handler, _with_generations(getattr(objects, handler)))
-    from gcp_storage_emulator.server import create_server  # only now: it takes the handlers by value
+    from gcp_storage_emulator import server  # only now: it takes the handlers by value
 
-    create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket=NAME).run()
+    moving = r"^.*/b/(?P<bucket_name>[-.\w]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$"
+    server.HANDLERS = ((moving, {"POST": move}), *server.HANDLERS)
+    server.create_server("127.0.0.1", int(sys.argv[1]), in_memory=True, default_bucket=NAME).run()
