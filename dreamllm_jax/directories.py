@@ -21,6 +21,17 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """Makes a directory, and those above it; in a bucket, which has none without files, by a file `.folder` in it.
+
+    Without, nothing can be renamed to a name in it.
+    """
+    path = epath.Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        (path / ".folder").write_text("")
+
+
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file that has its old or its new content whenever the process is killed, as objects in buckets have."""
     path = epath.Path(path)

@@ -98,7 +98,6 @@ def import_corpus(
     results = _import_parts(source.prepare(work), parts, work, options, workers, beam)
     summary = _summary(results, settings)
     _require_good(summary, max_bad, work)
-    (final / storage.VERSION).mkdir(parents=True, exist_ok=True)
     shards = [
         storage.Shard(work / file, records, size) for result in results for file, records, size in result["shards"]
     ]

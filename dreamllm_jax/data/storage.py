@@ -21,7 +21,7 @@ from dreamllm_jax.data.document import Document, from_record, to_record, with_st
 from dreamllm_jax.data.stored import Stored
 from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.directories import building, is_remote, write_whole
+from dreamllm_jax.directories import building, make_folder, write_whole
 
 VERSION = "1.0.0"
 SUMMARY = "dataset.json"
@@ -140,8 +140,7 @@ def finish_corpus(target: os.PathLike, name: str, shards: Sequence[Shard]) -> No
     template = tfds.core.ShardedFileTemplate(
         data_dir=target, dataset_name=name, split=SPLIT, filetype_suffix="array_record"
     )
-    if is_remote(target):  # nothing can be renamed into a folder of a bucket before there is a file in it
-        (target / "README.md").write_text("Documents of dreamllm_jax, as a data set of TFDS.\n")
+    make_folder(target)
     for index, shard in enumerate(shards):
         named = template.sharded_filepath(shard_index=index, num_shards=len(shards))
         if shard.path.exists():

@@ -18,7 +18,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from dreamllm_jax.data.pipeline import Loader, joined_states
-from dreamllm_jax.directories import absolute, write_whole
+from dreamllm_jax.directories import absolute, make_folder, write_whole
 from dreamllm_jax.distributed import gather
 from dreamllm_jax.training.checksums import checksums
 from dreamllm_jax.training.optimizer import join_average, split_average
@@ -187,7 +187,7 @@ class Checkpoints:
             while target.exists():
                 number += 1
                 target = self._workdir / BROKEN / f"{step}.{number}"
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             (self._manager.directory / str(step)).rename(target)
         gather(step)  # nobody goes on before it is done
         self._manager.reload()

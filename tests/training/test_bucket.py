@@ -30,6 +30,12 @@ model = saved.find(sys.argv[1])
 parameters = model.read(model.leaves())
 print(model.step, len(parameters), *(int(line["step"]) for line in metrics.read_metrics(sys.argv[1])))
 """
+DAMAGE = """
+import sys, fsspec
+bucket = fsspec.filesystem("gcs")
+largest = max(bucket.find(sys.argv[1]), key=bucket.size)
+bucket.pipe(largest, b"0" * bucket.size(largest))
+"""
 CONVERT = """
 import json, sys
 from dreamllm_jax import convert
@@ -85,7 +91,7 @@ def eventually(ask: Callable[[], object], timeout: float = 30.0) -> None:
             time.sleep(0.1)
 
 
-def test_a_run_in_a_bucket_is_continued(data, python, tmp_path):
+def test_a_run_in_a_bucket_is_continued_from_the_newest_checkpoint_that_is_whole(data, python, tmp_path):
     upload(python.port, Path(data), "data")
     settings = json.dumps(micro(f"gs://{bucket.NAME}/data"))
     config = tmp_path / "config.py"
@@ -94,10 +100,16 @@ def test_a_run_in_a_bucket_is_continued(data, python, tmp_path):
         f"def get_config():\n    return ConfigDict(json.loads({settings!r}))\n"
     )
     workdir = f"gs://{bucket.NAME}/run"
-    for steps in (7, 12):
+
+    def train(steps: int) -> str:
         words = f"--config.steps={steps}", "--config.checkpoint.accept_changes=True"
-        told = python("-m", "dreamllm_jax.train", f"--config={config}", f"--workdir={workdir}", *words)
-    assert f"continuing {workdir} from step 7" in told
+        return python("-m", "dreamllm_jax.train", f"--config={config}", f"--workdir={workdir}", *words)
+
+    train(7)
+    assert f"continuing {workdir} from step 7" in train(9)
+    python("-c", DAMAGE, f"{workdir}/checkpoints/9")
+    told = train(12)
+    assert f"{workdir}/broken/9" in told and f"continuing {workdir} from step 7" in told
     step, parameters, *logged = map(int, python("-c", ENDED, workdir).splitlines()[0].split())
     assert (step, logged) == (12, list(range(1, 13))) and parameters > 100
     assert not list(ROOT.glob("gs:*"))
