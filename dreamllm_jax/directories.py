@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,21 @@ def make_folder(path: str | os.PathLike) -> None:
     path.mkdir(parents=True, exist_ok=True)
     if is_remote(path):
         (path / ".folder").write_text("")
+
+
+@contextlib.contextmanager
+def local_folder(directory: str | os.PathLike) -> Iterator[Path]:
+    """The directory itself; of one in a bucket, a temporary one whose files are copied there if the block ends well.
+
+    For what can write local files only.
+    """
+    if not is_remote(directory):
+        yield Path(directory)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        for file in epath.Path(folder).iterdir():
+            file.copy(epath.Path(directory) / file.name, overwrite=True)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:

@@ -141,7 +141,7 @@ def _on_local_devices(
     """A function from pictures to the towers' results, `batch` of them at once on each device of this process."""
     mesh = Mesh(np.array(jax.local_devices()), ("images",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("images"))
-    tower = jax.device_put({name: params[name] for name in ("vae", "clip")}, everywhere)
+    tower = jax.device_put({name: params[name] for name in ("vae", "clip") if name in params}, everywhere)
     apply = jax.jit(lambda tower, x: model.apply({"params": tower}, x, method=name), out_shardings=split)
     step = batch * mesh.size
 

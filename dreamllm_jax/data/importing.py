@@ -7,7 +7,6 @@ DIR/dataset.json            what all corpora hold
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,11 +14,9 @@ import multiprocessing
 import os
 import shlex
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +27,7 @@ from dreamllm_jax.data import images, storage
 from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record, setting
 from dreamllm_jax.data.document import Document, Image, Segment
 from dreamllm_jax.data.tokenizer import load_tokenizer
-from dreamllm_jax.directories import is_remote, write_whole
+from dreamllm_jax.directories import is_remote, local_folder, write_whole
 
 _SETTINGS = "settings.json"
 _COUNTED = ("documents", "images", "tokens", "records", "bad")
@@ -179,7 +176,7 @@ def import_part(source: Format, part: Part, index: int, work: str, options: Opti
     """Writes the documents of one part; the file that says so comes last and at once."""
     counts, dropped = collections.Counter(dict.fromkeys(_COUNTED, 0)), collections.Counter()
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    with _shards_for(epath.Path(work)) as folder:
+    with local_folder(work) as folder:  # array_record writes to local files only
         writer = storage.ShardWriter(lambda shard: folder / f"part-{index:05d}.{shard}")
         for record in _records(source, part):
             document = _document(record, options, dropped)
@@ -195,18 +192,6 @@ def import_part(source: Format, part: Part, index: int, work: str, options: Opti
         writer.close()
     shards = [(shard.path.name, shard.records, shard.size) for shard in writer.shards]
     write_whole(_told(epath.Path(work), index), json.dumps({**counts, "dropped": dropped, "shards": shards}) + "\n")
-
-
-@contextlib.contextmanager
-def _shards_for(work: epath.Path) -> Iterator[Path]:
-    """A local directory whose files are in `work` when it is left: array_record writes to local files only."""
-    if not is_remote(work):
-        yield Path(work)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-        for file in Path(folder).iterdir():
-            epath.Path(file).copy(work / file.name, overwrite=True)
 
 
 def _records(source: Format, part: Part) -> Iterator[Record | Dropped]:

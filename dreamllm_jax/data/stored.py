@@ -18,7 +18,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from dreamllm_jax.directories import write_whole
+from dreamllm_jax.directories import local_folder, write_whole
 
 NAMES = ("moments", "features")
 DTYPES = ("bfloat16", "float32")
@@ -51,12 +51,13 @@ def parts(directory: epath.Path, documents: int) -> dict[epath.Path, range]:
 
 def write_part(path: epath.Path, documents: Iterable[np.ndarray]) -> None:
     """Writes one file, which appears only when it is whole; `documents` are arrays [images, ...]."""
-    unfinished = path.with_name(f".{path.name}")
-    writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
-    for arrays in documents:
-        writer.write(np.ascontiguousarray(arrays).tobytes())
-    writer.close()
-    unfinished.rename(path)
+    with local_folder(path.parent) as folder:  # array_record writes to local files only
+        unfinished = folder / f".{path.name}"
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+        for arrays in documents:
+            writer.write(np.ascontiguousarray(arrays).tobytes())
+        writer.close()
+        unfinished.rename(folder / path.name)
 
 
 def write_description(directory: epath.Path, description: Description) -> None:

@@ -101,9 +101,9 @@ def test_a_run_in_a_bucket_is_continued_from_the_newest_checkpoint_that_is_whole
     )
     workdir = f"gs://{bucket.NAME}/run"
 
-    def train(steps: int) -> str:
-        words = f"--config.steps={steps}", "--config.checkpoint.accept_changes=True"
-        return python("-m", "dreamllm_jax.train", f"--config={config}", f"--workdir={workdir}", *words)
+    def train(steps: int, *more: str) -> str:
+        words = f"--workdir={workdir}", f"--config.steps={steps}", "--config.checkpoint.accept_changes=True"
+        return python("-m", "dreamllm_jax.train", f"--config={config}", *words, *more)
 
     train(7)
     assert f"continuing {workdir} from step 7" in train(9)
@@ -112,6 +112,12 @@ def test_a_run_in_a_bucket_is_continued_from_the_newest_checkpoint_that_is_whole
     assert f"{workdir}/broken/9" in told and f"continuing {workdir} from step 7" in told
     step, parameters, *logged = map(int, python("-c", ENDED, workdir).splitlines()[0].split())
     assert (step, logged) == (12, list(range(1, 13))) and parameters > 100
+
+    words = f"--checkpoint={workdir}", "--size=8", "--dtype=float32"
+    computed = python("-m", "dreamllm_jax.data", "precompute", f"gs://{bucket.NAME}/data", *words)
+    assert "pairs moments: 8 documents computed" in computed  # of an autoencoder without weights
+    stored = "--config.data.stored=('moments',)", "--config.data.stored_dtype=float32"
+    train(1, f"--workdir={workdir}-stored", *stored)
     assert not list(ROOT.glob("gs:*"))
 
 
