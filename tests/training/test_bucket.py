@@ -144,8 +144,9 @@ def test_a_model_is_imported_into_a_bucket_and_exported_from_it(python, tmp_path
 def test_beam_imports_a_corpus_into_a_bucket(python, tmp_path):
     pytest.importorskip("apache_beam")
     (tmp_path / "texts.txt").write_text("".join(f"Text number {i}.\n" for i in range(50)))
+    upload(python.port, tmp_path, "source")
     target = f"gs://{bucket.NAME}/texts"
-    words = ["import", "text", tmp_path / "texts.txt", f"--to={target}", "--name=it"]
+    words = ["import", "text", f"gs://{bucket.NAME}/source", f"--to={target}", "--name=it"]
     told = python("-m", "dreamllm_jax.data", *words, "--beam=--runner=DirectRunner --direct_num_workers=1")
     assert f"{target}/it: 50 documents" in told
     read = "import sys; from dreamllm_jax.data.storage import Corpus; it = Corpus(sys.argv[1], 'it')"
