@@ -220,7 +220,7 @@ def open_tokenizer(directory: str | os.PathLike, other: str = "") -> Tokenizer:
     read_summary(directory)
     own = epath.Path(directory) / TOKENIZER
     if not own.exists():
-        raise FileNotFoundError(f"{directory} has no tokenizer of its own: give --tokenizer, in training config.data.tokenizer")
+        raise FileNotFoundError(f"{directory} has no tokenizer of its own: give --tokenizer (config.data.tokenizer)")
     return load_tokenizer(own)
 
 
