@@ -1,5 +1,6 @@
 """Many hosts, one program: how they find each other, and what they must agree on before anything is compiled."""
 
+import argparse
 import json
 import os
 import sys
@@ -13,6 +14,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 TIMEOUT = 300  # seconds that hosts wait for each other at the start
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `start` takes."""
+    parser.add_argument("--coordinator", default="", help="host:port of process 0; not needed on Cloud TPU or one host")
+    parser.add_argument("--num_processes", type=int, default=0, help="how many take part, one a host")
+    parser.add_argument("--process_id", type=int, default=-1, help="which of them this is, from 0")
+    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds that hosts wait for each other")
 
 
 def start(coordinator: str = "", num_processes: int = 0, process_id: int = -1, timeout: int = TIMEOUT) -> None:

@@ -235,10 +235,7 @@ def _add_model(add: argparse.ArgumentParser) -> None:
     add.add_argument("--batch", type=positive, default=8, help="rows at a time on each host")
     add.add_argument("--limit", type=positive, help="only the first so many items")
     add.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
-    add.add_argument("--coordinator", default="", help="host:port of process 0; not needed on Cloud TPU or one host")
-    add.add_argument("--num_processes", type=int, default=0, help="how many take part, one a host")
-    add.add_argument("--process_id", type=int, default=-1, help="which of them this is, from 0")
-    add.add_argument("--timeout", type=int, default=distributed.TIMEOUT, help="seconds that hosts wait for each other")
+    distributed.add_flags(add)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import dataclasses
 import time
 from typing import Any
 
+import jax
 from absl.flags import argparse_flags
 from etils import epath
 
-from dreamllm_jax import command_line
+from dreamllm_jax import command_line, distributed
 from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import sheet, storage, stored
 from dreamllm_jax.data.corpora.conversations import Llava
@@ -100,6 +101,7 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--size", type=int, default=512, help="pixels on a side of the painted images: rows.dream_size")
     add.add_argument("--dtype", choices=stored.DTYPES, default="bfloat16", help="type to store: data.stored_dtype")
     add.add_argument("--batch", type=int, default=32, help="images at once on each device")
+    distributed.add_flags(add)
     return top
 
 
@@ -166,6 +168,7 @@ def _precompute(arguments: argparse.Namespace) -> None:
     from dreamllm_jax import runs
     from dreamllm_jax.precompute import precompute
 
+    distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.timeout)
     corpora = arguments.corpora or sorted(storage.read_summary(arguments.directory)["corpora"])
     model, params, _ = runs.load_model(arguments.checkpoint)
     for corpus in corpora:
@@ -181,7 +184,9 @@ def _precompute(arguments: argparse.Namespace) -> None:
                 dtype=arguments.dtype,
                 batch=arguments.batch,
             )
-            print(f"{corpus} {name}: {computed:,} documents computed")
+            everyone = distributed.gather(computed)  # and nobody leaves before the others are done
+            if jax.process_index() == 0:
+                print(f"{corpus} {name}: {sum(everyone):,} documents computed")
 
 
 if __name__ == "__main__":
