@@ -82,6 +82,17 @@ class Topology:
     def chips(self) -> int:
         return self.slices * math.prod(map(int, self.shape.split("x")))
 
+    @property
+    def chips_per_host(self) -> int:
+        """Four, but for slices of v5e and v6e that are one host."""
+        chips = self.chips // self.slices
+        return chips if self.chip.dimensions == 2 and chips <= 8 else 4
+
+    @property
+    def hosts(self) -> int:
+        """Of all slices together."""
+        return self.chips // self.chips_per_host
+
     def devices(self) -> list[jax.Device]:
         """Devices to compile for, without there being any.
 
