@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from dreamllm_jax import distributed, exits, runs
 from dreamllm_jax.compilation import keep_programs
 from dreamllm_jax.data import pipeline
 from dreamllm_jax.training import checkpoints, loop
+from launch.local_pod import free_port
 
 PHASES = ("start", "data", "step", "save", "restore")
 
@@ -176,9 +176,7 @@ def together(
     config: dict, workdir, devices: list[int], fails_at: dict[int, int] | None = None, pause: float = 0.0
 ) -> Iterator[list[Life]]:
     """Processes that train as one, each with so many devices; those still running are killed at the end."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     lives = [
         Life(config, workdir, here, Host(port, len(devices), i), (fails_at or {}).get(i, 0), pause)
         for i, here in enumerate(devices)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import types
@@ -13,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dreamllm_jax.distributed import local_rows, require_same, start
+from launch.local_pod import free_port
 from tests.test_run import settings
 
 ROOT = Path(__file__).parent.parent
@@ -31,12 +31,6 @@ def test_one_process_feeds_all_rows():
     assert local_rows(NamedSharding(mesh, PartitionSpec("data")), 16) == slice(0, 16)
     assert local_rows(NamedSharding(mesh, PartitionSpec()), 16) == slice(0, 16)
     require_same({"a": 1}, "configuration")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 def configuration(folder: Path, **changes) -> Path:

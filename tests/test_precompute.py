@@ -1,10 +1,8 @@
 """What frozen towers made of images beforehand stands for the images: the same loss, and nothing mixed up."""
 
 import dataclasses
-import multiprocessing
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import jax
@@ -27,6 +25,7 @@ from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.objectives import ObjectiveConfig, draw, joint_loss
 from dreamllm_jax.precompute import precompute, require_same_towers, shapes
 from dreamllm_jax.training.saved import write_description, write_params
+from tests import processes
 from tests.tiny import DREAM_SIZE, SEE_SIZE, tiny_config, tiny_params
 
 CORPORA = ("pairs", "interleaved")
@@ -153,13 +152,10 @@ def test_other_shapes_types_and_models_are_refused(case):
             require_same_towers(path, "pairs", name, other)
 
 
-def compute_as_host(words: list[str]) -> None:
-    """`data WORDS` on one simulated device, with three documents in a file."""
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=1"])
+def with_small_files():
+    """The commands of `data`, with three documents in a file."""
     stored.PART = 3
-    arguments = data_commands.parser().parse_args(words)
-    arguments.main(arguments)
+    return data_commands.parser()
 
 
 @pytest.mark.slow
@@ -168,18 +164,8 @@ def test_hosts_share_the_files(case, tmp_path):
     copy = Path(shutil.copytree(path, tmp_path / "set", ignore=shutil.ignore_patterns("stored")))
     write_description(epath.Path(tmp_path / "model"), model.config, tokenizer)
     write_params(epath.Path(tmp_path / "model"), flatten_dict(params, sep="/"))
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
     words = ["precompute", str(copy), f"--checkpoint={tmp_path / 'model'}", "--corpora", "pairs", "--batch=2"]
-    words += [f"--size={DREAM_SIZE}", "--dtype=float32", f"--coordinator=localhost:{port}", "--num_processes=2"]
-    server = multiprocessing.get_context("forkserver")
-    hosts = [server.Process(target=compute_as_host, args=([*words, f"--process_id={i}"],)) for i in range(2)]
-    for host in hosts:
-        host.start()
-    for host in hosts:
-        host.join(300)
-    assert [host.exitcode for host in hosts] == [0, 0]
+    assert processes.finish_together([*words, f"--size={DREAM_SIZE}", "--dtype=float32"], 2, with_small_files) == [0, 0]
     files = {file.name: file for file in stored.folder(copy, "pairs", "moments").glob("part-*")}
     assert len(files) == 4 and stored.read_description(stored.folder(copy, "pairs", "moments")).documents == 10
     got = [record for name in sorted(files) for record in records(files[name])]

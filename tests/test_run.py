@@ -118,13 +118,23 @@ def test_the_model_loads_and_is_asked_for_its_own_pairs(finished, capsys):
     corpus = Corpus(trained.experiment.data.path, "pairs")
     captions = [corpus[i].texts[0].text for i in range(PAIRS)]
     written = json.loads((workdir / "evaluation" / "recall.json").read_text())
-    assert written["pairs"] == PAIRS and 0 <= written["creation_top1"] <= 1
+    items = written["items"]
+    assert written["pairs"] == len(items) == PAIRS and [item["caption"] for item in items] == captions
+    painted, pictures = (
+        np.stack([PIL.Image.open(workdir / "evaluation" / item[name]) for item in items]).astype(np.float32)
+        for name in ("painted", "picture")
+    )
+    assert painted.shape == pictures.shape == (PAIRS, 16, 16, 3)
+    nearest = np.square(painted[:, None] - pictures[None]).mean(axis=(2, 3, 4)).argmin(axis=1)
+    assert [item["nearest"] for item in items] == [captions[index] for index in nearest]
+    assert written["creation_top1"] == np.mean(nearest == np.arange(PAIRS))
+    assert written["comprehension_exact"] == np.mean([item["read"] == item["caption"] for item in items])
     assert capsys.readouterr().out.startswith(f"creation: {written['creation_top1']:.1%} of {PAIRS} captions")
     story = load_document(workdir / "evaluation" / "story")
     assert story[0] == Text(f"{captions[0]}.")
-    painted = sum(isinstance(segment, Image) for segment in story)
+    told = sum(isinstance(segment, Image) for segment in story)
     page = report.write_report(workdir).read_text()
-    assert page.count("<img") == 2 * PAIRS + 1 + painted and all(caption in page for caption in captions)
+    assert page.count("<img") == 2 * PAIRS + 1 + told and all(caption in page for caption in captions)
 
 
 def test_the_command_line_generates(finished, tmp_path, monkeypatch, capsys):

