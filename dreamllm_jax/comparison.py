@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ from matplotlib.colors import to_hex
 
 from dreamllm_jax.configuration import flat
 from dreamllm_jax.directories import absolute
+from dreamllm_jax.evaluation import table
 from dreamllm_jax.pages import CURVES, curves, page
 from dreamllm_jax.training.metrics import read_metrics
 from dreamllm_jax.training.saved import CONFIG_FILE
 
 LAST = 0.1  # share of the steps over which final metrics are averaged
 _MEANS = (*CURVES, "grad_norm", "seconds_per_step")
-_RECALL = ("creation_top1", "comprehension_exact")
 
 Value = str | float | int
 
@@ -31,7 +32,8 @@ class Comparison:
 
     Attributes:
       settings: of each run, those that are not the same in all.
-      results: of each run: steps, the last metrics' means, and what `evaluate` found, if it was run.
+      results: of each run: steps, the last metrics' means, and what `evaluate` found for their newest
+        checkpoint that it was asked of, if it was.
       metrics: of each run, its steps' numbers in order.
     """
 
@@ -56,23 +58,25 @@ def find_runs(directories: Sequence[epath.PathLike]) -> list[epath.Path]:
         if not inside:
             raise FileNotFoundError(f"{directory} is not the directory of a run, nor of runs: no {CONFIG_FILE} in it")
         found += inside
-    return found
+    return list(dict.fromkeys(found))
 
 
 def compare(directories: Sequence[epath.PathLike]) -> Comparison:
-    """Reads runs; errors as of `find_runs`, and of runs that have not trained a step."""
+    """Reads runs; errors as of `find_runs`."""
     runs = find_runs(directories)
     names = _names(runs)
     configs = {name: flat(json.loads((run / CONFIG_FILE).read_text())) for name, run in zip(names, runs, strict=True)}
-    metrics = {name: read_metrics(run) for name, run in zip(names, runs, strict=True)}
+    metrics = {name: _metrics(run) for name, run in zip(names, runs, strict=True)}
     results = {name: _results(run, metrics[name]) for name, run in zip(names, runs, strict=True)}
     return Comparison(_differing(configs), results, metrics)
 
 
 def _names(runs: Sequence[epath.Path]) -> list[str]:
-    """The directories' names, with the one above where that is not enough."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [f"{run.parent.name}/{run.name}" for run in runs]
+    """The directories' names, with as many of those above as tell them apart."""
+    depth = 1
+    while len(set(names := ["/".join(run.parts[-depth:]) for run in runs])) < len(runs):
+        depth += 1
+    return names
 
 
 def _differing(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Value]]:
@@ -85,19 +89,23 @@ def _plain(value: Any) -> Value:
     return value if isinstance(value, int | float | str) else json.dumps(value)
 
 
+def _metrics(run: epath.Path) -> list[dict[str, float]]:
+    """Of a run that has just begun, none."""
+    try:
+        return read_metrics(run)
+    except FileNotFoundError:
+        return []
+
+
 def _results(run: epath.Path, metrics: Sequence[Mapping[str, float]]) -> dict[str, Value]:
-    if not metrics:
-        raise FileNotFoundError(f"{run} has not finished a step yet")
     last = metrics[-max(1, round(LAST * len(metrics))) :]
-    found: dict[str, Value] = {"steps": int(metrics[-1]["step"])}
+    found: dict[str, Value] = {"steps": int(metrics[-1]["step"]) if metrics else 0}
     for name in _MEANS:
-        values = [line[name] for line in last if name in line]
+        values = [line[name] for line in last if math.isfinite(line.get(name, math.nan))]  # not those left out for it
         if values:
             found[name] = float(np.mean(values))
-    recall = run / "evaluation" / "recall.json"
-    if recall.exists():
-        figures = json.loads(recall.read_text())
-        found |= {name: figures[name] for name in _RECALL if name in figures}
+    for score in sorted(table.found(run), key=lambda score: score.checkpoint.step):
+        found |= {f"{score.task} {metric}": value for metric, value in score.metrics.items()}
     return found
 
 

@@ -31,6 +31,7 @@ from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 PAPER, NONE = "paper", "none"
+_BY = ("reference", "inception", "clip")  # what painted pictures are measured by
 
 
 def recall_pairs(arguments: argparse.Namespace) -> None:
@@ -42,10 +43,12 @@ def recall_pairs(arguments: argparse.Namespace) -> None:
     pairs = [corpus[i] for i in range(min(len(corpus), arguments.pairs))]
     sampling = {"steps": arguments.sampling_steps, "guidance": arguments.guidance}
     result = recall.recall(trained, pairs, **sampling)
-    recall.save(result, target)
-    name = arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
+    checkpoint = scores.checkpoint_of(
+        arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
+    )
+    recall.save(result, checkpoint.step, target)
     found, errors = scores.summary(result.right)
-    scores.write(scores.Score("recall", scores.checkpoint_of(name), len(pairs), found, errors, sampling), target)
+    scores.write(scores.Score("recall", checkpoint, len(pairs), found, errors, sampling), target)
     print(f"creation: {found['creation_top1']:.1%} of {len(pairs)} captions are painted nearest to their own picture")
     print(f"comprehension: {found['comprehension_exact']:.1%} of {len(pairs)} pictures read as exactly their caption")
 
@@ -85,7 +88,7 @@ def language(arguments: argparse.Namespace) -> None:
 
 
 def comprehend(arguments: argparse.Namespace) -> None:
-    task = comprehension.TASKS[arguments.task]
+    task, name = comprehension.TASKS[arguments.task], arguments.name or arguments.task
     comprehension.require_packages(arguments.task)
     files = [Path(file) for file in arguments.annotations.split(",")]
     questions = task.read(files, Path(arguments.images))[: arguments.limit]
@@ -102,12 +105,17 @@ def comprehend(arguments: argparse.Namespace) -> None:
     with use(mesh, devices):
         answers = comprehension.answer(model, params, tokenizer, task, questions, batch=arguments.batch, **asking)
     if jax.process_index() == 0:
-        folder = target / f"{arguments.task}-{checkpoint.label}"
+        folder = target / f"{name}-{checkpoint.label}"
         print(comprehension.write_submission(arguments.task, answers, questions, folder))
-    settings = {**asking, "before": task.before, "after": task.after, "opening": task.opening, "limit": arguments.limit}
+    settings = {
+        "annotations": [file.name for file in files],
+        "limit": arguments.limit,
+        **asking,
+        **{part: getattr(task, part) for part in ("before", "after", "opening")},
+    }
     score = comprehension.score(arguments.task, answers, questions, checkpoint, settings)
     if score is not None:
-        _keep(score, arguments)
+        _keep(dataclasses.replace(score, task=name), arguments)
 
 
 def create(arguments: argparse.Namespace) -> None:
@@ -115,6 +123,8 @@ def create(arguments: argparse.Namespace) -> None:
     reference = fid.load(arguments.reference) if arguments.reference else None
     if bool(reference) != bool(arguments.inception):
         raise ValueError("FID needs both --inception=FILE and --reference=FILE")
+    if not reference and not arguments.clip:
+        print("the pictures are only painted: FID needs --reference and --inception, the CLIP score --clip")
     if arguments.each > 1 and not arguments.clip:
         raise ValueError("the best of several pictures is the one most similar to its caption: give --clip=DIR")
     inception = features.inception(arguments.inception) if reference else None
@@ -136,7 +146,8 @@ def create(arguments: argparse.Namespace) -> None:
     with use(mesh, devices):
         creation.paint(model, params, tokenizer, captions, painting, pictures, arguments.batch)
     found, errors = creation.measure(captions, pictures, arguments.each, reference, inception, similarity)
-    _keep(scores.Score(arguments.task, checkpoint, len(captions), found, errors, settings), arguments)
+    measured = {name: getattr(arguments, name) and Path(getattr(arguments, name)).name for name in _BY}
+    _keep(scores.Score(arguments.task, checkpoint, len(captions), found, errors, {**settings, **measured}), arguments)
 
 
 def refer(arguments: argparse.Namespace) -> None:
@@ -194,6 +205,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.set_defaults(main=comprehend)
     _add_model(add)
     add.add_argument("--task", required=True, choices=comprehension.TASKS)
+    add.add_argument("--name", default="", help="the result's name, such as pope_random; if not given, the task's")
     add.add_argument("--annotations", required=True, help="the benchmark's file; of VQA, questions,annotations")
     add.add_argument("--images", default=".", help="folder of the benchmark's images")
     add.add_argument("--beams", type=positive, help="if not given, as the original: 5, of pope 1")
@@ -233,7 +245,7 @@ def _add_model(add: argparse.ArgumentParser) -> None:
     add.add_argument("--checkpoint", required=True, help="a run or an imported model: DIR, DIR@STEP, DIR@average")
     add.add_argument("--to", default="", help="folder for the results; if not given, evaluation/ beside the checkpoint")
     add.add_argument("--batch", type=positive, default=8, help="rows at a time on each host")
-    add.add_argument("--limit", type=positive, help="only the first so many items")
+    add.add_argument("--limit", type=positive, help="only so many items: of captions, drawn ones")
     add.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
     distributed.add_flags(add)
 

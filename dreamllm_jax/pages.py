@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -44,11 +45,13 @@ def curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], colours: Mappin
     Args:
       metrics: of each run, its steps' numbers; of a single run, each step's losses are shown too.
     """
-    chosen = [name for name in CURVES if any(line.get(name) for lines in metrics.values() for line in lines)]
+    chosen = [name for name in CURVES if any(_shown(line, name) for lines in metrics.values() for line in lines)]
+    if not chosen:
+        return "<p>No step is finished yet.</p>"
     figure = Figure(figsize=(9.5, 3.4 * len(chosen)), layout="constrained")
     for axes, name in zip(np.atleast_1d(figure.subplots(len(chosen), 1)), chosen, strict=True):
         for run, lines in metrics.items():
-            points = [(line["step"], line[name]) for line in lines if line.get(name)]
+            points = [(line["step"], line[name]) for line in lines if _shown(line, name)]
             if not points:
                 continue
             steps, values = map(np.asarray, zip(*points, strict=True))
@@ -66,3 +69,8 @@ def curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], colours: Mappin
     figure.savefig(buffer, format="svg")
     source = embedded(buffer.getvalue(), "image/svg+xml")
     return f'<img style="width:100%;height:auto" alt="loss curves" src="{source}">'
+
+
+def _shown(line: Mapping[str, float], name: str) -> bool:
+    """Whether the scale, a logarithm, has a place for it."""
+    return 0 < line.get(name, 0) < math.inf

@@ -68,7 +68,8 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         "captions painted nearest to their own picture": f"{recall['creation_top1']:.1%}",
         "pictures read as exactly their caption": f"{recall['comprehension_exact']:.1%}",
         "pairs": recall["pairs"],
-        "steps": metrics[-1]["step"],
+        "steps trained": metrics[-1]["step"],
+        "step of the checkpoint that was asked": recall["step"],
     }
     listed = "".join(f"<div><b>{value}</b><br>{name}</div>" for name, value in figures.items())
     body = (

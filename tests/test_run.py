@@ -119,7 +119,8 @@ def test_the_model_loads_and_is_asked_for_its_own_pairs(finished, capsys):
     captions = [corpus[i].texts[0].text for i in range(PAIRS)]
     written = json.loads((workdir / "evaluation" / "recall.json").read_text())
     items = written["items"]
-    assert written["pairs"] == len(items) == PAIRS and [item["caption"] for item in items] == captions
+    assert written["step"] == int(state.step) and written["pairs"] == len(items) == PAIRS
+    assert [item["caption"] for item in items] == captions
     painted, pictures = (
         np.stack([PIL.Image.open(workdir / "evaluation" / item[name]) for item in items]).astype(np.float32)
         for name in ("painted", "picture")

@@ -185,26 +185,41 @@ def evaluate(
     """Runs lm-eval's tasks; all hosts must call it.
 
     Args:
-      tasks: names of tasks or groups, with how many examples are shown before each question; None for the task's own.
+      tasks: names of tasks, groups or tags, with how many examples precede each question; None for the task's own.
       manager: where they are.
       limit: only so many documents of each task.
+
+    Returns:
+      A score of each task and of each group that has figures of its own; of others and of tags, one of each member.
     """
     found = []
     for task, shots in tasks.items():
         result = simple_evaluate(subject, tasks=[task], num_fewshot=shots, limit=limit, task_manager=manager)
-        found.append(_score(task, result, checkpoint, {"shots": shots, "limit": limit}))
+        settings = {"shots": shots, "limit": limit, "include": manager.include_path}
+        members = list(result["n-samples"])
+        if _numbers(result, task):
+            found.append(_score(task, members, result, checkpoint, settings))
+        else:
+            found += [_score(member, [member], result, checkpoint, settings) for member in members]
     return found
 
 
+def _numbers(result: Mapping[str, Any], task: str) -> dict[str, float]:
+    told = result["results"].get(task, {})
+    return {name.removesuffix(",none"): value for name, value in told.items() if isinstance(value, float)}
+
+
 def _score(
-    task: str, result: Mapping[str, Any], checkpoint: scores.Checkpoint, settings: Mapping[str, Any]
+    task: str,
+    members: Sequence[str],
+    result: Mapping[str, Any],
+    checkpoint: scores.Checkpoint,
+    settings: Mapping[str, Any],
 ) -> scores.Score:
-    numbers = {name.removesuffix(",none"): value for name, value in result["results"][task].items()}
-    numbers = {name: value for name, value in numbers.items() if isinstance(value, float)}
+    numbers = _numbers(result, task)
     errors = {name.replace("_stderr", ""): value for name, value in numbers.items() if "_stderr" in name}
-    members = result.get("n-samples", {})
-    count = sum(samples["effective"] for samples in members.values())
-    versions = {name: result["versions"].get(name) for name in members}
+    count = sum(result["n-samples"][member]["effective"] for member in members)
+    versions = {member: result["versions"].get(member) for member in members}
     return scores.Score(
         task,
         checkpoint,

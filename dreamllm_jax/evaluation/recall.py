@@ -81,8 +81,8 @@ def recall(
 FILE = "recall.json"
 
 
-def save(result: Recall, directory: epath.PathLike) -> None:
-    """Writes `recall.json` and the pictures it names, as PNG files beside it."""
+def save(result: Recall, step: int, directory: epath.PathLike) -> None:
+    """Writes `recall.json` and the pictures it names, as PNG files beside it: of the checkpoint at `step`."""
     directory = epath.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     items = []
@@ -93,5 +93,5 @@ def save(result: Recall, directory: epath.PathLike) -> None:
             (directory / item[name]).write_bytes(png(pixels))
         items.append(item)
     metrics, _ = scores.summary(result.right)
-    summary = {**metrics, "pairs": len(items), "items": items}
+    summary = {"step": step, **metrics, "pairs": len(items), "items": items}
     (directory / FILE).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

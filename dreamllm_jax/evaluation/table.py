@@ -1,6 +1,7 @@
 """Results of several checkpoints beside those of the paper, as a Markdown table."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from etils import epath
@@ -22,7 +23,7 @@ PAPER = {
 }
 
 _FIRST = ("recall",)  # what the table begins with
-_AS_IT_IS = ("fid", "clip_score", "perplexity", "bits_per_byte")  # other metrics are shares: the table says per cent
+_AS_IT_IS = re.compile("fid|clip_score|.*perplexity|bits_per_byte")  # other metrics are shares: the table says per cent
 
 
 def read(directory: epath.PathLike) -> list[Score]:
@@ -31,12 +32,16 @@ def read(directory: epath.PathLike) -> list[Score]:
     Raises:
       FileNotFoundError: there are none.
     """
-    folder = epath.Path(directory)
-    for place in (folder, folder / FOLDER):
-        found = [_score(path) for path in sorted(place.glob("*-*.json"))]
-        if found:
-            return found
+    if scores := found(directory):
+        return scores
     raise FileNotFoundError(f"{directory} has no results of `evaluate`")
+
+
+def found(directory: epath.PathLike) -> list[Score]:
+    """As `read`, but there may be none."""
+    folder = epath.Path(directory)
+    paths = sorted(folder.glob("*-*.json")) or sorted((folder / FOLDER).glob("*-*.json"))
+    return [_score(path) for path in paths]
 
 
 def _score(path: epath.Path) -> Score:
@@ -68,6 +73,6 @@ def _column(checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def _cell(metric: str, value: float, error: float | None = None) -> str:
-    scale = 1 if metric.startswith(_AS_IT_IS) else 100
+    scale = 1 if _AS_IT_IS.match(metric) else 100
     digits = 2 if metric.startswith("fid") else 1
     return f"{value * scale:.{digits}f}" + (f" ± {error * scale:.{digits}f}" if error else "")

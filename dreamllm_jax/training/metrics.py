@@ -163,7 +163,8 @@ def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
     path = epath.Path(workdir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: no training has run in this directory")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]  # a killed process may leave a piece of one
 
 
 class Progress:

@@ -170,7 +170,8 @@ def test_a_benchmark_from_the_command_line(folder, tmp_path_factory, tmp_path, n
     files = ",".join(str(folder / file) for file in ANNOTATIONS[name])
     words = [f"--checkpoint={model}", f"--task={name}", f"--annotations={files}", f"--images={folder}"]
     limits = ["--max_tokens=8"] if name != "mmvet" else []  # without, there is room for what the model reads
-    limits += [f"--to={tmp_path}", "--batch=4", "--beams=2"]
+    result = "mine" if name == "vizwiz" else name
+    limits += [f"--to={tmp_path}", "--batch=4", "--beams=2", f"--name={result}"]
     arguments = make_parser().parse_args(["comprehension", *words, *limits])
     arguments.main(arguments)
 
@@ -180,14 +181,15 @@ def test_a_benchmark_from_the_command_line(folder, tmp_path_factory, tmp_path, n
         assert (rows[0][0], rows[0][-1]) == ("index", "prediction")
         assert [row[:2] for row in rows[1:]] == [(str(i), text) for i, text in enumerate(QUESTIONS)]
         return
-    told = json.loads((tmp_path / f"{name}-0" / f"{name}.json").read_text())
+    told = json.loads((tmp_path / f"{result}-0" / f"{name}.json").read_text())
     if name == "mmvet":
         assert [*told] == [question.id for question in questions]
         return
     assert [next(iter(one.values())) for one in told] == [question.id for question in questions]
     answers = [[*one.values()][1] for one in told]
-    score = json.loads((tmp_path / f"{name}-0.json").read_text())
-    assert (score["task"], score["count"], score["checkpoint"]["step"]) == (name, 3, 0)
+    score = json.loads((tmp_path / f"{result}-0.json").read_text())
+    assert (score["task"], score["count"], score["checkpoint"]["step"]) == (result, 3, 0)
+    assert score["settings"]["annotations"] == ANNOTATIONS[name]
     assert score["metrics"] == comprehension.score(name, answers, questions, Checkpoint("x", 0, False), {}).metrics
     if name == "vqav2":
         alone, params, tokenizer = runs.load_model(model)

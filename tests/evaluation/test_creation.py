@@ -194,6 +194,7 @@ def test_the_best_of_several_is_reported_apart(command, tmp_path):
     run(*words, f"--pictures={pictures}", f"--to={tmp_path}", "--task=ms_coco")
     score = json.loads((tmp_path / "ms_coco-0.json").read_text())
     assert set(score["metrics"]) == {"fid", "fid_best_of_3", "clip_score", "clip_score_best_of_3"}
+    assert [score["settings"][name] for name in ("reference", "inception", "clip")] == ["true.npz", "means.pt", "clip"]
     assert score["count"] == 12 and score["metrics"]["clip_score_best_of_3"] > score["metrics"]["clip_score"]
 
     captions = json.loads((pictures / "captions.json").read_text())

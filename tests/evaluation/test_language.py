@@ -16,6 +16,7 @@ with warnings.catch_warnings():
 from lm_eval.api.instance import Instance
 
 from dreamllm_jax.evaluate import make_parser
+from dreamllm_jax.evaluation.scores import Checkpoint
 from dreamllm_jax.models.dreamllm import DreamLLM, abstract_params
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings, use
 from tests.evaluation.models import CONFIG, PARAMS, TOKENIZER, WORDS, save
@@ -116,7 +117,7 @@ def local_task(folder) -> str:
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (folder / "local.yaml").write_text(
         "task: local_foxes\ndataset_path: json\n"
-        f"dataset_kwargs:\n  data_files: {{test: {folder / 'items.jsonl'}}}\n"
+        f"tag: [foxes]\ndataset_kwargs:\n  data_files: {{test: {folder / 'items.jsonl'}}}\n"
         "test_split: test\noutput_type: multiple_choice\n"
         'doc_to_text: "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: answer\n'
         "metric_list: [{metric: acc}]\nmetadata: {version: 1.0}\n"
@@ -138,5 +139,12 @@ def test_a_local_task_runs_offline_from_the_command_line(tmp_path, monkeypatch):
     right = totals.argmax(axis=1) == [item["answer"] for item in items]
     assert (score["task"], score["count"], score["metrics"]["acc"]) == ("local_foxes", 9, right.mean())
     assert score["standard_errors"]["acc"] == pytest.approx(right.std(ddof=1) / 3)
-    with pytest.raises(ValueError, match="has no task nonsense: there are local_foxes"):
+
+    given = Checkpoint("x", 0, False)
+    (tmp_path / "group.yaml").write_text("group: pack\ntask: [local_foxes]\nmetadata: {version: 1.0}\n")
+    manager = language.find_tasks(["foxes", "pack"], str(tmp_path))
+    for name in ("foxes", "pack"):  # neither has figures of its own
+        (member,) = language.evaluate(subject(8), given, {name: 0}, manager)
+        assert (member.task, member.count, member.metrics) == ("local_foxes", 9, score["metrics"])
+    with pytest.raises(ValueError, match="has no task nonsense: there are foxes, local_foxes, pack"):
         language.find_tasks(["nonsense"], str(tmp_path))

@@ -17,6 +17,8 @@ def test_a_table_over_checkpoints(tmp_path, capsys):
     average = Checkpoint("runs/two@200-average", 200, True)
     drawn = Score("ms_coco", average, 9, {"fid": 12.354, "fid_best_of_8": 9.8765}, {}, {"each": 8})
     scores.write(drawn, tmp_path / "two" / "evaluation")
+    surprise = {"word_perplexity": 20.25, "bits_per_byte": 0.75}
+    scores.write(Score("wikitext", average, 9, surprise, {}, {}), tmp_path / "two" / "evaluation")
     (tmp_path / "two" / "evaluation" / "recall.json").write_text(json.dumps({"pairs": 3}))  # of another form
 
     arguments = make_parser().parse_args(["table", str(tmp_path / "one"), str(tmp_path / "two" / "evaluation")])
@@ -28,6 +30,8 @@ def test_a_table_over_checkpoints(tmp_path, capsys):
         "| ms_coco | fid |  |  |  | 12.35 |  |",
         "| ms_coco | fid_best_of_8 |  |  |  | 9.88 | 8.46 |",
         "| vqav2 | accuracy | 50.0 ± 1.2 | 62.5 ± 1.2 | 25.0 ± 1.2 |  | 56.6 |",
+        "| wikitext | bits_per_byte |  |  |  | 0.8 |  |",
+        "| wikitext | word_perplexity |  |  |  | 20.2 |  |",
     ]
 
 

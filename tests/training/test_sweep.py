@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from dreamllm_jax.comparison import compare, write_comparison
+from dreamllm_jax.evaluation import scores
+from dreamllm_jax.evaluation.scores import Checkpoint, Score
 from dreamllm_jax.training import saved
 from dreamllm_jax.training.metrics import read_metrics
 
@@ -87,8 +90,9 @@ def test_six_runs_across_a_kill(config, tmp_path):
     said, status = sweep(config, f"--to={to}")
     assert (said.count(": finished"), status) == (6, 0), said
 
-    (directories[0] / "evaluation").mkdir()
-    (directories[0] / "evaluation" / "recall.json").write_text(json.dumps({"creation_top1": 0.625, "pairs": 8}))
+    for step, share in ((STEPS, 0.625), (4, 0.5)):
+        found = Score("recall", Checkpoint(str(directories[0]), step, False), 8, {"creation_top1": share}, {}, {})
+        scores.write(found, directories[0] / "evaluation")
     page = write_comparison([to], to).read_text()
     assert page.count("<tr><th><span") == 6 and "queries=2,learning_rate=0.1" in page
     with open(to / "comparison.csv", newline="") as file:
@@ -96,7 +100,7 @@ def test_six_runs_across_a_kill(config, tmp_path):
     assert {(line["model.num_queries"], line["optimizer.learning_rate"]) for line in lines} == {
         (queries, rate) for queries in ("1", "2") for rate in ("0.01", "0.03", "0.1")
     }
-    assert sorted(line["creation_top1"] for line in lines) == [*[""] * 5, "0.625"]
+    assert sorted(line["recall creation_top1"] for line in lines) == [*[""] * 5, "0.625"]
     assert "rows.length" not in lines[0] and all(float(line["loss"]) > 0 for line in lines)
 
 
@@ -146,10 +150,17 @@ def test_runs_beside_each_other(tmp_path):
         lines = [
             {"step": i, "loss": float(20 - i + changes["seed"]), "lm_loss": 1.0, "dm_loss": 0.0} for i in range(1, 21)
         ]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines[18]["loss"] = float("nan") if name == "b" else lines[18]["loss"]  # left out, for it is not finite
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 21, "lo')
     compared = compare([tmp_path / "a", tmp_path / "b"])
     assert compared.settings == {"a": {"seed": 0}, "b": {"seed": 1}}
-    assert [found["loss"] for found in compared.results.values()] == [0.5, 1.5]
-    assert compare([tmp_path]).results == compared.results
+    assert [found["loss"] for found in compared.results.values()] == [0.5, 1.0]
+    assert compare([tmp_path, tmp_path / "a"]).results == compared.results
+    shutil.copytree(tmp_path / "b", tmp_path / "more" / tmp_path.name / "b")
+    (tmp_path / "more" / tmp_path.name / "b" / "metrics.jsonl").unlink()  # it has just begun
+    several = compare([tmp_path / "b", tmp_path / "more" / tmp_path.name])
+    assert [found["steps"] for found in several.results.values()] == [20, 0]
+    assert [name.split("/")[1:] for name in several.results] == [[tmp_path.name, "b"]] * 2
+    assert "No step is finished yet" in write_comparison([tmp_path / "more" / tmp_path.name], tmp_path).read_text()
     with pytest.raises(FileNotFoundError, match="is not the directory of a run, nor of runs"):
         compare([tmp_path / "c"])
