@@ -37,7 +37,8 @@ def check(config: Mapping[str, Any]) -> tuple[Experiment, Leaves, Leaves]:
     """
     complete, _ = runs.with_initial(config, None)
     experiment = read_experiment(complete)
-    _require_mesh(experiment)
+    mesh = {name: max(getattr(experiment.sharding, name), 1) for name in MESH_AXES}  # what is left to the devices: 1
+    require_mesh_fits(experiment, mesh)
     try:
         shapes = nn.unbox(abstract_params(experiment.model))
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -52,15 +53,6 @@ def check(config: Mapping[str, Any]) -> tuple[Experiment, Leaves, Leaves]:
         return {path: jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in leaves.items()}
 
     return experiment, typed(trainable, parameters.dtype), typed(frozen, parameters.frozen_dtype)
-
-
-def _require_mesh(experiment: Experiment) -> None:
-    mesh = {name: max(getattr(experiment.sharding, name), 1) for name in MESH_AXES}  # what is left to the devices: 1
-    require_mesh_fits(experiment, mesh)
-    axes = experiment.sharding.all_rules["rows"]
-    if experiment.rows.per_step % math.prod(mesh[axis] for axis in axes):
-        parts = " x ".join(f"sharding.{axis}={mesh[axis]}" for axis in axes)
-        raise ConfigError(f"rows.per_step={experiment.rows.per_step} does not divide over {parts}")
 
 
 def _require_data(experiment: Experiment) -> None:

@@ -71,6 +71,14 @@ def positive(text: str) -> int:
     return number
 
 
+def seed_number(text: str) -> int:
+    """The type of a flag that is a seed; results after the first count on from it."""
+    number = int(text)
+    if not 0 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"must lie in 0 ... 2^31 - 1, got {text}")
+    return number
+
+
 def _guarded(main: Callable[[Any], None]) -> Callable[[Any], None]:
     def guarded(arguments: Any) -> None:
         _show_progress()

@@ -29,6 +29,17 @@ from dreamllm_jax.training import saved
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+# What is begun when towers are joined, by flag: the defaults.
+_FRESH = {
+    "num_queries": 64,
+    "select_layer": -2,
+    "visual_projector": ProjectorConfig("linear"),
+    "condition_projector": ProjectorConfig("linear"),
+    "visual_layernorm": False,
+    "new_tokens": "normal",
+    "seed": 0,
+}
+
 
 def parser() -> argparse_flags.ArgumentParser:
     """The commands and their flags."""
@@ -38,7 +49,7 @@ def parser() -> argparse_flags.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="import|export|verify")
 
     add = commands.add_parser("import", help="PyTorch checkpoints -> a checkpoint of ours")
-    add.set_defaults(main=_import)
+    add.set_defaults(main=_import, **_FRESH)
     add.add_argument("--to", required=True, help="directory to write, local or gs://")
     add.add_argument("--llama", type=Path, help="LLaMA or Vicuna: a Hugging Face directory, or a .gguf file")
     add.add_argument("--clip", type=Path, help="CLIP: a Hugging Face directory, whole or vision tower only")
@@ -52,14 +63,15 @@ def parser() -> argparse_flags.ArgumentParser:
         metavar="TYPE|PART:TYPE,...",
         help="storage type of everything, or of parts such as llama:float32,unet:bfloat16; default: as it is stored",
     )
-    add.add_argument("--num-queries", type=int, default=64, help="dream queries")
-    add.add_argument("--select-layer", type=int, default=-2, help="hidden state of CLIP that is read")
-    kinds = {"type": _projector, "default": _projector("linear"), "metavar": "linear|mlp:DEPTH|conv"}
+    add = add.add_argument_group("what is not in the three towers; not with --dreamllm")
+    add.add_argument("--num-queries", type=int, help="dream queries")
+    add.add_argument("--select-layer", type=int, help="hidden state of CLIP that is read")
+    kinds = {"type": _projector, "metavar": "linear|mlp:DEPTH|conv"}
     add.add_argument("--visual-projector", **kinds, help="from CLIP to the language model")
     add.add_argument("--condition-projector", **kinds, help="from the language model to the U-Net")
     add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
-    add.add_argument("--new-tokens", choices=("normal", "mean"), default="normal", help="embeddings of new tokens")
-    add.add_argument("--seed", type=int, default=0, help="of what begins at random")
+    add.add_argument("--new-tokens", choices=("normal", "mean"), help="embeddings of new tokens")
+    add.add_argument("--seed", type=int, help="of what begins at random")
 
     add = commands.add_parser("export", help="a checkpoint of ours -> PyTorch's formats")
     add.set_defaults(main=_export)
@@ -75,6 +87,8 @@ def parser() -> argparse_flags.ArgumentParser:
     add.set_defaults(main=_verify)
     add.add_argument("--checkpoint", required=True, metavar="DIR[@STEP]", help="imported model or run's directory")
     add.add_argument("--torch", required=True, type=Path, help="directory in one of the formats of export")
+    add.add_argument("--clip", type=Path, help="of dreamllm: CLIP's directory, if not where its config.json says")
+    add.add_argument("--diffusion", type=Path, help="of dreamllm: the diffusers directory, likewise")
     return top
 
 
@@ -112,6 +126,9 @@ def _import(arguments: argparse.Namespace) -> None:
         raise ValueError(f"give {', '.join(missing)} as well, or --dreamllm=DIR")
     if arguments.dreamllm is not None and arguments.llama is not None:
         raise ValueError("--dreamllm has its own language model: leave out --llama")
+    changed = [f"--{name.replace('_', '-')}" for name, value in _FRESH.items() if getattr(arguments, name) != value]
+    if arguments.dreamllm is not None and changed:
+        raise ValueError(f"--dreamllm has all of its parts: leave out {', '.join(changed)}")
     source, tokenizer = _assembled(arguments) if arguments.dreamllm is None else _original(arguments)
     import_model(source, tokenizer, arguments.to, arguments.dtype)
 
@@ -177,7 +194,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     checkpoint = saved.find(arguments.checkpoint).merged()
-    differences = verify.compare(checkpoint.config, checkpoint.part, arguments.torch)
+    towers = {"clip": arguments.clip, "diffusion": arguments.diffusion}
+    differences = verify.compare(checkpoint.config, checkpoint.part, arguments.torch, towers=towers)
     print(verify.table(differences))
     if not all(difference.passed for difference in differences):
         sys.exit(f"error: {arguments.checkpoint} and {arguments.torch} do not compute the same")

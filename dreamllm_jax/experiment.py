@@ -12,7 +12,7 @@ from dreamllm_jax.configuration import ConfigError, read
 from dreamllm_jax.data.pipeline import DataConfig
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.objectives import ObjectiveConfig
-from dreamllm_jax.sharding import ShardingConfig
+from dreamllm_jax.sharding import ShardingConfig, row_shards
 from dreamllm_jax.training.checkpoints import CheckpointConfig
 from dreamllm_jax.training.optimizer import OptimizerConfig
 from dreamllm_jax.training.state import ParametersConfig
@@ -140,7 +140,7 @@ class Experiment:
 
 
 def require_mesh_fits(experiment: Experiment, mesh: Mapping[str, int]) -> None:
-    """Refuses a mesh over which the llama or its rows cannot be split, and would silently be repeated.
+    """Refuses a mesh over which the llama or a microbatch's rows cannot be split, and would silently be repeated.
 
     Args:
       mesh: sizes of the mesh axes.
@@ -159,6 +159,11 @@ def require_mesh_fits(experiment: Experiment, mesh: Mapping[str, int]) -> None:
         if size % parts:
             given = " x ".join(f"sharding.{axis}={mesh[axis]}" for axis in axes if mesh[axis] > 1)
             raise ConfigError(f"{given} does not divide {name}={size}: change the mesh")
+    rows, axes = experiment.rows, experiment.sharding.all_rules["rows"]
+    if rows.per_step % (rows.microbatches * row_shards(experiment.sharding, mesh)):
+        parts = f" in rows.microbatches={rows.microbatches} parts" if rows.microbatches > 1 else ""
+        over = " x ".join(f"sharding.{axis}={mesh[axis]}" for axis in axes)
+        raise ConfigError(f"rows.per_step={rows.per_step}{parts} does not divide over {over}")
 
 
 def read_experiment(config: Mapping[str, Any]) -> Experiment:

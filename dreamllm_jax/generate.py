@@ -18,7 +18,7 @@ from absl.flags import argparse_flags
 from tqdm import tqdm
 
 from dreamllm_jax import command_line, runs
-from dreamllm_jax.command_line import positive
+from dreamllm_jax.command_line import positive, seed_number
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import TEMPLATES
@@ -236,7 +236,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
         add.add_argument("--prompts", default="", help="a file of prompts, one a line or JSON lines; - for the input")
         add.add_argument("--image", action="append", default=[], help="an image of the prompts; may be repeated")
         add.add_argument("--to", required=True, help="a new directory for the results")
-        add.add_argument("--seed", type=int, default=0, help="of the first result; the next have the next ones")
+        add.add_argument("--seed", type=seed_number, default=0, help="of the first result; the next have the next ones")
         add.add_argument("--batch", type=positive, default=8, help="results at a time")
         add.add_argument("--fsdp", type=positive, default=1, help="devices over which results and weights are split")
         add.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")

@@ -4,9 +4,11 @@ Each process takes files of its own and computes them on its local devices; a fi
 that an interrupted run is simply started again.
 """
 
-import math
+import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from dreamllm_jax.configuration import differences
 from dreamllm_jax.data import images, stored
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.storage import Corpus
@@ -22,8 +25,11 @@ from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig
 
 _GROUP = 64  # documents whose pictures are held at once
 
-# Parameters on which each of the stored arrays depends.
+# The tower that makes each of the stored arrays, and the parameters on which they depend.
+TOWERS = {"moments": "vae", "features": "clip"}
 DEPENDS = {"moments": ("vae/encoder", "vae/quant_conv"), "features": ("clip/",)}
+_IDLE = ("initializer_range", "sample_size")  # settings of towers that do not change what they compute
+_TOLERANCE = 0.01  # of marks, as a share of the norm: ten times what rounding to bfloat16 does
 
 
 def require_frozen(stored: Iterable[str], trained: Iterable[str]) -> None:
@@ -33,26 +39,50 @@ def require_frozen(stored: Iterable[str], trained: Iterable[str]) -> None:
             raise ValueError(f"{path} is trained: leave {name} out of data.stored, or freeze the tower")
 
 
-def weight_norms(leaves: Mapping[str, jax.Array]) -> dict[str, float]:
-    """For each kind of stored array, the sum of the magnitudes of the weights behind it: tells models apart."""
-    return {
-        name: float(sum(jnp.abs(x).astype(jnp.float32).sum() for path, x in leaves.items() if path.startswith(begin)))
-        for name, begin in DEPENDS.items()
-    }
+def marks(name: str, leaves: Mapping[str, jax.Array]) -> dict[str, tuple[float, float]]:
+    """Tells apart the weights behind a kind of stored array: of each, its product with a fixed array of random signs,
+    and its norm. Every change moves the product, by a share of the norm that is that of the change."""
+    found = _marks({path: x for path, x in leaves.items() if path.startswith(DEPENDS[name])})
+    return {path: (float(product), float(norm)) for path, (product, norm) in found.items()}
 
 
-def require_same_towers(directory: str | os.PathLike, corpus: str, name: str, leaves: Mapping[str, jax.Array]) -> None:
-    """Checks that what is stored of a corpus was made with these weights.
+@jax.jit
+def _marks(leaves: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    def mark(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = x.astype(jnp.float32)
+        signs = jax.random.rademacher(jax.random.key(0), x.shape, jnp.float32)
+        return jnp.sum(x * signs), jnp.sqrt(jnp.sum(jnp.square(x)))
+
+    return {path: mark(x) for path, x in leaves.items()}
+
+
+def _settings(config: DreamLLMConfig, name: str) -> dict[str, Any]:
+    settings = dataclasses.asdict(getattr(config, TOWERS[name]))
+    return json.loads(json.dumps({key: value for key, value in settings.items() if key not in _IDLE}))
+
+
+def require_same_towers(
+    directory: str | os.PathLike, corpus: str, name: str, config: DreamLLMConfig, leaves: Mapping[str, jax.Array]
+) -> None:
+    """Checks that what is stored of a corpus was made by this model's tower.
 
     Raises:
-      ValueError: it was made by another model.
+      ValueError: it was made by another's.
     """
     found = stored.read_description(stored.folder(directory, corpus, name))
-    norm = weight_norms(leaves)[name]
-    if not math.isclose(found.weight_norm, norm, rel_tol=1e-3):
+    ours = marks(name, leaves)
+    changed = [
+        f"{TOWERS[name]}.{key} is {there!r}, and here {here!r}"
+        for key, (there, here) in differences(found.tower, _settings(config, name)).items()
+    ]
+    moved = found.weights.keys() != ours.keys() or any(
+        abs(product - ours[path][0]) > _TOLERANCE * norm for path, (product, norm) in found.weights.items()
+    )
+    if changed or moved:
+        difference = changed[0] if changed else "weights differ from this run's"
         raise ValueError(
-            f"the stored {name} of corpus {corpus!r} were made by {found.model}, whose weights differ from this run's: "
-            f"leave {name} out of data.stored, or compute them with this model"
+            f"the stored {name} of corpus {corpus!r} were made by {found.model}, whose {difference}: leave {name} out "
+            f"of data.stored, or remove {stored.folder(directory, corpus, name)} and compute them with this model"
         )
 
 
@@ -92,14 +122,19 @@ def precompute(
     target = stored.folder(directory, corpus, name)
     shape = shapes(model.config, size)[name]
     leaves = flatten_dict(dict(params), sep="/")
-    description = stored.Description(shape, dtype, len(documents), made_by, weight_norms(leaves)[name])
+    description = stored.Description(
+        shape, dtype, len(documents), made_by, _settings(model.config, name), marks(name, leaves)
+    )
     found = stored.read_description(target)
-    if found is not None:
+    if found is None:
+        target.mkdir(parents=True, exist_ok=True)
+        stored.write_description(target, description)  # so that nothing else goes on with what this leaves
+    else:
         if (found.shape, found.dtype, found.documents) != (description.shape, dtype, len(documents)):
             raise ValueError(f"{target} holds {name} of {found.shape} {found.dtype}; remove it to compute others")
-        require_same_towers(directory, corpus, name, leaves)
-        return 0
-    target.mkdir(parents=True, exist_ok=True)
+        require_same_towers(directory, corpus, name, model.config, leaves)
+        if found.complete:
+            return 0
     compute = _on_local_devices(model, params, name, batch)
 
     def crop(image: Image) -> np.ndarray | None:
@@ -130,8 +165,8 @@ def precompute(
 
         for path in missing:
             stored.write_part(path, arrays(parts[path]))
-    if all(path.exists() for path in parts):
-        stored.write_description(target, description)  # by whichever process ends last
+    if all(path.exists() for path in parts):  # true of whichever process ends last
+        stored.write_description(target, dataclasses.replace(description, complete=True))
     return done
 
 

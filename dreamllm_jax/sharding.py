@@ -229,6 +229,11 @@ def param_shardings(boxed: dict, mesh: Mesh, config: ShardingConfig) -> dict:
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
+def row_shards(config: ShardingConfig, mesh_shape: Mapping[str, int]) -> int:
+    """Into how many parts the mesh splits rows."""
+    return math.prod(mesh_shape[axis] for axis in config.all_rules["rows"])
+
+
 def rows_sharding(mesh: Mesh, config: ShardingConfig, rows: int) -> NamedSharding:
     """How a batch lies on the mesh: its leading axis over the axes of "rows".
 
@@ -236,7 +241,7 @@ def rows_sharding(mesh: Mesh, config: ShardingConfig, rows: int) -> NamedShardin
       ValueError: if the mesh does not divide the rows.
     """
     axes = config.all_rules["rows"]
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    parts = row_shards(config, mesh.shape)
     if rows % parts:
         raise ValueError(
             f"{rows} rows do not divide over {parts} shards ({' x '.join(axes)}): change rows.per_step or sharding"

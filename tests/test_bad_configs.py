@@ -97,6 +97,7 @@ BROKEN = [
     ({"sharding.fsdp": 256}, "sharding.fsdp=256 does not divide model.llama.hidden_size=128"),
     ({"sharding.fsdp": 2, "sharding.sequence": 128}, "fsdp=2 x sharding.sequence=128 does not divide"),
     ({"sharding": {"fsdp": 0}}, "config.sharding: mesh sizes must be positive"),
+    ({"sharding.fsdp": 4, "rows.microbatches": 4}, "rows.per_step=8 in rows.microbatches=4 parts does not divide over"),
     ({"sharding.fsdp": 16}, "rows.per_step=8 does not divide over sharding.data=1 x sharding.fsdp=16"),
     ({"sharding": {"data": -1, "fsdp": -1}}, "mesh sizes must be positive, at most one -1"),
     # What is trained.

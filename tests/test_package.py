@@ -14,44 +14,8 @@ import dreamllm_jax
 
 PACKAGE = Path(dreamllm_jax.__file__).parent
 
-# Part -> the other parts it may import. A part not named here is a command line or its helper: it stands above all.
-MAY_IMPORT = {
-    "batch": set(),
-    "vocabulary": set(),
-    "configuration": set(),
-    "directories": set(),
-    "chunks": set(),
-    "compilation": {"chips"},
-    "gguf_reader": set(),
-    "published": {"configuration", "recipes"},
-    "recipes": {"configuration"},
-    "chips": set(),
-    "distributed": set(),
-    "exits": set(),
-    "sharding": set(),  # rules from names to axes, and the constraint that reads them
-    "diffusion": set(),
-    "data": {"batch", "directories", "gguf_reader", "vocabulary"},
-    "models": {"diffusion", "sharding", "vocabulary"},
-    "objectives": {"batch", "chunks", "diffusion", "models", "sharding"},
-    "interop": {"diffusion", "gguf_reader", "models", "vocabulary"},
-    "flops": {"experiment", "models"},
-    "precompute": {"data", "models"},
-    "training": {
-        "batch",
-        "chips",
-        "compilation",
-        "configuration",
-        "data",
-        "directories",
-        "distributed",
-        "exits",
-        "experiment",
-    }
-    | {"diffusion", "flops", "generation", "interop", "models", "objectives", "precompute", "sharding"},
-    "planning": {"batch", "chips", "experiment", "flops", "models", "sharding", "training"},
-    "serving": {"data", "diffusion", "generation", "models"},
-    "generation": {"batch", "data", "diffusion", "directories", "models", "sharding", "vocabulary"},
-}
+# A row of the table in docs/architecture.md: parts, what they are, the parts that they import.
+ROW = re.compile(r"^\| (`.*?) \| .* \| (`.*`|nothing|any) \|$", re.MULTILINE)
 # Thin layers over packages that look for torch by themselves, in ways that hiding it breaks.
 OVER_OTHERS = ("dreamllm_jax.evaluation.language", "dreamllm_jax.evaluation.cider")
 INTEROP_KNOWS_NAMES_AND_SHAPES = ("interop/names.py", "interop/files.py")
@@ -93,13 +57,34 @@ def test_changelog_begins_with_the_version():
     assert headings[0].split()[1] == dreamllm_jax.__version__
 
 
-@pytest.mark.parametrize("part", MAY_IMPORT)
-def test_imports_go_one_way(part):
+def rows() -> list[tuple[set[str], set[str] | None]]:
+    """The table's parts and what they import; None for the command lines, which may import anything."""
+    table = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    found = []
+    for where, imports in ROW.findall(table):
+        parts = {name.strip("/").removesuffix(".py") for cell in re.findall("`(.*?)`", where) for name in cell.split()}
+        found.append((parts, None if imports == "any" else set(re.findall("`(.*?)`", imports))))
+    return found
+
+
+@pytest.mark.parametrize(("parts", "imports"), rows(), ids=lambda value: "+".join(sorted(value or ())))
+def test_parts_import_what_the_page_says(parts, imports):
+    if imports is None:
+        return
+    found = {name for part in parts for file in files_of(part) for name in parts_imported(file)}
+    assert found - parts - {"__version__"} == imports
+
+
+def test_the_page_knows_all_parts():
+    there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {part for parts, _ in rows() for part in parts} == (there | {"data/__main__"}) - {"__init__"}
+
+
+def files_of(part):
+    """Those of a part, but for command lines."""
     folder = PACKAGE / part
-    for file in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
-        if file.name == "__main__.py":  # a command line
-            continue
-        assert set(parts_imported(file)) - {part} <= MAY_IMPORT[part], file
+    files = folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]
+    return [file for file in files if file.name != "__main__.py"]
 
 
 @pytest.mark.parametrize("file", INTEROP_KNOWS_NAMES_AND_SHAPES)

@@ -89,7 +89,7 @@ def test_what_the_compiler_says_of_memory():
 
 def test_meshes_and_rows_are_refused_before_compilation():
     devices = jax.devices()
-    with pytest.raises(ValueError, match="4 rows do not divide over 8 shards"):
+    with pytest.raises(ValueError, match=r"rows\.per_step=4 does not divide over sharding\.data=1 x sharding\.fsdp=8"):
         lower_step(experiment(), devices)
     with pytest.raises(ValueError, match=r"does not fit 8 devices: change sharding"):
         lower_step(dataclasses.replace(experiment(), sharding=ShardingConfig(fsdp=3)), devices)

@@ -127,11 +127,14 @@ def test_an_interrupted_run_goes_on(case, tmp_path, monkeypatch):
     parts = sorted(folder.glob("part-*"))
     before = [part.read_bytes() for part in parts]
     assert len(parts) == 3
-    (folder / "stored.json").unlink()
+    description = stored.read_description(folder)
+    stored.write_description(folder, dataclasses.replace(description, complete=False))
     parts[1].unlink()
     kept = os.stat(parts[0]).st_mtime_ns
     with pytest.raises(FileNotFoundError, match=r"corpus 'pairs' .* has no stored moments; compute them: python -m"):
         stored.Stored(copy, "pairs", "moments", (8, 8, 8), "float32", 10)
+    with pytest.raises(ValueError, match="were made by the tiny model, whose weights differ"):
+        compute(copy, "pairs", "moments", model, tiny_params(model.config, seed=1), made_by="another")
     assert compute(copy, "pairs", "moments", model, params) == 4
     assert [part.read_bytes() for part in parts] == before and os.stat(parts[0]).st_mtime_ns == kept
     assert compute(copy, "pairs", "moments", model, params) == 0
@@ -143,13 +146,20 @@ def test_other_shapes_types_and_models_are_refused(case):
         compute(path, "pairs", "moments", model, params, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"have the type float32, this run needs bfloat16; remove"):
         batches(case, ("moments",), dtype="bfloat16")
-    leaves = flatten_dict(params, sep="/")
-    require_same_towers(path, "pairs", "moments", leaves)
-    require_same_towers(path, "pairs", "features", {k: jnp.asarray(v, jnp.bfloat16) for k, v in leaves.items()})
-    other = flatten_dict(tiny_params(model.config, seed=1), sep="/")
+    leaves, config = flatten_dict(params, sep="/"), model.config
+    rng = np.random.default_rng(0)
+    tuned = {path: leaf * (1 + 0.03 * rng.normal(size=leaf.shape)) for path, leaf in leaves.items()}
     for name in stored.NAMES:
-        with pytest.raises(ValueError, match=f"stored {name} of corpus 'pairs' were made by the tiny model, whose"):
-            require_same_towers(path, "pairs", name, other)
+        require_same_towers(path, "pairs", name, config, leaves)
+        rounded = {path: jnp.asarray(leaf, jnp.bfloat16) for path, leaf in leaves.items()}
+        require_same_towers(path, "pairs", name, config, rounded)
+        with pytest.raises(
+            ValueError, match=f"stored {name} of corpus 'pairs' were made by the tiny model, whose weights differ"
+        ):
+            require_same_towers(path, "pairs", name, config, tuned)
+    last = dataclasses.replace(config, clip=dataclasses.replace(config.clip, select_layer=-1))
+    with pytest.raises(ValueError, match=r"whose clip\.select_layer is -2, and here -1: leave features out of"):
+        require_same_towers(path, "pairs", "features", last, leaves)
 
 
 def with_small_files():

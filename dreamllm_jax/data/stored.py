@@ -1,6 +1,6 @@
 """What the frozen towers made of a corpus's images, kept beside its documents.
 
-DIR/<corpus>/stored/<name>/stored.json           shape and type of one image's array, and which model made it
+DIR/<corpus>/stored/<name>/stored.json           shape and type of an image's array, which model makes it, all there?
 DIR/<corpus>/stored/<name>/part-*.array_record   a record for each document: the arrays of its images, one after another
 
 `name` is moments (the autoencoder's output, of images to paint) or features (CLIP's, of images to read).
@@ -10,7 +10,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,13 +29,24 @@ _DESCRIPTION = "stored.json"
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What is stored: each image's array, of how many documents, and the model behind it with a mark of its weights."""
+    """What is stored, or being computed.
+
+    Attributes:
+      shape, dtype: of each image's array.
+      documents: of the corpus.
+      model: its name, for messages.
+      tower: the settings of its tower, as JSON knows them.
+      weights: marks of the tower's arrays, by path (see `precompute.marks`).
+      complete: whether all documents are there.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     documents: int
     model: str
-    weight_norm: float
+    tower: Mapping[str, Any]
+    weights: Mapping[str, tuple[float, float]]
+    complete: bool = False
 
 
 def folder(directory: str | os.PathLike, corpus: str, name: str) -> epath.Path:
@@ -61,16 +73,22 @@ def write_part(path: epath.Path, documents: Iterable[np.ndarray]) -> None:
 
 
 def write_description(directory: epath.Path, description: Description) -> None:
-    """Says that everything is there; to be written last."""
+    """Written before anything is computed, and again, `complete`, when everything is there."""
     write_whole(directory / _DESCRIPTION, json.dumps(dataclasses.asdict(description), indent=2) + "\n")
 
 
 def read_description(directory: epath.Path) -> Description | None:
-    """What is stored, None if it is not complete."""
+    """What is stored, complete or not; None if nothing is.
+
+    Raises:
+      ValueError: another version of this package has written it.
+    """
     path = directory / _DESCRIPTION
     if not path.exists():
         return None
     fields = json.loads(path.read_text())
+    if fields.keys() != {field.name for field in dataclasses.fields(Description)}:
+        raise ValueError(f"{path} is of another version of this program: remove {directory} and compute it again")
     return Description(**{**fields, "shape": tuple(fields["shape"])})
 
 
@@ -94,7 +112,7 @@ class Stored:
         path = folder(directory, corpus, name)
         found = read_description(path)
         remedy = f"python -m dreamllm_jax.data precompute {directory} --checkpoint=MODEL"
-        if found is None:
+        if found is None or not found.complete:
             raise FileNotFoundError(
                 f"the corpus {corpus!r} in {directory} has no stored {name}; compute them: {remedy}"
             )

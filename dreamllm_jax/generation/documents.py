@@ -139,7 +139,7 @@ def _paint(
     hidden, reading = read_queries(model, params, reading, announced=True, active=jnp.asarray(asking))
     rows = np.flatnonzero(asking)
     padded = np.resize(rows, bucket(len(rows)))
-    seeds = jnp.asarray([documents[row].seed + documents[row].painted for row in padded])
+    seeds = jnp.asarray([documents[row].seed + documents[row].painted for row in padded], jnp.uint32)
     pixels = paint(model, params, hidden[padded], seeds, **painting)
     pictures, side = {}, model.config.clip.image_size
     seen = np.zeros((len(documents), side, side, 3), np.uint8)

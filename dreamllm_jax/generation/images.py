@@ -110,7 +110,7 @@ def generate_images(
 
     against = jnp.repeat(hidden([negative]), len(prompts), axis=0) if negative and guidance != 1.0 else None
     common = {"size": size, "sampler": sampler, "guidance": guidance, "rescale": rescale, "negative": against}
-    return paint(model, params, hidden(prompts), jnp.asarray(seeds), **common)
+    return paint(model, params, hidden(prompts), jnp.asarray(seeds, jnp.uint32), **common)
 
 
 def require_size(model: DreamLLM, size: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.data.document import Segment
@@ -51,7 +51,7 @@ class Sampling:
     top_k: Int[Array, " B"]
     top_p: Float[Array, " B"]
     repetition_penalty: Float[Array, " B"]
-    seed: Int[Array, " B"]
+    seed: UInt32[Array, " B"]
 
     @classmethod
     def of(

@@ -3,19 +3,22 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
-from dreamllm_jax.models.clip import MEAN, STD, ClipVisionConfig, clip_config_from_hf
+from dreamllm_jax.models.clip import NOT_IN_HF, ClipVisionConfig, clip_config_from_hf
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 
 # What a CLIP checkpoint holds beside the vision tower.
 _OTHERS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 _BUFFER = "embeddings.position_ids"
 PREFIX = "vision_model."
+PROCESSOR = "preprocessor_config.json"
+_NORMALISATION = ("image_mean", "image_std")
 
 
 def open_clip(directory: Path, select_layer: int = -2) -> Part:
@@ -28,8 +31,26 @@ def open_clip(directory: Path, select_layer: int = -2) -> Part:
 
 
 def read_clip_config(directory: Path, select_layer: int = -2) -> ClipVisionConfig:
-    """The shape of the vision tower, from `config.json`; errors as of `open_clip`."""
-    return files.read_config(directory / "config.json", lambda settings: clip_config_from_hf(settings, select_layer))
+    """The vision tower's shape, from `config.json`, and the pixels it takes, from `preprocessor_config.json`, which
+    need not be there; errors as of `open_clip`."""
+    config = files.read_config(directory / "config.json", lambda settings: clip_config_from_hf(settings, select_layer))
+    if not (path := directory / PROCESSOR).is_file():
+        return config
+    return dataclasses.replace(config, **files.read_config(path, lambda settings: _normalisation(settings, config)))
+
+
+def _normalisation(settings: Mapping[str, Any], config: ClipVisionConfig) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of a `CLIPImageProcessor`.
+
+    Raises:
+      ValueError: it makes other pixels of an image than we do.
+    """
+    for name, ours in _processor(config).items():
+        size = config.image_size
+        same = (ours, None, *((size,) if name in ("size", "crop_size") else ()))  # sizes were plain numbers once
+        if name not in _NORMALISATION and settings.get(name) not in same:
+            raise ValueError(f"{name} = {settings[name]!r} is not supported: only {ours!r} is")
+    return {name: tuple(settings[name]) for name in _NORMALISATION if settings.get(name)}
 
 
 def clip_part(config: ClipVisionConfig, tensors: Mapping[str, Tensor]) -> Part:
@@ -47,29 +68,29 @@ def write_clip(
     Args:
       tensors: part of the parameter tree -> torch name -> array; `clip` at least.
     """
-    settings = {name: value for name, value in dataclasses.asdict(config.clip).items() if name != "select_layer"}
+    settings = {name: value for name, value in dataclasses.asdict(config.clip).items() if name not in NOT_IN_HF}
     settings |= {"torch_dtype": str(tensors["clip"]["pre_layrnorm.weight"].dtype), "num_channels": 3}
     files.write_json(
         directory / "config.json",
         {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **settings},
     )
-    size = config.clip.image_size
-    files.write_json(
-        directory / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": size},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": size, "width": size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(MEAN),
-            "image_std": list(STD),
-        },
-    )
+    files.write_json(directory / PROCESSOR, {"image_processor_type": "CLIPImageProcessor", **_processor(config.clip)})
     named = {PREFIX + name: tensor for name, tensor in tensors["clip"].items()}
     files.write_safetensors(directory, "model", named, max_shard_size)
+
+
+def _processor(config: ClipVisionConfig) -> dict[str, Any]:
+    """The settings of the `CLIPImageProcessor` that makes the same pixels as `data.images.clip_pixels` and we."""
+    size = config.image_size
+    return {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        **{name: list(getattr(config, name)) for name in _NORMALISATION},
+    }

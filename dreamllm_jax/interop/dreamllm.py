@@ -57,6 +57,31 @@ class _Layout:
         return tuple(found)
 
 
+# Towers that a checkpoint refers to: the plugin and its setting that name the directory, and a file inside of it.
+_TOWERS = {
+    "clip": (VISION, "clip_vision_model_name_or_path", "config.json"),
+    "diffusion": (HEAD, "diffusion_name_or_path", "unet/config.json"),
+}
+
+
+def tower_directory(directory: Path, plugins: Mapping[str, Mapping], tower: str, given: Path | None = None) -> Path:
+    """The directory of a checkpoint's "clip" or "diffusion": the one that is given, or else what config.json names.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    plugin, key, inside = _TOWERS[tower]
+    name = plugins[plugin].get(key)
+    candidates = [given] if given else _places(directory, name)
+    for candidate in candidates:
+        if (candidate / inside).is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{directory}/config.json refers to {name!r} ({key}), and no {inside} is found in "
+        f"{', '.join(map(str, candidates)) or 'any directory'}: name the directory with --{tower}"
+    )
+
+
 def _places(directory: Path, name: str | None) -> list[Path]:
     """Where something may be that a configuration refers to by name: in the checkpoint, at that path, beside it.
 
@@ -75,24 +100,8 @@ def _layout(directory: Path, clip: Path | None, diffusion: Path | None) -> _Layo
     if missing := [name for name in (VISION, QUERIES, HEAD) if name not in plugins]:
         raise ValueError(f"{directory}/config.json: plugins_init_kwargs has no {', '.join(missing)}")
 
-    def tower(given: Path | None, plugin: str, key: str, inside: str, flag: str) -> Path:
-        name = plugins[plugin].get(key)
-        candidates = [given] if given else _places(directory, name)
-        for candidate in candidates:
-            if (candidate / inside).is_file():
-                return candidate
-        raise FileNotFoundError(
-            f"{directory}/config.json refers to {name!r} ({key}), and no {inside} is found in "
-            f"{', '.join(map(str, candidates)) or 'any directory'}: name the directory with --{flag}"
-        )
-
-    return _Layout(
-        directory,
-        settings,
-        plugins,
-        tower(clip, VISION, "clip_vision_model_name_or_path", "config.json", "clip"),
-        tower(diffusion, HEAD, "diffusion_name_or_path", "unet/config.json", "diffusion"),
-    )
+    towers = [tower_directory(directory, plugins, *one) for one in (("clip", clip), ("diffusion", diffusion))]
+    return _Layout(directory, settings, plugins, *towers)
 
 
 def _config(layout: _Layout) -> DreamLLMConfig:

@@ -35,7 +35,13 @@ def open_gguf(path: Path) -> Part:
     field = functools.partial(gguf_reader.field, reader)
     if (architecture := field("general.architecture")) != "llama":
         raise ValueError(f"{path}: architecture {architecture!r} is not supported, only 'llama' is")
-    if field("llama.rope.scaling.type", "none") != "none" or any(t.name == "rope_freqs.weight" for t in reader.tensors):
+    stretched = (
+        field("llama.rope.scaling.type", "none") != "none"
+        or field("llama.rope.scaling.factor", 0.0) not in (0.0, 1.0)
+        or field("llama.rope.scale_linear", 1.0) != 1.0  # in older files
+        or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
+    )
+    if stretched:
         raise ValueError(f"{path}: scaled rotary frequencies are not read from GGUF; give the Hugging Face directory")
     embedding = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
     names = {tensor.name for tensor in reader.tensors}

@@ -66,6 +66,9 @@ def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed
       vocab_size: rows wanted; never fewer than there are.
       new_tokens: ids whose rows are new (also if the matrix had them, unused, before).
       init: "normal" (zero mean, the configuration's `initializer_range`) or "mean" (of all other rows).
+
+    Raises:
+      ValueError: a matrix is not of the configuration's vocabulary.
     """
     config = part.config
     old, vocab_size = config.vocab_size, max(vocab_size, config.vocab_size)
@@ -73,6 +76,12 @@ def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed
     kept = np.setdiff1d(np.arange(old), new)
 
     def grown(name: str, tensor: Tensor) -> Tensor:
+        if tensor.shape != (old, config.hidden_size):
+            raise ValueError(
+                f"{name} is of shape {tensor.shape}, but by its config.json the llama has vocab_size={old} and "
+                f"hidden_size={config.hidden_size}: correct config.json"
+            )
+
         def read() -> np.ndarray:
             rows = np.zeros((vocab_size, config.hidden_size), tensor.dtype)
             rows[:old] = tensor.read()

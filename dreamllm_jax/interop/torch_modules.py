@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreamllm_jax.interop.dreamllm import HEAD, QUERIES, VISION
+from dreamllm_jax.interop.dreamllm import HEAD, QUERIES, VISION, tower_directory
 from dreamllm_jax.interop.files import read_json
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.projectors import ProjectorConfig
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-def loaders(config: DreamLLMConfig, directory: Path) -> dict[str, Callable[[], "nn.Module"]]:
+def loaders(
+    config: DreamLLMConfig, directory: Path, towers: Mapping[str, Path | None]
+) -> dict[str, Callable[[], "nn.Module"]]:
     """Part -> what loads its torch module; the parts that the directory has.
+
+    Args:
+      towers: "clip" and "diffusion", of a checkpoint of the original program: the directories with their shapes, where
+        they are not those that its config.json names.
 
     Raises:
       ValueError: the directory is in none of the formats. A loader raises it for a tensor that is missing, unexpected
@@ -34,7 +40,7 @@ def loaders(config: DreamLLMConfig, directory: Path) -> dict[str, Callable[[], "
     path, found = directory / "config.json", {}
     settings = read_json(path) if path.is_file() else {}
     if settings.get("model_type") == "dreamllm":
-        return _dreamllm(config, directory, settings)
+        return _dreamllm(config, directory, settings, towers)
     if settings.get("model_type") == "llama":
         found["llama"] = functools.partial(_llama, directory)
     if all((directory / part / "config.json").is_file() for part in ("unet", "vae")):
@@ -96,7 +102,9 @@ def _require_same_tensors(file: Path, missing: Iterable, unexpected: Iterable, s
         raise ValueError(f"{file.name}: {', '.join(problems[:3])}{more}")
 
 
-def _dreamllm(config: DreamLLMConfig, directory: Path, settings: Mapping) -> dict[str, Callable[[], "nn.Module"]]:
+def _dreamllm(
+    config: DreamLLMConfig, directory: Path, settings: Mapping, towers: Mapping[str, Path | None]
+) -> dict[str, Callable[[], "nn.Module"]]:
     """Loaders of a checkpoint of the original program: the plugins' modules are put together as they were stored."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -104,14 +112,6 @@ def _dreamllm(config: DreamLLMConfig, directory: Path, settings: Mapping) -> dic
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
     plugins, width = settings.get("plugins_init_kwargs", {}), config.llama.hidden_size
-
-    def folder(plugin: str, key: str) -> Path:
-        name = plugins.get(plugin, {}).get(key) or ""
-        # The first, for a checkpoint may name the place where it is going to be used.
-        for where in (directory / Path(name).name, directory / name):
-            if name and where.is_dir():
-                return where
-        raise ValueError(f"config.json has {key}={name!r}, and there is no such folder")
 
     def projector(chosen: ProjectorConfig, width_in: int, width_out: int, bias: bool) -> nn.Module:
         if chosen.kind == "conv":
@@ -140,7 +140,7 @@ def _dreamllm(config: DreamLLMConfig, directory: Path, settings: Mapping) -> dic
         return _llama(directory, config=LlamaConfig(**{name: settings[name] for name in names & settings.keys()}))
 
     def vision() -> dict[str, nn.Module]:
-        where = folder(VISION, "clip_vision_model_name_or_path")
+        where = tower_directory(directory, plugins, "clip", towers.get("clip"))
         clip = CLIPVisionConfig.from_pretrained(where, local_files_only=True, attn_implementation="eager")
         modules = {"projector": projector(config.visual_projector, config.clip.hidden_size, width, bias=True)}
         if config.visual_projector.post_layernorm:
@@ -153,7 +153,7 @@ def _dreamllm(config: DreamLLMConfig, directory: Path, settings: Mapping) -> dic
         return fill(QUERIES, nn.ParameterDict({"dream_queries": torch.zeros(1, config.num_queries, width)}))
 
     def head() -> dict[str, nn.Module]:
-        where = folder(HEAD, "diffusion_name_or_path")
+        where = tower_directory(directory, plugins, "diffusion", towers.get("diffusion"))
         with torch.device("meta"):  # not initialised, for every tensor comes from the file
             modules = {
                 "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(where / "unet")),

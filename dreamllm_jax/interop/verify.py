@@ -11,6 +11,7 @@ import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -59,6 +60,7 @@ def compare(
     params: Callable[[str], Mapping[str, Any]],
     directory: Path,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
+    towers: Mapping[str, Path | None] = MappingProxyType({}),
 ) -> list[Difference]:
     """Runs every tower that the directory has on the same inputs in torch and here.
 
@@ -72,9 +74,9 @@ def compare(
       config: our model.
       params: gives one part of the parameter tree, such as "llama", as a nested dict of numpy arrays of any float type.
       directory: `LlamaForCausalLM` of transformers; or the folders `unet` and `vae`, perhaps `clip`, of diffusers; or a
-        checkpoint of the original program, whose towers' configurations are in folders inside it of the names in its
-        config.json, or at the paths that are named there.
+        checkpoint of the original program, whose towers' configurations are found as the import finds them.
       dtypes: "float32", "bfloat16" or both.
+      towers: see `torch_modules.loaders`.
 
     Returns:
       A difference for each tower and type. "multimodal forward" is the logits and the condition for one sequence of
@@ -86,7 +88,7 @@ def compare(
         unexpected or of the wrong shape.
     """
     import_torch("verifying")
-    loaders = torch_modules.loaders(config, Path(directory))
+    loaders = torch_modules.loaders(config, Path(directory), towers)
     inputs = _inputs(config)
     theirs = {dtype: dict(inputs) for dtype in ("float32", *dtypes)}
     ours = {dtype: dict(inputs) for dtype in dtypes}

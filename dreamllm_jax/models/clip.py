@@ -4,7 +4,7 @@ Legend: N images, S image size, P patches, E width.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -33,6 +33,7 @@ class ClipVisionConfig:
 
     `select_layer` chooses the hidden state that is read, as an index into transformers' `hidden_states`: 0 is the
     embeddings after their norm, i the output of layer i, -1 that of the last one (without the final norm).
+    `image_mean` and `image_std` normalise pixels in [0, 1], as in transformers' `CLIPImageProcessor`.
     """
 
     hidden_size: int = 768
@@ -45,6 +46,8 @@ class ClipVisionConfig:
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     select_layer: int = -2
+    image_mean: tuple[float, float, float] = MEAN
+    image_std: tuple[float, float, float] = STD
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
@@ -71,6 +74,7 @@ class ClipVisionConfig:
 # Settings of a config.json that would change the function computed here: name -> the one value that is supported.
 _SUPPORTED = {"num_channels": 3, "attention_dropout": 0.0, "dropout": 0.0}
 _MODEL_TYPES = ("clip_vision_model", "clip")
+NOT_IN_HF = ("select_layer", "image_mean", "image_std")  # our settings that no config.json has
 
 
 def clip_config_from_hf(config: Mapping[str, Any], select_layer: int = -2) -> ClipVisionConfig:
@@ -88,13 +92,13 @@ def clip_config_from_hf(config: Mapping[str, Any], select_layer: int = -2) -> Cl
     for name in ("image_size", "patch_size"):
         if not isinstance(config.get(name, 1), int):
             raise ValueError(f"{name} = {config[name]!r} is not supported: only a single number is")
-    names = {field.name for field in dataclasses.fields(ClipVisionConfig)} - {"select_layer"}
+    names = {field.name for field in dataclasses.fields(ClipVisionConfig)} - set(NOT_IN_HF)
     return ClipVisionConfig(**{name: config[name] for name in names if name in config}, select_layer=select_layer)
 
 
-def normalise_pixels(pixels: Array) -> Array:
-    """u8[..., 3] RGB -> f32[..., 3] with CLIP's mean taken off and divided by its standard deviation."""
-    return (pixels.astype(jnp.float32) / 255 - jnp.asarray(MEAN)) / jnp.asarray(STD)
+def normalise_pixels(pixels: Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Array:
+    """u8[..., 3] RGB -> f32[..., 3] with the mean taken off and divided by the standard deviation."""
+    return (pixels.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
 _ZEROS = weight(nn.initializers.zeros, "tower_norm")

@@ -114,7 +114,7 @@ class DreamLLM(nn.Module):
     def features(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P V"]:
         """CLIP's features of the images' patches."""
         if images.dtype == jnp.uint8:
-            images = normalise_pixels(images)
+            images = normalise_pixels(images, self.config.clip.image_mean, self.config.clip.image_std)
         return self.clip(constrain(images, ("images", None, None, None)))
 
     def project(self, features: Float[Array, "N P V"]) -> Float[Array, "N P E"]:

@@ -73,8 +73,8 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
 
-    def rope_frequencies(self, length: int) -> np.ndarray:
-        """f32[D / 2] radians per position in rows of this length."""
+    def rope_frequencies(self, length: int | Array) -> np.ndarray | Array:
+        """Radians per position in rows of this length, see `rope.rope_frequencies`."""
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling, length, self.max_position_embeddings)
 
 
@@ -368,13 +368,16 @@ class Llama(nn.Module):
           f[B, T, E] hidden states after the final norm (meaningless on padding), and the cache with this call's tokens.
         """
         config = self.config
-        length = embeddings.shape[1] if cache is None else cache.segment_ids.shape[1]
+        length = embeddings.shape[1]
+        if cache is not None:
+            valid = segment_ids != 0
+            filled = cache.length + valid.sum(axis=1, dtype=jnp.int32)
+            length = filled[:, None]
         angles = positions[..., None].astype(jnp.float32) * config.rope_frequencies(length)
         context = _Context(jnp.cos(angles), jnp.sin(angles), segment_ids)
         if cache is not None:
-            valid = segment_ids != 0
             index = cache.length[:, None] + jnp.arange(segment_ids.shape[1])
-            slots = jnp.where(valid, index, length)  # past the end: padding is dropped, not written
+            slots = jnp.where(valid, index, cache.segment_ids.shape[1])  # past the end: padding is dropped, not written
             rows = jnp.arange(segment_ids.shape[0])[:, None]
             k_segment_ids = cache.segment_ids.at[rows, slots].set(segment_ids, mode="drop")
             context = context.replace(k_segment_ids=k_segment_ids, q_index=index, slots=slots)
@@ -382,7 +385,6 @@ class Llama(nn.Module):
         (hidden, stacks), _ = self.layers(carry, jnp.arange(config.num_hidden_layers), context)
         if cache is not None:
             k, v = stacks
-            filled = cache.length + valid.sum(axis=1, dtype=jnp.int32)
             cache = KVCache(k=k, v=v, segment_ids=k_segment_ids, length=filled)
         return self.norm(hidden), cache
 

@@ -59,6 +59,7 @@ class Projector(nn.Module):
             x = nn.LayerNorm(
                 epsilon=self.config.layer_norm_eps,
                 dtype=self.dtype,
+                use_fast_variance=False,  # which cancels where means are large
                 scale_init=weight(nn.initializers.ones, "tower_norm"),
                 bias_init=weight(nn.initializers.zeros, "tower_norm"),
                 name="post_layernorm",

@@ -42,24 +42,27 @@ class RopeScaling:
 
 
 def rope_frequencies(
-    dim: int, theta: float, scaling: RopeScaling | None, length: int, max_position_embeddings: int
-) -> np.ndarray:
+    dim: int, theta: float, scaling: RopeScaling | None, length: int | Array, max_position_embeddings: int
+) -> np.ndarray | Array:
     """Angles a token of rotary embedding, scaled if the model says so.
 
     Args:
       dim: D.
       theta: the base.
-      length: of the row (or of the cache): "dynamic" scaling grows the base with it once it exceeds
-        `max_position_embeddings`. It is the static length, the same for every row, so that what a document gives
-        does not change with what is packed beside it and a cached key never has to be rotated again.
+      length: with which the base of "dynamic" scaling grows once it exceeds `max_position_embeddings`: of rows of
+        documents their static one, the same for all, so that what a document gives does not change with what is
+        packed beside it; or i32[...] tokens that each row has read, as transformers does where keys are cached.
 
     Returns:
-      f32[D / 2] radians per position.
+      f32[D / 2] radians per position, or, of "dynamic" scaling, f32[..., D / 2].
     """
+    base = np.float32(theta)
     if scaling and scaling.rope_type == "dynamic":
-        stretch = scaling.factor * max(1.0, length / max_position_embeddings) - (scaling.factor - 1)
-        theta *= stretch ** (dim / (dim - 2))
-    frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+        xp = jnp if isinstance(length, Array) else np
+        stretch = scaling.factor * xp.maximum(1.0, length / max_position_embeddings) - (scaling.factor - 1)
+        base = (theta * stretch ** (dim / (dim - 2))).astype(np.float32)[..., None]
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    frequencies = np.float32(1) / base**exponents
     if scaling and scaling.rope_type == "linear":
         frequencies = frequencies / np.float32(scaling.factor)
     if scaling and scaling.rope_type == "llama3":

@@ -14,6 +14,7 @@ from typing import Any
 
 from dreamllm_jax.flops import PARTS, Flops, step_flops
 from dreamllm_jax.planning.step import CompiledStep
+from dreamllm_jax.sharding import row_shards
 from dreamllm_jax.training.parameters import parameter_lines
 
 KERNEL_UTILISATION = 0.5  # share of the peak that Pallas kernels are taken to reach
@@ -184,7 +185,7 @@ def remedy(step: CompiledStep) -> str:
     """Why a step does not fit, and what to change, in one line."""
     memory, experiment, topology = step.memory, step.experiment, step.topology
     changes = []
-    shards = step.mesh["data"] * step.mesh["fsdp"]
+    shards = row_shards(experiment.sharding, step.mesh)
     if memory.weights + memory.optimizer < memory.limit:
         if experiment.model.remat != "full":
             changes.append("set model.remat=full")

@@ -2,12 +2,11 @@
 
 import dataclasses
 import logging
-import math
 
 from dreamllm_jax.chips import Topology
 from dreamllm_jax.experiment import Experiment
 from dreamllm_jax.planning.step import CompiledStep, Effort, compile_step
-from dreamllm_jax.sharding import make_mesh
+from dreamllm_jax.sharding import make_mesh, row_shards
 
 _logger = logging.getLogger(__name__)
 
@@ -61,4 +60,4 @@ def fit(experiment: Experiment, topology: Topology) -> CompiledStep:
 
 def _row_shards(experiment: Experiment, topology: Topology) -> int:
     mesh = make_mesh(experiment.sharding, topology.devices())
-    return math.prod(mesh.shape[axis] for axis in experiment.sharding.all_rules["rows"])
+    return row_shards(experiment.sharding, mesh.shape)

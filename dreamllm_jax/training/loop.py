@@ -151,7 +151,7 @@ def _require_frozen(experiment: Experiment, state: TrainState) -> None:
     require_frozen(experiment.data.stored, state.trainable)
     for name in experiment.data.stored:
         for corpus in experiment.data.corpora or read_summary(experiment.data.path)["corpora"]:
-            require_same_towers(experiment.data.path, corpus, name, state.frozen)
+            require_same_towers(experiment.data.path, corpus, name, experiment.model, state.frozen)
 
 
 def _log_parameters(abstract: TrainState) -> None:

@@ -190,6 +190,8 @@ def test_flags_that_do_not_go_together(original, tmp_path, capsys):
         run("import", llama=original / "llama", to=tmp_path / "to")
     with pytest.raises(ValueError, match="leave out --llama"):
         run("import", llama=original / "llama", dreamllm=original / "original", to=tmp_path / "to")
+    with pytest.raises(ValueError, match="has all of its parts: leave out --num-queries, --visual-layernorm"):
+        run("import", dreamllm=original / "original", to=tmp_path / "to", num_queries=8, visual_layernorm=True)
     for command, flags, message in (
         ("import", {"dtype": "lama:float32"}, "'lama:float32' is not PART:TYPE; parts are llama, queries"),
         ("import", {"visual_projector": "mlp:1"}, "'mlp:1': an mlp projector has a depth of 2 or more"),

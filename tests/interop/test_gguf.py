@@ -22,7 +22,7 @@ gguf = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 
 
-def write(path: Path, part, tokenizer, quantisation=None) -> None:
+def write(path: Path, part, tokenizer, quantisation=None, more=lambda writer: None) -> None:
     """As llama.cpp's converter writes a Hugging Face LLaMA: rows of queries and keys interleaved for its rotation."""
     config = part.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -53,6 +53,7 @@ def write(path: Path, part, tokenizer, quantisation=None) -> None:
             writer.add_tensor(theirs, gguf.quants.quantize(array, quantisation), raw_dtype=quantisation)
         else:
             writer.add_tensor(theirs, np.ascontiguousarray(array))
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -99,6 +100,19 @@ def test_what_is_no_llama_is_refused(tmp_path):
     writer.close()
     with pytest.raises(ValueError, match="architecture 'qwen2' is not supported, only 'llama' is"):
         open_gguf(tmp_path / "b.gguf")
+
+
+@pytest.mark.parametrize(
+    "stretch",
+    [
+        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+        lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0),  # as older files say it
+    ],
+)
+def test_stretched_rotary_frequencies_are_refused(llama, tmp_path, stretch):
+    write(tmp_path / "a.gguf", llama, public_models.tokenizer(), more=stretch)
+    with pytest.raises(ValueError, match="scaled rotary frequencies are not read from GGUF"):
+        open_gguf(tmp_path / "a.gguf")
 
 
 @pytest.fixture(scope="session")

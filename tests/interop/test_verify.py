@@ -172,9 +172,11 @@ def test_configurations_of_the_towers_are_found(directories, tmp_path):
     directory = shutil.copytree(directories / "dreamllm", tmp_path / "dreamllm")
     (directory / "clip").rename(tmp_path / "elsewhere")
     assert error(CONFIG, directory) == (
-        f"{directory}, image encoder: config.json has clip_vision_model_name_or_path='clip', "
-        "and there is no such folder"
+        f"{directory}, image encoder: {directory}/config.json refers to 'clip' (clip_vision_model_name_or_path), and no config.json is found in "
+        f"{directory}/clip, {directory}/clip, clip, {tmp_path}/clip: name the directory with --clip"
     )
+    found = compare(CONFIG, PARAMS.__getitem__, directory, ["float32"], {"clip": tmp_path / "elsewhere"})
+    assert verdicts(found) == dict.fromkeys(TOWERS, True)
     path = directory / "config.json"
     path.write_text(path.read_text().replace('"clip"', json.dumps(str(tmp_path / "elsewhere"))))
     (directory / "dream_embedding.bin").unlink()  # without which the towers cannot be joined

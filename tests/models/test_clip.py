@@ -1,3 +1,7 @@
+import dataclasses
+import functools
+import json
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -5,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
+from dreamllm_jax.data.images import clip_pixels
+from dreamllm_jax.interop.clip import read_clip_config
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.models.clip import ClipVision, ClipVisionConfig, clip_config_from_hf, normalise_pixels
+from dreamllm_jax.models.dreamllm import DreamLLM
 from tests.parity import assert_same, gradients, randomised, relative_error, tensors
+from tests.tiny import tiny_config, tiny_params
 
 TINY = {
     "hidden_size": 32,
@@ -114,6 +123,39 @@ def test_pixels_are_normalised_as_transformers_does():
     processor = transformers.CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
     want = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     np.testing.assert_allclose(normalise_pixels(image), want, atol=1e-6)
+
+
+def test_the_processor_beside_a_tower_says_how_its_pixels_are_normalised(tmp_path):
+    """And where it makes other pixels than ours, it is refused."""
+    theirs = transformers.CLIPVisionConfig(**TINY)
+    theirs.save_pretrained(tmp_path)
+    assert read_clip_config(tmp_path).image_mean == (0.48145466, 0.4578275, 0.40821073)
+    size = TINY["image_size"]
+    sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    processor = transformers.CLIPImageProcessorPil(**sizes, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.5])
+    processor.save_pretrained(tmp_path)
+    config = read_clip_config(tmp_path)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
+    want = processor(photo, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    got = normalise_pixels(clip_pixels(photo, size), config.image_mean, config.image_std)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+    whole = tiny_config()
+    model = DreamLLM(dataclasses.replace(whole, clip=dataclasses.replace(whole.clip, image_mean=(0.5,) * 3)))
+    images = np.random.default_rng(1).integers(0, 256, (1, *[whole.clip.image_size] * 2, 3), dtype=np.uint8)
+    features = jax.jit(functools.partial(model.apply, method="features"))
+    variables = {"params": tiny_params(whole)}
+    normalised = normalise_pixels(images, (0.5,) * 3)
+    assert relative_error(features(variables, images), features(variables, normalised)) < 1e-6
+
+    path = tmp_path / "preprocessor_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"size": size, "crop_size": size}))  # as they were written once
+    assert read_clip_config(tmp_path) == config
+    for wrong in ({"do_center_crop": False}, {"size": {"shortest_edge": 2 * size}}, {"resample": 2}):
+        path.write_text(json.dumps(settings | wrong))
+        with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {next(iter(wrong))} = .* is not supported"):
+            read_clip_config(tmp_path)
 
 
 def test_config_is_read_whole_or_alone():

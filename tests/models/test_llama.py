@@ -121,6 +121,21 @@ def test_dynamic_scaling_starts_beyond_the_trained_length():
     assert relative_error(got, want) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the lowest version knows no other
+def test_dynamic_scaling_follows_what_each_row_has_read():
+    """As transformers with its cache does for a row alone, whatever rows lie beside it."""
+    theirs, ours, params = pair(**VARIANTS["dynamic"])
+    tokens, step = tokens_of(2, 14), jax.jit(run.__wrapped__, static_argnums=0)
+    cache, theirs_cache = KVCache.create(ours.config, 2, 64), transformers.DynamicCache()
+    for start, stop in ((0, 10), (10, 11), (11, 14)):
+        with torch.no_grad():
+            want = theirs.model(torch.from_numpy(tokens[:1, start:stop]), past_key_values=theirs_cache)
+        segments = np.stack([np.ones(stop - start), np.arange(stop - start) < 1]).astype(np.int32)
+        positions = np.stack([np.arange(start, stop), cache.length[1] + np.arange(stop - start)])
+        got, cache = step(ours, params, tokens[:, start:stop], positions, segments, cache)
+        assert relative_error(got[0], want.last_hidden_state[0]) <= 1e-5
+
+
 @pytest.mark.parametrize(
     "rope",
     [{"rope_theta": 10000.0}, {"rope_theta": 500000.0, **LLAMA3, "original_max_position_embeddings": 1024}],
