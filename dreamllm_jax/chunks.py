@@ -39,9 +39,9 @@ def chunked_sum(
 ) -> Float[Array, ""]:
     """The sum of `function(shared, chunk)` over the chunks of `items`.
 
-    Within each group the filled items come first, and a chunk that no group fills is skipped. The gradient of a chunk
-    is computed together with its value, for it only has to be scaled later: so the backward pass needs neither the
-    chunk's intermediates nor its recomputation.
+    Of several chunks, within each group the filled items come first, and a chunk that no group fills is skipped. The
+    gradient of a chunk is computed together with its value, for it only has to be scaled later: so the backward pass
+    needs neither the chunk's intermediates nor its recomputation.
 
     Args:
       function: (shared, items with leaves [R, n / c, ...]) -> the sum over these items, to which empty ones add 0.

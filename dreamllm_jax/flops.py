@@ -28,7 +28,7 @@ from dreamllm_jax.models.clip import ClipVisionConfig
 from dreamllm_jax.models.llama import LlamaConfig
 from dreamllm_jax.models.lora import LORA_A, LORA_B
 from dreamllm_jax.models.projectors import ProjectorConfig
-from dreamllm_jax.models.remat import NAMES
+from dreamllm_jax.models.remat import kept_by
 from dreamllm_jax.models.unet import UNetConfig
 from dreamllm_jax.models.vae import AutoencoderConfig, PixelAutoencoderConfig
 
@@ -89,7 +89,9 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
     # What is read.
     features_live = False
     if seen:
-        clip = _clip(_Tally(trained), model.clip, seen, model.remat != "none")
+        clip = _Tally(trained)
+        if "features" not in experiment.data.stored:
+            _clip(clip, model.clip, seen, model.remat != "none")
         _projector(
             clip, "visual_projector", model.visual_projector, seen, model.clip.num_patches, model.clip.hidden_size,
             llama.hidden_size,
@@ -118,7 +120,9 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
     if painted:
         side = rows.dream_size // model.vae.downscale
         kernels = platform == "tpu" and model.dtype == "bfloat16"
-        vae = _autoencoder(_Tally(trained, kernels=kernels), model.vae, painted, rows.dream_size)
+        vae = _Tally(trained, kernels=kernels)
+        if "moments" not in experiment.data.stored:
+            _autoencoder(vae, model.vae, painted, rows.dream_size)
         condition = _Tally(trained, hidden.live and not objective.detach_condition)
         _projector(
             condition, "condition_projector", model.condition_projector, painted, model.num_queries, llama.hidden_size,
@@ -184,7 +188,7 @@ class _Tally:
 
 def _tiles(length: int) -> float:
     """Share of the tiles of a causal attention kernel that are not wholly above the diagonal."""
-    tiles = length // next(size for size in (1024, 512, 256, 128) if length % size == 0)
+    tiles = length // splash.block_of(length)
     return (tiles + 1) / (2 * tiles)
 
 
@@ -249,7 +253,7 @@ def _llama(
         layer.attention(rows, length, length, query_width, layer.live, causal=True)
 
     if remat != "none":
-        kept = {"full": (), "dots": NAMES, "offload": NAMES}.get(remat, remat.split("+"))
+        kept = kept_by(remat)
         scores = 2.0 * rows * length**2 * query_width
         if "attention" not in kept:
             again = {**products, **adapters}

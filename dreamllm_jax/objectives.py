@@ -140,7 +140,7 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """Sum over tokens of weight · -log p(token given the hidden state before it).
 
-    No logits of all tokens ever exist, and none of chunks whose tokens have no weight.
+    In chunks, no logits of all tokens ever exist, and none of chunks whose tokens have no weight.
 
     Args:
       weights: of predicting `tokens[:, i]`; those of a row's first token count for nothing.

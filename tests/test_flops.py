@@ -23,6 +23,7 @@ ADAPTED = tiny_config(
 # Where a compiled multiplication was traced.
 SCOPES = {
     "see": "clip",
+    "project": "clip",
     "embed": "llm",
     "decode": "llm",
     "null_hidden": "llm",
@@ -32,12 +33,12 @@ SCOPES = {
 }
 
 
-def experiment(trainable=STAGE_2, remat="none", rows=None, objective=None, model=None):
+def experiment(trainable=STAGE_2, remat="none", rows=None, objective=None, model=None, stored=()):
     model = tiny_config(remat=remat) if model is None else model
     settings = {
         "model": dataclasses.asdict(model) | {"special_tokens": None},
         "parameters": {"trainable": trainable},
-        "data": {"path": "", "corpora": {"pairs": {}}},
+        "data": {"path": "", "corpora": {"pairs": {}}, "stored": stored},
         "rows": {
             "per_step": 4,
             "length": LENGTH,
@@ -73,6 +74,7 @@ CASES = {
     "everything, recomputed": {"trainable": EVERYTHING, "remat": "full"},
     "adapters": {"model": ADAPTED, "trainable": ((".*lora_.", True), (".*", False)), "remat": "full"},
     "text alone, chunks": {"rows": NO_IMAGES, "objective": {"loss_chunk": 8}, "remat": "attention+up"},
+    "images computed beforehand": {"stored": ("moments", "features"), "trainable": ALIGNMENT},
     "seen alone": {"rows": {"dream_slots": 0}},
     "painted alone, detached": {"rows": {"see_slots": 0}, "objective": {"lm_weight": 0.0, "detach_condition": True}},
 }

@@ -3,7 +3,7 @@
 Packed rows go through the splash attention kernel on TPU; half precision goes through cuDNN on GPU; all else, and every
 CPU, through plain XLA, in chunks of queries.
 
-What a query may see is told by segments and indices, never by a materialised mask.
+What a query may see is told by segments and indices; where there is no kernel for them a mask is made, bool[B, T, S].
 
 Legend: B rows, T queries, S keys, H query heads, K key heads, D head dimension.
 """

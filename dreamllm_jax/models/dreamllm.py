@@ -1,7 +1,7 @@
 """DreamLLM (arXiv 2309.11499): a causal language model that reads images and conditions a diffusion model.
 
 Legend: B rows, L tokens in a row, K see slots, D dream slots, N images, P patches, Q dream queries, E llama width,
-V vocabulary, C condition width, h x w x c latents.
+V vocabulary, F width of CLIP's features, C condition width, h x w x c latents.
 """
 
 import dataclasses
@@ -111,13 +111,13 @@ class DreamLLM(nn.Module):
         """What the llama is given for an image: CLIP features through the visual projector."""
         return self.visual_projector(self.features(images))
 
-    def features(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P V"]:
+    def features(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P F"]:
         """CLIP's features of the images' patches."""
         if images.dtype == jnp.uint8:
             images = normalise_pixels(images, self.config.clip.image_mean, self.config.clip.image_std)
         return self.clip(constrain(images, ("images", None, None, None)))
 
-    def project(self, features: Float[Array, "N P V"]) -> Float[Array, "N P E"]:
+    def project(self, features: Float[Array, "N P F"]) -> Float[Array, "N P E"]:
         """CLIP features, perhaps stored ones -> what the llama is given."""
         features = features.astype(jnp.dtype(self.config.dtype))
         return self.visual_projector(constrain(features, ("images", None, None)))

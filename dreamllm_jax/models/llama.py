@@ -95,7 +95,7 @@ def llama_config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         if config.get(name, value) not in (value, None):
             raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (1.0, None):
         raise ValueError("partial_rotary_factor is not supported: the whole head is rotated")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     scaling = None

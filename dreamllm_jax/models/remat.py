@@ -32,6 +32,11 @@ def check(policy: str) -> None:
         )
 
 
+def kept_by(policy: str) -> tuple[str, ...]:
+    """The names of what a policy keeps; of "none", which keeps everything, nothing needs to be named."""
+    return {"none": (), "full": (), "dots": NAMES, "offload": NAMES}.get(policy, tuple(policy.split("+")))
+
+
 def rematerialised(block: type[nn.Module], policy: str) -> type[nn.Module]:
     """Wraps the body of a scanned stack of layers.
 
@@ -50,7 +55,6 @@ def rematerialised(block: type[nn.Module], policy: str) -> type[nn.Module]:
             offload_dst="pinned_host",
         )
     else:
-        names = {"full": (), "dots": NAMES}.get(policy, policy.split("+"))
-        chosen = policies.save_only_these_names(*names)
+        chosen = policies.save_only_these_names(*kept_by(policy))
     # Inside a scan nothing can undo the recomputation, so the barriers against it are not needed.
     return nn.remat(block, policy=chosen, prevent_cse=False)

@@ -18,6 +18,11 @@ def supports(queries: int, keys: int, head_dim: int) -> bool:
     return queries == keys and queries % TILE == 0 and head_dim % TILE == 0
 
 
+def block_of(length: int) -> int:
+    """The side of the kernel's tiles for rows of this length."""
+    return next(size for size in (_BLOCK, _BLOCK // 2, _BLOCK // 4, TILE) if length % size == 0)
+
+
 def causal_attention(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
     """Each token attends to its segment up to itself; see `attention.attend`.
 
@@ -32,7 +37,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array, interpret: b
       f[B, T, H, D].
     """
     _, length, heads, dim = q.shape
-    block = next(size for size in (_BLOCK, _BLOCK // 2, _BLOCK // 4, TILE) if length % size == 0)
+    block = block_of(length)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
         block_sizes=splash.BlockSizes(

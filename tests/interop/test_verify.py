@@ -172,7 +172,8 @@ def test_configurations_of_the_towers_are_found(directories, tmp_path):
     directory = shutil.copytree(directories / "dreamllm", tmp_path / "dreamllm")
     (directory / "clip").rename(tmp_path / "elsewhere")
     assert error(CONFIG, directory) == (
-        f"{directory}, image encoder: {directory}/config.json refers to 'clip' (clip_vision_model_name_or_path), and no config.json is found in "
+        f"{directory}, image encoder: {directory}/config.json refers to 'clip' (clip_vision_model_name_or_path), "
+        "and no config.json is found in "
         f"{directory}/clip, {directory}/clip, clip, {tmp_path}/clip: name the directory with --clip"
     )
     found = compare(CONFIG, PARAMS.__getitem__, directory, ["float32"], {"clip": tmp_path / "elsewhere"})
