@@ -8,7 +8,6 @@ __version__ = "0.1.0"
 # Where each public name comes from. It is imported when it is first asked for: programs of launch/ import parts of this
 # package where there is no JAX.
 _WHERE = {
-    "Document": "data.document",
     "Image": "data.document",
     "Sampling": "generation.text",
     "SamplerConfig": "diffusion.samplers",
@@ -16,8 +15,8 @@ _WHERE = {
     "generate_documents": "generation.documents",
     "generate_images": "generation.images",
     "generate_texts": "generation.texts",
+    "load_document": "generation.documents",
     "load_model": "runs",
-    "read_experiment": "experiment",
     "save_document": "generation.documents",
 }
 __all__ = ["__version__", *_WHERE]

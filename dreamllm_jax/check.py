@@ -13,13 +13,13 @@ from dreamllm_jax import recipes, runs
 from dreamllm_jax.configuration import ConfigError, differences, flat
 from dreamllm_jax.data.mixture import CorpusConfig
 from dreamllm_jax.data.preparation import SOURCES
-from dreamllm_jax.data.storage import SUMMARY, read_summary
+from dreamllm_jax.data.storage import SUMMARY, open_tokenizer, read_summary
 from dreamllm_jax.experiment import Experiment, read_experiment, require_mesh_fits
 from dreamllm_jax.models.dreamllm import abstract_params
 from dreamllm_jax.precompute import require_frozen
 from dreamllm_jax.sharding import MESH_AXES
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dreamllm_jax.training.parameters import count_parameters, parameter_lines
+from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN, count_parameters, parameter_lines
 from dreamllm_jax.training.state import Leaves, split_params
 
 WIDTH, HEIGHT = 64, 8  # of the plot, in characters
@@ -66,6 +66,8 @@ def _require_data(experiment: Experiment) -> None:
             f"config.data.corpora.{missing[0]} is not in {data.path}: there are {', '.join(sorted(there))}; import it "
             f"with --name={missing[0]}, or leave it out of config.data.corpora"
         )
+    if not experiment.parameters.init_from or data.tokenizer:  # otherwise that model has one
+        runs.require_room(open_tokenizer(data.path, data.tokenizer), experiment.model)
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -82,6 +84,8 @@ def describe(config: Mapping[str, Any]) -> str:
     lines += ["", "parameters", *parameter_lines(count_parameters(trainable, frozen))]
     for name, leaves in (("trained", trainable), ("frozen", frozen)):
         lines.append(f"  {name + ' in all':20} {sum(math.prod(leaf.shape) for leaf in leaves.values()):>15,}")
+    if frozen and not experiment.parameters.init_from:
+        lines.append(f"  {RANDOM_AND_FROZEN}")
     return "\n".join(
         [*lines, "", *_mixture_lines(experiment), "", *_step_lines(experiment), "", *_schedule(experiment)]
     )

@@ -8,6 +8,7 @@ python -m dreamllm_jax.generate serve --checkpoint=DIR
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,8 +212,10 @@ def _port(text: str) -> int:
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return int(height), int(width or height)
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"must be pixels, 512 or 512x768 (height x width), got {text!r}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def make_parser() -> argparse_flags.ArgumentParser:
@@ -224,13 +227,13 @@ def make_parser() -> argparse_flags.ArgumentParser:
     )
     template.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
     painting.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
-    painting.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name))
-    for command, make, parents in (
-        ("text", write, [checkpoint, template]),
-        ("image", paint, [checkpoint, painting]),
-        ("document", tell, [checkpoint, template, painting]),
+    painting.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name), help="%(default)s if not given")
+    for command, make, parents, what in (
+        ("text", write, [checkpoint, template], "texts that go on with prompts, or answer them"),
+        ("image", paint, [checkpoint, painting], "pictures for prompts"),
+        ("document", tell, [checkpoint, template, painting], "texts with pictures in them"),
     ):
-        add = commands.add_parser(command, parents=parents)
+        add = commands.add_parser(command, parents=parents, help=what)
         add.set_defaults(main=main, make=make)
         add.add_argument("prompt", nargs="*", help=f"prompts; {HERE} stands for an image")
         add.add_argument("--prompts", default="", help="a file of prompts, one a line or JSON lines; - for the input")
@@ -241,27 +244,30 @@ def make_parser() -> argparse_flags.ArgumentParser:
         add.add_argument("--fsdp", type=positive, default=1, help="devices over which results and weights are split")
         add.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
         if template in parents:
-            add.add_argument("--max_tokens", type=positive, default=256)
-            add.add_argument("--temperature", type=float, default=0.0, help="0: the most probable tokens")
-            add.add_argument("--top_k", type=int, default=0)
-            add.add_argument("--top_p", type=float, default=1.0)
-            add.add_argument("--repetition_penalty", type=float, default=1.0)
+            add.add_argument("--max_tokens", type=positive, default=256, help="of a result; %(default)s if not given")
+            add.add_argument("--temperature", type=float, default=0.0, help="0, the default: the most probable tokens")
+            add.add_argument("--top_k", type=int, default=0, help="only so many of the most probable tokens; 0: all")
+            add.add_argument("--top_p", type=float, default=1.0, help="only those that together have it; 1: all")
+            add.add_argument("--repetition_penalty", type=float, default=1.0, help="of tokens that were there; 1: none")
         if painting in parents:
-            add.add_argument("--steps", type=int, default=50)
-            add.add_argument("--timestep_spacing", default="trailing", choices=get_args(samplers.Spacing))
-            add.add_argument("--use_karras_sigmas", action="store_true")
-            add.add_argument("--eta", type=float, default=0.0)
-            add.add_argument("--guidance", type=float, default=3.5)
-            add.add_argument("--rescale", type=float, default=0.0)
+            add.add_argument("--steps", type=positive, default=50, help="of denoising; %(default)s if not given")
+            spacings = get_args(samplers.Spacing)
+            add.add_argument(
+                "--timestep_spacing", default="trailing", choices=spacings, help="%(default)s if not given"
+            )
+            add.add_argument("--use_karras_sigmas", action="store_true", help="noise levels of Karras et al. 2022")
+            add.add_argument("--eta", type=float, default=0.0, help="fresh noise of ddim, from 0 to 1; 0 if not given")
+            add.add_argument("--guidance", type=float, default=3.5, help="1 for none; %(default)s if not given")
+            add.add_argument("--rescale", type=float, default=0.0, help="of guided predictions, from 0, none, to 1")
         if command == "text":
             add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
-            add.add_argument("--beams", type=positive, default=1)
-            add.add_argument("--length_penalty", type=float, default=1.0)
+            add.add_argument("--beams", type=positive, default=1, help="of beam search; 1: none")
+            add.add_argument("--length_penalty", type=float, default=1.0, help="of beams: above 1 for longer texts")
         elif command == "image":
             add.add_argument("--negative", default="", help="what is not to be painted")
             add.add_argument("--images", type=positive, default=1, help="images of each prompt")
         else:
-            add.add_argument("--max_images", type=int, default=4)
+            add.add_argument("--max_images", type=int, default=4, help="of a document; %(default)s if not given")
             add.add_argument("--continue", default="", help="a document saved before: each prompt goes on with it")
     add = commands.add_parser("serve", parents=[checkpoint, template, painting], help="a chat page in the browser")
     add.set_defaults(main=serve)

@@ -25,7 +25,7 @@ from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.directories import absolute, write_whole
 from dreamllm_jax.distributed import difference, require_same
 from dreamllm_jax.experiment import Experiment, read_experiment
-from dreamllm_jax.models.dreamllm import DreamLLM, abstract_params
+from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings
 from dreamllm_jax.training.initial import open_initial
 from dreamllm_jax.training.saved import CONFIG_FILE, TOKENIZER, find, write_description
@@ -92,16 +92,21 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
         multihost_utils.sync_global_devices("data prepared")
 
     tokenizer = open_tokenizer(data.path, data.tokenizer)
-    room = experiment.model.llama.vocab_size
-    if tokenizer.vocab_size > room:
-        raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, config.model.llama.vocab_size has room for {room}"
-        )
+    require_room(tokenizer, experiment.model)
     model = dataclasses.replace(experiment.model, special_tokens=tokenizer.special)
     if first:
         write_whole(workdir / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_description(workdir, model, tokenizer)
     return Run(workdir, dataclasses.replace(experiment, model=model, data=data), tokenizer)
+
+
+def require_room(tokenizer: Tokenizer, model: DreamLLMConfig) -> None:
+    """Raises ConfigError if the model has fewer embeddings than the tokenizer ids."""
+    room = model.llama.vocab_size
+    if tokenizer.vocab_size > room:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, config.model.llama.vocab_size has room for {room}"
+        )
 
 
 def with_initial(

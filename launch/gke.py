@@ -1,7 +1,8 @@
 """Trains on TPU slices of a GKE cluster: writes the JobSet of a run, and hands it to kubectl.
 
     python launch/gke.py apply --name=mine --topology=v5p-128x2 --image=IMAGE --spot -- \\
-        python -m dreamllm_jax.train --config=configs/stage2_igpt.py:7b --workdir=gs://bucket/run --config.data.path=gs://...
+        python -m dreamllm_jax.train --config=configs/stage2_igpt.py:7b --workdir=gs://bucket/run \\
+        --config.parameters.init_from=gs://bucket/stage1 --config.data.path=gs://bucket/data
 
 The JobSet starts all hosts together, and again after a preemption and on status 75 and 76, as often as needed; after
 other failures at most --retries times. `manifest` prints it (JSON, which is YAML too) for whoever keeps such files.

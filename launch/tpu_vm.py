@@ -1,7 +1,8 @@
 """Trains on Cloud TPU VMs, one slice or several, through gcloud. A slice is named as `dreamllm_jax.plan` names it.
 
     launch/tpu_vm.sh keep --name=mine --topology=v5p-128 --spot -- \\
-        python -m dreamllm_jax.train --config=configs/stage2_igpt.py:7b --workdir=gs://bucket/run --config.data.path=gs://...
+        python -m dreamllm_jax.train --config=configs/stage2_igpt.py:7b --workdir=gs://bucket/run \\
+        --config.parameters.init_from=gs://bucket/stage1 --config.data.path=gs://bucket/data
 
 `keep` does all: it asks for the slices, waits, installs this commit on every host, starts the command there, asks for
 new slices and starts it again whenever they are taken away, and deletes them when the run is finished. The others are

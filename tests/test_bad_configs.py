@@ -125,6 +125,10 @@ BROKEN = [
         {"data.path": "{data}"},
         "config.data.corpora.conversations is not in {data}: there are interleaved, pairs; import it",
     ),
+    (
+        {"data.path": "{data}", "data.corpora": {"pairs": {}}},
+        "{data} has no tokenizer of its own: give --tokenizer (config.data.tokenizer)",
+    ),
     ({"parameters.init_from": "no/such/model"}, "no/such/model has no model.json"),
 ]
 

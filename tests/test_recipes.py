@@ -149,7 +149,11 @@ def test_what_a_check_says():
     count = next(line for line in told.splitlines() if line.startswith("  queries"))
     assert count.split() == ["queries", "512", "float32", "trained"]
     assert "learning rate" in told and "step 1,000" in told and "\u2588" in told
-    assert all(len(line) < 200 for line in told.splitlines())
+    assert all(len(line) < 200 for line in told.splitlines()) and "warning" not in told
+    frozen = recipes.override(
+        recipes.load(CONFIGS / "tiny.py"), ["--config.parameters.trainable=(('queries/.*',True),('.*',False))"]
+    )
+    assert "warning: what is frozen stays as random as it begins" in describe(frozen.to_dict())
 
 
 def test_settings_on_the_command_line():

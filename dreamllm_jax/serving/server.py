@@ -148,7 +148,7 @@ def make_app(
         Route("/picture", picture, methods=["POST"]),
         Route("/reply", answer, methods=["POST"]),
     ]
-    middleware = [Middleware(_own_page_only, names=("localhost", *names))]
+    middleware = [Middleware(_own_page_only, names=("localhost", *map(str.lower, names)))]
     return Starlette(routes=routes, middleware=middleware, max_body_size=MAX_BYTES)
 
 

@@ -25,6 +25,7 @@ from dreamllm_jax.training.initial import restore_initial
 from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN
 from dreamllm_jax.training.preemption import watch_for_preemption
 from dreamllm_jax.training.state import (
     TrainState,
@@ -141,6 +142,8 @@ def _begin(experiment: Experiment, abstract: TrainState, key: jax.Array) -> Trai
     wanted, leaves = {**abstract.trainable, **abstract.frozen}, {}
     if experiment.parameters.init_from:
         leaves = restore_initial(experiment.parameters.init_from, experiment.model, wanted)
+    elif abstract.frozen:
+        _logger.warning(RANDOM_AND_FROZEN)
     missing = {path: leaf for path, leaf in wanted.items() if path not in leaves}  # all, or adapters
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
     return state_from_leaves(abstract, leaves | init_leaves(experiment.model, missing, key), optimizer)

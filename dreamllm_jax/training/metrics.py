@@ -223,5 +223,6 @@ class Progress:
             f"dm {scalars['dm_loss']:.4f}  {scalars['tokens_per_second']:,.0f} tokens/s  "
             f"{scalars['images_per_second']:,.1f} images/s  "
             f"{scalars['tflops_per_second_per_chip']:,.3g} TFLOP/s/chip{mfu}  "
+            f"input wait {scalars['input_wait']:.0%}  "
             f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )

@@ -224,7 +224,7 @@ def test_what_is_not_json_is_refused(client):
     ids=str,
 )
 def test_pages_of_other_sites_are_refused(headers, status):
-    with client_of(stand_in, names=["fox"]) as client:
+    with client_of(stand_in, names=["Fox"]) as client:
         assert client.post("/reply", json=say(), headers=headers).status_code == status
         assert client.post("/picture", content=PICTURE, headers=headers).status_code == status
         if "origin" not in headers:
