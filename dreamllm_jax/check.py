@@ -14,7 +14,7 @@ from dreamllm_jax.configuration import ConfigError, differences, flat
 from dreamllm_jax.data.mixture import CorpusConfig
 from dreamllm_jax.data.preparation import SOURCES
 from dreamllm_jax.data.storage import SUMMARY, open_tokenizer, read_summary
-from dreamllm_jax.experiment import Experiment, read_experiment, require_mesh_fits
+from dreamllm_jax.experiment import Experiment, read_experiment, require_mesh_fits, require_packages
 from dreamllm_jax.models.dreamllm import abstract_params
 from dreamllm_jax.precompute import require_frozen
 from dreamllm_jax.sharding import MESH_AXES
@@ -37,6 +37,7 @@ def check(config: Mapping[str, Any]) -> tuple[Experiment, Leaves, Leaves]:
     """
     complete, _ = runs.with_initial(config, None)
     experiment = read_experiment(complete)
+    require_packages(experiment)
     mesh = {name: max(getattr(experiment.sharding, name), 1) for name in MESH_AXES}  # what is left to the devices: 1
     require_mesh_fits(experiment, mesh)
     try:

@@ -59,6 +59,11 @@ def differences(before: Any, after: Any) -> dict[str, tuple[Any, Any]]:
     return {path: (old.get(path), new.get(path)) for path in {**old, **new} if old.get(path) != new.get(path)}
 
 
+def changes(before: Any, after: Any) -> str:
+    """The `differences` in words; empty if there are none."""
+    return "; ".join(f"{path}: {old!r}, now {new!r}" for path, (old, new) in differences(before, after).items())
+
+
 def _unknown(path: str, name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {path}.{near[0]}?" if near else f"there are {', '.join(known)}"

@@ -13,6 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from dreamllm_jax.configuration import changes
+
 TIMEOUT = 300  # seconds that hosts wait for each other at the start
 
 
@@ -103,17 +105,8 @@ def require_same(settings: Mapping[str, Any], name: str) -> None:
     everyone = gather(settings)
     other = next((index for index, given in enumerate(everyone) if given != everyone[0]), None)
     if other is not None:
-        different = difference(everyone[0], everyone[other])
+        different = changes(everyone[0], everyone[other])
         raise ValueError(f"process {other} was given another {name} than process 0 ({different}): start all alike")
-
-
-def difference(old: Any, new: Any) -> str:
-    """What changed between two nested settings, in words."""
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return f"{old!r}, now {new!r}"
-    return "; ".join(
-        f"{key}: {difference(old.get(key), new.get(key))}" for key in {**old, **new} if old.get(key) != new.get(key)
-    )
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> slice:

@@ -39,8 +39,7 @@ def recall_pairs(arguments: argparse.Namespace) -> None:
     trained = runs.load(arguments.workdir, arguments.step)
     target = epath.Path(arguments.workdir) / scores.FOLDER
 
-    corpus = Corpus(trained.experiment.data.path, "pairs")
-    pairs = [corpus[i] for i in range(min(len(corpus), arguments.pairs))]
+    pairs = [pair for _, pair in Corpus(trained.experiment.data.path, "pairs").first(arguments.pairs)]
     sampling = {"steps": arguments.sampling_steps, "guidance": arguments.guidance}
     result = recall.recall(trained, pairs, **sampling)
     checkpoint = scores.checkpoint_of(

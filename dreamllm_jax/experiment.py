@@ -78,14 +78,14 @@ class Experiment:
         for name in ("steps", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.wandb and importlib.util.find_spec("wandb") is None:
-            raise ConfigError(f"wandb={self.wandb!r} needs the package of that name: pip install wandb")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         if self.objective.lm_weight == 0 and rows.dream_slots == 0:
             raise ConfigError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
-        if self.timeout < 0:
-            raise ConfigError(f"timeout must not be negative, got {self.timeout}")
+        if self.timeout < 0 or self.host_timeout <= 0:
+            raise ConfigError(
+                f"timeout must not be negative and host_timeout positive, got {self.timeout} and {self.host_timeout}"
+            )
         if rows.per_step < 1 or rows.microbatches < 1 or rows.per_step % rows.microbatches:
             raise ConfigError(f"rows.microbatches={rows.microbatches} does not divide rows.per_step={rows.per_step}")
         if rows.see_slots < 0 or rows.dream_slots < 0:
@@ -137,6 +137,12 @@ class Experiment:
             dream_moments=stored.get("moments", ()),
             stored_dtype=self.data.stored_dtype,
         )
+
+
+def require_packages(experiment: Experiment) -> None:
+    """Raises ConfigError if training needs a package that is not installed."""
+    if experiment.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"wandb={experiment.wandb!r} needs the package of that name: pip install wandb")
 
 
 def require_mesh_fits(experiment: Experiment, mesh: Mapping[str, int]) -> None:

@@ -15,16 +15,16 @@ from typing import Any
 import jax
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dreamllm_jax.configuration import ConfigError
-from dreamllm_jax.data.preparation import prepare
+from dreamllm_jax.configuration import ConfigError, differences
+from dreamllm_jax.data.pipeline import DataConfig
+from dreamllm_jax.data.preparation import SOURCES, prepare
 from dreamllm_jax.data.storage import SUMMARY, open_tokenizer
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.directories import absolute, write_whole
-from dreamllm_jax.distributed import difference, require_same
-from dreamllm_jax.experiment import Experiment, read_experiment
+from dreamllm_jax.directories import absolute, is_remote, write_whole
+from dreamllm_jax.distributed import gather, require_same
+from dreamllm_jax.experiment import Experiment, read_experiment, require_packages
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings
 from dreamllm_jax.training.initial import open_initial
@@ -59,8 +59,9 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
     begun = (workdir / CONFIG_FILE).exists()
     config, initial_tokenizer = with_initial(config, workdir if begun else None)
     experiment = read_experiment(config)
+    require_packages(experiment)
     if begun:
-        changed = _changes(json.loads((workdir / CONFIG_FILE).read_text()), config)
+        changed = _changes(read_experiment(json.loads((workdir / CONFIG_FILE).read_text())), experiment)
         if changed and not experiment.checkpoint.accept_changes:
             raise ConfigError(
                 f"{workdir} was begun with another {'; '.join(changed)}: restore it, choose another --workdir, or "
@@ -76,20 +77,9 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
         if first and not begun:
             load_tokenizer(initial_tokenizer).save(workdir / TOKENIZER)
         data = dataclasses.replace(data, tokenizer=str(workdir / TOKENIZER))
-    if not (epath.Path(data.path) / SUMMARY).exists():
-        target = workdir / DATA
-        if first:
-            prepare(
-                data.path,
-                target,
-                pairs=data.pairs,
-                size=max(experiment.model.clip.image_size, experiment.rows.dream_size),
-                vocab_size=experiment.model.llama.vocab_size,
-                text_tokenizer=data.tokenizer,
-            )
-        data = dataclasses.replace(data, path=str(target))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("data prepared")
+    if not data.path or not (epath.Path(data.path) / SUMMARY).exists():
+        data = _prepared(experiment, data, workdir / DATA)
+    gather("")  # nobody goes on before the first host has written what all read
 
     tokenizer = open_tokenizer(data.path, data.tokenizer)
     require_room(tokenizer, experiment.model)
@@ -98,6 +88,37 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
         write_whole(workdir / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_description(workdir, model, tokenizer)
     return Run(workdir, dataclasses.replace(experiment, model=model, data=data), tokenizer)
+
+
+def _prepared(experiment: Experiment, data: DataConfig, target: epath.Path) -> DataConfig:
+    """The data after the first host has made documents of its pictures; all hosts must call it.
+
+    Raises:
+      ConfigError, ValueError, OSError: the first host's problem, on all.
+    """
+    if not data.path:
+        raise ConfigError(f"config.data.path is empty: name a data set, a folder of pictures, or {', '.join(SOURCES)}")
+    if is_remote(data.path):
+        raise ConfigError(f"config.data.path: there is no {SUMMARY} in {data.path}, so it is no data set")
+    problem: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            prepare(
+                data.path,
+                target,
+                pairs=data.pairs,
+                size=max(experiment.model.clip.image_size, experiment.rows.dream_size),
+                vocab_size=experiment.model.llama.vocab_size,
+                text_tokenizer=data.tokenizer,
+            )
+        except Exception as error:  # the others wait
+            problem = error
+    told = gather("" if problem is None else str(problem) or repr(problem))[0]
+    if problem is not None:
+        raise problem
+    if told:
+        raise ValueError(f"process 0 could not prepare {data.path}: {told}")
+    return dataclasses.replace(data, path=str(target))
 
 
 def require_room(tokenizer: Tokenizer, model: DreamLLMConfig) -> None:
@@ -120,7 +141,8 @@ def with_initial(
     Returns:
       The complete configuration, and the tokenizer of the model that the run begins with.
     """
-    init_from = config.get("parameters", {}).get("init_from", "")
+    parameters = config.get("parameters")
+    init_from = parameters.get("init_from", "") if isinstance(parameters, Mapping) else ""
     if not init_from:
         return config, None
     if begun is None:
@@ -137,14 +159,13 @@ def _merged(below: Any, above: Any) -> Any:
     return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _changes(before: Experiment, now: Experiment) -> list[str]:
     """What parameters and draws are made of must stay; the data's own settings are checked with their state."""
-    now = json.loads(json.dumps(now))
-    names = ("model", "parameters", "objective", "seed", "steps")
+    names = ("model", "parameters", "objective", "optimizer", "seed", "steps")
     return [
-        f"config.{name} ({difference(before.get(name), now.get(name))})"
-        for name in names
-        if before.get(name) != now.get(name)
+        f"config.{path} ({old!r}, now {new!r})"
+        for path, (old, new) in differences(before, now).items()
+        if path.split(".")[0] in names
     ]
 
 

@@ -193,35 +193,33 @@ def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -
     while True:
         try:
             state, reason, hosts = _look(job)
+            running = [host for host in hosts if host.state == "running"]
+            if state == "MISSING":
+                tell("asking for slices")
+                _create(job)
+            elif state in WAITING:
+                tell(state)
+            elif state == "SUSPENDED" or (state == "FAILED" and NO_ROOM.search(reason)):
+                tell(f"{state} {reason}".rstrip() + ": asking again")
+                job.delete()
+                started = False
+            elif state == "FAILED":
+                sys.exit(f"error: {job.name} was refused: {reason}; launch/tpu_vm.sh delete removes the request")
+            elif running:
+                tell(f"{len(running)} of {len(hosts)} hosts run, started again {running[0].restarts} times")
+                started = True
+            elif not started or any(host.state == "absent" for host in hosts):  # absent: it was booted
+                tell("starting")
+                started = _start(job, commit, command)
+            elif all(host.state == "finished" for host in hosts):
+                tell("finished")
+                if delete:
+                    job.delete()
+                return
+            else:
+                _end(job, hosts)
         except Failed as failed:  # this machine is offline, or slices are being taken away: that will show
             tell(f"cannot be reached, and is asked again: {_errors(failed)}")
-            time.sleep(poll)
-            continue
-        running = [host for host in hosts if host.state == "running"]
-        if state == "MISSING":
-            tell("asking for slices")
-            _create(job)
-        elif state in WAITING:
-            tell(state)
-        elif state == "SUSPENDED" or (state == "FAILED" and NO_ROOM.search(reason)):
-            tell(f"{state} {reason}".rstrip() + ": asking again")
-            job.delete()
-            started = False
-        elif state == "FAILED":
-            sys.exit(f"error: {job.name} was refused: {reason}; launch/tpu_vm.sh delete removes the request")
-        elif running:
-            tell(f"{len(running)} of {len(hosts)} hosts run, started again {running[0].restarts} times")
-            started = True
-        elif not started or any(host.state == "absent" for host in hosts):  # absent: it was booted
-            tell("starting")
-            started = _start(job, commit, command)
-        elif all(host.state == "finished" for host in hosts):
-            tell("finished")
-            if delete:
-                job.delete()
-            return
-        else:
-            _end(job, hosts)
         time.sleep(poll)
 
 

@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from dreamllm_jax import distributed, exits, runs
@@ -82,13 +83,22 @@ class Host(NamedTuple):
 
 
 def train(
-    config: dict, workdir: str, devices: int, host: Host | None, fails_at: int, pause: float, phase, told: str
+    config: dict,
+    workdir: str,
+    devices: int,
+    host: Host | None,
+    fails_at: int,
+    unreadable: int,
+    pause: float,
+    phase,
+    told: str,
 ) -> None:
     """One life.
 
     Args:
       devices: how many this process simulates.
       fails_at: the batch that cannot be read; 0 for none.
+      unreadable: the checkpoint that this process cannot read; 0 for none.
       pause: seconds that reading a batch takes longer, so that a run does not end before it is told to.
       phase: a shared integer that tells what it is doing.
       told: the file that receives what it says.
@@ -115,6 +125,12 @@ def train(
         time.sleep(pause)
         return read(loader)
 
+    def read_arrays(directory, abstract, original=checkpoints._read):
+        if directory.parent.name == str(unreadable):
+            raise OSError(f"{directory} is out of reach")
+        return original(directory, abstract)
+
+    checkpoints._read = read_arrays
     pipeline.Loader.__next__ = during("data", next_batch)
     checkpoints.Checkpoints.save = during("save", checkpoints.Checkpoints.save)
     checkpoints.Checkpoints.restore = during("restore", checkpoints.Checkpoints.restore)
@@ -138,11 +154,19 @@ class Life:
     _server.set_forkserver_preload(["tests.lives", "tensorboardX"])
 
     def __init__(
-        self, config: dict, workdir, devices: int = 2, host: Host | None = None, fails_at: int = 0, pause: float = 0.0
+        self,
+        config: dict,
+        workdir,
+        devices: int = 2,
+        host: Host | None = None,
+        *,
+        fails_at: int = 0,
+        unreadable: int = 0,
+        pause: float = 0.0,
     ):
         self._phase = self._server.Value("i", 0)
         self.told = f"{workdir}{host.index if host else ''}.log"
-        given = config, str(workdir), devices, host, fails_at, pause, self._phase, self.told
+        given = config, str(workdir), devices, host, fails_at, unreadable, pause, self._phase, self.told
         self.process = self._server.Process(target=train, args=given, daemon=True)
         self.process.start()
 
@@ -173,12 +197,16 @@ class Life:
 
 @contextlib.contextmanager
 def together(
-    config: dict, workdir, devices: list[int], fails_at: dict[int, int] | None = None, pause: float = 0.0
+    config: dict, workdir, devices: list[int], alone: Mapping[int, dict] = MappingProxyType({}), **everyone
 ) -> Iterator[list[Life]]:
-    """Processes that train as one, each with so many devices; those still running are killed at the end."""
+    """Processes that train as one, each with so many devices; those still running are killed at the end.
+
+    Args:
+      alone: what happens to some of them, by their number; arguments of `Life`, as are those of `everyone`.
+    """
     port = free_port()
     lives = [
-        Life(config, workdir, here, Host(port, len(devices), i), (fails_at or {}).get(i, 0), pause)
+        Life(config, workdir, here, Host(port, len(devices), i), **everyone, **alone.get(i, {}))
         for i, here in enumerate(devices)
     ]
     try:

@@ -121,6 +121,8 @@ BROKEN = [
         "config.data: give epochs to all corpora or to none",
     ),
     ({"data.path": "no/such/folder"}, "no/such/folder"),
+    ({"parameters": 3}, "config.parameters must be a group of settings, got 3"),
+    ({"host_timeout": 0.0}, "timeout must not be negative and host_timeout positive, got 3600.0 and 0.0"),
     (
         {"data.path": "{data}"},
         "config.data.corpora.conversations is not in {data}: there are interleaved, pairs; import it",

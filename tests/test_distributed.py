@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -69,8 +70,20 @@ def test_processes_with_different_settings_are_told(tmp_path):
     processes = [launch(config, tmp_path / "run", 2, index, port) for index, config in enumerate(configs)]
     for process, stderr in zip(processes, finish(processes), strict=True):
         assert process.returncode == 1
-        assert "error: process 1 was given another command line than process 0 (config: steps: 6, now 7)" in stderr
+        assert "error: process 1 was given another command line than process 0 (config.steps: 6, now 7)" in stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_data_that_the_first_process_cannot_make_ends_all(tmp_path):
+    port = free_port()
+    config = configuration(tmp_path, data={"path": str(tmp_path / "nothing"), "corpora": {"pairs": {}}})
+    began = time.monotonic()
+    processes = [launch(config, tmp_path / "run", 2, index, port) for index in range(2)]
+    said = finish(processes, 120)
+    assert [process.returncode for process in processes] == [1, 1] and time.monotonic() - began < 60
+    assert f"error: process 0 could not prepare {tmp_path / 'nothing'}: no folder" in said[1], said[1]
+    assert "error: no folder" in said[0]
 
 
 @pytest.mark.slow

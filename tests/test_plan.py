@@ -197,17 +197,36 @@ def test_fit_takes_the_largest_batch_then_the_cheapest_recomputation(monkeypatch
     assert step.memory.fits == (capacity > 15) == (step.effort == "normal")
 
 
+LOSSES = ("loss", "lm_loss", "dm_loss")
+
+
 def test_progress_tells_flops_and_utilisation():
     now = iter([0.0, 2.0, 2.0])
-    scalars = {"loss": 1.0, "lm_loss": 1.0, "dm_loss": 1.0}
+    scalars = dict.fromkeys(LOSSES, 1.0)
     known = Progress(10, 50e12, 200e12, lambda: next(now))
-    rates = known.rates(4, tokens=8, images=2)
+    steps = [{"tokens": 2, "images": 1}] * 4
+    rates = known.rates(steps)
     assert rates["tflops_per_second_per_chip"] == 100 and rates["mfu"] == 0.5
     assert "100 TFLOP/s/chip (MFU 50.0%)" in known.line(4, scalars | rates)
     now = iter([0.0, 2.0, 2.0])
     unknown = Progress(10, 50e12, None, lambda: next(now))
-    rates = unknown.rates(4, tokens=8, images=2)
+    rates = unknown.rates(steps)
     assert "mfu" not in rates and "MFU" not in unknown.line(4, scalars | rates)
+
+
+def test_a_step_that_was_compiled_counts_in_no_rate():
+    step = {"tokens": 6, "images": 3}
+
+    def progress(*times):
+        now = iter(times)
+        found = Progress(10, 50e12, 200e12, lambda: next(now))
+        found.restart(untimed=1)
+        return found
+
+    one = progress(0.0, 100.0, 100.0, 100.0, 103.0, 103.0)
+    assert one.rates([step]) == {} and "tokens/s" not in one.line(1, dict.fromkeys(LOSSES, 1.0))
+    for rates in (one.rates([step] * 3), progress(0.0, 100.0, 103.0, 103.0).rates([step] * 4)):
+        assert rates["seconds_per_step"] == 1 and rates["tokens_per_second"] == 6
 
 
 CONFIG = """

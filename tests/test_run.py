@@ -23,6 +23,7 @@ from dreamllm_jax.interop.dreamllm import open_dreamllm
 from dreamllm_jax.training import saved
 from dreamllm_jax.training.loop import train
 from dreamllm_jax.training.metrics import read_metrics
+from dreamllm_jax.training.optimizer import OptimizerConfig
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -91,8 +92,13 @@ def test_a_finished_run_stays_as_it_is(finished):
 
 def test_a_run_refuses_other_settings(finished):
     workdir, _ = finished
-    with pytest.raises(ConfigError, match=r"begun with another config\.objective \(drop_prob: 0\.2, now 0\.3\)"):
+    with pytest.raises(ConfigError, match=r"begun with another config\.objective\.drop_prob \(0\.2, now 0\.3\)"):
         start_and_train(workdir, objective={"drop_prob": 0.3})
+    optimizer = settings()["optimizer"]
+    with pytest.raises(ConfigError, match=r"begun with another config\.optimizer\.learning_rate \("):
+        start_and_train(workdir, optimizer=optimizer | {"learning_rate": 0.5})
+    # Nothing is changed by writing a default out.
+    runs.start(settings() | {"optimizer": optimizer | {"weight_decay": OptimizerConfig().weight_decay}}, workdir)
     with pytest.raises(ValueError, match="the saved data state has"):
         start_and_train(workdir, data=settings()["data"] | {"flip": 0.5}, steps=STEPS)
     accepted = {"checkpoint": settings()["checkpoint"] | {"accept_changes": True}}
@@ -100,6 +106,23 @@ def test_a_run_refuses_other_settings(finished):
     runs.start(settings() | {"objective": {"drop_prob": 0.3}} | accepted, workdir)
     assert json.loads((workdir / "config.json").read_text())["objective"] == {"drop_prob": 0.3}
     (workdir / "config.json").write_text(told)
+
+
+def test_data_that_is_not_there_is_told_before_anything_is_made(tmp_path):
+    for path, message in (
+        ("", "config.data.path is empty: name a data set, a folder of pictures, or openmoji, photographs"),
+        (str(tmp_path / "nothing"), "no folder"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            runs.start(settings() | {"data": {"path": path, "corpora": {"pairs": {}}}}, tmp_path / "run")
+
+
+def test_a_run_beyond_its_last_step_is_told(finished):
+    fewer = {"steps": STEPS - 1, "checkpoint": settings()["checkpoint"] | {"accept_changes": True}}
+    before = (finished[0] / "config.json").read_text()
+    with pytest.raises(ConfigError, match=rf"config\.steps={STEPS - 1}, but .* is at step {STEPS} already"):
+        start_and_train(finished[0], **fewer)
+    (finished[0] / "config.json").write_text(before)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(finished, tmp_path):

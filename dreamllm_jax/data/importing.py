@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dreamllm_jax.data import images, storage
 from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record, setting
-from dreamllm_jax.data.document import Document, Image, Segment
+from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.tokenizer import load_tokenizer
 from dreamllm_jax.directories import is_remote, local_folder, write_whole
 
@@ -224,6 +224,8 @@ def _document(record: Record | Dropped, options: Options, dropped: collections.C
             if not may_lack:
                 return None
             continue
+        if isinstance(segment, Text):
+            segment = dataclasses.replace(segment, text=_encodable(segment.text))
         segments.append(segment)
     try:
         if not any(isinstance(segment, Image) or segment.text.strip() for segment in segments):
@@ -232,6 +234,11 @@ def _document(record: Record | Dropped, options: Options, dropped: collections.C
     except ValueError:
         dropped["no_document"] += 1
         return None
+
+
+def _encodable(text: str) -> str:
+    """The same without halves of characters, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _summary(results: list[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:

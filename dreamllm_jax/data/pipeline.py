@@ -25,6 +25,7 @@ from dreamllm_jax.data.tokens import Encoded, encode_document
 _logger = logging.getLogger(__name__)
 ENOUGH = 200  # documents after which too large a share of bad ones ends the run
 AHEAD = 2  # batches made in advance
+_TRIED = 8  # first records of a corpus, of which one must be readable
 READ = ("documents", "dropped_record", "dropped_room", "dropped_empty")  # each document is counted as one of them
 
 
@@ -121,7 +122,10 @@ class Loader:
         corpora = {name: storage.Corpus(config.path, name, arrays) for name in self._uses}
         self._mixture = Mixture(corpora, self._uses, streams=rows_per_step, seed=seed, shuffle=config.shuffle)
         for name, corpus in corpora.items():
-            self._require_use(name, corpus[0])
+            _, typical = next(corpus.first(_TRIED), (0, None))
+            if typical is None:
+                raise ValueError(f"the first {_TRIED} records of corpus {name!r} in {config.path} cannot be read")
+            self._require_use(name, typical)
         # All that the stream depends on, as JSON gives it back.
         settings = dataclasses.asdict(
             dataclasses.replace(config, path="", pairs=0, tokenizer="", workers=0, max_bad=0.0)

@@ -5,10 +5,11 @@ DIR/tokenizer/            the tokenizer that goes with it
 DIR/<corpus>/1.0.0/...    one TFDS data set for each corpus
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,14 @@ class Corpus:
         if index not in self._kept:
             self._kept[index] = self._read(index)
         return self._kept[index]
+
+    def first(self, count: int) -> Iterator[tuple[int, Document]]:
+        """Of the first so many documents those that can be read, with their numbers."""
+        for index in range(min(count, len(self))):
+            with contextlib.suppress(
+                Exception
+            ):  # the reader's native code raises whatever a damaged record leads it to
+                yield index, self[index]
 
     def _read(self, index: int) -> Document:
         document = from_record(self._source[index])

@@ -85,8 +85,8 @@ class Encoded:
 
     @property
     def learns(self) -> bool:
-        """Whether any token or image of it is learned."""
-        return bool(self.loss_weights.any()) or bool(self.dream)
+        """Whether any token or image of it is learned, beside its end."""
+        return bool(self.loss_weights[:-1].any()) or bool(self.dream)
 
 
 def encode_document(

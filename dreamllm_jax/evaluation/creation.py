@@ -18,12 +18,13 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from dreamllm_jax.configuration import changes
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.directories import remove_unfinished, write_whole
-from dreamllm_jax.distributed import difference, gather
+from dreamllm_jax.distributed import gather
 from dreamllm_jax.evaluation import fid, scores
 from dreamllm_jax.evaluation.features import Features, Similarity, of_files
 from dreamllm_jax.generation.documents import png
@@ -101,7 +102,7 @@ def begin(directory: epath.Path, captions: Mapping[str, str], settings: Mapping[
     for path, content in zip(known, (settings, captions), strict=True):
         if path.exists():
             before = json.loads(path.read_text())
-            if changed := difference(before, json.loads(json.dumps(content))):
+            if changed := changes(before, json.loads(json.dumps(content))):
                 raise ValueError(f"{path} has another {changed[:200]}: give the same again, or another --to")
         elif jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)

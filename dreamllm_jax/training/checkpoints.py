@@ -1,22 +1,24 @@
 """Saving and restoring a run with Orbax.
 
 Under `workdir/checkpoints`, each step holds the trained parameters (`params`), the optimizer's state (`optimizer`) and
-`run`: the position in the data, and checksums of everything. The frozen parameters are written once, to
+`run`: the position in the data, and checksums and shapes of everything. The frozen parameters are written once, to
 `workdir/frozen`, their checksums to `workdir/frozen.json`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
+from dreamllm_jax.configuration import ConfigError
 from dreamllm_jax.data.pipeline import Loader, joined_states
 from dreamllm_jax.directories import absolute, make_folder, write_whole
 from dreamllm_jax.distributed import gather
@@ -29,6 +31,7 @@ _logger = logging.getLogger(__name__)
 BROKEN = "broken"
 BEST = ("loss", "lm_loss", "dm_loss", "grad_norm")  # metrics of which less is better
 _OPTIMIZER, _RUN = "optimizer", "run"
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Checkpoints:
                 preservation_policy=preservation.AnyPreservationPolicy(kept),
                 best_fn=(lambda metrics: metrics[config.best]) if config.keep_best else None,
                 best_mode="min",
+                cleanup_tmp_directories=True,  # what a killed process had begun
             ),
         )
 
@@ -115,7 +119,8 @@ class Checkpoints:
         """
         if self._manager.latest_step() == step:
             return
-        if state.frozen and not self._frozen_checksums.exists():  # they are written last
+        # Those of a run that was begun again in the same directory may be others. Their checksums are written last.
+        if state.frozen and (self._manager.latest_step() is None or not self._frozen_checksums.exists()):
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(self._frozen, state.frozen, force=True)
             sums = checksums(state.frozen)
@@ -125,6 +130,7 @@ class Checkpoints:
         record = {
             "data": joined_states(gather(data.get_state())),
             "checksums": {name: checksums(item) for name, item in items.items()},
+            "shapes": {name: _shapes(item) for name, item in {**items, FROZEN: state.frozen}.items()},
         }
         args = ocp.args.Composite(
             run=ocp.args.JsonSave(record | {"digest": _digest(record)}),
@@ -140,45 +146,64 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: if there is no checkpoint.
+          ConfigError: if the configuration makes other arrays than those that were saved.
           ValueError: if none is whole, or the frozen parameters are not.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             raise FileNotFoundError(f"{self._manager.directory} does not hold a checkpoint")
-        frozen = self._restore_frozen(abstract.frozen)
+        frozen: Leaves | None = None
         damaged: list[tuple[int, str]] = []
         for step in steps:
-            try:
-                restored, found = self._restore(step, abstract)
-                problem = ""
-            except Exception as error:  # whatever a damaged file leads Orbax, TensorStore or JSON to
-                restored, problem = None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            problems = [problem for problem in gather(problem) if problem]
-            if problems:
-                damaged.append((step, problems[0]))
+            record, problem = _together(functools.partial(self._record, step))
+            restored = None
+            if not problem:
+                self._require_same_shapes(record.get("shapes", {}), {**_items(abstract), FROZEN: abstract.frozen})
+                frozen = self._restore_frozen(abstract.frozen) if frozen is None else frozen
+                restored, problem = self._restore(step, abstract, record)
+            if problem:
+                damaged.append((step, problem))
                 del restored
                 continue
             for other, reason in damaged:
                 aside = self._set_aside(other)
                 _logger.warning("the checkpoint of step %d is damaged and was moved to %s (%s)", other, aside, reason)
-            data.set_state(found, self._config.accept_changes)
+            data.set_state(record["data"], self._config.accept_changes)
             return _state(restored, frozen)
         raise ValueError(
             f"none of the checkpoints {sorted(steps)} in {self._workdir / CHECKPOINTS} can be restored; the newest: "
             f"{damaged[0][1]}. Put back a copy of one, or choose another --workdir"
         )
 
-    def _restore(self, step: int, abstract: TrainState) -> tuple[dict[str, Any], Any]:
-        """The items and the data state of a step, verified."""
-        directory = self._manager.directory / str(step)
-        record = ocp.JsonCheckpointHandler().restore(directory / _RUN)
+    def _record(self, step: int) -> dict[str, Any]:
+        """What is known of a step: its place in the data, checksums and shapes."""
+        path = self._manager.directory / str(step) / _RUN
+        record = ocp.JsonCheckpointHandler().restore(path)
         digest = record.pop("digest")
         if digest != _digest(record):
-            raise ValueError(f"{directory / _RUN} is not what was written")
-        restored = {name: _read(directory / name, item) for name, item in _items(abstract).items()}
-        for name, item in restored.items():
-            _require_same_sums(record["checksums"][name], checksums(item), directory / name)
-        return restored, record["data"]
+            raise ValueError(f"{path} is not what was written")
+        return record
+
+    def _restore(self, step: int, abstract: TrainState, record: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """The items of a step, verified, or what is wrong with them."""
+        directory = self._manager.directory / str(step)
+        restored, problem = _together(
+            lambda: {name: _read(directory / name, item) for name, item in _items(abstract).items()}
+        )
+        for name in {} if problem else restored:
+            problem = problem or _wrong(record["checksums"][name], restored[name], directory / name)
+        return restored, problem
+
+    def _require_same_shapes(self, saved: Mapping[str, Mapping[str, str]], items: Mapping[str, Any]) -> None:
+        """Raises ConfigError, naming an array, if the configuration makes others than those that were saved."""
+        for name in {**saved, **items} if saved else ():
+            there, here = saved.get(name, {}), _shapes(items.get(name, {}))
+            if path := next((path for path in {**there, **here} if there.get(path) != here.get(path)), None):
+                raise ConfigError(
+                    f"{self._workdir} holds {name}{path} as {there.get(path, 'nothing')}, this configuration makes it "
+                    f"{here.get(path, 'nothing')}: restore what was changed, or begin another run with "
+                    f"--config.parameters.init_from={self._workdir}"
+                )
 
     def _set_aside(self, step: int) -> epath.Path:
         target = self._workdir / BROKEN / str(step)
@@ -196,16 +221,15 @@ class Checkpoints:
     def _restore_frozen(self, abstract: Leaves) -> Leaves:
         if not abstract:
             return {}
-        problem, frozen = "", {}
-        try:
-            frozen = _read(self._frozen, abstract)
-            _require_same_sums(json.loads(self._frozen_checksums.read_text()), checksums(frozen), self._frozen)
-        except Exception as error:  # as above
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        problems = [problem for problem in gather(problem) if problem]
-        if problems:
+        found, problem = _together(
+            lambda: (_read(self._frozen, abstract), json.loads(self._frozen_checksums.read_text()))
+        )
+        if not problem:
+            frozen, sums = found
+            problem = _wrong(sums, frozen, self._frozen)
+        if problem:
             raise ValueError(
-                f"the frozen parameters in {self._frozen} are damaged ({problems[0]}); put back a copy, or remove the "
+                f"the frozen parameters in {self._frozen} are damaged ({problem}); put back a copy, or remove the "
                 "directory's checkpoints and begin again"
             )
         return frozen
@@ -223,6 +247,20 @@ def _state(items: Mapping[str, Any], frozen: Leaves) -> TrainState:
     return TrainState(items[_OPTIMIZER]["step"], items[PARAMS], opt_state, frozen)
 
 
+def _together(attempt: Callable[[], T]) -> tuple[T | None, str]:
+    """What an attempt gives, and the problem if it fails on any host: then none goes on to where it would wait for it.
+
+    Args:
+      attempt: something that each host does without the others.
+    """
+    found, problem = None, ""
+    try:
+        found = attempt()
+    except Exception as error:  # whatever a damaged file leads Orbax, TensorStore or JSON to
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return found, next((problem for problem in gather(problem) if problem), "")
+
+
 def _read(directory: epath.Path, abstract: Any) -> Any:
     """The arrays, as `abstract` lays them out. It waits for no other host: one may fail where another does not."""
     return ocp.StandardCheckpointHandler().restore(directory, args=ocp.args.StandardRestore(abstract))
@@ -232,7 +270,13 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _require_same_sums(saved: Mapping[str, int], found: Mapping[str, int], where: epath.Path) -> None:
+def _wrong(saved: Mapping[str, int], arrays: Any, where: epath.Path) -> str:
+    """What is wrong with arrays that were read, by their checksums; hosts compute them together and know the same."""
+    found = checksums(arrays)
     wrong = [path for path in {**saved, **found} if saved.get(path) != found.get(path)]
-    if wrong:
-        raise ValueError(f"{len(wrong)} arrays in {where} are not those that were saved, such as {sorted(wrong)[0]}")
+    return f"{len(wrong)} arrays in {where} are not those that were saved, such as {sorted(wrong)[0]}" if wrong else ""
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}

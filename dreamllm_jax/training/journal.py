@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from dreamllm_jax.data.pipeline import Loader
+from dreamllm_jax.data.pipeline import Loader, joined_states
 from dreamllm_jax.distributed import gather
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 
@@ -20,7 +20,7 @@ class Journal:
     """Gathers the metrics of steps without waiting for them, and writes them when told.
 
     Args:
-      learning_rate: of a step, from 0.
+      learning_rate: after so many updates, of which steps that are left out are none.
       max_skipped: so many steps in a row that changed nothing end the run.
     """
 
@@ -58,11 +58,11 @@ class Journal:
             {name: float(value) for name, value in metrics.items()}
             for metrics in jax.device_get([metrics for metrics, _ in self._pending])
         ]
-        totals = {name: sum(metrics[name] for metrics in fetched) for name in ("tokens", "images")}
-        common = self._progress.rates(len(fetched), **totals) | self._dropped()
+        common = self._progress.rates(fetched) | self._dropped()
         for i, (metrics, (_, records)) in enumerate(zip(fetched, self._pending, strict=True)):
             at = step - len(fetched) + 1 + i
-            line = {**metrics, "learning_rate": float(self._learning_rate(at - 1)), **common}
+            learning_rate = float(self._learning_rate(metrics.pop("updates")))
+            line = {**metrics, "learning_rate": learning_rate, **common}
             self._log.write(at, line)
             self._skipped = [*self._skipped, {"step": at, **metrics, "rows": records}] if metrics["skipped"] else []
             if len(self._skipped) == self._max_skipped:
@@ -75,11 +75,9 @@ class Journal:
     def _dropped(self) -> dict[str, float]:
         """How many documents all hosts have left out since the run began, by reason."""
         dropped: dict[str, float] = {}
-        for counts in gather(self._batches.counts()):
-            for held in counts.values():
-                for what, count in held.items():
-                    if what.startswith("dropped_"):
-                        dropped[what] = dropped.get(what, 0) + count
+        for _, what, count in joined_states(gather(self._batches.get_state()))["totals"]:
+            if what.startswith("dropped_"):
+                dropped[what] = dropped.get(what, 0) + count
         return dropped
 
     def _give_up(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from dreamllm_jax.chips import chip_of
+from dreamllm_jax.configuration import ConfigError
 from dreamllm_jax.data.pipeline import Loader
 from dreamllm_jax.data.storage import read_summary
 from dreamllm_jax.data.tokenizer import Tokenizer
@@ -84,6 +85,8 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         _require_frozen(experiment, state)
         watchdog.alive()
         start, last, every = int(state.step), experiment.steps, experiment.checkpoint.every
+        if start > last:
+            raise ConfigError(f"config.steps={last}, but {workdir} is at step {start} already")
         train_step = train_step_of(experiment, state)
         chip = chip_of(mesh.devices.flat[0])
         progress = Progress(last, model_flops(experiment) / mesh.size, chip and chip.peak_flops)
@@ -94,7 +97,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         ):
             learning_rate = learning_rate_schedule(experiment.optimizer, last)
             journal = Journal(workdir, log, progress, batches, learning_rate, experiment.max_skipped)
-            saved = time.monotonic()
+            saved, stopping = time.monotonic(), False
 
             def try_held_out(step: int) -> None:
                 if not held_out.due(step) or (step == start and gather(log.is_validated(step))[0]):
@@ -113,7 +116,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     _logger.info("first step, compilation included, took %.1f s", time.monotonic() - began)
-                    progress.restart()
+                    progress.restart(untimed=1)
                 stopping = preemption.reached()
                 due = step % every == 0 or step == last or stopping
                 # Before a checkpoint too: what is logged must reach as far as what is saved.
@@ -132,7 +135,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
             checkpoints.finish()
         filled = ", ".join(f"{name} {share:.0%}" for name, share in batches.fill().items())
         _logger.info("data read: %s; rows filled: %s", batches.counts(), filled)
-    if int(state.step) < last:
+    if int(state.step) < last or (stopping and held_out.due(last)):
         raise Preempted(f"asked to stop: step {int(state.step)} of {last} is saved in {workdir}")
     return state
 

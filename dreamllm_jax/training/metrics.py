@@ -6,7 +6,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class MetricsLog:
         self._remote = is_remote(workdir)
         self._replace()
         self._replaced, self._flushed = time.monotonic(), len(self._lines)
-        self._useful = sum(json.loads(line)["seconds_per_step"] for line in self._lines)
+        self._useful = sum(json.loads(line).get("seconds_per_step", 0.0) for line in self._lines)
         begun = workdir / BEGUN
         if not begun.exists():
             write_whole(begun, json.dumps({"time": time.time(), "id": uuid.uuid4().hex}) + "\n")
@@ -71,7 +71,7 @@ class MetricsLog:
         steps whose results are kept."""
         if not self._active:
             return
-        self._useful += scalars["seconds_per_step"]
+        self._useful += scalars.get("seconds_per_step", 0.0)
         scalars = {**scalars, "goodput": self._useful / max(time.time() - self._begun, 1e-9)}
         self._lines.append(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
@@ -185,11 +185,11 @@ class Progress:
     ):
         self._steps, self._clock = steps, clock
         self._flops_per_chip, self._peak_flops = flops_per_chip, peak_flops
-        self._since, self._waited = clock(), 0.0
+        self._since, self._waited, self._untimed = clock(), 0.0, 0
 
-    def restart(self) -> None:
-        """Begins to count time now (the first step's includes compilation)."""
-        self._since, self._waited = self._clock(), 0.0
+    def restart(self, untimed: int = 0) -> None:
+        """Begins to count time now; so many steps were finished before (the first one, with its compilation)."""
+        self._since, self._waited, self._untimed = self._clock(), 0.0, untimed
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -198,29 +198,40 @@ class Progress:
         yield
         self._waited += self._clock() - began
 
-    def rates(self, steps: int, tokens: float, images: float) -> dict[str, float]:
-        """Rates over the `steps` since the last call, in which so many tokens and images were read.
+    def rates(self, steps: Sequence[Scalars]) -> dict[str, float]:
+        """Rates over the steps since the last call; none if no step among them was timed.
 
         `input_wait` is the share of the time that was spent waiting for input.
+
+        Args:
+          steps: how many `tokens` and `images` each has read.
         """
-        seconds, waited = max(self._clock() - self._since, 1e-9), self._waited
+        timed, seconds, waited = steps[self._untimed :], max(self._clock() - self._since, 1e-9), self._waited
         self.restart()
-        flops_per_second = steps * self._flops_per_chip / seconds
+        if not timed:
+            return {}
+        flops_per_second = len(timed) * self._flops_per_chip / seconds
         rates = {
-            "seconds_per_step": seconds / max(steps, 1),
+            "seconds_per_step": seconds / len(timed),
             "input_wait": waited / seconds,
-            "tokens_per_second": tokens / seconds,
-            "images_per_second": images / seconds,
+            "tokens_per_second": sum(step["tokens"] for step in timed) / seconds,
+            "images_per_second": sum(step["images"] for step in timed) / seconds,
             "tflops_per_second_per_chip": flops_per_second / 1e12,
         }
         return rates | ({"mfu": flops_per_second / self._peak_flops} if self._peak_flops else {})
 
     def line(self, step: int, scalars: Scalars) -> str:
+        """How far the run is: losses, and rates where there are any."""
+        losses = (
+            f"step {step}/{self._steps}  loss {scalars['loss']:.4f}  lm {scalars['lm_loss']:.4f}  "
+            f"dm {scalars['dm_loss']:.4f}"
+        )
+        if "seconds_per_step" not in scalars:
+            return losses
         left = int((self._steps - step) * scalars["seconds_per_step"])
         mfu = f" (MFU {scalars['mfu']:.1%})" if "mfu" in scalars else ""
         return (
-            f"step {step}/{self._steps}  loss {scalars['loss']:.4f}  lm {scalars['lm_loss']:.4f}  "
-            f"dm {scalars['dm_loss']:.4f}  {scalars['tokens_per_second']:,.0f} tokens/s  "
+            f"{losses}  {scalars['tokens_per_second']:,.0f} tokens/s  "
             f"{scalars['images_per_second']:,.1f} images/s  "
             f"{scalars['tflops_per_second_per_chip']:,.3g} TFLOP/s/chip{mfu}  "
             f"input wait {scalars['input_wait']:.0%}  "

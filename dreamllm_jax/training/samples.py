@@ -123,8 +123,8 @@ def find_questions(
     corpora = dict(corpora) or {name: CorpusConfig() for name in sorted(read_summary(path)["corpora"])}
     found: list[Question] = []
     for name, how in corpora.items():
-        corpus = Corpus(path, name)
-        asked = (questions(f"{name}/{i}", corpus[i], how) for i in range(min(len(corpus), _SEARCHED)))
+        documents = Corpus(path, name).first(_SEARCHED)
+        asked = (questions(f"{name}/{i}", document, how) for i, document in documents)
         fitting = filter(None, ([question for question in each if fits(question)] for each in asked))
         found += itertools.chain.from_iterable(itertools.islice(fitting, config.documents))
     if not found:

@@ -94,6 +94,7 @@ def make_train_step(
         metrics = metrics | {
             "grad_norm": norm,
             "skipped": 1 - good,
+            "updates": optax.tree.get_all_with_path(state.opt_state, "count")[0][1],  # that were made before
             "tokens": jnp.sum(batch.segment_ids > 0),
             "images": jnp.sum(batch.see_slots >= 0) + jnp.sum(batch.dream_slots >= 0),
         }

@@ -108,7 +108,9 @@ def test_nothing_stops_or_confuses_a_run(workers, damaged, text_tokenizer, tmp_p
             else:
                 assert (batch.see_slots == -1).all() and (batch.dream_slots == -1).all()
         journal = Journal(tmp_path, log, Progress(1, 1.0, None), stream, lambda step: 0.0, 1)
-        journal.add({"tokens": 1.0, "images": 1.0, "skipped": 0.0, "loss": 1.0, "lm_loss": 1.0, "dm_loss": 1.0})
+        journal.add(
+            {"tokens": 1.0, "images": 1.0, "skipped": 0.0, "updates": 0, "loss": 1.0, "lm_loss": 1.0, "dm_loss": 1.0}
+        )
         journal.write(1)
     (line,) = read_metrics(tmp_path)
     dropped = {name: count for name, count in line.items() if name.startswith("dropped_")}

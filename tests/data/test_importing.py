@@ -21,6 +21,7 @@ from PIL import Image as Picture
 
 from dreamllm_jax.data import storage
 from dreamllm_jax.data.__main__ import parser
+from dreamllm_jax.data.corpora.plain import PlainText
 from dreamllm_jax.data.document import Image, Text, to_record
 from dreamllm_jax.data.images import decode
 from tests.data.conftest import bomb, encode, png
@@ -166,12 +167,33 @@ def test_mmc4_in_tars(tmp_path):
     encoded = page(image_info=[{"image_base64": base64.b64encode(jpeg("red")).decode(), "matched_text_index": 1}])
     named = page(image_info=[{"image_name": "pic.jpg", "matched_text_index": 1}])
     files = {"p1.json": json.dumps(encoded).encode(), "p2.json": json.dumps(named).encode(), "p2.pic.jpg": jpeg("blue")}
-    damaged = page(image_info=[{"image_base64": "?", "matched_text_index": 1}])
-    files |= {"p3.json": b"{", "p4.json": b"[]", "p5.json": json.dumps(damaged).encode()}
+    damaged = [page(image_info=[{"image_base64": code, "matched_text_index": 1}]) for code in ("?", "\u00e9")]
+    files |= {"p3.json": b"{", "p4.json": b"[]"} | {f"p5{i}.json": json.dumps(damaged[i]).encode() for i in range(2)}
     write_tar(tmp_path / "0.tar", files)
     told = [plain("One. Two.", f"[{colour}]", "Three.") for colour in ("red", "blue")]
-    assert bring("mmc4", tmp_path / "0.tar", tmp_path / "set", "--max_bad=0.5") == [*told, plain("One. Two. Three.")]
-    assert summary(tmp_path / "set")["dropped"] == {"not_json": 1, "fields": 1, "broken": 1}
+    found = bring("mmc4", tmp_path / "0.tar", tmp_path / "set", "--max_bad=0.5")
+    assert found == [*told, *[plain("One. Two. Three.")] * 2]
+    assert summary(tmp_path / "set")["dropped"] == {"not_json": 1, "fields": 1, "broken": 2}
+
+
+def test_one_odd_record_takes_no_other_with_it(tmp_path, monkeypatch):
+    lines = [json.dumps({"text": f"text {i}"}) for i in range(9)]
+    lines[4] = '{"text": "half a \\ud83d character"}'  # JSON can hold what UTF-8 cannot
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    told = [plain(f"text {i}") for i in range(9)]
+    told[4] = plain("half a \ufffd character")
+    assert bring("text", tmp_path / "a.jsonl", tmp_path / "whole") == told
+
+    read = PlainText.record
+
+    def odd(self, row, part):
+        if "text 6" in str(row):
+            raise ValueError("as no reader foresees it")
+        return read(self, row, part)
+
+    monkeypatch.setattr(PlainText, "record", odd)
+    assert bring("text", tmp_path / "a.jsonl", tmp_path / "some", "--workers=1", "--max_bad=0.2") == told[:6] + told[7:]
+    assert summary(tmp_path / "some")["dropped"] == {"odd_record": 1}
 
 
 def test_instruct_interleaved(walls):

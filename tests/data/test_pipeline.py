@@ -201,6 +201,24 @@ def test_what_teaches_nothing_is_left_out(tmp_path, shape, text_tokenizer):
         loader(path, shape, text_tokenizer)
 
 
+def test_a_damaged_first_record_is_one_of_many(dataset, shape, text_tokenizer, monkeypatch):
+    read = storage.Corpus._read
+
+    def unreadable(damaged):
+        def reading(corpus, index):
+            if index in damaged:
+                raise RuntimeError("Corrupted Riegeli/records file")
+            return read(corpus, index)
+
+        monkeypatch.setattr(storage.Corpus, "_read", reading)
+
+    unreadable({0})
+    assert next(loader(dataset, shape, text_tokenizer)).loss_weights.any()
+    unreadable(range(10**6))
+    with pytest.raises(ValueError, match=r"the first 8 records of corpus '\w+' in .* cannot be read"):
+        loader(dataset, shape, text_tokenizer)
+
+
 def test_mistakes_are_named(dataset, shape, text_tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"corpus 'pairs' in mode 'creation': .*0 dream slots has no room"):
         no_dreams = dataclasses.replace(shape, dream_slots=0)

@@ -188,6 +188,16 @@ def test_an_interleaved_document_is_cut_before_what_does_not_fit(lacking, text_t
     assert encoded.loss_weights[-1] == 1 and len(encoded.see) == len(encoded.dream) == 1
 
 
+def test_a_document_of_which_nothing_fits_teaches_nothing(text_tokenizer, shape):
+    long = Text("a red square " * 200)
+    for document in (
+        Document("interleaved", (long, A)),
+        Document("instruct_interleaved", (dataclasses.replace(long, role="user"), Text("never", "assistant"))),
+    ):
+        assert not encode_document(document, text_tokenizer, shape).learns
+    assert encode_document(STORY, text_tokenizer, shape).learns
+
+
 def test_a_conversation_ends_before_the_image_that_does_not_fit(text_tokenizer, shape, long):
     whole = encode_document(CHAT, text_tokenizer, long)
     start = int(whole.dream_slots[0]) - 1

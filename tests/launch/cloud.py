@@ -8,6 +8,7 @@ What they accept was read from the references of `gcloud compute tpus` (Google C
     {"waits": 2, "runs": 3, "ends": STATE}    it waits for so many looks, then runs for so many; STATE is preempted,
                              finished, stopped, absent, failed; with "silent" a preempted slice's request stays ACTIVE
     "setup": INDEX           that host fails its setup
+    "unavailable": N         so many of its deletions are not answered
 
 For GKE an attempt is {"waits": 1, "runs": 1, "ends": STATUS}, for each time that the JobSet starts its pods; STATUS is
 the exit status of one of them, or "disrupted"; with "setup": INDEX that host cannot get its image. What happens then,
@@ -135,6 +136,10 @@ class World:
         if name == "queued-resources delete":
             if self._phase() == "ACTIVE" and not given.force:
                 raise Refused("FAILED_PRECONDITION: the queued resource is in use; use --force")
+            if self.life.get("unavailable", 0) > 0:
+                self.life["unavailable"] -= 1
+                self.save()
+                raise Refused("UNAVAILABLE: The service is currently unavailable.")
             state["request"] = None
             return ""
         if self._phase() != "ACTIVE" and name == "tpu-vm describe":

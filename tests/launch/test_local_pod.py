@@ -130,6 +130,6 @@ def test_training_finds_the_others(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     for host in range(2):
         told = (
-            f"[host {host}] error: process 1 was given another command line than process 0 (config: steps: 10, now 11)"
+            f"[host {host}] error: process 1 was given another command line than process 0 (config.steps: 10, now 11)"
         )
         assert told in done.stdout

@@ -58,6 +58,14 @@ def test_queued_running_preempted_recreated_resumed_finished(keep):
     assert "SUSPENDED: asking again" in lines and lines[-1] == "finished"
 
 
+def test_a_deletion_that_is_not_answered_is_asked_for_again(keep):
+    lost = {"waits": 1, "runs": 1, "ends": "preempted", "unavailable": 2}
+    cloud, done = keep(lost, RUNS)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be reached, and is asked again: UNAVAILABLE: The service" in done.stdout
+    assert cloud.state["request"] is None and cloud.state["started"] == [COMMAND] * 2
+
+
 def test_no_room_is_asked_for_again(keep):
     no_room = 'There is no more capacity in the zone "z"; you can try in another zone [EID: 0x1]'
     cloud, done = keep({"refused": no_room}, {"failed": "Insufficient reserved capacity."}, RUNS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dreamllm_jax.configuration import ConfigError
 from dreamllm_jax.training.checkpoints import CheckpointConfig, Checkpoints
 from dreamllm_jax.training.checksums import checksums
 from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -152,6 +153,45 @@ def test_no_whole_checkpoint_or_damaged_frozen_weights_stop_the_run(saved, tmp_p
     (workdir / "frozen.json").write_text(json.dumps({path: value ^ 1 for path, value in sums.items()}))
     with pytest.raises(ValueError, match=r"frozen parameters in .* are damaged .*such as \['clip/kernel'\]"):
         restore(workdir)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.replace(frozen={}), r"holds frozen\['clip/kernel'\] as float32\[8, 8\], .* it nothing"),
+        (
+            lambda state: state.replace(trainable=state.trainable | {"llama/more": state.trainable["llama/scale"]}),
+            r"holds params\['llama/more'\] as nothing, this configuration makes it bfloat16\[24\]: restore what was",
+        ),
+        (
+            lambda state: state.replace(opt_state=jax.tree.map(halved, state.opt_state)),
+            r"holds \w+\S* as float32\[.*\], this configuration makes it bfloat16\[",
+        ),
+    ],
+)
+def test_another_configuration_is_not_taken_for_damage(saved, tmp_path, change, message):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    with Checkpoints(workdir) as checkpoints, pytest.raises(ConfigError, match=message):
+        checkpoints.restore(change(abstract()), Position(-1))
+    assert restore(workdir)[1] == 4 and not (workdir / "broken").exists()
+
+
+def halved(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return x.update(dtype=jnp.bfloat16) if x.dtype == jnp.float32 else x
+
+
+def test_a_run_that_is_begun_again_in_its_directory_saves_all_anew(saved, tmp_path):
+    """As the message about damaged frozen parameters advises; and what a killed process left half written goes."""
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "checkpoints" / "7.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    other = jax.tree.map(lambda x: x + 1, state_at(1))
+    with Checkpoints(workdir) as checkpoints:
+        for step in STEPS:
+            checkpoints.save(step, other, Position(step))
+    state, _ = restore(workdir)
+    assert_same(state, other)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
 
 
 def test_what_is_kept(tmp_path):

@@ -1,6 +1,7 @@
 """Several hosts train as one: the same losses, saved and stopped together, and none waits for one that is gone."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ STEPS = 10
 
 
 def short(path: str, **changes) -> dict:
-    return micro(path, steps=STEPS, log_every=2, **changes)
+    return micro(path, **({"steps": STEPS, "log_every": 2} | changes))
 
 
 def losses(workdir: Path) -> np.ndarray:
@@ -65,6 +66,16 @@ def test_sigterm_to_one_host_stops_both_at_the_same_step(data, pair, tmp_path):
     assert_ended_as(workdir, pair)
 
 
+@pytest.mark.parametrize("blind", [0, 1])
+def test_a_checkpoint_that_one_host_cannot_read_is_left_by_all(data, pair, tmp_path, blind):
+    workdir = shutil.copytree(pair, tmp_path / "run")
+    config = short(data, steps=STEPS + 2, checkpoint={"every": 5, "keep": 2, "accept_changes": True})
+    with together(config, workdir, [4, 4], {blind: {"unreadable": STEPS}}) as lives:
+        assert [life.end(120) for life in lives] == [0, 0], lives[0].said() + lives[1].said()
+    assert [line["step"] for line in read_metrics(workdir)] == list(range(1, STEPS + 3))
+    assert f"step {STEPS} is damaged and was moved to {workdir}/broken/{STEPS} (OSError: " in lives[0].said()
+
+
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_host_that_hangs_is_named(data, tmp_path, stopped):
     with together(short(data, timeout=600.0, host_timeout=10.0), tmp_path / "run", [2, 2], pause=0.05) as lives:
@@ -79,7 +90,7 @@ def test_a_host_that_hangs_is_named(data, tmp_path, stopped):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_host_that_fails_brings_the_others_down_with_its_reason(data, tmp_path, failing):
-    with together(short(data, timeout=600.0), tmp_path / "run", [2, 2], fails_at={failing: 7}) as lives:
+    with together(short(data, timeout=600.0), tmp_path / "run", [2, 2], {failing: {"fails_at": 7}}) as lives:
         assert lives[failing].end() == 1, lives[failing].said()
         failed = time.monotonic()
         assert lives[1 - failing].end() == 1, lives[1 - failing].said()

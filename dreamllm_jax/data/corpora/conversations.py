@@ -66,7 +66,9 @@ class Llava(pictures.ImageTable):
 
 
 def _is_turn(turn: object) -> bool:
-    if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+    if not isinstance(turn, dict) or not all(isinstance(turn.get(name), str) for name in ("from", "value")):
+        return False
+    if turn["from"] not in ROLES:
         return False
     infos = turn.get("modal_info", {})
     return isinstance(infos, dict) and all(

@@ -1,7 +1,6 @@
 """Web pages and stories: texts and images in turn."""
 
 import base64
-import binascii
 import dataclasses
 import json
 import re
@@ -100,7 +99,7 @@ class Mmc4(Format):
         if isinstance(encoded, str):
             try:  # OpenFlamingo's own script stores it as Python prints bytes
                 return index, Image(base64.b64decode(encoded.removeprefix("b'").removesuffix("'"), validate=True))
-            except binascii.Error:
+            except ValueError:
                 return index, Dropped("broken")
         if beside and isinstance(name, str):
             stem = name.split(".")[0].lower()

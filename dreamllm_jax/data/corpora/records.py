@@ -61,7 +61,11 @@ class Format(abc.ABC):
     def records(self, part: Part) -> Iterator[Record | Dropped]:
         """The records of a part, in their order."""
         for row in self.rows(part):
-            yield row if isinstance(row, Dropped) else self.record(row, part)
+            try:
+                found = row if isinstance(row, Dropped) else self.record(row, part)
+            except Exception:  # whatever a record leads to that is not as the format has it: the next one may be
+                found = Dropped("odd_record")
+            yield found
 
     def prepare(self, scratch: epath.Path) -> "Format":
         """Called once, before the first part is read, with a directory to keep something in; gives what then reads."""
