@@ -37,6 +37,15 @@ bucket = fsspec.filesystem("gcs")
 largest = max(bucket.find(sys.argv[1]), key=bucket.size)
 bucket.pipe(largest, b"0" * bucket.size(largest))
 """
+TYPED_WRONG = """
+import sys
+from dreamllm_jax import runs
+from tests.lives import micro
+try:
+    runs.start(micro(sys.argv[1]), sys.argv[2])
+except ValueError as error:
+    print(error)
+"""
 CONVERT = """
 import json, sys
 from dreamllm_jax import convert
@@ -105,6 +114,8 @@ def test_a_run_in_a_bucket_is_continued_from_the_newest_checkpoint_that_is_whole
         words = f"--workdir={workdir}", f"--config.steps={steps}", "--config.checkpoint.accept_changes=True"
         return python("-m", "dreamllm_jax.train", f"--config={config}", *words, *more)
 
+    typo = f"gs://{bucket.NAME}/dta"
+    assert f"there is no dataset.json in {typo}, so it is no data set" in python("-c", TYPED_WRONG, typo, f"{workdir}2")
     train(7)
     assert f"continuing {workdir} from step 7" in train(9)
     python("-c", DAMAGE, f"{workdir}/checkpoints/9")

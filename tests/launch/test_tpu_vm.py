@@ -62,7 +62,7 @@ def test_a_deletion_that_is_not_answered_is_asked_for_again(keep):
     lost = {"waits": 1, "runs": 1, "ends": "preempted", "unavailable": 2}
     cloud, done = keep(lost, RUNS)
     assert done.returncode == 0, done.stderr
-    assert "cannot be reached, and is asked again: UNAVAILABLE: The service" in done.stdout
+    assert "queued-resources.delete) UNAVAILABLE: The service is currently unavailable." in done.stdout
     assert cloud.state["request"] is None and cloud.state["started"] == [COMMAND] * 2
 
 
