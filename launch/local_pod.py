@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout that is not installed
 
 from dreamllm_jax.exits import HUNG, PREEMPTED
-from launch.shell import parse
+from launch.shell import Children, parse
 
 BETTER = (0, PREEMPTED, HUNG)  # statuses, each better than the next and than all others
 
@@ -63,49 +63,24 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-class Pod:
-    """The processes of one command, and the signals that they are sent."""
+def run(pod: Children, command: list[str], variables: list[dict[str, str]]) -> int:
+    """Runs the command with each of the variables to its end and returns the worst status."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    processes = [pod.start(command, env=os.environ | one, **streams) for one in variables]
+    readers = [threading.Thread(target=_tell, args=each) for each in enumerate(processes)]
+    for reader in readers:
+        reader.start()
+    statuses = [process.wait() for process in processes]
+    for reader in readers:
+        reader.join()
+    statuses = [status if status >= 0 else 128 - status for status in statuses]
+    return max(statuses, key=lambda status: BETTER.index(status) if status in BETTER else len(BETTER))
 
-    def __init__(self):
-        self.processes: list[subprocess.Popen] = []
-        self.stopped = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._pass_on)
 
-    def _pass_on(self, number: int, _) -> None:
-        self.stopped = True
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
-
-    def run(self, command: list[str], variables: list[dict[str, str]]) -> int:
-        """Runs all to their end and returns the worst status."""
-        self.processes = [
-            # In sessions of their own: Ctrl-C reaches them once, through here, and not from the terminal too.
-            subprocess.Popen(
-                command,
-                env=os.environ | one,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
-            for one in variables
-        ]
-        readers = [threading.Thread(target=self._tell, args=[host]) for host in range(len(self.processes))]
-        for reader in readers:
-            reader.start()
-        statuses = [process.wait() for process in self.processes]
-        for reader in readers:
-            reader.join()
-        statuses = [status if status >= 0 else 128 - status for status in statuses]
-        return max(statuses, key=lambda status: BETTER.index(status) if status in BETTER else len(BETTER))
-
-    def _tell(self, host: int) -> None:
-        for line in self.processes[host].stdout:
-            sys.stdout.write(f"[host {host}] {line}")
-            sys.stdout.flush()
+def _tell(host: int, process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        sys.stdout.write(f"[host {host}] {line}")
+        sys.stdout.flush()
 
 
 def main(argv: list[str]) -> int:
@@ -118,10 +93,10 @@ def main(argv: list[str]) -> int:
             print(shlex.join(["env", *(f"{name}={value}" for name, value in one.items()), *command]), "&")
         print("wait")
         return 0
-    pod = Pod()
+    pod = Children({number: number for number in (signal.SIGTERM, signal.SIGINT)})
     for left in range(arguments.restarts, -1, -1):
         try:
-            status = pod.run(command, environments(*counts, arguments.port or free_port()))
+            status = run(pod, command, environments(*counts, arguments.port or free_port()))
         except OSError as error:
             sys.exit(f"error: {error}")
         if status not in (PREEMPTED, HUNG) or pod.stopped or not left:

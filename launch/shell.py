@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +72,41 @@ class Shell:
         if process.returncode:
             raise Failed(command, process.returncode, output + errors)
         return output
+
+
+class Children:
+    """Processes to which the signals that this one gets are passed on, to those as well that are only just started.
+
+    Args:
+      signals: what this process may get -> what its children then get.
+
+    Attributes:
+      stopped: whether there was such a signal.
+    """
+
+    def __init__(self, signals: Mapping[int, int]):
+        self.stopped = 0
+        self._signals, self._running, self._told = signals, [], []
+        for number in signals:
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, _) -> None:
+        self.stopped = self._signals[number]
+        for process in self._running:
+            self._tell(process)
+
+    def _tell(self, process: subprocess.Popen) -> None:
+        self._told.append(process)
+        if process.poll() is None:
+            process.send_signal(self.stopped)
+
+    def start(self, command: list[str], **options) -> subprocess.Popen:
+        """Starts one, in a session of its own: Ctrl-C reaches it once, through here, and not from the terminal too."""
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        self._running.append(process)
+        if self.stopped and process not in self._told:  # the signal came while it was started
+            self._tell(process)
+        return process
 
 
 def _popen(command: list[str], **streams) -> subprocess.Popen:

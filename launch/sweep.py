@@ -31,6 +31,7 @@ from dreamllm_jax.directories import is_remote  # noqa: E402
 from dreamllm_jax.exits import HUNG, PREEMPTED  # noqa: E402
 from dreamllm_jax.experiment import read_experiment  # noqa: E402
 from dreamllm_jax.training import saved  # noqa: E402
+from launch.shell import Children  # noqa: E402
 
 RESTARTS = 100  # of one run, before it is given up
 
@@ -87,28 +88,6 @@ def expand(config: str, to: str, overrides: Sequence[str]) -> list[Run]:
     return list(runs.values())
 
 
-class Child:
-    """The training process, to which signals are passed on: it saves, and then this program ends too."""
-
-    def __init__(self):
-        self._process: subprocess.Popen | None = None
-        self.stopping = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-
-    def _stop(self, number: int, _) -> None:
-        self.stopping = True
-        if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
-
-    def train(self, run: Run, lock: int | None) -> int:
-        """One life of a run; `lock` stays locked as long as it lives, whatever becomes of this program."""
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        held = () if lock is None else (lock,)
-        self._process = subprocess.Popen(run.command, env=environment, pass_fds=held, start_new_session=True)
-        return self._process.wait()
-
-
 def locked(run: Run) -> int | None:
     """Waits for a process that this program, killed, has left behind in the run's directory."""
     if is_remote(run.workdir):
@@ -124,15 +103,20 @@ def locked(run: Run) -> int | None:
     return descriptor
 
 
-def train(run: Run, child: Child) -> int:
-    """Trains a run to its end, or until this program is asked to stop; its last status."""
+def train(run: Run, children: Children) -> int:
+    """Trains a run to its end, or until this program is asked to stop; its last status.
+
+    The lock stays locked as long as the run's process lives, whatever becomes of this program.
+    """
     lock = locked(run)
+    held = () if lock is None else (lock,)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
         for _ in range(RESTARTS):
-            if run.finished or child.stopping:
+            if run.finished or children.stopped:
                 return 0
-            status = child.train(run, lock)
-            if status not in (PREEMPTED, HUNG) or child.stopping:
+            status = children.start(run.command, env=environment, pass_fds=held).wait()
+            if status not in (PREEMPTED, HUNG) or children.stopped:
                 return status
             print(f"== {run.name}: status {status}, started again", flush=True)
             time.sleep(1)
@@ -168,7 +152,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
 
-    child, failed = Child(), []
+    # Asked to stop, a run saves, and then this program ends too.
+    children, failed = Children(dict.fromkeys((signal.SIGTERM, signal.SIGINT), signal.SIGTERM)), []
     for number, run in enumerate(runs, 1):
         title = f"== {number} of {len(runs)}: {run.name}"
         asked = not (arguments.dry_run and is_remote(run.workdir))  # which needs no account then
@@ -179,8 +164,8 @@ def main() -> None:
         print(f"{title}: {shlex.join(command)}", flush=True)
         if arguments.dry_run:
             continue
-        status = subprocess.run(command, check=False).returncode if arguments.submit else train(run, child)
-        if child.stopping:
+        status = subprocess.run(command, check=False).returncode if arguments.submit else train(run, children)
+        if children.stopped:
             print("== asked to stop: the same command goes on", flush=True)
             sys.exit(PREEMPTED)
         if status:

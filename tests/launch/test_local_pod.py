@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch import shell
+
 ROOT = Path(__file__).parent.parent.parent
 MEETS = """
 import jax
@@ -86,6 +88,27 @@ def test_a_signal_reaches_all_and_ends_the_restarts(number):
         begun = time.monotonic()
         pod.send_signal(number)
         assert pod.wait(timeout=30) == 75 and time.monotonic() - begun < 20
+
+
+def test_a_signal_that_comes_while_a_process_is_started_is_passed_on_once(monkeypatch):
+    popen, before = subprocess.Popen, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(*words, **options):
+        process = popen(*words, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    counts = "import signal, sys, time\nseen = []\nsignal.signal(signal.SIGTERM, lambda *_: seen.append(1))\n"
+    counts += "print('ready', flush=True)\nwhile not seen: time.sleep(0.01)\ntime.sleep(0.3)\nsys.exit(len(seen))"
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    try:
+        children = shell.Children({signal.SIGTERM: signal.SIGTERM})
+        process = children.start([sys.executable, "-c", counts], stdout=subprocess.PIPE, text=True)
+        assert process.wait(timeout=30) == 1 and children.stopped
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    process.stdout.close()
 
 
 def test_a_process_that_is_killed():
