@@ -1,6 +1,5 @@
 """What `train --check` does: everything that can be said of a configuration before anything is computed."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from dreamllm_jax.models.dreamllm import abstract_params
 from dreamllm_jax.precompute import require_frozen
 from dreamllm_jax.sharding import MESH_AXES
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN, count_parameters, parameter_lines
+from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN, count_and_bytes, count_parameters, parameter_lines
 from dreamllm_jax.training.state import Leaves, split_params
 
 WIDTH, HEIGHT = 64, 8  # of the plot, in characters
@@ -84,7 +83,7 @@ def describe(config: Mapping[str, Any]) -> str:
         lines += ["", f"differences from {experiment.parent}", *(_table(changes) or ["  none"])]
     lines += ["", "parameters", *parameter_lines(count_parameters(trainable, frozen))]
     for name, leaves in (("trained", trainable), ("frozen", frozen)):
-        lines.append(f"  {name + ' in all':20} {sum(math.prod(leaf.shape) for leaf in leaves.values()):>15,}")
+        lines.append(f"  {name + ' in all':20} {count_and_bytes(leaves)[0]:>15,}")
     if frozen and not experiment.parameters.init_from:
         lines.append(f"  {RANDOM_AND_FROZEN}")
     return "\n".join(

@@ -2,11 +2,9 @@
 
 import contextlib
 import logging
-import math
 import time
 
 import jax
-import numpy as np
 from etils import epath
 
 from dreamllm_jax.chips import chip_of
@@ -26,7 +24,7 @@ from dreamllm_jax.training.initial import restore_initial
 from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN
+from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN, count_and_bytes
 from dreamllm_jax.training.preemption import watch_for_preemption
 from dreamllm_jax.training.state import (
     TrainState,
@@ -162,6 +160,5 @@ def _require_frozen(experiment: Experiment, state: TrainState) -> None:
 
 def _log_parameters(abstract: TrainState) -> None:
     for name, leaves in (("trained", abstract.trainable), ("frozen", abstract.frozen)):
-        count = sum(math.prod(leaf.shape) for leaf in leaves.values())
-        size = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves.values())
+        count, size = count_and_bytes(leaves)
         _logger.info("%s parameters: %s (%.2f GiB)", name, f"{count:,}", size / 2**30)

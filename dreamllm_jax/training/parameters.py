@@ -22,6 +22,12 @@ class Parameters:
     trained: bool
 
 
+def count_and_bytes(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[int, int]:
+    """Of all together."""
+    counts = {path: math.prod(leaf.shape) for path, leaf in leaves.items()}
+    return sum(counts.values()), sum(count * np.dtype(leaves[path].dtype).itemsize for path, count in counts.items())
+
+
 def count_parameters(
     trainable: Mapping[str, jax.ShapeDtypeStruct], frozen: Mapping[str, jax.ShapeDtypeStruct]
 ) -> tuple[Parameters, ...]:
