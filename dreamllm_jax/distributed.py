@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
 from dreamllm_jax.configuration import changes
 
@@ -107,18 +106,3 @@ def require_same(settings: Mapping[str, Any], name: str) -> None:
     if other is not None:
         different = changes(everyone[0], everyone[other])
         raise ValueError(f"process {other} was given another {name} than process 0 ({different}): start all alike")
-
-
-def local_rows(sharding: NamedSharding, rows: int) -> slice:
-    """The rows of a global batch that this process's devices hold, and it must therefore feed.
-
-    Raises:
-      ValueError: they are not one block.
-    """
-    spans = {index[0].indices(rows)[:2] for index in sharding.addressable_devices_indices_map((rows,)).values()}
-    start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
-    if sum(b - a for a, b in spans) != stop - start:
-        raise ValueError(
-            f"this host's devices hold the rows {sorted(spans)}, which are not one block: change sharding.*"
-        )
-    return slice(start, stop)

@@ -84,7 +84,8 @@ def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = Non
     inside one.
 
     Raises:
-      ValueError: if the configured sizes do not multiply to the number of devices, or `data` to that of the slices.
+      ValueError: if the configured sizes do not multiply to the number of devices, `data` not to that of the slices, or
+        the chips cannot be laid out so.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.sequence, config.tensor]
@@ -95,17 +96,22 @@ def make_mesh(config: ShardingConfig, devices: Sequence[jax.Device] | None = Non
             f"the mesh ({asked}) does not fit {len(devices)} devices: change sharding.*, or use -1 for one axis"
         )
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    axis_types = (AxisType.Auto,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
     if sizes[0] % slices:
         raise ValueError(
             f"sharding.data={sizes[0]} must be a multiple of the {slices} slices, for it is the axis that crosses them"
         )
-    inside = [sizes[0] // slices, *sizes[1:]]
-    grid = mesh_utils.create_hybrid_device_mesh(inside, [slices, 1, 1, 1], devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=axis_types)
+    if slices == 1:
+        layout = functools.partial(mesh_utils.create_device_mesh, sizes)
+    else:
+        inside = [sizes[0] // slices, *sizes[1:]]
+        layout = functools.partial(mesh_utils.create_hybrid_device_mesh, inside, [slices, 1, 1, 1])
+    try:
+        # An axis of the mesh may be a part of one of the torus; by itself JAX allows that for v5e alone.
+        grid = layout(devices, allow_split_physical_axes=True)
+    except NotImplementedError:
+        raise ValueError(f"the mesh ({asked}) cannot be laid out on these {len(devices)} chips: change it") from None
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 @contextlib.contextmanager
@@ -249,10 +255,31 @@ def rows_sharding(mesh: Mesh, config: ShardingConfig, rows: int) -> NamedShardin
     return NamedSharding(mesh, PartitionSpec(tuple(axes)))
 
 
+def local_rows(sharding: NamedSharding, rows: int, process: int | None = None) -> list[int]:
+    """The rows of a global batch that a process's devices hold, and it must therefore feed; by default this one's.
+
+    They need not follow each other: a host of a TPU slice is a square of chips, which the mesh goes through in lines.
+    Hosts whose devices hold parts of the same rows feed them alike.
+    """
+    process = jax.process_index() if process is None else process
+    spans = {
+        index[0].indices(rows)
+        for device, index in sharding.devices_indices_map((rows,)).items()
+        if device.process_index == process
+    }
+    return sorted(row for span in spans for row in range(*span))
+
+
 def to_mesh(tree, sharding: NamedSharding, rows: int):
-    """This host's part (numpy) of a batch of `rows` rows -> global arrays on the mesh."""
+    """This host's `local_rows` (numpy) of a batch of `rows` rows -> global arrays on the mesh."""
+    mine = local_rows(sharding, rows)
 
     def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (rows, *x.shape[1:]))
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            first = mine.index(start)
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, shard)
 
     return jax.tree.map(place, tree)

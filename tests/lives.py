@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
+
 from dreamllm_jax import distributed, exits, runs
 from dreamllm_jax.compilation import keep_programs
 from dreamllm_jax.data import pipeline
@@ -89,6 +91,7 @@ def train(
     host: Host | None,
     fails_at: int,
     unreadable: int,
+    interleaved: bool,
     pause: float,
     phase,
     told: str,
@@ -99,6 +102,7 @@ def train(
       devices: how many this process simulates.
       fails_at: the batch that cannot be read; 0 for none.
       unreadable: the checkpoint that this process cannot read; 0 for none.
+      interleaved: the mesh goes through the processes' devices in turns, as it does through those of TPU slices.
       pause: seconds that reading a batch takes longer, so that a run does not end before it is told to.
       phase: a shared integer that tells what it is doing.
       told: the file that receives what it says.
@@ -134,6 +138,13 @@ def train(
     pipeline.Loader.__next__ = during("data", next_batch)
     checkpoints.Checkpoints.save = during("save", checkpoints.Checkpoints.save)
     checkpoints.Checkpoints.restore = during("restore", checkpoints.Checkpoints.restore)
+    make_mesh = loop.make_mesh
+
+    def mesh_in_turns(config):
+        return make_mesh(config, [device for start in range(devices) for device in jax.devices()[start::devices]])
+
+    if interleaved:
+        loop.make_mesh = mesh_in_turns
     compiled = loop.train_step_of
     loop.train_step_of = lambda *given: during("step", compiled(*given))
     try:
@@ -162,11 +173,12 @@ class Life:
         *,
         fails_at: int = 0,
         unreadable: int = 0,
+        interleaved: bool = False,
         pause: float = 0.0,
     ):
         self._phase = self._server.Value("i", 0)
         self.told = f"{workdir}{host.index if host else ''}.log"
-        given = config, str(workdir), devices, host, fails_at, unreadable, pause, self._phase, self.told
+        given = config, str(workdir), devices, host, fails_at, unreadable, interleaved, pause, self._phase, self.told
         self.process = self._server.Process(target=train, args=given, daemon=True)
         self.process.start()
 

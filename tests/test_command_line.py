@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
         ),
         (  # a setting that the file leaves out
             ["train", "--config=configs/tiny.py", "--workdir={tmp}/run", "--config.timeout=-1"],
-            "timeout must not be negative, got -1",
+            "timeout must not be negative and host_timeout positive, got -1",
         ),
         (  # of a group that the file leaves out
             ["train", "--config=configs/tiny.py", "--workdir={tmp}/run", "--config.validation.evry=100"],

@@ -12,7 +12,8 @@ import jax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dreamllm_jax.distributed import local_rows, require_same, start
+from dreamllm_jax.distributed import require_same, start
+from dreamllm_jax.sharding import local_rows
 from launch.local_pod import free_port
 from tests.test_run import settings
 
@@ -29,8 +30,8 @@ def test_which_flags_go_together():
 
 def test_one_process_feeds_all_rows():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    assert local_rows(NamedSharding(mesh, PartitionSpec("data")), 16) == slice(0, 16)
-    assert local_rows(NamedSharding(mesh, PartitionSpec()), 16) == slice(0, 16)
+    assert local_rows(NamedSharding(mesh, PartitionSpec("data")), 16) == list(range(16))
+    assert local_rows(NamedSharding(mesh, PartitionSpec()), 16) == list(range(16))
     require_same({"a": 1}, "configuration")
 
 

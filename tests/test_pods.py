@@ -31,6 +31,40 @@ def plan(tmp_path, arguments, config="stage2_igpt.py:7b"):
     return json.loads(figures.read_text())
 
 
+FEEDS = """
+import json, sys
+from dreamllm_jax.chips import find_topology
+from dreamllm_jax.sharding import ShardingConfig, local_rows, make_mesh, rows_sharding
+for name, sizes in json.loads(sys.argv[1]):
+    devices, config = find_topology(name).devices(), ShardingConfig(**sizes)
+    mesh = make_mesh(config, devices)
+    rows = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
+    sharding = rows_sharding(mesh, config, rows)
+    held = {device: index[0].indices(rows)[:2] for device, index in sharding.devices_indices_map((rows,)).items()}
+    hosts = {device.process_index for device in devices}
+    feeds = {host: local_rows(sharding, rows, host) for host in hosts}
+    whole = all(set(range(*span)) <= set(feeds[device.process_index]) for device, span in held.items())
+    print(json.dumps([len(hosts), whole, sorted(row for feed in feeds.values() for row in feed), rows]))
+"""
+
+
+@pytest.mark.slow
+def test_every_host_of_a_slice_feeds_what_its_chips_hold():
+    """A host is a square of chips, its rows are not one block: see `local_rows`. And every mesh can be laid out."""
+    pytest.importorskip("libtpu")
+    meshes = [(name, {}) for name in ("v5p-16", "v5p-128", "v4-128", "v5e-16", "v5e-256", "v6e-64")]
+    meshes += [("v5p-16x2", {"data": 2}), ("v5p-128", {"data": 2}), ("v5p-128", {"fsdp": 8, "tensor": 8})]
+    meshes += [(name, {"tensor": 2}) for name in ("v5p-128", "v5e-16", "v6e-64")]
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = [sys.executable, "-c", FEEDS, json.dumps(meshes)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    for (name, sizes), line in zip(meshes, done.stdout.splitlines(), strict=True):
+        hosts, whole, fed, rows = json.loads(line)
+        assert hosts > 1 and whole and set(fed) == set(range(rows)), name
+        assert len(fed) == rows or "fsdp" in sizes, name  # only where a row's parts lie on several hosts they share it
+
+
 @pytest.mark.slow
 def test_eight_chips_of_v5p(tmp_path):
     """Weights travel twice and gradients once, in bfloat16; logits and attention scores are never whole."""

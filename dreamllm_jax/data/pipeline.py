@@ -91,7 +91,8 @@ class Loader:
       tokenizer: see `storage.open_tokenizer`.
       rows_per_step: rows of a step on all hosts.
       seed: of everything random.
-      mine: the rows of each step that this host feeds; the whole stream is the same, whatever a host takes of it.
+      mine: the rows of each step that this host feeds, all if not given; the whole stream is the same, whatever a host
+        takes of it.
 
     Attributes:
       totals: what this host has been given since the start, by corpus and kind: documents, tokens, see and dream
@@ -112,7 +113,7 @@ class Loader:
         *,
         rows_per_step: int,
         seed: int,
-        mine: slice = slice(None),
+        mine: Sequence[int] | None = None,
     ):
         self._config, self._shape, self._tokenizer = config, shape, tokenizer
         summary = storage.read_summary(config.path)["corpora"]
@@ -137,7 +138,7 @@ class Loader:
         window = config.window if config.pack else 1
         self._streams = {
             row: RowStream(self._read, shape, first=row, step=rows_per_step, window=window)
-            for row in range(*mine.indices(rows_per_step))
+            for row in (range(rows_per_step) if mine is None else mine)
         }
         self._pixels = Pixels(shape)
         self._rows = 0

@@ -5,10 +5,9 @@ from jax.sharding import NamedSharding
 
 from dreamllm_jax.data.pipeline import Loader
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.distributed import local_rows
 from dreamllm_jax.experiment import Experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.sharding import to_mesh
+from dreamllm_jax.sharding import local_rows, to_mesh
 from dreamllm_jax.training.metrics import MetricsLog
 from dreamllm_jax.training.samples import answer, find_questions
 from dreamllm_jax.training.state import TrainState, merge_params

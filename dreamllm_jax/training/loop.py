@@ -12,12 +12,12 @@ from dreamllm_jax.configuration import ConfigError
 from dreamllm_jax.data.pipeline import Loader
 from dreamllm_jax.data.storage import read_summary
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.distributed import gather, local_rows
+from dreamllm_jax.distributed import gather
 from dreamllm_jax.exits import Preempted
 from dreamllm_jax.experiment import Experiment, require_mesh_fits
 from dreamllm_jax.flops import model_flops
 from dreamllm_jax.precompute import require_frozen, require_same_towers
-from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
+from dreamllm_jax.sharding import local_rows, make_mesh, rows_sharding, to_mesh, use
 from dreamllm_jax.training.checkpoints import Checkpoints
 from dreamllm_jax.training.held_out import HeldOut
 from dreamllm_jax.training.initial import restore_initial

@@ -15,19 +15,19 @@ from dreamllm_jax.data.pipeline import DataConfig, Loader, joined_states
 from tests.data.conftest import PAIRS, assert_sound, write
 
 
-def loader(dataset, shape, tokenizer, rows=8, seed=0, mine=slice(None), **options):
+def loader(dataset, shape, tokenizer, rows=8, seed=0, mine=None, **options):
     config = DataConfig(path=str(dataset), **{"window": 8, **options})
     return Loader(config, shape, tokenizer, rows_per_step=rows, seed=seed, mine=mine)
 
 
 def hosts_loaders(count, *arguments, **options):
-    """The loaders of so many hosts, which feed as many rows each."""
-    return [loader(*arguments, mine=slice(8 * i // count, 8 * (i + 1) // count), **options) for i in range(count)]
+    """The loaders of so many hosts, each of which feeds every count-th row, as hosts of TPU slices may."""
+    return [loader(*arguments, mine=range(i, 8, count), **options) for i in range(count)]
 
 
 def joined(loaders):
     """Their next batches as one."""
-    return jax.tree.map(lambda *x: np.concatenate(x), *map(next, loaders))
+    return jax.tree.map(lambda *x: np.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *map(next, loaders))
 
 
 def assert_same(first, second):

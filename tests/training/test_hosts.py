@@ -42,7 +42,7 @@ def test_hosts_train_as_one(data, pair, tmp_path):
     alone = Life(short(data), tmp_path / "one", 8)
     assert alone.end() == 0, alone.said()
     four = tmp_path / "four"
-    with together(short(data), four, [2, 2, 2, 2]) as lives:
+    with together(short(data), four, [2, 2, 2, 2], interleaved=True) as lives:
         assert [life.end() for life in lives] == [0] * 4, lives[0].said()
     want = losses(tmp_path / "one")
     for workdir in (pair, four):  # from one state the same; what rounding does to the state grows
