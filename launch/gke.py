@@ -56,6 +56,8 @@ def make_jobset(arguments: argparse.Namespace, command: list[str]) -> dict[str, 
         "terminationGracePeriodSeconds": 900,  # to save; a spot machine grants less
         # Slices talk over the hosts' own network, without a detour through the pods'.
         "hostNetwork": True,
+        # The first process of a container ignores signals that it has no handler for, as Python has none at first.
+        "shareProcessNamespace": True,
         "dnsPolicy": "ClusterFirstWithHostNet",
         "containers": [
             {
@@ -178,6 +180,11 @@ def main(argv: list[str]) -> None:
                 print(json.dumps(make_jobset(arguments, command), indent=2))
             case "apply":
                 manifest = json.dumps(make_jobset(arguments, command), indent=2)
+                look = ["kubectl", "get", "jobset", name, "--ignore-not-found", "--output=json", namespace]
+                there = "" if arguments.dry_run else shell.read(look)
+                if there and json.loads(there).get("status", {}).get("terminalState"):
+                    print(f"{name} has ended; it is removed, and the command continues its run", flush=True)
+                    shell.run(["kubectl", "delete", "jobset", name, namespace])
                 shell.run(["kubectl", "apply", "--filename=-", namespace], given=manifest + "\n")
             case "status":
                 pods = ["kubectl", "get", "pods", f"--selector={OF_JOBSET}={name}", "--output=json", namespace]
@@ -188,7 +195,7 @@ def main(argv: list[str]) -> None:
             case "logs":
                 which = f"{OF_JOBSET}={name}" + ("" if arguments.all else f",{FIRST_HOST}")
                 follow = ["--follow", "--tail=100", "--prefix", "--max-log-requests=1024"]
-                shell.run(["kubectl", "logs", f"--selector={which}", *follow, namespace])
+                shell.follow(["kubectl", "logs", f"--selector={which}", *follow, namespace])
             case "delete":
                 shell.run(["kubectl", "delete", "jobset", name, namespace])
     except ValueError as error:

@@ -62,6 +62,16 @@ class Shell:
             raise Failed(command, process.returncode, "".join(said))
         return "".join(said)
 
+    def follow(self, command: list[str]) -> None:
+        """Lets a command print where this program prints, and keeps nothing of it; errors as of `run`."""
+        if self.dry_run:
+            print(shlex.join(command))
+            return
+        with _popen(command) as process:
+            process.wait()
+        if process.returncode:
+            raise Failed(command, process.returncode, f"{shlex.join(command[:5])} ended with {process.returncode}")
+
     def read(self, command: list[str]) -> str:
         """What a command prints to its standard output; errors as of `run`."""
         if self.dry_run:

@@ -112,8 +112,9 @@ def train(run: Run, children: Children) -> int:
     held = () if lock is None else (lock,)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
-        for _ in range(RESTARTS):
-            if run.finished or children.stopped:
+        for attempt in range(RESTARTS):
+            # What was stopped at its last step is started again: it may still have to look at held-out documents.
+            if (run.finished and not attempt) or children.stopped:
                 return 0
             status = children.start(run.command, env=environment, pass_fds=held).wait()
             if status not in (PREEMPTED, HUNG) or children.stopped:

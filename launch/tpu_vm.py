@@ -40,6 +40,12 @@ RUNTIMES = {
 }
 # States of a queued resource: https://cloud.google.com/tpu/docs/queued-resources
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "DELETING", "SUSPENDING")
+# What gcloud says where it got no answer, so that nobody knows whether the request arrived.
+UNANSWERED = re.compile(
+    r"unavailable|\binternal\b|deadline|timed? ?out|connection|network|unreachable|name or service|\b50[0234]\b",
+    re.IGNORECASE,
+)
+TRIES = 3  # to install and start
 NO_ROOM = re.compile(r"no more capacity|insufficient .*capacity|stockout|resource_pool_exhausted", re.IGNORECASE)
 
 
@@ -77,7 +83,10 @@ class Job:
 
     def hosts(self, verb: str, *words: str) -> list[str]:
         """A command for all hosts of all slices."""
-        return self.gcloud("queued-resources", verb, *words, "--node=all", "--worker=all", "--quiet")
+        alive = [
+            f"--{verb}-flag=-oServerAlive{what}" for what in ("Interval=30", "CountMax=4")
+        ]  # a dead host is missed
+        return self.gcloud("queued-resources", verb, *words, "--node=all", "--worker=all", "--quiet", *alive)
 
     def remote(self, script: str, *words: str) -> list[str]:
         """Runs one of launch/host/ on all hosts."""
@@ -155,15 +164,23 @@ class Job:
 
     def logs(self, to: str) -> None:
         """Follows the log of the first host, or collects those of all in a directory, a folder a slice."""
+
+        def ssh(node: int, worker: int, command: str) -> list[str]:
+            where = f"--node={node}", f"--worker={worker}", f"--command=sudo {command} {HOME}/run.log"
+            return self.gcloud("queued-resources", "ssh", self.name, *where)
+
         if not to:
-            command = f"--command=sudo tail --lines=100 --follow {HOME}/run.log"
-            self.shell.run(self.gcloud("queued-resources", "ssh", self.name, "--node=0", "--worker=0", command))
-        for index, node in enumerate(self.nodes if to else []):
-            folder = Path(to) / node
-            self.shell.run(["mkdir", "-p", str(folder)])
-            flags = [f"--node={index}", "--worker=all", f"--output-directory={folder}"]
-            command = f"--command=sudo cat {HOME}/run.log"
-            self.shell.run(self.gcloud("queued-resources", "ssh", self.name, *flags, command))
+            self.shell.follow(ssh(0, 0, "tail --lines=100 --follow"))
+            return
+        # One after the other, for gcloud's own --output-directory loses its value (528).
+        for index, node in enumerate(self.nodes):
+            for worker in range(self.topology.hosts // self.topology.slices):
+                said = self.shell.read(ssh(index, worker, "cat"))
+                if not self.shell.dry_run:
+                    path = Path(to) / node / f"{worker}.log"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(said)
+                    print(path, flush=True)
 
     def delete(self) -> None:
         """Deletes the request and its slices."""
@@ -182,7 +199,8 @@ class Job:
 
 def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -> None:
     """Sees to it that the command runs until it is finished; ends with the status of the run if that is not 0."""
-    started, told = False, ""
+    started = finished = False
+    told = ""
 
     def tell(line: str) -> None:
         nonlocal told
@@ -192,6 +210,16 @@ def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -
 
     while True:
         try:
+            if finished:  # only its slices are left
+                state, _ = job.describe()
+                if state == "MISSING":
+                    return
+                if state not in WAITING:
+                    job.delete()
+                    return
+                tell(state)
+                time.sleep(poll)
+                continue
             state, reason, hosts = _look(job)
             running = [host for host in hosts if host.state == "running"]
             if state == "MISSING":
@@ -210,12 +238,13 @@ def keep(job: Job, commit: str, command: list[str], poll: float, delete: bool) -
                 started = True
             elif not started or any(host.state == "absent" for host in hosts):  # absent: it was booted
                 tell("starting")
-                started = _start(job, commit, command)
+                started = _start(job, commit, command, poll)
             elif all(host.state == "finished" for host in hosts):
                 tell("finished")
-                if delete:
-                    job.delete()
-                return
+                if not delete:
+                    return
+                finished = True
+                continue
             else:
                 _end(job, hosts)
         except Failed as failed:  # this machine is offline, or slices are being taken away: that will show
@@ -229,30 +258,47 @@ def _look(job: Job) -> tuple[str, str, list[Host]]:
     try:
         return state, reason, job.states() if state == "ACTIVE" else []
     except Failed:
-        if any(said.startswith(("PREEMPTED", "TERMINATED")) for said in job.slices().values()):
+        if _taken(job):
             return "SUSPENDED", "", []  # the request does not know it yet
         raise
 
 
+def _taken(job: Job) -> bool:
+    """Whether slices were taken away."""
+    return any(said.startswith(("PREEMPTED", "TERMINATED")) for said in job.slices().values())
+
+
 def _create(job: Job) -> None:
-    """Asks for slices, once; that there is no room for the moment is no error."""
+    """Asks for slices, once; that there is no room for the moment is no error.
+
+    Raises:
+      Failed: the answer did not come, so that it has to be seen whether the request did.
+    """
     try:
         job.create()
     except Failed as failed:
-        if not NO_ROOM.search(failed.said):
-            sys.exit(f"error: {job.name} was refused: {_errors(failed)}")
+        if NO_ROOM.search(failed.said):
+            return
+        if UNANSWERED.search(failed.said):
+            raise
+        sys.exit(f"error: {job.name} was refused: {_errors(failed)}")
 
 
-def _start(job: Job, commit: str, command: list[str]) -> bool:
-    """Installs and starts; False if the slices were taken away meanwhile."""
-    try:
-        job.setup(commit)
-        job.start(command)
-    except Failed as failed:
-        if job.describe()[0] == "ACTIVE":
-            sys.exit(f"error: {job.name} could not be started: {_errors(failed)}. The slices are still there, and cost")
-        return False
-    return True
+def _start(job: Job, commit: str, command: list[str], poll: float) -> bool:
+    """Installs and starts, in a few tries; False if the slices were taken away meanwhile."""
+    for left in range(TRIES - 1, -1, -1):
+        try:
+            job.setup(commit)
+            job.start(command)
+            return True
+        except Failed as failed:
+            if job.describe()[0] != "ACTIVE" or _taken(job):
+                return False
+            problem = _errors(failed)
+            if left:
+                print(f"{job.name} could not be started, and is tried again: {problem}", file=sys.stderr, flush=True)
+                time.sleep(poll)
+    sys.exit(f"error: {job.name} could not be started: {problem}. The slices are still there, and cost")
 
 
 def _end(job: Job, hosts: list[Host]) -> None:

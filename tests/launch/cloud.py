@@ -8,7 +8,9 @@ What they accept was read from the references of `gcloud compute tpus` (Google C
     {"waits": 2, "runs": 3, "ends": STATE}    it waits for so many looks, then runs for so many; STATE is preempted,
                              finished, stopped, absent, failed; with "silent" a preempted slice's request stays ACTIVE
     "setup": INDEX           that host fails its setup
-    "unavailable": N         so many of its deletions are not answered
+    "unavailable": N         so many of its deletions are not answered, and not heard of
+    "lost": ["create", ...]  these are done, but not answered
+    "taken": True            the slices are taken away while they are set up, and the request stays ACTIVE
 
 For GKE an attempt is {"waits": 1, "runs": 1, "ends": STATUS}, for each time that the JobSet starts its pods; STATUS is
 the exit status of one of them, or "disrupted"; with "setup": INDEX that host cannot get its image. What happens then,
@@ -45,7 +47,7 @@ GCLOUD = {
 }
 KUBECTL = {
     "apply": ("", "filename* namespace server-side!"),
-    "get": ("kind name?", "namespace selector output"),
+    "get": ("kind name?", "namespace selector output ignore-not-found!"),
     "logs": ("name?", "namespace selector tail max-log-requests follow! prefix! all-containers!"),
     "delete": ("kind name", "namespace timeout ignore-not-found!"),
 }
@@ -126,7 +128,7 @@ class World:
             chips = int(size) // (2 if kind in ("v4", "v5p") else 1)
             hosts = 1 if kind not in ("v4", "v5p") and chips <= 8 else max(chips // 4, 1)
             state["request"] = {"nodes": nodes, "hosts": hosts, "looks": 0, "runs": 0, "files": [], "command": None}
-            return ""
+            return self._answer("create")
         request = state["request"]
         target = (given.destination if name.endswith("scp") else given.name).split(":")[0]
         if not request or target not in ("mine", *request["nodes"]):
@@ -141,7 +143,7 @@ class World:
                 self.save()
                 raise Refused("UNAVAILABLE: The service is currently unavailable.")
             state["request"] = None
-            return ""
+            return self._answer("delete")
         if self._phase() != "ACTIVE" and name == "tpu-vm describe":
             raise Refused(f"NOT_FOUND: {target} was deleted")
         if self._phase() != "ACTIVE":
@@ -157,6 +159,13 @@ class World:
             request["files"] = [given.destination.split(":")[1]]
             return ""
         return self._ssh(given)
+
+    def _answer(self, verb: str) -> str:
+        if verb in self.life.get("lost", []):
+            self.life["lost"].remove(verb)
+            self.save()
+            raise Refused("There was a problem: Connection reset by peer")
+        return ""
 
     def _phase(self) -> str:
         request = self.state["request"]
@@ -190,13 +199,17 @@ class World:
             request["files"].append(home)
             return ""
         if given.command.startswith(("sudo tail", "sudo cat")):
-            return f"the log of {hosts[int(given.node) * request['hosts']]}\n"
+            return f"the log of {hosts[int(given.node) * request['hosts'] + int(given.worker)]}\n"
         if given.command == "sudo systemctl stop --no-block dreamllm":
             self.life["ends"], self.life["runs"] = "stopped", 0
             return ""
         assert everywhere, given
         if script == "setup.sh":
             assert home in request["files"]
+            if self.life.get("taken"):
+                request["runs"] = self.life["runs"] + 1
+                self.save()
+                raise Refused("Connection closed by remote host")
             if "setup" in self.life:
                 failing = hosts[self.life["setup"]]
                 print("##### Command execution on worker 1 failed with exit status 1. Continuing.", file=sys.stderr)
@@ -211,6 +224,8 @@ class World:
             self.state["started"].append(request["command"])
             return ""
         assert script.startswith("state.sh || echo dreamllm_jax host="), given.command
+        if self.life.get("taken") and request["runs"] > self.life["runs"]:
+            raise Refused(f"[{hosts[0]}] Connection refused")
         if request["command"] is None:
             lines = [f"host={host} state=absent status=0 restarts=0 said=" for host in hosts]
         else:
@@ -235,10 +250,14 @@ class World:
             manifest = json.loads(sys.stdin.read())
             if "refused" in state["lives"][0]:
                 raise Refused(state["lives"][0]["refused"])
+            if state.get("jobset"):
+                return f"jobset.jobset.x-k8s.io/{manifest['metadata']['name']} unchanged\n"
             state["jobset"] = {"manifest": manifest, "looks": 0, "restarts": 0, "counted": 0, "terminal": ""}
             state["attempt"] = 0
             return f"jobset.jobset.x-k8s.io/{manifest['metadata']['name']} created\n"
         jobset = state["jobset"]
+        if not jobset and getattr(given, "ignore_not_found", False):
+            return ""
         if not jobset:
             raise Refused('Error from server (NotFound): jobsets.jobset.x-k8s.io "mine" not found')
         if name == "delete":

@@ -27,6 +27,7 @@ _POD = {
     "nodeSelector": {str: str},
     "terminationGracePeriodSeconds": int,
     "hostNetwork": bool,
+    "shareProcessNamespace": bool,
     "dnsPolicy": {"ClusterFirst", "ClusterFirstWithHostNet"},
     "serviceAccountName": str,
     "tolerations": [{"key": str, "operator": {"Equal", "Exists"}, "value": str, "effect": {"NoSchedule"}}],
@@ -186,6 +187,18 @@ def test_other_failures_are_limited(launch, retries):
     assert last[1] == "host mine-slice-0-0-abcde: Failed with status 134"
 
 
+def test_a_run_that_has_ended_is_applied_again(launch):
+    """JobSets that have ended stay for a week; kubectl would leave such a one as it is."""
+    cloud, _ = launch("apply", *APPLY, "--retries=0", lives=[attempt(1), attempt(0)], command=COMMAND)
+    assert looks(launch, cloud, 3)[-1][0].startswith("mine: Failed")
+    _, done = launch("apply", *APPLY, cloud=cloud, command=COMMAND)
+    assert done.returncode == 0 and "mine has ended; it is removed" in done.stdout
+    assert cloud.verbs == ["apply", "delete", "apply"]
+    assert looks(launch, cloud, 1)[-1][0] == "mine: Running, started again 0 times"
+    _, done = launch("apply", *APPLY, cloud=cloud, command=COMMAND)  # one that runs is left alone
+    assert cloud.verbs[3:] == ["apply"]
+
+
 def test_quota_is_told(launch):
     quota = (
         "Error from server (Forbidden): exceeded quota: tpus, requested: google.com/tpu=16, limited: google.com/tpu=8"
@@ -204,7 +217,7 @@ def test_a_host_without_its_image_is_named(launch):
 def test_logs_and_delete(launch):
     cloud, _ = launch("apply", *APPLY, lives=[attempt(0)], command=COMMAND)
     _, done = launch("logs", cloud=cloud)
-    assert done.returncode == 0 and "[pod/mine-slice-0-0-abcde/host] step 1" in done.stderr
+    assert done.returncode == 0 and "[pod/mine-slice-0-0-abcde/host] step 1" in done.stdout
     _, done = launch("delete", cloud=cloud)
     assert done.returncode == 0 and cloud.state["jobset"] is None
     _, done = launch("status", cloud=cloud)

@@ -105,6 +105,11 @@ RUNNING = "ActiveState=active SubState=running ExecMainStatus=0 NRestarts=2"
     [
         ("ActiveState=inactive SubState=dead ExecMainStatus=0 NRestarts=0", "absent status=0 restarts=0"),
         ("", "absent status=0 restarts=0"),  # the unit is not installed
+        # By hand, before it could save or while it waited to be started again.
+        (
+            "ActiveState=inactive SubState=dead ExecMainStatus=75 NRestarts=3 ExecMainStartTimestampMonotonic=81723",
+            "stopped status=75 restarts=3",
+        ),
         (RUNNING, "running status=0 restarts=2"),
         ("ActiveState=activating SubState=auto-restart ExecMainStatus=75 NRestarts=1", "running status=75 restarts=1"),
         ("ActiveState=deactivating SubState=stop-sigterm ExecMainStatus=0 NRestarts=0", "running status=0 restarts=0"),

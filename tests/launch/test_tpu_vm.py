@@ -66,6 +66,21 @@ def test_a_deletion_that_is_not_answered_is_asked_for_again(keep):
     assert cloud.state["request"] is None and cloud.state["started"] == [COMMAND] * 2
 
 
+def test_answers_that_are_lost_cost_no_slices(keep):
+    """A request that was heard is not made twice, and a run that has finished gets no new slices."""
+    unheard = {"refused": "UNAVAILABLE: The service is currently unavailable."}
+    cloud, done = keep(unheard, RUNS | {"lost": ["create", "delete"]})
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs == ["create", "create", *STEPS, "delete"] and cloud.state["request"] is None
+
+
+def test_slices_that_are_taken_away_during_the_setup_are_asked_for_again(keep):
+    taken = {"waits": 1, "runs": 0, "ends": "preempted", "silent": True, "taken": True}
+    cloud, done = keep(taken, RUNS)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs == ["create", *STEPS[:3], "delete", "create", *STEPS, "delete"]
+
+
 def test_no_room_is_asked_for_again(keep):
     no_room = 'There is no more capacity in the zone "z"; you can try in another zone [EID: 0x1]'
     cloud, done = keep({"refused": no_room}, {"failed": "Insufficient reserved capacity."}, RUNS)
@@ -87,7 +102,7 @@ def test_quota_is_told_and_not_asked_for_again(keep, how):
 
 def test_a_host_that_fails_its_setup_is_named(keep):
     cloud, done = keep(RUNS | {"setup": 1})
-    assert done.returncode == 1 and cloud.verbs == ["create", "scp", "mkdir", "setup"]
+    assert done.returncode == 1 and cloud.verbs == ["create", *["scp", "mkdir", "setup"] * 3]
     expected = "error: mine could not be started: host t1v-n-mine-w-1: setup failed at: python3 -m uv pip install"
     assert expected in done.stderr and "still there, and cost" in done.stderr
 
@@ -139,7 +154,7 @@ def test_status_logs_stop_and_delete(launch, tmp_path):
         ("run", [], ""),
         ("status", [], "slice mine-1: READY HEALTHY\nhost t1v-n-mine-0-w-0: running, started again 0 times: step 1"),
         ("logs", [], "the log of t1v-n-mine-0-w-0"),
-        ("logs", [f"--to={tmp_path}/logs"], "the log of t1v-n-mine-1-w-0"),
+        ("logs", [f"--to={tmp_path}/logs"], "mine-1/1.log"),
         ("stop", [], ""),
         ("status", [], "host t1v-n-mine-1-w-1: stopped"),
         ("delete", [], ""),
@@ -149,7 +164,9 @@ def test_status_logs_stop_and_delete(launch, tmp_path):
         _, done = launch(action, *flags, cloud=cloud, command=command, topology="v5p-16x2")
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout + done.stderr, (action, done.stdout, done.stderr)
-    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["mine-0", "mine-1"]
+    collected = {str(path.relative_to(tmp_path)): path.read_text() for path in (tmp_path / "logs").rglob("*.log")}
+    hosts = [(slice, worker) for slice in range(2) for worker in range(2)]
+    assert collected == {f"logs/mine-{i}/{j}.log": f"the log of t1v-n-mine-{i}-w-{j}\n" for i, j in hosts}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +210,7 @@ def test_the_real_gcloud_understands(launch, tmp_path, monkeypatch):
             action, "--dry-run", *flags, command=command, topology="v5p-16x2", cloud=Cloud(tmp_path / action)
         )
         lines += [line for line in done.stdout.splitlines() if line.startswith("gcloud ")]
-    assert len(lines) == 14
+    assert len(lines) == 16
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "gcloud"))
     # The linter splits at blanks, whatever the quotes say: the remote commands become one word.
     plain = [[re.sub(r"(--command)=.*", r"\1=x", word, flags=re.DOTALL) for word in shlex.split(one)] for one in lines]
