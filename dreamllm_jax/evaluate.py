@@ -36,15 +36,14 @@ _BY = ("reference", "inception", "clip")  # what painted pictures are measured b
 
 def recall_pairs(arguments: argparse.Namespace) -> None:
     """Asks a run for its own pairs, and lets it tell a story."""
-    trained = runs.load(arguments.workdir, arguments.step)
-    target = epath.Path(arguments.workdir) / scores.FOLDER
-
-    pairs = [pair for _, pair in Corpus(trained.experiment.data.path, "pairs").first(arguments.pairs)]
-    sampling = {"steps": arguments.sampling_steps, "guidance": arguments.guidance}
-    result = recall.recall(trained, pairs, **sampling)
     checkpoint = scores.checkpoint_of(
         arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
     )
+    trained = runs.load(arguments.workdir, checkpoint.step)
+    target = epath.Path(arguments.workdir) / scores.FOLDER
+    pairs = [pair for _, pair in Corpus(trained.experiment.data.path, "pairs").first(arguments.pairs)]
+    sampling = {"steps": arguments.sampling_steps, "guidance": arguments.guidance}
+    result = recall.recall(trained, pairs, **sampling)
     recall.save(result, checkpoint.step, target)
     found, errors = scores.summary(result.right)
     scores.write(scores.Score("recall", checkpoint, len(pairs), found, errors, sampling), target)
@@ -90,7 +89,10 @@ def comprehend(arguments: argparse.Namespace) -> None:
     task, name = comprehension.TASKS[arguments.task], arguments.name or arguments.task
     comprehension.require_packages(arguments.task)
     files = [Path(file) for file in arguments.annotations.split(",")]
-    questions = task.read(files, Path(arguments.images))[: arguments.limit]
+    try:
+        questions = task.read(files, Path(arguments.images))[: arguments.limit]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{arguments.annotations} are not the annotations of {arguments.task}: {error!r}") from None
     if not questions:
         raise ValueError(f"{arguments.annotations} asks nothing")
     checkpoint, mesh, devices = _start(arguments)

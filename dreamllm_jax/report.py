@@ -69,7 +69,7 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
         "pictures read as exactly their caption": f"{recall['comprehension_exact']:.1%}",
         "pairs": recall["pairs"],
         "steps trained": metrics[-1]["step"],
-        "step of the checkpoint that was asked": recall["step"],
+        "step of the checkpoint that was asked": recall.get("step", "unknown"),
     }
     listed = "".join(f"<div><b>{value}</b><br>{name}</div>" for name, value in figures.items())
     body = (

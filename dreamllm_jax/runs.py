@@ -42,6 +42,14 @@ class Run:
     workdir: epath.Path
     experiment: Experiment
     tokenizer: Tokenizer
+    config: Mapping[str, Any]
+
+    def record(self) -> None:
+        """Writes, on the first host, that this configuration is in force. Of a run that continues, with other settings
+        perhaps, only when its state was found to fit them."""
+        if jax.process_index() == 0:
+            write_whole(self.workdir / CONFIG_FILE, json.dumps(self.config, indent=2, sort_keys=True) + "\n")
+            write_description(self.workdir, self.experiment.model, self.tokenizer)
 
 
 def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
@@ -77,17 +85,29 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
         if first and not begun:
             load_tokenizer(initial_tokenizer).save(workdir / TOKENIZER)
         data = dataclasses.replace(data, tokenizer=str(workdir / TOKENIZER))
-    if not data.path or not (epath.Path(data.path) / SUMMARY).exists():
+    if not _is_data_set(data.path):
         data = _prepared(experiment, data, workdir / DATA)
     gather("")  # nobody goes on before the first host has written what all read
 
     tokenizer = open_tokenizer(data.path, data.tokenizer)
     require_room(tokenizer, experiment.model)
     model = dataclasses.replace(experiment.model, special_tokens=tokenizer.special)
-    if first:
-        write_whole(workdir / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        write_description(workdir, model, tokenizer)
-    return Run(workdir, dataclasses.replace(experiment, model=model, data=data), tokenizer)
+    run = Run(workdir, dataclasses.replace(experiment, model=model, data=data), tokenizer, config)
+    if not begun:
+        run.record()
+    return run
+
+
+def _is_data_set(path: str) -> bool:
+    """Whether all hosts find a data set there.
+
+    Raises:
+      ConfigError: some do, others do not.
+    """
+    found = gather(bool(path) and (epath.Path(path) / SUMMARY).exists())
+    if any(found) and not all(found):
+        raise ConfigError(f"config.data.path: process {found.index(False)} does not see {path}, others do")
+    return all(found)
 
 
 def _prepared(experiment: Experiment, data: DataConfig, target: epath.Path) -> DataConfig:

@@ -37,7 +37,7 @@ def main(config: ConfigDict | None) -> None:
     run = runs.start(config.to_dict(), _WORKDIR.value)
     compilation.keep_programs(run.workdir)
     try:
-        train(run.experiment, run.tokenizer, run.workdir)
+        train(run.experiment, run.tokenizer, run.workdir, run.record)
     except Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(PREEMPTED)

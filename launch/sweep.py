@@ -161,11 +161,17 @@ def main() -> None:
         if asked and run.finished:
             print(f"{title}: finished", flush=True)
             continue
-        command = submission(arguments.submit, run) if arguments.submit else run.command
+        try:
+            command = submission(arguments.submit, run) if arguments.submit else run.command
+        except ValueError as error:
+            sys.exit(f"error: --submit={arguments.submit}: {error}")
         print(f"{title}: {shlex.join(command)}", flush=True)
         if arguments.dry_run:
             continue
-        status = subprocess.run(command, check=False).returncode if arguments.submit else train(run, children)
+        try:
+            status = subprocess.run(command, check=False).returncode if arguments.submit else train(run, children)
+        except FileNotFoundError:
+            sys.exit(f"error: there is no program {command[0]}")
         if children.stopped:
             print("== asked to stop: the same command goes on", flush=True)
             sys.exit(PREEMPTED)

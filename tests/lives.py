@@ -152,7 +152,7 @@ def train(
             distributed.start(f"localhost:{host.port}", host.count, host.index, 120)
         run = runs.start(config, workdir)
         keep_programs(run.workdir)
-        loop.train(run.experiment, run.tokenizer, run.workdir)
+        loop.train(run.experiment, run.tokenizer, run.workdir, run.record)
     except exits.Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(exits.PREEMPTED)

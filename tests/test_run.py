@@ -52,7 +52,7 @@ def settings() -> dict:
 
 def start_and_train(workdir, **changes):
     run = runs.start(settings() | changes, workdir)
-    return train(run.experiment, run.tokenizer, run.workdir)
+    return train(run.experiment, run.tokenizer, run.workdir, run.record)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,9 @@ def test_a_run_refuses_other_settings(finished):
         start_and_train(workdir, data=settings()["data"] | {"flip": 0.5}, steps=STEPS)
     accepted = {"checkpoint": settings()["checkpoint"] | {"accept_changes": True}}
     told = (workdir / "config.json").read_text()
-    runs.start(settings() | {"objective": {"drop_prob": 0.3}} | accepted, workdir)
+    run = runs.start(settings() | {"objective": {"drop_prob": 0.3}} | accepted, workdir)
+    assert (workdir / "config.json").read_text() == told  # until the state was found to fit
+    run.record()
     assert json.loads((workdir / "config.json").read_text())["objective"] == {"drop_prob": 0.3}
     (workdir / "config.json").write_text(told)
 
@@ -117,12 +119,18 @@ def test_data_that_is_not_there_is_told_before_anything_is_made(tmp_path):
             runs.start(settings() | {"data": {"path": path, "corpora": {"pairs": {}}}}, tmp_path / "run")
 
 
+def test_data_that_one_host_does_not_see_is_told_on_all(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "gather", lambda value: [value, False])  # as the second of two says
+    data = {"path": str(finished[0] / "data"), "corpora": {"pairs": {}}}
+    with pytest.raises(ConfigError, match=r"process 1 does not see .*/data, others do"):
+        runs.start(settings() | {"data": data}, tmp_path / "run")
+
+
 def test_a_run_beyond_its_last_step_is_told(finished):
     fewer = {"steps": STEPS - 1, "checkpoint": settings()["checkpoint"] | {"accept_changes": True}}
-    before = (finished[0] / "config.json").read_text()
     with pytest.raises(ConfigError, match=rf"config\.steps={STEPS - 1}, but .* is at step {STEPS} already"):
         start_and_train(finished[0], **fewer)
-    (finished[0] / "config.json").write_text(before)
+    start_and_train(finished[0])  # as before
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(finished, tmp_path):

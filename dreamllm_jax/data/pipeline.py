@@ -25,7 +25,7 @@ from dreamllm_jax.data.tokens import Encoded, encode_document
 _logger = logging.getLogger(__name__)
 ENOUGH = 200  # documents after which too large a share of bad ones ends the run
 AHEAD = 2  # batches made in advance
-_TRIED = 8  # first records of a corpus, of which one must be readable
+_TRIED = 8  # first records of a corpus, of which one must be of use
 READ = ("documents", "dropped_record", "dropped_room", "dropped_empty")  # each document is counted as one of them
 
 
@@ -123,10 +123,7 @@ class Loader:
         corpora = {name: storage.Corpus(config.path, name, arrays) for name in self._uses}
         self._mixture = Mixture(corpora, self._uses, streams=rows_per_step, seed=seed, shuffle=config.shuffle)
         for name, corpus in corpora.items():
-            _, typical = next(corpus.first(_TRIED), (0, None))
-            if typical is None:
-                raise ValueError(f"the first {_TRIED} records of corpus {name!r} in {config.path} cannot be read")
-            self._require_use(name, typical)
+            self._require_use(name, [document for _, document in corpus.first(_TRIED)])
         # All that the stream depends on, as JSON gives it back.
         settings = dataclasses.asdict(
             dataclasses.replace(config, path="", pairs=0, tokenizer="", workers=0, max_bad=0.0)
@@ -150,18 +147,20 @@ class Loader:
         self._threads = concurrent.futures.ThreadPoolExecutor(config.workers) if config.workers else None
         self._maker = concurrent.futures.ThreadPoolExecutor(1) if config.workers else None
 
-    def _require_use(self, name: str, document: Document) -> None:
-        """Raises ValueError if a typical document of the corpus cannot be encoded."""
+    def _require_use(self, name: str, documents: Sequence[Document]) -> None:
+        """Raises ValueError if none of the first documents of the corpus can be read, or learned from."""
+        if not documents:
+            raise ValueError(f"the first {_TRIED} records of corpus {name!r} in {self._config.path} cannot be read")
         where = f"corpus {name!r} in mode {self._uses[name].mode!r}"
         for draw in (0.0, 0.5):
             try:
-                learns = self._encode(name, document, draw).learns
+                learns = any(self._encode(name, document, draw).learns for document in documents)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             if not learns:
                 raise ValueError(
                     f"{where}: a row of {self._shape.length} tokens, {self._shape.see_slots} see and "
-                    f"{self._shape.dream_slots} dream slots leaves nothing to learn of its first document"
+                    f"{self._shape.dream_slots} dream slots leaves nothing to learn of its first documents"
                 )
 
     def _read(self, record: int) -> Item | None:
@@ -246,12 +245,14 @@ class Loader:
         dropped = {name: {what: n for what, n in held.items() if _reason(what)} for name, held in counts.items()}
         bad = {name: sum(held.values()) for name, held in dropped.items()}
         read = {name: sum(held.get(what, 0) for what in READ) for name, held in counts.items()}
-        if sum(read.values()) < ENOUGH or sum(bad.values()) <= self._config.max_bad * sum(read.values()):
+        # What waits in the windows was read as well: at first it is most of it.
+        total = sum(read.values()) + sum(len(waiting) for _, *waiting in self._state.values())
+        if total < ENOUGH or sum(bad.values()) <= self._config.max_bad * total:
             return
         worst = max(bad, key=lambda name: bad[name] / max(read[name], 1))
         reasons = ", ".join(f"{_reason(what)} {n}" for what, n in dropped[worst].items())
         raise ValueError(
-            f"{sum(bad.values())} of {sum(read.values())} documents had to be left out, more than data.max_bad="
+            f"{sum(bad.values())} of {total} documents had to be left out, more than data.max_bad="
             f"{self._config.max_bad} allows; the worst corpus is {worst!r} with {bad[worst]} of {read[worst]} "
             f"({reasons})"
         )

@@ -8,6 +8,7 @@ import collections
 import csv
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import re
@@ -134,7 +135,7 @@ def mmvet(files: Sequence[Path], images: Path) -> list[Question]:
 def mmbench(files: Sequence[Path], images: Path) -> list[Question]:
     """MMBench: a table separated by tabs, with the images in it. The answers are scored by its server."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    rows = list(csv.DictReader(_text(_only(files)).splitlines(), delimiter="\t"))
+    rows = list(csv.DictReader(io.StringIO(_text(_only(files)), newline=""), delimiter="\t"))
     by_index = {row["index"]: row["image"] for row in rows}
     found = []
     for row in rows:

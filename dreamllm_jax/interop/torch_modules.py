@@ -41,6 +41,8 @@ def loaders(
     settings = read_json(path) if path.is_file() else {}
     if settings.get("model_type") == "dreamllm":
         return _dreamllm(config, directory, settings, towers)
+    if given := [f"--{name}" for name, place in towers.items() if place]:
+        raise ValueError(f"{directory} is no checkpoint of the original program: leave out {', '.join(given)}")
     if settings.get("model_type") == "llama":
         found["llama"] = functools.partial(_llama, directory)
     if all((directory / part / "config.json").is_file() for part in ("unet", "vae")):

@@ -31,7 +31,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dreamllm_jax.data.document import Segment
 from dreamllm_jax.data.tokenizer import Tokenizer
@@ -49,6 +49,7 @@ from dreamllm_jax.serving.conversation import (
 )
 
 MAX_WAITING = 8  # people whose turn has not come
+UNREAD_SECONDS = 30.0  # after which one who takes nothing of a reply is taken to have left
 PAGE = (Path(__file__).parent / "page.html").read_text()
 Reply = Callable[[Sequence[Segment], Mapping[str, Any]], Generator[Event, None, None]]
 _logger = logging.getLogger(__name__)
@@ -153,11 +154,15 @@ def make_app(
 
 
 class _Lines(StreamingResponse):
-    """Ends what makes the lines as soon as nobody listens; Starlette would leave that to the garbage collector."""
+    """Ends what makes the lines as soon as nobody listens, or takes them: others wait."""
 
     async def stream_response(self, send: Send) -> None:
+        async def send_or_end(message: Message) -> None:
+            with anyio.fail_after(UNREAD_SECONDS):  # TimeoutError, an OSError, is a disconnect to Starlette
+                await send(message)
+
         async with contextlib.aclosing(self.body_iterator):
-            await super().stream_response(send)
+            await super().stream_response(send_or_end)
 
 
 def _own_page_only(app: ASGIApp, names: Sequence[str]) -> ASGIApp:

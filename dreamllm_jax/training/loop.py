@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -38,12 +39,15 @@ from dreamllm_jax.training.watchdog import Watchdog
 _logger = logging.getLogger(__name__)
 
 
-def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> TrainState:
+def train(
+    experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path, begun: Callable[[], None] = lambda: None
+) -> TrainState:
     """Trains, or continues a run that was interrupted, until `experiment.steps` are done.
 
     Args:
       experiment: the checked configuration, its data prepared and its special tokens those of `tokenizer`.
       workdir: receives checkpoints, `metrics.jsonl` and TensorBoard files.
+      begun: called when the state is there and fits the configuration.
 
     Raises:
       ValueError, FileNotFoundError: a mesh, data set or checkpoint that does not fit, before anything is compiled.
@@ -85,6 +89,7 @@ def train(experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path) -> 
         start, last, every = int(state.step), experiment.steps, experiment.checkpoint.every
         if start > last:
             raise ConfigError(f"config.steps={last}, but {workdir} is at step {start} already")
+        begun()
         train_step = train_step_of(experiment, state)
         chip = chip_of(mesh.devices.flat[0])
         progress = Progress(last, model_flops(experiment) / mesh.size, chip and chip.peak_flops)

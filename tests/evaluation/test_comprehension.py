@@ -66,7 +66,9 @@ def folder(tmp_path_factory):
     table = [columns]
     for i in numbers:
         image = base64.b64encode(picture(i)).decode() if i < 2 else "0"  # the third is about the first one's image
-        table.append((str(i), QUESTIONS[i], "" if i else "look", "fox", "barn", "", "", "A", "x", "y", image))
+        table.append(
+            (str(i), QUESTIONS[i], "" if i else '"look\n\nthere"', "fox", "barn", "", "", "A", "x", "y", image)
+        )
     write("mmbench.tsv", "".join("\t".join(row) + "\n" for row in table))
     return folder
 
@@ -100,6 +102,19 @@ def test_annotations_become_questions(folder, name):
         assert [list(question.answers) for question in questions] == PEOPLE
     if name not in ("coco_caption", "i2paragraph"):
         assert all(question.text.endswith(text) for question, text in zip(questions, QUESTIONS, strict=True))
+
+
+def test_a_hint_of_several_lines_is_whole(folder):
+    assert read(folder, "mmbench")[0].text == f"Hint:look\n\nthereQuestion:{QUESTIONS[0]}"
+
+
+@pytest.mark.parametrize("name", ["vizwiz", "i2paragraph", "mmvet", "pope"])
+def test_another_benchmarks_annotations_are_told_as_such(folder, name):
+    files = ",".join(str(folder / file) for file in ["split.json", "answers.json"][: len(ANNOTATIONS[name])])
+    words = ["--checkpoint=none", f"--task={name}", f"--annotations={files}", f"--images={folder}"]
+    arguments = make_parser().parse_args(["comprehension", *words])
+    with pytest.raises(ValueError, match=rf"split\.json.* are not the annotations of {name}: \w+Error"):
+        arguments.main(arguments)
 
 
 def test_karpathys_test_split(folder):

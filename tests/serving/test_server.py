@@ -296,6 +296,22 @@ def test_people_take_turns_and_whoever_leaves_is_not_written_for(monkeypatch):
         assert ended.get(timeout=60) == "ended"
 
 
+def test_one_who_does_not_read_keeps_nobody_waiting(monkeypatch):
+    monkeypatch.setattr(server, "UNREAD_SECONDS", 0.5)
+    much = Event(0, Written("word " * 200_000, tokens=(5,)), True)
+
+    def reply(conversation, settings):
+        for _ in range(100):
+            yield much
+
+    with serving(server.make_app(reply, VOCABULARY)) as ask:
+        first, second = ask(), ask()
+        assert json.loads(second.readline()) == {"state": "waiting"}
+        assert json.loads(second.readline()) == {"state": "started"}
+        second.close()
+        first.close()
+
+
 def say_event(event: Event) -> dict:
     return {"text": event.segment.text, "tokens": list(event.segment.tokens), "complete": event.complete}
 
