@@ -17,7 +17,10 @@ from dreamllm_jax.models.dreamllm import DreamLLMConfig
 _OTHERS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 _BUFFER = "embeddings.position_ids"
 PREFIX = "vision_model."
-PROCESSOR = "preprocessor_config.json"
+PROCESSORS = (
+    "preprocessor_config.json",
+    "processor_config.json",
+)  # the latter as transformers 5 writes a CLIPProcessor
 _NORMALISATION = ("image_mean", "image_std")
 
 
@@ -31,20 +34,23 @@ def open_clip(directory: Path, select_layer: int = -2) -> Part:
 
 
 def read_clip_config(directory: Path, select_layer: int = -2) -> ClipVisionConfig:
-    """The vision tower's shape, from `config.json`, and the pixels it takes, from `preprocessor_config.json`, which
+    """The vision tower's shape, from `config.json`, and the pixels it takes, from the file of its image processor, which
     need not be there; errors as of `open_clip`."""
     config = files.read_config(directory / "config.json", lambda settings: clip_config_from_hf(settings, select_layer))
-    if not (path := directory / PROCESSOR).is_file():
-        return config
-    return dataclasses.replace(config, **files.read_config(path, lambda settings: _normalisation(settings, config)))
+    for name in PROCESSORS:
+        if (path := directory / name).is_file():
+            found = files.read_config(path, lambda settings: _normalisation(settings, config))
+            return dataclasses.replace(config, **found)
+    return config
 
 
 def _normalisation(settings: Mapping[str, Any], config: ClipVisionConfig) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of a `CLIPImageProcessor`.
+    """Mean and standard deviation of a `CLIPImageProcessor`, perhaps inside of a `CLIPProcessor`.
 
     Raises:
       ValueError: it makes other pixels of an image than we do.
     """
+    settings = settings.get("image_processor", settings)
     for name, ours in _processor(config).items():
         size = config.image_size
         same = (ours, None, *((size,) if name in ("size", "crop_size") else ()))  # sizes were plain numbers once
@@ -74,7 +80,9 @@ def write_clip(
         directory / "config.json",
         {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **settings},
     )
-    files.write_json(directory / PROCESSOR, {"image_processor_type": "CLIPImageProcessor", **_processor(config.clip)})
+    files.write_json(
+        directory / PROCESSORS[0], {"image_processor_type": "CLIPImageProcessor", **_processor(config.clip)}
+    )
     named = {PREFIX + name: tensor for name, tensor in tensors["clip"].items()}
     files.write_safetensors(directory, "model", named, max_shard_size)
 

@@ -150,6 +150,9 @@ def test_the_processor_beside_a_tower_says_how_its_pixels_are_normalised(tmp_pat
 
     path = tmp_path / "preprocessor_config.json"
     settings = json.loads(path.read_text())
+    path.rename(tmp_path / "kept.json")
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))  # of a CLIPProcessor
+    assert read_clip_config(tmp_path) == config
     path.write_text(json.dumps(settings | {"size": size, "crop_size": size}))  # as they were written once
     assert read_clip_config(tmp_path) == config
     for wrong in ({"do_center_crop": False}, {"size": {"shortest_edge": 2 * size}}, {"resample": 2}):
