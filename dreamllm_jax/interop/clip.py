@@ -17,10 +17,8 @@ from dreamllm_jax.models.dreamllm import DreamLLMConfig
 _OTHERS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 _BUFFER = "embeddings.position_ids"
 PREFIX = "vision_model."
-PROCESSORS = (
-    "preprocessor_config.json",
-    "processor_config.json",
-)  # the latter as transformers 5 writes a CLIPProcessor
+# Of a CLIPImageProcessor, and of a CLIPProcessor as transformers 5 writes it.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _NORMALISATION = ("image_mean", "image_std")
 
 
@@ -34,8 +32,8 @@ def open_clip(directory: Path, select_layer: int = -2) -> Part:
 
 
 def read_clip_config(directory: Path, select_layer: int = -2) -> ClipVisionConfig:
-    """The vision tower's shape, from `config.json`, and the pixels it takes, from the file of its image processor, which
-    need not be there; errors as of `open_clip`."""
+    """The vision tower's shape, from `config.json`, and the pixels it takes, from its image processor's file, if any;
+    errors as of `open_clip`."""
     config = files.read_config(directory / "config.json", lambda settings: clip_config_from_hf(settings, select_layer))
     for name in PROCESSORS:
         if (path := directory / name).is_file():
