@@ -36,6 +36,7 @@ _BY = ("reference", "inception", "clip")  # what painted pictures are measured b
 
 def recall_pairs(arguments: argparse.Namespace) -> None:
     """Asks a run for its own pairs, and lets it tell a story."""
+    runs.require_run(arguments.workdir)
     checkpoint = scores.checkpoint_of(
         arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
     )

@@ -199,15 +199,21 @@ class Trained:
     params: dict
 
 
+def require_run(workdir: epath.PathLike) -> epath.Path:
+    """The directory of a run; FileNotFoundError if it is none."""
+    workdir = absolute(workdir)
+    if not (workdir / CONFIG_FILE).exists():
+        raise FileNotFoundError(f"{workdir} has no {CONFIG_FILE}: it is not the --workdir of a training run")
+    return workdir
+
+
 def load(workdir: epath.PathLike, step: int | None = None) -> Trained:
     """The model of a run's directory, at `step` or the newest checkpoint, on the first local device.
 
     Raises:
       FileNotFoundError: no run or no such checkpoint in the directory.
     """
-    workdir = absolute(workdir)
-    if not (workdir / CONFIG_FILE).exists():
-        raise FileNotFoundError(f"{workdir} has no {CONFIG_FILE}: it is not the --workdir of a training run")
+    workdir = require_run(workdir)
     experiment = read_experiment(json.loads((workdir / CONFIG_FILE).read_text()))
     if (workdir / DATA / SUMMARY).exists():
         experiment = dataclasses.replace(

@@ -42,8 +42,8 @@ RUNTIMES = {
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "DELETING", "SUSPENDING")
 # What gcloud says where it got no answer, so that nobody knows whether the request arrived.
 UNANSWERED = re.compile(
-    r"unavailable|\binternal\b|deadline|timed? ?out|connection|network|unreachable|name or service|\b50[0234]\b",
-    re.IGNORECASE,
+    r"UNAVAILABLE|INTERNAL:|DEADLINE_EXCEEDED|(?i:timed out|timeout|connection (reset|refused|aborted|closed)"
+    r"|network is unreachable|name or service not known|temporary failure|\b50[0234]\b)"
 )
 TRIES = 3  # to install and start
 NO_ROOM = re.compile(r"no more capacity|insufficient .*capacity|stockout|resource_pool_exhausted", re.IGNORECASE)
@@ -268,6 +268,14 @@ def _taken(job: Job) -> bool:
     return any(said.startswith(("PREEMPTED", "TERMINATED")) for said in job.slices().values())
 
 
+def _runs(job: Job) -> bool:
+    """Whether the command runs, though its start was not answered."""
+    try:
+        return any(host.state == "running" for host in job.states())
+    except Failed:
+        return False
+
+
 def _create(job: Job) -> None:
     """Asks for slices, once; that there is no room for the moment is no error.
 
@@ -277,7 +285,7 @@ def _create(job: Job) -> None:
     try:
         job.create()
     except Failed as failed:
-        if NO_ROOM.search(failed.said):
+        if NO_ROOM.search(failed.said) or "ALREADY_EXISTS" in failed.said:  # the latter was heard before
             return
         if UNANSWERED.search(failed.said):
             raise
@@ -285,14 +293,14 @@ def _create(job: Job) -> None:
 
 
 def _start(job: Job, commit: str, command: list[str], poll: float) -> bool:
-    """Installs and starts, in a few tries; False if the slices were taken away meanwhile."""
+    """Installs and starts, in a few tries; False if it has to be looked again: what is there changed meanwhile."""
     for left in range(TRIES - 1, -1, -1):
         try:
             job.setup(commit)
             job.start(command)
             return True
         except Failed as failed:
-            if job.describe()[0] != "ACTIVE" or _taken(job):
+            if job.describe()[0] != "ACTIVE" or _taken(job) or _runs(job):
                 return False
             problem = _errors(failed)
             if left:

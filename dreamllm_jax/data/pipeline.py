@@ -153,15 +153,16 @@ class Loader:
             raise ValueError(f"the first {_TRIED} records of corpus {name!r} in {self._config.path} cannot be read")
         where = f"corpus {name!r} in mode {self._uses[name].mode!r}"
         for draw in (0.0, 0.5):
-            try:
-                learns = any(self._encode(name, document, draw).learns for document in documents)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            if not learns:
-                raise ValueError(
-                    f"{where}: a row of {self._shape.length} tokens, {self._shape.see_slots} see and "
-                    f"{self._shape.dream_slots} dream slots leaves nothing to learn of its first documents"
-                )
+            room = f"{self._shape.length} tokens, {self._shape.see_slots} see and {self._shape.dream_slots} dream slots"
+            problem = f"a row of {room} leaves nothing to learn of its first documents"
+            for document in documents:
+                try:
+                    if self._encode(name, document, draw).learns:
+                        break
+                except ValueError as error:
+                    problem = str(error)
+            else:
+                raise ValueError(f"{where}: {problem}")
 
     def _read(self, record: int) -> Item | None:
         """A record as an item; None if it would teach nothing, does not fit or cannot be read."""

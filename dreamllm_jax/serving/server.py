@@ -50,6 +50,7 @@ from dreamllm_jax.serving.conversation import (
 
 MAX_WAITING = 8  # people whose turn has not come
 UNREAD_SECONDS = 30.0  # after which one who takes nothing of a reply is taken to have left
+PIECE = 1 << 16  # bytes of a reply that are sent at once
 PAGE = (Path(__file__).parent / "page.html").read_text()
 Reply = Callable[[Sequence[Segment], Mapping[str, Any]], Generator[Event, None, None]]
 _logger = logging.getLogger(__name__)
@@ -158,11 +159,16 @@ class _Lines(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         async def send_or_end(message: Message) -> None:
-            with anyio.fail_after(UNREAD_SECONDS):  # TimeoutError, an OSError, is a disconnect to Starlette
-                await send(message)
+            body = message.get("body", b"")
+            for start in range(0, len(body) - PIECE, PIECE):
+                with anyio.fail_after(UNREAD_SECONDS):
+                    await send({**message, "body": body[start : start + PIECE], "more_body": True})
+            with anyio.fail_after(UNREAD_SECONDS):
+                await send({**message, "body": body[-(len(body) % PIECE or PIECE) :]} if body else message)
 
         async with contextlib.aclosing(self.body_iterator):
-            await super().stream_response(send_or_end)
+            with contextlib.suppress(TimeoutError):  # the connection is then closed
+                await super().stream_response(send_or_end)
 
 
 def _own_page_only(app: ASGIApp, names: Sequence[str]) -> ASGIApp:

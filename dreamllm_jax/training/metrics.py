@@ -3,6 +3,7 @@
 import contextlib
 import html
 import json
+import logging
 import tempfile
 import time
 import uuid
@@ -15,6 +16,7 @@ from etils import epath
 from dreamllm_jax.directories import is_remote, write_whole
 from dreamllm_jax.training.samples import Sample
 
+_logger = logging.getLogger(__name__)
 Scalars = Mapping[str, float]
 BEGUN = "begun.json"  # when the run was first begun, and its name for others
 VALIDATION = "validation.jsonl"
@@ -43,7 +45,7 @@ class MetricsLog:
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         self._lines = [line + "\n" for line in lines if _step_of(line) <= step]
         self._remote = is_remote(workdir)
-        self._replace()
+        write_whole(self._path, "".join(self._lines))
         self._replaced, self._flushed = time.monotonic(), len(self._lines)
         self._useful = sum(json.loads(line).get("seconds_per_step", 0.0) for line in self._lines)
         begun = workdir / BEGUN
@@ -53,7 +55,10 @@ class MetricsLog:
         self._begun = told["time"]
         from tensorboardX import SummaryWriter  # imports torch where there is one, which takes seconds
 
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # Written here and then copied: tensorboardX's own thread would end with the first request that fails.
+        self._events = workdir / "tensorboard"
+        self._written = tempfile.TemporaryDirectory() if self._remote else None
+        self._board = SummaryWriter(self._written.name if self._written else str(self._events), purge_step=step + 1)
         self._wandb = _wandb_run(project, told["id"], workdir) if project else None
 
     def __enter__(self) -> "MetricsLog":
@@ -61,8 +66,10 @@ class MetricsLog:
 
     def __exit__(self, *_) -> None:
         if self._active:
-            self.flush(at_once=True)
             self._board.close()
+            self.flush(at_once=True)
+            if self._written:
+                self._written.cleanup()
             if self._wandb:
                 self._wandb.finish()
 
@@ -130,6 +137,12 @@ class MetricsLog:
 
     def _replace(self) -> None:
         write_whole(self._path, "".join(self._lines))
+        try:
+            self._board.flush()
+            for file in epath.Path(self._written.name).iterdir():
+                write_whole(self._events / file.name, file.read_bytes())
+        except Exception as error:  # of the bucket; curves can wait
+            _logger.warning("the files for TensorBoard could not be copied to %s: %s", self._events, error)
 
 
 def _wandb_run(project: str, name: str, workdir: epath.Path) -> Any:

@@ -12,14 +12,16 @@ from jax._src import distributed as jax_distributed
 
 from dreamllm_jax.exits import HUNG
 
-_ALIVE, _FAILED = "dreamllm_jax/alive/", "dreamllm_jax/failed/"
+_ALIVE, _ENDED = "dreamllm_jax/alive/", "dreamllm_jax/ended/"
+_SERVES = "*"  # marks the sign of the host that runs the service
 
 
 class Watchdog:
     """A context manager with a thread that watches the run inside, and ends the process if it hangs.
 
-    Of several hosts each says every few seconds that it is alive, and why it fails if it does, through the service by
-    which JAX coordinates them; the others end when they hear of a failure, or nothing for too long.
+    Of several hosts each says every few seconds that it is alive, and why it ends if it fails or hangs, through the
+    service by which JAX coordinates them; the others end alike when they hear of it, or nothing for too long. Whoever
+    is left when the service's host has ended is aborted by JAX: that one goes last.
 
     Args:
       timeout: seconds without a finished step after which the process ends with status `HUNG`; 0 watches nothing.
@@ -32,6 +34,7 @@ class Watchdog:
         self._finished = threading.Event()
         self._progress = self._answer = time.monotonic()
         self._heard: dict[str, tuple[str, float]] = {}  # process -> its latest sign, and when that came
+        self._service = "0"  # the process that runs the service
 
     def __enter__(self) -> "Watchdog":
         if self._timeout:
@@ -42,44 +45,49 @@ class Watchdog:
     def __exit__(self, kind, error, _) -> None:
         self._finished.set()
         if error is not None and self._timeout and jax.process_count() > 1:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        """Ends this process with its reason, or with another host's if that failed first; the others hear of it."""
-        client, me = _client(), str(jax.process_index())
-        if first := self._failure(client):
-            _end(first, 1)
-        traceback.print_exception(error)
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        client.key_value_set(f"{_FAILED}{me}", text, allow_overwrite=True)
-        self._outlive()
-        _end(f"process {me} failed: {text}", 1)
-
-    def _failure(self, client) -> str:
-        """What another host has failed of, if one has."""
-        failures = ((key.rsplit("/", 1)[1], text) for key, text in client.key_value_dir_get(_FAILED))
-        return next((f"process {process} failed: {text}" for process, text in failures), "")
-
-    def _outlive(self) -> None:
-        """Process 0 runs the service through which the others are told: it goes last."""
-        if jax.process_index() == 0:
-            time.sleep(2 * self._interval)
+            traceback.print_exception(error)
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            self._end_all(f"process {jax.process_index()} failed: {text}", 1)
 
     def alive(self) -> None:
         """To be called whenever the run has got somewhere."""
         self._progress = time.monotonic()
 
+    def _end_all(self, message: str, status: int) -> None:
+        """Ends this process and lets the others hear of it, for this reason or for another's that came before."""
+        client = _client()
+        if first := self._ended(client):
+            message, status = first
+        elif client is not None:
+            client.key_value_set(f"{_ENDED}{jax.process_index()}", f"{status} {message}", allow_overwrite=True)
+        self._outlive()
+        _end(message, status)
+
+    def _ended(self, client) -> tuple[str, int] | None:
+        """Why another host has ended, and with which status, if one has."""
+        for _, said in client.key_value_dir_get(_ENDED) if client is not None else ():
+            status, _, message = said.partition(" ")
+            return message, int(status)
+        return None
+
+    def _outlive(self) -> None:
+        """The host that runs the service, through which the others hear why, goes last."""
+        if _serves():
+            time.sleep(3 * self._interval)
+
     def _watch(self) -> None:
         while not self._finished.wait(self._interval):
             now = time.monotonic()
+            if now - self._answer > self._silence and jax.process_count() > 1:  # nobody can be told
+                _end(f"nothing was heard of process {self._service} for {self._silence:g} s", HUNG)
             silent = [process for process, (_, when) in self._heard.items() if now - when > self._silence]
-            if now - self._answer > self._silence and jax.process_count() > 1:
-                silent = ["0"]  # which runs the service
             if silent:
-                _end(f"nothing was heard of process {' and '.join(silent)} for {self._silence:g} s", HUNG)
+                self._end_all(f"nothing was heard of process {' and '.join(silent)} for {self._silence:g} s", HUNG)
             if now - self._progress > self._timeout:
                 faulthandler.dump_traceback(all_threads=True)
-                _end(f"no step was finished for {self._timeout:g} s; above is what every thread was doing", HUNG)
+                self._end_all(
+                    f"no step was finished for {self._timeout:g} s; above is what every thread was doing", HUNG
+                )
 
     def _talk(self) -> None:
         client, me, count = _client(), str(jax.process_index()), 0
@@ -87,22 +95,30 @@ class Watchdog:
         while not self._finished.wait(self._interval):
             count += 1
             try:
-                client.key_value_set(f"{_ALIVE}{me}", str(count), allow_overwrite=True)
-                signs, failure = client.key_value_dir_get(_ALIVE), self._failure(client)
+                sign = f"{count}{_SERVES if _serves() else ''}"
+                client.key_value_set(f"{_ALIVE}{me}", sign, allow_overwrite=True)
+                signs, ended = client.key_value_dir_get(_ALIVE), self._ended(client)
             except Exception:  # the service does not answer; `_watch` counts how long
                 continue
-            if failure and not self._finished.is_set():
+            if ended and not self._finished.is_set():
                 self._outlive()
-                _end(failure, 1)
+                _end(*ended)
             self._answer = now = time.monotonic()
             for key, sign in signs:
                 process = key.rsplit("/", 1)[1]
+                if sign.endswith(_SERVES):
+                    self._service = process
                 if process in self._heard and self._heard[process][0] != sign:
                     self._heard[process] = sign, now
 
 
 def _client():
     return jax_distributed.global_state.client
+
+
+def _serves() -> bool:
+    """Whether this process runs the service: on TPUs that need not be process 0."""
+    return jax_distributed.global_state.service is not None
 
 
 def _end(message: str, status: int) -> None:

@@ -9,4 +9,5 @@ if [[ "$(bash launch/host/state.sh)" == *" state=running "* ]]; then
   exit 1
 fi
 printf 'exec %s\n' "${*@Q}" > command.sh
+touch "${MARK:-/run/dreamllm.started}" # which a boot removes
 systemctl restart dreamllm

@@ -5,15 +5,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-declare -A unit=([ActiveState]=inactive [SubState]=dead [ExecMainStatus]=0 [NRestarts]=0 [ExecMainStartTimestampMonotonic]=0)
+declare -A unit=([ActiveState]=inactive [SubState]=dead [ExecMainStatus]=0 [NRestarts]=0)
 while IFS='=' read -r name value; do
   unit[$name]="$value"
-done < <(systemctl show dreamllm --property=ActiveState,SubState,ExecMainStatus,NRestarts,ExecMainStartTimestampMonotonic)
+done < <(systemctl show dreamllm --property=ActiveState,SubState,ExecMainStatus,NRestarts)
 
 case "${unit[ActiveState]}/${unit[SubState]} ${unit[ExecMainStatus]}" in
   active/exited*) state=finished ;;
-  inactive*) # by hand before it could save, or never started since the host was booted
-    if [[ ${unit[ExecMainStartTimestampMonotonic]} == 0 ]]; then state=absent; else state=stopped; fi
+  inactive*) # by hand before it could save, or never started since the host was booted: systemd forgets the difference
+    if [[ -e "${MARK:-/run/dreamllm.started}" ]]; then state=stopped; else state=absent; fi
     ;;
   failed*75 | failed*76) state=stopped ;; # by hand, or it would have been started again
   failed*) state=failed ;;

@@ -222,7 +222,7 @@ class World:
                 self.life["ends"], self.life["runs"] = "finished", 1
             request["command"], request["runs"] = shlex.split(script)[1:], 0
             self.state["started"].append(request["command"])
-            return ""
+            return self._answer("start")
         assert script.startswith("state.sh || echo dreamllm_jax host="), given.command
         if self.life.get("taken") and request["runs"] > self.life["runs"]:
             raise Refused(f"[{hosts[0]}] Connection refused")

@@ -69,7 +69,7 @@ def test_a_deletion_that_is_not_answered_is_asked_for_again(keep):
 def test_answers_that_are_lost_cost_no_slices(keep):
     """A request that was heard is not made twice, and a run that has finished gets no new slices."""
     unheard = {"refused": "UNAVAILABLE: The service is currently unavailable."}
-    cloud, done = keep(unheard, RUNS | {"lost": ["create", "delete"]})
+    cloud, done = keep(unheard, RUNS | {"lost": ["create", "start", "delete"]})
     assert done.returncode == 0, done.stderr
     assert cloud.verbs == ["create", "create", *STEPS, "delete"] and cloud.state["request"] is None
 

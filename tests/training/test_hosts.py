@@ -66,11 +66,10 @@ def test_sigterm_to_one_host_stops_both_at_the_same_step(data, pair, tmp_path):
     assert_ended_as(workdir, pair)
 
 
-@pytest.mark.parametrize("blind", [0, 1])
-def test_a_checkpoint_that_one_host_cannot_read_is_left_by_all(data, pair, tmp_path, blind):
+def test_a_checkpoint_that_one_host_cannot_read_is_left_by_all(data, pair, tmp_path):
     workdir = shutil.copytree(pair, tmp_path / "run")
     config = short(data, steps=STEPS + 2, checkpoint={"every": 5, "keep": 2, "accept_changes": True})
-    with together(config, workdir, [4, 4], {blind: {"unreadable": STEPS}}) as lives:
+    with together(config, workdir, [4, 4], {1: {"unreadable": STEPS}}) as lives:
         assert [life.end(120) for life in lives] == [0, 0], lives[0].said() + lives[1].said()
     assert [line["step"] for line in read_metrics(workdir)] == list(range(1, STEPS + 3))
     assert f"step {STEPS} is damaged and was moved to {workdir}/broken/{STEPS} (OSError: " in lives[0].said()
@@ -86,6 +85,16 @@ def test_a_host_that_hangs_is_named(data, tmp_path, stopped):
         assert other.end() == HUNG, other.said()
         assert time.monotonic() - began < 20
         assert f"nothing was heard of process {stopped} for 10 s" in other.said()
+
+
+def test_all_that_are_left_by_a_host_end_with_the_same_status(data, tmp_path):
+    """Also those that notice later: JAX would abort them when the host with its service has ended."""
+    with together(short(data, timeout=600.0, host_timeout=8.0), tmp_path / "run", [2, 1, 1], pause=0.05) as lives:
+        lives[2].wait_for("step")
+        time.sleep(0.3)
+        os.kill(lives[2].process.pid, signal.SIGSTOP)
+        assert [life.end() for life in lives[:2]] == [HUNG] * 2, lives[0].said() + lives[1].said()
+        assert all("nothing was heard of process 2 for 8 s" in life.said() for life in lives[:2])
 
 
 @pytest.mark.parametrize("failing", [0, 1])
