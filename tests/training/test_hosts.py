@@ -89,12 +89,12 @@ def test_a_host_that_hangs_is_named(data, tmp_path, stopped):
 
 def test_all_that_are_left_by_a_host_end_with_the_same_status(data, tmp_path):
     """Also those that notice later: JAX would abort them when the host with its service has ended."""
-    with together(short(data, timeout=600.0, host_timeout=8.0), tmp_path / "run", [2, 1, 1], pause=0.05) as lives:
-        lives[2].wait_for("step")
+    with together(short(data, timeout=600.0, host_timeout=8.0), tmp_path / "run", [1, 1, 1, 1], pause=0.05) as lives:
+        lives[3].wait_for("step")
         time.sleep(0.3)
-        os.kill(lives[2].process.pid, signal.SIGSTOP)
-        assert [life.end() for life in lives[:2]] == [HUNG] * 2, lives[0].said() + lives[1].said()
-        assert all("nothing was heard of process 2 for 8 s" in life.said() for life in lives[:2])
+        os.kill(lives[3].process.pid, signal.SIGSTOP)
+        assert [life.end() for life in lives[:3]] == [HUNG] * 3, "".join(life.said() for life in lives)
+        assert all("nothing was heard of process 3 for 8 s" in life.said() for life in lives[:3])
 
 
 @pytest.mark.parametrize("failing", [0, 1])
