@@ -92,6 +92,7 @@ def train(
     fails_at: int,
     unreadable: int,
     interleaved: bool,
+    patience: float,
     pause: float,
     phase,
     told: str,
@@ -103,6 +104,7 @@ def train(
       fails_at: the batch that cannot be read; 0 for none.
       unreadable: the checkpoint that this process cannot read; 0 for none.
       interleaved: the mesh goes through the processes' devices in turns, as it does through those of TPU slices.
+      patience: seconds that this process waits longer for a sign of another than is configured.
       pause: seconds that reading a batch takes longer, so that a run does not end before it is told to.
       phase: a shared integer that tells what it is doing.
       told: the file that receives what it says.
@@ -143,6 +145,8 @@ def train(
     def mesh_in_turns(config):
         return make_mesh(config, [device for start in range(devices) for device in jax.devices()[start::devices]])
 
+    watchdog = loop.Watchdog
+    loop.Watchdog = lambda timeout, silence: watchdog(timeout, silence + patience)
     if interleaved:
         loop.make_mesh = mesh_in_turns
     compiled = loop.train_step_of
@@ -174,11 +178,24 @@ class Life:
         fails_at: int = 0,
         unreadable: int = 0,
         interleaved: bool = False,
+        patience: float = 0.0,
         pause: float = 0.0,
     ):
         self._phase = self._server.Value("i", 0)
         self.told = f"{workdir}{host.index if host else ''}.log"
-        given = config, str(workdir), devices, host, fails_at, unreadable, interleaved, pause, self._phase, self.told
+        given = (
+            config,
+            str(workdir),
+            devices,
+            host,
+            fails_at,
+            unreadable,
+            interleaved,
+            patience,
+            pause,
+            self._phase,
+            self.told,
+        )
         self.process = self._server.Process(target=train, args=given, daemon=True)
         self.process.start()
 

@@ -89,7 +89,8 @@ def test_a_host_that_hangs_is_named(data, tmp_path, stopped):
 
 def test_all_that_are_left_by_a_host_end_with_the_same_status(data, tmp_path):
     """Also those that notice later: JAX would abort them when the host with its service has ended."""
-    with together(short(data, timeout=600.0, host_timeout=8.0), tmp_path / "run", [1, 1, 1, 1], pause=0.05) as lives:
+    config, later = short(data, timeout=600.0, host_timeout=8.0), {1: {"patience": 2.0}, 2: {"patience": 2.0}}
+    with together(config, tmp_path / "run", [1, 1, 1, 1], later, pause=0.05) as lives:
         lives[3].wait_for("step")
         time.sleep(0.3)
         os.kill(lives[3].process.pid, signal.SIGSTOP)
