@@ -85,7 +85,7 @@ def describe(config: Mapping[str, Any]) -> str:
     for name, leaves in (("trained", trainable), ("frozen", frozen)):
         lines.append(f"  {name + ' in all':20} {count_and_bytes(leaves)[0]:>15,}")
     if frozen and not experiment.parameters.init_from:
-        lines.append(f"  {RANDOM_AND_FROZEN}")
+        lines.append(f"  warning: {RANDOM_AND_FROZEN}")
     return "\n".join(
         [*lines, "", *_mixture_lines(experiment), "", *_step_lines(experiment), "", *_schedule(experiment)]
     )

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-RANDOM_AND_FROZEN = (
-    "warning: what is frozen stays as random as it begins, for config.parameters.init_from names no model"
-)
+RANDOM_AND_FROZEN = "what is frozen stays as random as it begins, for config.parameters.init_from names no model"
 
 
 @dataclasses.dataclass(frozen=True)
