@@ -1,5 +1,6 @@
 """Ends a run that no longer gets anywhere: a step that does not finish, a host that is gone, a host that has failed."""
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -56,10 +57,11 @@ class Watchdog:
     def _end_all(self, message: str, status: int) -> None:
         """Ends this process and lets the others hear of it, for this reason or for another's that came before."""
         client = _client()
-        if first := self._ended(client):
-            message, status = first
-        elif client is not None:
-            client.key_value_set(f"{_ENDED}{jax.process_index()}", f"{status} {message}", allow_overwrite=True)
+        with contextlib.suppress(Exception):  # where the service does not answer, nobody can be told
+            if first := self._ended(client):
+                message, status = first
+            elif client is not None:
+                client.key_value_set(f"{_ENDED}{jax.process_index()}", f"{status} {message}", allow_overwrite=True)
         self._outlive()
         _end(message, status)
 
