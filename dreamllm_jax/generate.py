@@ -247,7 +247,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
             add.add_argument("--max_tokens", type=positive, default=256, help="of a result; %(default)s if not given")
             add.add_argument("--temperature", type=float, default=0.0, help="0, the default: the most probable tokens")
             add.add_argument("--top_k", type=int, default=0, help="only so many of the most probable tokens; 0: all")
-            add.add_argument("--top_p", type=float, default=1.0, help="only those that together have it; 1: all")
+            add.add_argument("--top_p", type=float, default=1.0, help="of the most probable, this share; 1: all")
             add.add_argument("--repetition_penalty", type=float, default=1.0, help="of tokens that were there; 1: none")
         if painting in parents:
             add.add_argument("--steps", type=positive, default=50, help="of denoising; %(default)s if not given")

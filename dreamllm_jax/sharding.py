@@ -255,7 +255,8 @@ def rows_sharding(mesh: Mesh, config: ShardingConfig, rows: int) -> NamedShardin
     return NamedSharding(mesh, PartitionSpec(tuple(axes)))
 
 
-def local_rows(sharding: NamedSharding, rows: int, process: int | None = None) -> list[int]:
+@functools.lru_cache  # asked at every step
+def local_rows(sharding: NamedSharding, rows: int, process: int | None = None) -> tuple[int, ...]:
     """The rows of a global batch that a process's devices hold, and it must therefore feed; by default this one's.
 
     They need not follow each other: a host of a TPU slice is a square of chips, which the mesh goes through in lines.
@@ -267,7 +268,7 @@ def local_rows(sharding: NamedSharding, rows: int, process: int | None = None) -
         for device, index in sharding.devices_indices_map((rows,)).items()
         if device.process_index == process
     }
-    return sorted(row for span in spans for row in range(*span))
+    return tuple(sorted(row for span in spans for row in range(*span)))
 
 
 def to_mesh(tree, sharding: NamedSharding, rows: int):

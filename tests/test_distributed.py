@@ -30,8 +30,8 @@ def test_which_flags_go_together():
 
 def test_one_process_feeds_all_rows():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    assert local_rows(NamedSharding(mesh, PartitionSpec("data")), 16) == list(range(16))
-    assert local_rows(NamedSharding(mesh, PartitionSpec()), 16) == list(range(16))
+    assert local_rows(NamedSharding(mesh, PartitionSpec("data")), 16) == tuple(range(16))
+    assert local_rows(NamedSharding(mesh, PartitionSpec()), 16) == tuple(range(16))
     require_same({"a": 1}, "configuration")
 
 

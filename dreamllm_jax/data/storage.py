@@ -5,7 +5,6 @@ DIR/tokenizer/            the tokenizer that goes with it
 DIR/<corpus>/1.0.0/...    one TFDS data set for each corpus
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -195,10 +194,11 @@ class Corpus:
     def first(self, count: int) -> Iterator[tuple[int, Document]]:
         """Of the first so many documents those that can be read, with their numbers."""
         for index in range(min(count, len(self))):
-            with contextlib.suppress(
-                Exception
-            ):  # the reader's native code raises whatever a damaged record leads it to
-                yield index, self[index]
+            try:
+                document = self[index]
+            except Exception:  # whatever a damaged record leads the reader's native code to
+                continue
+            yield index, document
 
     def _read(self, index: int) -> Document:
         document = from_record(self._source[index])

@@ -71,7 +71,7 @@ def tower_directory(directory: Path, plugins: Mapping[str, Mapping], tower: str,
       FileNotFoundError: there is none.
     """
     plugin, key, inside = _TOWERS[tower]
-    name = plugins[plugin].get(key)
+    name = plugins.get(plugin, {}).get(key)
     candidates = [given] if given else _places(directory, name)
     for candidate in candidates:
         if (candidate / inside).is_file():

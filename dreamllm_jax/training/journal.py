@@ -75,7 +75,10 @@ class Journal:
     def _dropped(self) -> dict[str, float]:
         """How many documents all hosts have left out since the run began, by reason."""
         dropped: dict[str, float] = {}
-        for _, what, count in joined_states(gather(self._batches.get_state()))["totals"]:
+        state = self._batches.get_state()
+        first = next(iter(state["streams"]))  # tells hosts apart; where their streams stand is not asked here
+        parts = gather({**state, "settings": {}, "streams": {first: None}})
+        for _, what, count in joined_states(parts)["totals"]:
             if what.startswith("dropped_"):
                 dropped[what] = dropped.get(what, 0) + count
         return dropped

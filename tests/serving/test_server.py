@@ -296,6 +296,17 @@ def test_people_take_turns_and_whoever_leaves_is_not_written_for(monkeypatch):
         assert ended.get(timeout=60) == "ended"
 
 
+def test_a_long_line_arrives_whole():
+    """It is sent in pieces."""
+    long = Event(0, Written("word " * 40_000, tokens=(5,)), True)
+
+    def reply(conversation, settings):
+        yield long
+
+    with client_of(reply) as client:
+        assert say_event(long) in lines(client.post("/reply", json=say()))
+
+
 def test_one_who_does_not_read_keeps_nobody_waiting(monkeypatch):
     monkeypatch.setattr(server, "UNREAD_SECONDS", 0.5)
     much = Event(0, Written("word " * 200_000, tokens=(5,)), True)
