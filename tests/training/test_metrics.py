@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from dreamllm_jax.training import metrics
 from dreamllm_jax.training.metrics import MetricsLog, Sample, read_metrics
 
 
@@ -68,3 +69,25 @@ def test_weights_and_biases_is_told_everything_and_goes_on_with_the_same_run(tmp
     assert scalars[0] == 2 and scalars[1]["loss"] == 2.0 and "goodput" in scalars[1]
     told = {"samples/0": ("image", (4, 6, 3), "a cat"), "samples/1": ("html", "a &lt;b&gt;")}
     assert (samples, validation) == ((2, told), (2, {"validation/loss": 3.0})) and project.ended == 2
+
+
+def test_curves_of_a_run_in_a_bucket_are_copied_and_a_failing_bucket_stops_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    write_whole, out = metrics.write_whole, []
+
+    def unreliable(path, content):
+        if out and "tensorboard" in str(path):
+            raise OSError("503 Service Unavailable")
+        write_whole(path, content)
+
+    monkeypatch.setattr(metrics, "write_whole", unreliable)
+    with MetricsLog(tmp_path, 0) as log:
+        (tmp_path / "tensorboard").mkdir()  # which a bucket does not need
+        out.append("of order")
+        for step in range(1, 50):
+            log.write(step, {"loss": float(step), "seconds_per_step": 0.0})
+            log.flush(at_once=True)
+        assert "could not be copied" in caplog.text and not list((tmp_path / "tensorboard").iterdir())
+        out.clear()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.stat().st_size > 49 * 20 and len(read_metrics(tmp_path)) == 49
