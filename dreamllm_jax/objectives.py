@@ -9,7 +9,6 @@ h x w x c latents.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -20,9 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 from dreamllm_jax import chunks
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.diffusion import schedule
-from dreamllm_jax.models.dreamllm import DreamLLM, take
+from dreamllm_jax.models.dreamllm import DreamLLM, axes_of, take
+from dreamllm_jax.models.linear import cast_kernels, spread
 from dreamllm_jax.models.vae import sample_moments
-from dreamllm_jax.sharding import constrain, gathered, shards, whole
+from dreamllm_jax.sharding import constrain, copied, on_devices, shards, split_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +160,11 @@ def next_token_loss(
 
     weights = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)  # nothing precedes a row's first token
     items = jax.tree.map(by_part, (hidden, jnp.roll(tokens, -1, axis=1), weights))
-    head = gathered(head.astype(hidden.dtype), ("embed", "vocab"))
-    return chunks.chunked_sum(total, head, items, items[-1] > 0, chunks.count(tokens.shape[1] // parts, chunk))
+    number = chunks.count(tokens.shape[1] // parts, chunk)
+    over = split_over("row_parts", tokens.shape[0] * parts)
+    return chunks.chunked_sum(
+        total, head.astype(hidden.dtype), items, items[-1] > 0, number, axes=("embed", "vocab"), over=over
+    )
 
 
 @struct.dataclass
@@ -191,7 +194,7 @@ def conditions(
     apply = functools.partial(model.apply, {"params": params})
     if drop is not None:
         null = apply(config.null_condition == "queries", method="null_hidden")
-        hidden = jnp.where(drop[:, None, None], null.astype(hidden.dtype), hidden)
+        hidden = jnp.where(drop[:, None, None], spread(null, hidden.shape, hidden.dtype), hidden)
     if config.detach_condition:
         hidden = jax.lax.stop_gradient(hidden)
     return apply(hidden, method="condition")
@@ -257,17 +260,31 @@ def hidden_states(model: DreamLLM, params: dict, batch: Batch, image_chunk: int 
     features = None
     if batch.see_slots.shape[1]:
         method, images = ("see", batch.see_images) if batch.see_features is None else ("project", batch.see_features)
-        features = _features(model, params, ("clip", "visual_projector"), method, images, image_chunk)
+        features = _features(model, params, method, images, image_chunk)
     x = apply(batch.tokens, features, batch.see_slots, batch.dream_slots, method="embed")
     return apply(x, batch.positions, batch.segment_ids, method="decode")[0]
 
 
-def _features(model: DreamLLM, params: dict, towers: Sequence[str], method: str, images: Array, chunk: int) -> Array:
+def _features(model: DreamLLM, params: dict, method: str, images: Array, chunk: int) -> Array:
     """What `method` makes of images [B, S, ...], at most `chunk` of each device's at a time."""
-    apply = functools.partial(model.apply, {"params": whole({name: params[name] for name in towers})}, method=method)
+    names, over = ("clip", "visual_projector"), split_over("images", images.shape[0] * images.shape[1])
+    towers = cast_kernels({name: params[name] for name in names}, model.config.dtype)
+    towers = jax.tree.map(lambda x, axes: copied(x, axes, over), towers, axes_of(model.config, names))
+    types = jax.tree.map(lambda x: x.dtype, towers)
+
+    def on_device(towers, parts):
+        # Their gradients are added up over the chunks: in float32.
+        wide = jax.tree.map(lambda x: x[0].astype(jnp.float32), towers)
+
+        def features(part):
+            given = {"params": jax.tree.map(lambda x, dtype: x.astype(dtype), wide, types)}
+            return _regroup(model.apply(given, _flat(part), method=method), len(part))
+
+        return jax.lax.map(features, parts)
+
     items = _by_device(images)
     parts = chunks.split(items, chunks.count(items.shape[1], chunk))
-    features = chunks.join(jax.lax.map(lambda part: _regroup(apply(_flat(part)), len(part)), parts))
+    features = chunks.join(on_devices(on_device, over, (0, 1), 1)(towers, parts))
     return features.reshape(*images.shape[:2], *features.shape[2:])
 
 
@@ -282,18 +299,22 @@ def denoising_loss(
 
     def total(towers, items):
         condition, pictures, draws, filled = jax.tree.map(_flat, items)
-        given = {**params, **towers}
         moments = pictures
         if batch.dream_moments is None:
-            moments = model.apply({"params": given}, pictures, method="moments")
-        error = denoise(model, config, given, condition, moments, draws).error
+            moments = model.apply({"params": towers}, pictures, method="moments")
+        error = denoise(model, config, towers, condition, moments, draws).error
         return jnp.sum(jnp.where(filled, error, 0.0))
 
-    towers = whole({name: params[name] for name in ("vae", "unet") if name in params})
+    names = [name for name in ("vae", "unet") if name in params]
+    towers, axes = (
+        cast_kernels({name: params[name] for name in names}, model.config.dtype),
+        axes_of(model.config, names),
+    )
     condition = condition.reshape(*filled.shape, *condition.shape[1:])
     items = jax.tree.map(_by_device, (condition, pictures, draws, filled))
     number = chunks.count(items[-1].shape[1], config.image_chunk)
-    return chunks.chunked_sum(total, towers, items, items[-1], number)
+    over = split_over("images", filled.size)
+    return chunks.chunked_sum(total, towers, items, items[-1], number, axes=axes, over=over)
 
 
 def _flat(tree):

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -44,6 +45,10 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "tower_out": ("fsdp", "sequence", "tensor"),
     "tower_norm": (),
 }
+
+
+# Along these logical axes weights are split where they are stored, not where they are used.
+STORED_APART = ("embed", "tower_in", "tower_out", "tower_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,37 +153,52 @@ def partition_spec(
 
 def mesh_spec(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """How an array with these logical axes lies on the mesh in force; outside `use` it is not split."""
+    free, rules = _free_axes(), dict(nn.get_logical_axis_rules())
+    return partition_spec(axes, shape, rules, free) if free and rules else PartitionSpec()
+
+
+def _free_axes() -> dict[str, int]:
+    """The axes of the mesh in force along which arrays here may be split, with their sizes: inside `on_devices` those
+    alone that it leaves together."""
     mesh = jax.sharding.get_abstract_mesh()
-    rules = dict(nn.get_logical_axis_rules())
-    return PartitionSpec() if mesh.empty or not rules else partition_spec(axes, shape, rules, mesh.shape)
+    taken = set(mesh.manual_axes)
+    return {} if taken == set(mesh.axis_names) else {a: 1 if a in taken else n for a, n in mesh.shape.items()}
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Asks for an activation to be split as its logical axes say; outside `use` it does nothing."""
-    if jax.sharding.get_abstract_mesh().empty or not nn.get_logical_axis_rules():
+    if not _free_axes() or not nn.get_logical_axis_rules():
         return x
     return jax.lax.with_sharding_constraint(x, mesh_spec(axes, x.shape))
 
 
-def shards(axis: str, size: int) -> int:
-    """Over how many devices a dimension of `size` with this logical axis is split; outside `use`, 1."""
+def split_over(axis: str, size: int) -> tuple[str, ...]:
+    """The mesh axes over which a dimension of `size` with this logical axis is split; outside `use`, none."""
     spec = mesh_spec((axis,), (size,))
     part = spec[0] if spec else None
-    axes = (part,) if isinstance(part, str) else part or ()
-    return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def shards(axis: str, size: int) -> int:
+    """Over how many devices a dimension of `size` with this logical axis is split; outside `use`, 1."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in split_over(axis, size))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gathered(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A weight, whole along "embed", along which only its storage is split; its gradient is scattered again.
+def gathered(weight: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A weight, whole along the axes along which only its storage is split; its gradient is scattered again.
 
     Cast the weight to the type of the computation before: then what travels is small both ways.
 
     Args:
       weight: laid out as its logical axes say.
-      axes: its logical axes; those other than "embed" stay split, and so does what is computed from them.
+      axes: its logical axes; those other than `STORED_APART` stay split, and so does what is computed from them.
     """
-    return constrain(weight, tuple(None if axis == "embed" else axis for axis in axes))
+    return constrain(weight, _where_used(axes))
+
+
+def _where_used(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+    return tuple(None if axis in STORED_APART else axis for axis in axes)
 
 
 def _gathered_fwd(weight, axes):
@@ -192,12 +212,59 @@ def _gathered_bwd(axes, _, gradient):
 gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
-def whole(arrays: Any) -> Any:
-    """Arrays of which every device, and so every host, is to have all.
+def copies(weight: jax.Array, axes: tuple[str | None, ...], over: tuple[str, ...]) -> jax.Array:
+    """A weight `gathered` once, for work that each device does alone (`on_devices`): [devices, ...], a copy for each.
 
-    Results that a host must be able to look at; and an image tower's weights, gathered at once before its chunks of
-    images: left split, each convolution would become a loop over a few channels at a time.
+    Args:
+      weight: laid out as its logical axes say.
+      axes: its logical axes.
+      over: the mesh axes of these devices, as from `split_over`.
     """
+    shape = jax.sharding.get_abstract_mesh().shape
+    stacked = jnp.broadcast_to(gathered(weight, axes), (math.prod(shape[a] for a in over), *weight.shape))
+    return _constrain(stacked, over, *_parts(mesh_spec(_where_used(axes), weight.shape), weight.ndim))
+
+
+def sum_of_copies(gradients: jax.Array, axes: tuple[str | None, ...], over: tuple[str, ...]) -> jax.Array:
+    """The gradient of a weight, laid out as the weight is, from those of its `copies`, [devices, ...].
+
+    They travel once, in their type: each device is sent its part of all of them, and adds them in float32.
+    """
+    sizes, shape = [jax.sharding.get_abstract_mesh().shape[axis] for axis in over], gradients.shape[1:]
+    target = _parts(mesh_spec(axes, shape), len(shape))
+    taken = {axis for part in target for axis in (part if isinstance(part, tuple) else (part,))}
+    parts = gradients.reshape(*sizes, *shape)
+    parts = _constrain(parts, *[None if axis in taken else axis for axis in over], *target)
+    here = jnp.sum(parts, [i for i, axis in enumerate(over) if axis in taken], jnp.float32, keepdims=True)
+    # Along what is left the sums travel: `jnp.sum` would make them float32 before.
+    zero = np.zeros((), gradients.dtype)
+    total = jax.lax.reduce(here.astype(gradients.dtype), zero, jax.lax.add, range(len(over)))
+    return _constrain(total.reshape(shape), *target)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def copied(weight: jax.Array, axes: tuple[str | None, ...], over: tuple[str, ...]) -> jax.Array:
+    """`copies`, whose gradients are added up by `sum_of_copies`."""
+    return copies(weight, axes, over)
+
+
+copied.defvjp(
+    lambda weight, axes, over: (copies(weight, axes, over), None),
+    lambda axes, over, _, gradients: (sum_of_copies(gradients, axes, over),),
+)
+
+
+def _parts(spec: PartitionSpec, ndim: int) -> tuple:
+    """A part of the spec for each dimension."""
+    return (*spec, *[None] * (ndim - len(spec)))
+
+
+def _constrain(x: jax.Array, *parts: Any) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts)) if _free_axes() else x
+
+
+def whole(arrays: Any) -> Any:
+    """Results of which every device, and so every host, is to have all, to look at them."""
     if jax.sharding.get_abstract_mesh().empty:
         return arrays
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), arrays)
@@ -209,18 +276,39 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def on_shards(function: Callable, axes: Sequence[Sequence[str | None]], *args: jax.Array) -> jax.Array:
+def on_shards(function: Callable, axes: Sequence[Sequence[str | None]], *args: jax.Array) -> Any:
     """`function(*args)` computed by each device on its own shards, for kernels that the partitioner cannot look into.
 
     Args:
-      function: of arrays, to an array that is laid out as the first of them.
+      function: of arrays, to arrays that are laid out as the first of them.
       axes: the logical axes of each argument; along those that the rules split, the function must be independent.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    free = _free_axes()
+    if math.prod(free.values()) == 1:
         return function(*args)
     specs = tuple(mesh_spec(a, x.shape) for a, x in zip(axes, args, strict=True))
-    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*args)
+    free = {axis for axis in free if axis not in jax.sharding.get_abstract_mesh().manual_axes}
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=free, check_vma=False)(*args)
+
+
+def on_devices(function: Callable, axes: tuple[str, ...], dimensions: tuple[Any, ...], out: Any) -> Callable:
+    """`function`, computed by each device along `axes` for itself: nothing travels along them while it runs.
+
+    Args:
+      axes: mesh axes, as from `split_over`; none, and it is `function`.
+      dimensions: of each argument (an array or a pytree of them), the dimension that is split over `axes`, or None for
+        what every device has all of.
+      out: the same for what it gives, as a pytree's prefix.
+    """
+    if not axes:
+        return function
+
+    def spec(dimension: int | None) -> PartitionSpec:
+        return PartitionSpec() if dimension is None else PartitionSpec(*[None] * dimension, axes)
+
+    is_none = {"is_leaf": lambda x: x is None}
+    specs = jax.tree.map(spec, dimensions, **is_none), jax.tree.map(spec, out, **is_none)
+    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], axis_names=set(axes), check_vma=False)
 
 
 def param_shardings(boxed: dict, mesh: Mesh, config: ShardingConfig) -> dict:

@@ -10,8 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dreamllm_jax.models import linear
 from dreamllm_jax.models.attention import attend
 from dreamllm_jax.models.full_attention_tpu import full_attention, supported
+from dreamllm_jax.models.linear import spread
 from dreamllm_jax.models.weights import weight
 from dreamllm_jax.sharding import constrain, platform
 
@@ -20,7 +22,7 @@ _ONES = weight(nn.initializers.ones, "tower_norm")
 _ZEROS = weight(nn.initializers.zeros, "tower_norm")
 
 
-class Conv(nn.Conv):
+class Conv(linear.Conv):
     """A convolution, 3x3 and zero padded by one unless told otherwise, with logical axes on its weights."""
 
     kernel_size: int | Sequence[int] = (3, 3)
@@ -29,7 +31,7 @@ class Conv(nn.Conv):
     bias_init: nn.initializers.Initializer = _ZEROS
 
 
-class Dense(nn.Dense):
+class Dense(linear.Dense):
     """A linear layer with logical axes on its weights."""
 
     kernel_init: nn.initializers.Initializer = weight(_kernel, "tower_in", "tower_out")
@@ -111,7 +113,8 @@ class ResnetBlock2D(nn.Module):
         h = nn.silu(GroupNorm(**norm, name="norm1")(x))
         h = Conv(self.out_channels, dtype=self.dtype, name="conv1")(h)
         if temb is not None:
-            h += Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None]
+            temb = Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
+            h += spread(temb[:, None, None], h.shape, self.dtype)
         h = nn.silu(GroupNorm(**norm, name="norm2")(h))
         h = Conv(self.out_channels, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.out_channels:
@@ -175,7 +178,7 @@ class _DoublingConv(nn.Module):
     def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
         n, height, width, channels = x.shape
         kernel = self.param("kernel", Conv.kernel_init, (3, 3, channels, channels)).astype(jnp.float32)
-        bias = self.param("bias", Conv.bias_init, (channels,)).astype(self.dtype)
+        bias = spread(self.param("bias", Conv.bias_init, (channels,)), (n, *size, channels), self.dtype)
 
         def convolve(x: jax.Array, weights: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
             layout, weights = ("NHWC", "HWIO", "NHWC"), weights.astype(self.dtype)

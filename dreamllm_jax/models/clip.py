@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dreamllm_jax.models.attention import attend
+from dreamllm_jax.models.linear import Conv, Dense, Embedding, spread
 from dreamllm_jax.models.remat import rematerialised
 from dreamllm_jax.models.weights import LAYERS, normal, weight
 from dreamllm_jax.sharding import constrain
@@ -111,8 +112,8 @@ class _Part(nn.Module):
     config: ClipVisionConfig
     dtype: Any = jnp.float32
 
-    def linear(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(
+    def linear(self, features: int, name: str) -> Dense:
+        return Dense(
             features,
             dtype=self.dtype,
             kernel_init=weight(normal(self.config.initializer_range), "tower_in", "tower_out"),
@@ -137,7 +138,7 @@ class Embeddings(_Part):
     @nn.compact
     def __call__(self, images: Array) -> Array:
         config, width = self.config, self.config.hidden_size
-        patches = nn.Conv(
+        patches = Conv(
             width,
             (config.patch_size,) * 2,
             strides=(config.patch_size,) * 2,
@@ -148,15 +149,10 @@ class Embeddings(_Part):
             name="patch_embedding",
         )(images).reshape(images.shape[0], -1, width)
         token = self.param("class_embedding", weight(normal(width**-0.5), "tower_norm"), (width,))
-        positions = nn.Embed(
-            config.num_patches + 1,
-            width,
-            dtype=self.dtype,
-            embedding_init=weight(normal(config.initializer_range), None, "tower_out"),
-            name="position_embedding",
-        )(jnp.arange(config.num_patches + 1))
-        token = jnp.broadcast_to(token.astype(self.dtype), (images.shape[0], 1, width))
-        return jnp.concatenate([token, patches], axis=1) + positions
+        x = jnp.concatenate([spread(token, (images.shape[0], 1, width), self.dtype), patches], axis=1)
+        init = weight(normal(config.initializer_range), None, "tower_out")
+        positions = Embedding(config.num_patches + 1, width, init, name="position_embedding")
+        return x + spread(positions.embedding, x.shape, self.dtype)
 
 
 class Attention(_Part):

@@ -7,6 +7,7 @@ V vocabulary, F width of CLIP's features, C condition width, h x w x c latents.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -17,10 +18,12 @@ from jaxtyping import Array, Float, Int, UInt8
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.models import remat
 from dreamllm_jax.models.clip import ClipVision, ClipVisionConfig, normalise_pixels
+from dreamllm_jax.models.linear import spread
 from dreamllm_jax.models.llama import KVCache, Llama, LlamaConfig
 from dreamllm_jax.models.projectors import DreamQueries, Projector, ProjectorConfig
 from dreamllm_jax.models.unet import UNet, UNetConfig
 from dreamllm_jax.models.vae import Autoencoder, AutoencoderConfig, PixelAutoencoder, PixelAutoencoderConfig
+from dreamllm_jax.models.weights import Weight
 from dreamllm_jax.sharding import constrain
 from dreamllm_jax.vocabulary import NULL_SLOT, SpecialTokens
 
@@ -99,7 +102,7 @@ class DreamLLM(nn.Module):
         self.llama = Llama(config.llama, dtype=dtype, remat=config.remat)
         self.clip = ClipVision(config.clip, dtype=dtype, remat=towers_remat)
         self.visual_projector = Projector(config.visual_projector, config.llama.hidden_size, use_bias=True, dtype=dtype)
-        self.queries = DreamQueries(config.num_queries, config.llama.hidden_size, dtype=dtype)
+        self.queries = DreamQueries(config.num_queries, config.llama.hidden_size)
         self.condition_projector = Projector(
             config.condition_projector, config.unet.cross_attention_dim, use_bias=False, dtype=dtype
         )
@@ -135,7 +138,7 @@ class DreamLLM(nn.Module):
             x = splice(x, see_features, see_slots)
         if dream_slots is not None and dream_slots.shape[1]:
             queries = self.queries()
-            x = splice(x, jnp.broadcast_to(queries, (*dream_slots.shape, *queries.shape)), dream_slots)
+            x = splice(x, spread(queries, (*dream_slots.shape, *queries.shape), x.dtype), dream_slots)
         return constrain(x, ("rows", "tokens", "act_embed"))
 
     def decode(
@@ -210,3 +213,9 @@ class DreamLLM(nn.Module):
 def abstract_params(config: DreamLLMConfig) -> dict:
     """The parameter tree's shapes (`models.weights.Weight`), nothing computed."""
     return dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
+
+
+def axes_of(config: DreamLLMConfig, names: Sequence[str]) -> dict:
+    """The logical axes of the parameters of towers, in the same tree."""
+    boxed = {"is_leaf": lambda x: isinstance(x, Weight)}
+    return jax.tree.map(lambda weight: weight.names, {name: abstract_params(config)[name] for name in names}, **boxed)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dreamllm_jax.sharding import mesh_spec
+from dreamllm_jax.sharding import on_shards
 
 Array = jax.Array
 
@@ -189,11 +189,8 @@ def _call(kernel: Callable, products: int, outputs: str, heads: int, interpret: 
 
 
 def _sharded(call: Callable, *arrays: Array) -> list[Array]:
-    """Splits a call over the mesh by its images: the compiler cannot split a kernel itself."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return call(*arrays)
-    specs = tuple(mesh_spec(("images",) + (None,) * (x.ndim - 1), x.shape) for x in arrays)
-    return jax.shard_map(call, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+    """Splits a call over the mesh by its images."""
+    return on_shards(call, [("images",) + (None,) * (x.ndim - 1) for x in arrays], *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -19,6 +19,7 @@ import numpy as np
 from flax import struct
 
 from dreamllm_jax.models.attention import attend
+from dreamllm_jax.models.linear import Embedding, spread
 from dreamllm_jax.models.lora import LORA_A, LORA_B, LoraConfig, adapt, initial_a
 from dreamllm_jax.models.remat import keep, rematerialised
 from dreamllm_jax.models.rope import RopeScaling, apply_rope, rope_frequencies
@@ -121,7 +122,7 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
+    return x32.astype(x.dtype) * spread(scale, x.shape, x.dtype)
 
 
 @struct.dataclass
@@ -205,7 +206,7 @@ class Linear(nn.Module):
         if self.use_bias:
             zeros = weight(nn.initializers.zeros, self.axes[1])
             bias = self.param("bias", zeros, shape[1:])
-            out = out + bias.astype(self.dtype).reshape(self.features)
+            out = out + spread(bias.reshape(self.features), out.shape, self.dtype)
         if self.lora is not None:
             a, b = self._adapter(*shape)
             out = out + adapt(x, a, b, self.lora.scale, axes=len(self.inputs))
@@ -327,12 +328,8 @@ class Llama(nn.Module):
 
     def setup(self):
         config = self.config
-        self.embed_tokens = nn.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=self.dtype,
-            embedding_init=weight(normal(config.initializer_range), "vocab", "embed"),
-        )
+        init = weight(normal(config.initializer_range), "vocab", "embed")
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, init, self.dtype)
         self.layers = nn.scan(
             rematerialised(Block, self.remat),
             variable_axes={"params": 0},

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dreamllm_jax.models.linear import Conv, Dense
 from dreamllm_jax.models.weights import normal, weight
 
 _INIT = normal(0.02)
@@ -71,7 +72,7 @@ class Projector(nn.Module):
             # Numbered as torch counts a Sequential, where every second entry is the activation.
             name = "projector" if self.config.kind == "linear" else f"projector_{2 * i}"
             x = nn.gelu(x, approximate=False) if i else x
-            x = nn.Dense(
+            x = Dense(
                 self.features,
                 use_bias=self.use_bias,
                 dtype=self.dtype,
@@ -85,7 +86,7 @@ class Projector(nn.Module):
         side = math.isqrt(x.shape[1])
         if side**2 != x.shape[1]:
             raise ValueError(f"a conv projector needs a square number of tokens, got {x.shape[1]}")
-        grid = nn.Conv(
+        grid = Conv(
             self.features,
             (3, 3),
             padding=1,
@@ -102,10 +103,8 @@ class DreamQueries(nn.Module):
 
     num_queries: int
     features: int
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self) -> Float[Array, "Q E"]:
         init = weight(_INIT, None, "embed")
-        queries = self.param("dream_queries", init, (self.num_queries, self.features))
-        return queries.astype(self.dtype)
+        return self.param("dream_queries", init, (self.num_queries, self.features))
