@@ -172,24 +172,25 @@ class _Tally:
             self.total += Flops(flops, masked, flops)
             self.recompute(one * (queries * keys > MAX_SCORES))
 
-    def causal_kernel(self, batch: float, length: int, width: int) -> None:
-        """The same by `models.splash`: a square of tiles without those above the diagonal.
+    def causal_kernel(self, batch: float, length: int, width: int, share: float) -> None:
+        """The same by `models.splash`, which computes a `share` of it.
 
         Its backward pass computes the scores again, as a fifth product.
         """
         square = 2.0 * batch * length**2 * width
         flops = square * (2 + 4 * self.live)
-        self.total += Flops(flops, flops * (1 - 1 / length) / 2, kernels=_tiles(length) * square * (2 + 5 * self.live))
+        self.total += Flops(flops, flops * (1 - 1 / length) / 2, kernels=share * square * (2 + 5 * self.live))
 
     def recompute(self, flops: float) -> None:
         """Executes products again, if there is a backward pass."""
         self.total += Flops(products=flops * self.live)
 
 
-def _tiles(length: int) -> float:
-    """Share of the tiles of a causal attention kernel that are not wholly above the diagonal."""
-    tiles = length // splash.block_of(length)
-    return (tiles + 1) / (2 * tiles)
+def _splash_share(length: int, head_dim: int) -> float:
+    """What the causal kernel computes of all scores: the tiles that are not wholly above the diagonal, and padding."""
+    tiles = splash.padded(length) // splash.block_of(length)
+    padding = (splash.padded(length) / length) ** 2 * splash.padded(head_dim) / head_dim
+    return padding * (tiles + 1) / (2 * tiles)
 
 
 def _dense(tokens: float, inputs: int, outputs: int) -> float:
@@ -246,9 +247,9 @@ def _llama(
 
     rotation = _dense(tokens, dim, query_width + key_width)  # halves swapped by a permutation matrix
     layer.total += Flops(products=rotation * (1 + layer.live))
-    has_kernel = platform == "tpu" and splash.supports(length, length, dim)
+    has_kernel, share = platform == "tpu" and splash.supports(length, length), _splash_share(length, dim)
     if has_kernel:
-        layer.causal_kernel(rows, length, query_width)
+        layer.causal_kernel(rows, length, query_width, share)
     else:
         layer.attention(rows, length, length, query_width, layer.live, causal=True)
 
@@ -259,7 +260,7 @@ def _llama(
             again = {**products, **adapters}
             layer.recompute(sum(flops for name, flops in again.items() if name.startswith("self_attn")) + rotation)
             if has_kernel:
-                layer.total += Flops(kernels=_tiles(length) * 2 * scores * layer.live)
+                layer.total += Flops(kernels=share * 2 * scores * layer.live)
             else:
                 layer.recompute(2 * scores)
         elif not has_kernel:  # its queries, keys and values are kept, its output is not

@@ -38,6 +38,8 @@ class ObjectiveConfig:
       noise_offset: strength of the noise added to whole channels, 0 for none.
       input_perturbation: strength of the noise added to the UNet's input but not to its target (Ning et al. 2023).
       snr_gamma: gamma of the min-SNR weights (Hang et al. 2023), None for plain means.
+      snr_velocity: their formula for velocity prediction (`schedule.min_snr_weights`): the "original" program's, so
+        that published settings give published numbers, or the "paper"'s.
       detach_condition: no denoising gradient reaches the llama and the queries. The original does this wherever its
         condition projector is frozen; here freezing concerns weights only.
       loss_chunk: at most how many tokens of each row have logits at a time; 0 for all.
@@ -53,6 +55,7 @@ class ObjectiveConfig:
     noise_offset: float = 0.0
     input_perturbation: float = 0.0
     snr_gamma: float | None = None
+    snr_velocity: schedule.VelocityWeights = "original"
     detach_condition: bool = False
     loss_chunk: int = 256
     image_chunk: int = 8
@@ -234,7 +237,10 @@ def denoise(
     prediction = apply(noisy, draws.timesteps, condition, method="denoise")
     error = jnp.mean(jnp.square(prediction - target), axis=(1, 2, 3))
     if config.snr_gamma is not None:
-        error = error * schedule.min_snr_weights(alphas, draws.timesteps, config.snr_gamma, prediction_type)
+        weights = schedule.min_snr_weights(
+            alphas, draws.timesteps, config.snr_gamma, prediction_type, config.snr_velocity
+        )
+        error = error * weights
     return Prediction(latents, noisy, prediction, target, error)
 
 

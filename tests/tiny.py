@@ -125,10 +125,18 @@ def random_rows(config: DreamLLMConfig, seed: int = 0) -> list[list[TinyDocument
     return [[random_document(rng, config, parts) for parts in row] for row in ROWS]
 
 
-def make_batch(config: DreamLLMConfig, rows: list[list[TinyDocument]], length: int = LENGTH) -> Batch:
-    """Packs the documents of each row one after the other."""
+def row_shape(
+    config: DreamLLMConfig, length: int = LENGTH, see_slots: int = SEE_SLOTS, dream_slots: int = DREAM_SLOTS
+) -> RowShape:
     patches, queries = config.clip.num_patches, config.num_queries
-    shape = RowShape(length, SEE_SLOTS, DREAM_SLOTS, patches, queries, SEE_SIZE, DREAM_SIZE)
+    return RowShape(length, see_slots, dream_slots, patches, queries, SEE_SIZE, DREAM_SIZE)
+
+
+def make_batch(
+    config: DreamLLMConfig, rows: list[list[TinyDocument]], length: int = LENGTH, shape: RowShape | None = None
+) -> Batch:
+    """Packs the documents of each row one after the other."""
+    shape = shape or row_shape(config, length)
     batch = empty_batch(len(rows), shape, config.special_tokens.pad)
     for b, row in enumerate(rows):
         start = k = d = 0

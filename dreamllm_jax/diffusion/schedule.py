@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 PredictionType = Literal["epsilon", "v_prediction"]
+VelocityWeights = Literal["original", "paper"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,11 +94,19 @@ def velocity(
 
 
 def min_snr_weights(
-    alphas: Float[np.ndarray, " T"], timesteps: Int[Array, " N"], gamma: float, prediction_type: PredictionType
+    alphas: Float[np.ndarray, " T"],
+    timesteps: Int[Array, " N"],
+    gamma: float,
+    prediction_type: PredictionType,
+    velocity: VelocityWeights = "original",
 ) -> Float[Array, " N"]:
-    """Weights min(s, gamma) / s with s the signal-to-noise ratio, plus one for v-prediction (Hang et al. 2023)."""
+    """min-SNR weights of the squared errors, with s the signal-to-noise ratio (Hang et al. 2023, arXiv 2303.09556).
+
+    For noise min(s, gamma) / s. For velocity the paper has min(s, gamma) / (s + 1) ("paper"), as diffusers' training
+    scripts have it now; DreamLLM's program has min(s + 1, gamma) / (s + 1) ("original"), as they had it then.
+    """
     a = jnp.asarray(alphas)[timesteps]
     snr = a / (1.0 - a)
-    if prediction_type == "v_prediction":
-        snr = snr + 1.0
-    return jnp.minimum(snr, gamma) / snr
+    if prediction_type == "epsilon":
+        return jnp.minimum(snr, gamma) / snr
+    return jnp.minimum(snr + (velocity == "original"), gamma) / (snr + 1.0)

@@ -92,7 +92,7 @@ def attend(
     if (q_segments is None) != (k_segments is None):
         raise ValueError("attention needs the segments of queries and keys, or of neither")
     packed_rows = causal and q_segments is not None and q_index is None
-    if packed_rows and platform() == "tpu" and splash.supports(queries, keys, dim):
+    if packed_rows and platform() == "tpu" and splash.supports(queries, keys):
         heads = ("rows", None, "attention_heads", None)
         if mesh_spec(heads, q.shape) != mesh_spec(heads, k.shape):  # a query's head must find its key's on its device
             groups = q.shape[2] // k.shape[2]

@@ -9,18 +9,23 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 Array = jax.Array
 
-TILE = 128  # row lengths must be multiples of it
+_TILE = 128  # the kernel takes rows and heads of multiples of it
 _BLOCK = 1024
 
 
-def supports(queries: int, keys: int, head_dim: int) -> bool:
-    """Whether `causal_attention` takes rows of this shape."""
-    return queries == keys and queries % TILE == 0 and head_dim % TILE == 0
+def supports(queries: int, keys: int) -> bool:
+    """Whether `causal_attention` takes rows of this shape and is of use: all scores of shorter ones are one tile."""
+    return queries == keys and queries >= _TILE
+
+
+def padded(size: int) -> int:
+    """What the kernel computes of a row's length, or of a head's channels: zeros are added to what is no multiple."""
+    return -(-size // _TILE) * _TILE
 
 
 def block_of(length: int) -> int:
     """The side of the kernel's tiles for rows of this length."""
-    return next(size for size in (_BLOCK, _BLOCK // 2, _BLOCK // 4, TILE) if length % size == 0)
+    return next(size for size in (_BLOCK, _BLOCK // 2, _BLOCK // 4, _TILE) if padded(length) % size == 0)
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
@@ -37,9 +42,13 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array, interpret: b
       f[B, T, H, D].
     """
     _, length, heads, dim = q.shape
+    more = padded(length) - length, padded(dim) - dim
+    scaled = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1]))) for x in (scaled, k, v))
+    ids = jnp.pad(segments, ((0, 0), (0, more[0])))
     block = block_of(length)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((length, length))] * heads),
+        splash.MultiHeadMask([splash.CausalMask((padded(length),) * 2)] * heads),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -54,8 +63,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array, interpret: b
         residual_checkpoint_name="attention",  # see `remat`
         interpret=interpret,
     )
-    q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     attend = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))
-    out = attend(q, k, v, segments).swapaxes(1, 2)
+    out = attend(q, k, v, ids).swapaxes(1, 2)[:, :length, :, :dim]
     return jnp.where((segments != 0)[..., None, None], out, 0).astype(q.dtype)

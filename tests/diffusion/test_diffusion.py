@@ -37,6 +37,10 @@ def test_min_snr_weights():
     np.testing.assert_allclose(epsilon, np.minimum(snr, 5) / snr, rtol=1e-6)
     velocity = schedule.min_snr_weights(alphas, timesteps, 5.0, "v_prediction")
     np.testing.assert_allclose(velocity, np.minimum(snr + 1, 5) / (snr + 1), rtol=1e-6)
+    paper = schedule.min_snr_weights(alphas, timesteps, 5.0, "v_prediction", "paper")
+    np.testing.assert_allclose(paper, np.minimum(snr, 5) / (snr + 1), rtol=1e-6)
+    # It weighs the error of the noise as for epsilon: that is sqrt(a) times the velocity's, and 1 / a = 1 + 1 / s.
+    np.testing.assert_allclose(paper * (1 + 1 / snr), epsilon, rtol=1e-5)
 
 
 SAMPLERS = {

@@ -1,0 +1,116 @@
+"""Gradients in bfloat16: sums over many tokens, pixels and images are as good as float32's."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from dreamllm_jax.diffusion.schedule import ScheduleConfig
+from dreamllm_jax.models import linear
+from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.models.llama import rms_norm
+from dreamllm_jax.models.lora import LoraConfig
+from dreamllm_jax.objectives import ObjectiveConfig, draw
+from dreamllm_jax.training.step import loss_and_gradients
+from tests.tiny import DREAM_SIZE, MLP, make_batch, random_document, row_shape, tiny_config, tiny_params
+
+ROWS, LENGTH, IMAGES = 2, 8192, 24
+OBJECTIVE = ObjectiveConfig(dm_weight=1.0, drop_prob=0.5, loss_chunk=1024, image_chunk=64)
+
+
+def long_batch(config):
+    """Rows of text in which every fourth token is the same one, after some documents with batch."""
+    rng = np.random.default_rng(0)
+    documents = [[random_document(rng, config, "tsd") for _ in range(IMAGES)] for _ in range(ROWS)]
+    batch = make_batch(config, documents, shape=row_shape(config, LENGTH, IMAGES, IMAGES))
+    for row in range(ROWS):
+        start = int((batch.segment_ids[row] > 0).sum())
+        count, text = LENGTH - start, slice(start, LENGTH)
+        batch.tokens[row, text] = np.where(np.arange(count) % 4, rng.integers(6, 50, count), 5)
+        batch.positions[row, text] = np.arange(count) % 64
+        batch.segment_ids[row, text] = IMAGES + 1 + np.arange(count) // 64
+        batch.loss_weights[row, text] = np.arange(count) % 64 > 0
+    return batch
+
+
+def plausible_params(config):
+    """Products keep the size of what goes in, and all that bfloat16 cannot say is left out of the comparison."""
+    rng, params = np.random.default_rng(1), flatten_dict(tiny_params(config), sep="/")
+    for path, value in params.items():
+        name = path.rsplit("/", 1)[-1]
+        if name in ("kernel", "lora_a", "lora_b"):
+            inputs = np.prod(value.shape[1:-1] if "/layers/" in path else value.shape[:-1])
+            value = rng.normal(size=value.shape) * inputs**-0.5
+        elif name == "scale":
+            value = np.ones(value.shape)
+        if path == "vae/quant_conv/bias":
+            value = np.full(value.shape, 2.0)
+        params[path] = np.asarray(jnp.asarray(value, jnp.bfloat16).astype(jnp.float32))
+    return params
+
+
+@pytest.mark.slow
+def test_every_gradient_of_the_joint_step_is_near_float32():
+    config = tiny_config(
+        visual_projector=MLP, condition_projector=MLP, schedule=ScheduleConfig(prediction_type="v_prediction")
+    )
+    llama = dataclasses.replace(config.llama, attention_bias=True, mlp_bias=True, lora=LoraConfig(rank=4, alpha=8.0))
+    config = dataclasses.replace(config, llama=llama)
+    batch, params = long_batch(config), plausible_params(config)
+    draws = draw(jax.random.key(0), *batch.dream_slots.shape, config.latent_shape(DREAM_SIZE), 1000, OBJECTIVE)
+
+    def gradients(dtype):
+        model = DreamLLM(dataclasses.replace(config, dtype=dtype))
+        step = jax.jit(lambda params, batch, draws: loss_and_gradients(model, OBJECTIVE, params, {}, batch, draws)[1])
+        return jax.device_get(step(params, batch, draws))
+
+    wide, narrow = gradients("float32"), gradients("bfloat16")
+    errors = {
+        path: (np.linalg.norm(narrow[path] - wide[path]) / norm, abs(np.linalg.norm(narrow[path]) / norm - 1))
+        for path in wide
+        if (norm := np.linalg.norm(wide[path])) > 1e-6
+    }
+    import os
+
+    if "SHOW" in os.environ:
+        for p, e in sorted(errors.items(), key=lambda x: -x[1][0]):
+            print("%.4f %.4f %s %.3g" % (*e, p, np.linalg.norm(wide[p])))
+    assert len(errors) > 0.98 * len(wide)
+    bad = {path: error for path, error in errors.items() if error[0] > 0.02 or error[1] > 0.01}
+    assert not bad
+
+
+def ones(*shape):
+    return jnp.ones(shape, jnp.bfloat16)
+
+
+def _gradient_of_ones(function, weight):
+    """The gradient of a weight for gradients 1 of all that comes of it."""
+    out, pullback = jax.vjp(function, weight)
+    (gradient,) = pullback(jnp.ones_like(out))
+    assert out.dtype == jnp.bfloat16 and gradient.dtype == jnp.float32
+    return gradient
+
+
+def test_sums_over_tokens_do_not_stop_growing():
+    """16,384 ones: in bfloat16 they come to 256."""
+    count, width = 16_384, 4
+    tokens, weights = jnp.zeros((4, count // 4), jnp.int32), jnp.ones((width,), jnp.float32)
+
+    def layer(module, x):
+        params = module.init(jax.random.key(0), x)["params"]
+        return lambda bias: module.apply({"params": {**params, "bias": bias}}, x)
+
+    pixels = ones(1, 128, 128, width)
+    sums = {
+        "embedding": _gradient_of_ones(lambda t: linear.look_up(t, tokens, jnp.bfloat16), jnp.ones((3, width)))[0],
+        "queries": _gradient_of_ones(lambda q: linear.spread(q, (count, width), jnp.bfloat16), weights),
+        "scale": _gradient_of_ones(lambda s: rms_norm(ones(count, width), s, 0.0), weights),
+        "bias": _gradient_of_ones(layer(linear.Dense(width, dtype=jnp.bfloat16), ones(count, width)), weights),
+        "pixels": _gradient_of_ones(layer(linear.Conv(width, (3, 3), dtype=jnp.bfloat16), pixels), weights),
+    }
+    for name, total in sums.items():
+        np.testing.assert_array_equal(total, np.full(width, count, np.float32), err_msg=name)
