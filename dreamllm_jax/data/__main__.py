@@ -141,7 +141,7 @@ def _import(arguments: argparse.Namespace) -> None:
     counted = ", ".join(f"{summary[what]:,} {what}" for what in ("documents", "images", "tokens") if summary[what])
     print(f"{arguments.to}/{arguments.name}: {counted}, {time.monotonic() - began:.1f} s")
     for reason, count in summary["dropped"].items():
-        print(f"  dropped {reason:15} {count:8,}")
+        print(f"  dropped {reason:15} {count:8,}  {', '.join(summary['examples'][reason])}")
     if arguments.sample:
         arguments.directory, arguments.count = arguments.to, arguments.sample
         arguments.to = f"{arguments.to}/{arguments.name}.html"
