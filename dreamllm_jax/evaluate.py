@@ -25,7 +25,7 @@ from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.evaluation import comprehension, creation, features, fid, recall, scores, table
+from dreamllm_jax.evaluation import annotations, comprehension, creation, features, fid, recall, scores, table
 from dreamllm_jax.generation.documents import generate_documents, save_document
 from dreamllm_jax.generation.images import require_size
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
@@ -92,10 +92,13 @@ def comprehend(arguments: argparse.Namespace) -> None:
     files = [Path(file) for file in arguments.annotations.split(",")]
     try:
         questions = task.read(files, Path(arguments.images))[: arguments.limit]
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{arguments.annotations}: a record has no {error}, as {arguments.task} has") from None
+    except (AttributeError, IndexError, TypeError) as error:
         raise ValueError(f"{arguments.annotations} are not the annotations of {arguments.task}: {error!r}") from None
     if not questions:
         raise ValueError(f"{arguments.annotations} asks nothing")
+    annotations.require_answers(questions, files)
     checkpoint, mesh, devices = _start(arguments)
     target = _target(arguments)
     model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dreamllm_jax import command_line, runs
 from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
+from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import TEMPLATES
@@ -204,7 +205,11 @@ def _segments(text: str, pictures: Sequence[str], folder: Path) -> list[Segment]
         if picture is not None:
             if not (folder / picture).is_file():
                 raise FileNotFoundError(f"the image {folder / picture} is missing")
-            segments.append(Image((folder / picture).read_bytes()))
+            try:
+                images.decode(data := (folder / picture).read_bytes())
+            except images.ImageError as error:
+                raise ValueError(f"{folder / picture} cannot be used: {error}") from None
+            segments.append(Image(data))
     return segments
 
 
