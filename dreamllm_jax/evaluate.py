@@ -92,10 +92,9 @@ def comprehend(arguments: argparse.Namespace) -> None:
     files = [Path(file) for file in arguments.annotations.split(",")]
     try:
         questions = task.read(files, Path(arguments.images))[: arguments.limit]
-    except KeyError as error:
-        raise ValueError(f"{arguments.annotations}: a record has no {error}, as {arguments.task} has") from None
-    except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"{arguments.annotations} are not the annotations of {arguments.task}: {error!r}") from None
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        what = f"KeyError, a record has no {error}" if isinstance(error, KeyError) else repr(error)
+        raise ValueError(f"{arguments.annotations} are not the annotations of {arguments.task}: {what}") from None
     if not questions:
         raise ValueError(f"{arguments.annotations} asks nothing")
     annotations.require_answers(questions, files)

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer
 
 # TGA is last, for its files do not begin with a sign of their own.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "DIB", "TGA")
 # What their files are called, without the dot; in capitals too.
 EXTENSIONS = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"),

@@ -182,7 +182,7 @@ def require_answers(questions: Sequence[Question], files: Sequence[Path]) -> Non
     if 0 < len(without) < len(questions):
         raise ValueError(
             f"{_names(files)}: {len(without)} of {len(questions)} questions have no answer there, {without[0]!r} is "
-            "one; give the annotations of the same split, or the questions alone, which are then answered without a score"
+            "one; give the same split's annotations, or the questions alone, which are then answered without a score"
         )
 
 

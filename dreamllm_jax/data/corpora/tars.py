@@ -92,11 +92,14 @@ def samples(path: epath.Path) -> Iterator[dict[str, bytes] | Dropped]:
         elif sample:
             yield sample
 
-    with path.open("rb") as file, _decompressed(file) as data:
-        if is_lfs_pointer(data.peek(64)):
+    with path.open("rb") as file:
+        head = file.read(64)
+        file.seek(0)
+        if is_lfs_pointer(head):
             yield Dropped("lfs_pointer")
             return
-        with open_tar(data, "r|") as tar:
+        opener = next((opener for sign, opener in _DECOMPRESSORS.items() if head.startswith(sign)), None)
+        with open_tar(_Pieces(opener(file)) if opener else file, "r|") as tar:
             members = iter(tar)
             while True:
                 try:
@@ -136,11 +139,16 @@ def samples(path: epath.Path) -> Iterator[dict[str, bytes] | Dropped]:
     yield from finished()
 
 
-@contextlib.contextmanager
-def _decompressed(file: IO[bytes]) -> Iterator[io.BufferedReader]:
-    """The contents of a file that may be compressed, whatever its name is; several streams behind each other too."""
-    head = file.read(6)
-    file.seek(0)
-    opener = next((opener for sign, opener in _DECOMPRESSORS.items() if head.startswith(sign)), lambda file: file)
-    with io.BufferedReader(opener(file)) as buffered:
-        yield buffered
+class _Pieces(io.RawIOBase):
+    """What a decompressor gives, a piece at a time: of a cut file everything, before it is told that it is cut."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        piece = self._file.read1(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
