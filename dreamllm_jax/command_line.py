@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +13,12 @@ from absl.flags import argparse_flags
 from ml_collections import ConfigDict
 
 from dreamllm_jax import recipes
+from dreamllm_jax.directories import expanded
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised, not only what it says.")
 
 _OVERRIDE = "--config."
+_WORDS = ("--negative", "--stop")  # flags that are no paths
 
 # What the package raises for wrong settings, files and environments, with a message for the user.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
@@ -45,7 +48,8 @@ def run(main: Callable[[ConfigDict | None], None]) -> None:
             main(None)
             return
         file, _, argument = flags.FLAGS.config.partition(":")
-        main(recipes.override(recipes.load(file, argument), overrides))
+        config = recipes.override(recipes.load(expanded(file), argument), overrides)
+        main(_with_home(config))
 
     app.run(_guarded(checked), flags_parser=_parse)
 
@@ -60,7 +64,7 @@ def run_commands(parser: argparse_flags.ArgumentParser) -> None:
     def main(arguments: argparse.Namespace) -> None:
         arguments.main(arguments)
 
-    app.run(_guarded(main), flags_parser=lambda argv: parser.parse_args(argv[1:]))
+    app.run(_guarded(main), flags_parser=lambda argv: parser.parse_args([_expanded(word) for word in argv[1:]]))
 
 
 def positive(text: str) -> int:
@@ -68,6 +72,30 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """The type of a flag that is a whole number, 0 included."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    return number
+
+
+def finite(text: str) -> float:
+    """The type of a flag that is a number, which infinity is not."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a number, got {text}")
+    return number
+
+
+def share(text: str) -> float:
+    """The type of a flag that is a share, from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in 0 ... 1, got {text}")
     return number
 
 
@@ -94,8 +122,28 @@ def _guarded(main: Callable[[Any], None]) -> Callable[[Any], None]:
     return guarded
 
 
+def _expanded(word: str) -> str:
+    """A word of the command line with `~` for the home directory in `--to=~/x` too, where a shell leaves it."""
+    flag, equals, value = word.partition("=")
+    if not equals or not flag.startswith("--") or flag in _WORDS:
+        return word
+    return f"{flag}={','.join(map(expanded, value.split(',')))}"
+
+
+def _with_home(config: ConfigDict) -> ConfigDict:
+    """The configuration with `~` for the home directory in its paths: no other setting begins with that sign."""
+    with config.unlocked():
+        for name, value in config.items():
+            if isinstance(value, ConfigDict):
+                _with_home(value)
+            elif isinstance(value, str):
+                config[name] = expanded(value)
+    return config
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the flags; the words that are left are the program's name and settings of the configuration."""
+    argv = [word if word.startswith(_OVERRIDE) else _expanded(word) for word in argv]
     overrides = [word for word in argv if word.startswith(_OVERRIDE)]
     try:
         return flags.FLAGS([word for word in argv if word not in overrides]) + overrides

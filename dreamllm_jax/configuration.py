@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+LARGEST = 2**31 - 1  # of whole numbers: steps, seeds and sizes are counted in 32 bits
 
 
 class ConfigError(ValueError):
@@ -94,10 +96,14 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if not hasattr(value, "items"):
             raise ConfigError(f"{path} must be a group of settings, got {value!r}")
         return {name: _value(args[1], item, f"{path}.{name}") for name, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
+        value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{path} must be {hint.__name__}, got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{path} must be a number, got {value!r}")
+    if hint is int and abs(value) > LARGEST:
+        raise ConfigError(f"{path} must not be beyond {LARGEST}, got {value!r}")
     return value
 
 

@@ -64,14 +64,14 @@ def parser() -> argparse_flags.ArgumentParser:
         help="storage type of everything, or of parts such as llama:float32,unet:bfloat16; default: as it is stored",
     )
     add = add.add_argument_group("what is not in the three towers; not with --dreamllm")
-    add.add_argument("--num-queries", type=int, help="dream queries")
+    add.add_argument("--num-queries", type=command_line.positive, help="dream queries")
     add.add_argument("--select-layer", type=int, help="hidden state of CLIP that is read")
     kinds = {"type": _projector, "metavar": "linear|mlp:DEPTH|conv"}
     add.add_argument("--visual-projector", **kinds, help="from CLIP to the language model")
     add.add_argument("--condition-projector", **kinds, help="from the language model to the U-Net")
     add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
     add.add_argument("--new-tokens", choices=("normal", "mean"), help="embeddings of new tokens")
-    add.add_argument("--seed", type=int, help="of what begins at random")
+    add.add_argument("--seed", type=command_line.seed_number, help="of what begins at random")
 
     add = commands.add_parser("export", help="a checkpoint of ours -> PyTorch's formats")
     add.set_defaults(main=_export)

@@ -10,6 +10,8 @@ from pathlib import Path
 from etils import epath
 
 _SPARE_BYTES = 64 << 20  # for what is small and not counted
+_POINTER = b"version https://git-lfs.github.com/spec/"
+NO_POINTER = "is a pointer of git-lfs instead of the file: fetch it with git lfs pull"
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -20,6 +22,16 @@ def is_remote(path: str | os.PathLike) -> bool:
 def absolute(path: str | os.PathLike) -> epath.Path:
     """The path from the root; epath's own `absolute` puts the working directory before gs:// too."""
     return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
+
+
+def expanded(path: str) -> str:
+    """A path as a shell gives it: `~` at its beginning is the home directory."""
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether a file begins as what a clone without git-lfs leaves in the place of a large one."""
+    return content.startswith(_POINTER)
 
 
 def make_folder(path: str | os.PathLike) -> None:

@@ -18,18 +18,18 @@ from absl.flags import argparse_flags
 from etils import epath
 
 from dreamllm_jax import command_line, distributed, runs
-from dreamllm_jax.command_line import positive
+from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
+from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.evaluation import comprehension, creation, features, fid, recall, scores, table
+from dreamllm_jax.evaluation import annotations, comprehension, creation, features, fid, recall, scores, table
 from dreamllm_jax.generation.documents import generate_documents, save_document
 from dreamllm_jax.generation.images import require_size
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 PAPER, NONE = "paper", "none"
 _BY = ("reference", "inception", "clip")  # what painted pictures are measured by
 
@@ -93,9 +93,11 @@ def comprehend(arguments: argparse.Namespace) -> None:
     try:
         questions = task.read(files, Path(arguments.images))[: arguments.limit]
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"{arguments.annotations} are not the annotations of {arguments.task}: {error!r}") from None
+        what = f"KeyError, a record has no {error}" if isinstance(error, KeyError) else repr(error)
+        raise ValueError(f"{arguments.annotations} are not the annotations of {arguments.task}: {what}") from None
     if not questions:
         raise ValueError(f"{arguments.annotations} asks nothing")
+    annotations.require_answers(questions, files)
     checkpoint, mesh, devices = _start(arguments)
     target = _target(arguments)
     model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
@@ -154,7 +156,9 @@ def create(arguments: argparse.Namespace) -> None:
 
 def refer(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.images)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES) if folder.is_dir() else []
+    files = (
+        sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES) if folder.is_dir() else []
+    )
     if not files:
         raise FileNotFoundError(f"there are no pictures in {folder}")
     found = features.of_files(files, features.inception(arguments.inception), arguments.size)
@@ -191,16 +195,16 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add = commands.add_parser("recall", help="what a run has learnt of its own pairs")
     add.set_defaults(main=recall_pairs)
     add.add_argument("--workdir", required=True, help="directory of the training run")
-    add.add_argument("--step", type=int, help="checkpoint to take; the newest if not given")
+    add.add_argument("--step", type=not_negative, help="checkpoint to take; the newest if not given")
     add.add_argument("--pairs", type=positive, default=64, help="how many of the corpus `pairs` to ask for")
     add.add_argument("--sampling_steps", type=positive, default=50, help="denoising steps of a picture")
-    add.add_argument("--guidance", type=float, default=3.0, help="1 for none")
+    add.add_argument("--guidance", type=finite, default=3.0, help="1 for none")
 
     add = commands.add_parser("language", help="language tasks, through lm-eval")
     add.set_defaults(main=language)
     _add_model(add)
     add.add_argument("--tasks", required=True, help=f"lm-eval's names with commas between, or {PAPER}: the paper's")
-    add.add_argument("--shots", type=int, help="examples before each question; if not given, the task's own")
+    add.add_argument("--shots", type=not_negative, help="examples before each question; if not given, the task's own")
     add.add_argument("--include", default="", help="a folder with YAML files of your own tasks, to take instead")
 
     add = commands.add_parser("comprehension", help="questions about images")
@@ -222,11 +226,11 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--task", default="creation", help="the result's name; ms_coco and ln_coco are the paper's")
     add.add_argument("--pictures", default="", help="folder for the pictures; if not given, beside the results")
     add.add_argument("--each", type=positive, default=1, help="pictures of each caption, of which CLIP finds the best")
-    add.add_argument("--seed", type=int, default=42, help="of all pictures; %(default)s if not given")
+    add.add_argument("--seed", type=seed_number, default=42, help="of all pictures; %(default)s if not given")
     add.add_argument("--size", type=positive, help="pixels on a side; if not given, what the U-Net was made for")
     add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name), help="%(default)s if not given")
     add.add_argument("--steps", type=positive, default=150, help="of denoising; %(default)s if not given")
-    add.add_argument("--guidance", type=float, default=2.0, help="1 for none; %(default)s if not given")
+    add.add_argument("--guidance", type=finite, default=2.0, help="1 for none; %(default)s if not given")
     add.add_argument("--inception", default="", help="TorchScript file of the features, inception-2015-12-05.pt")
     add.add_argument("--reference", default="", help="statistics of the true pictures, from `reference`")
     add.add_argument("--clip", default="", help="folder of a CLIP of transformers, for CLIP score and --each")

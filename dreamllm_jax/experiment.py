@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,6 +83,10 @@ class Experiment:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         if self.objective.lm_weight == 0 and rows.dream_slots == 0:
             raise ConfigError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
+        if max(self.timeout, self.host_timeout) > threading.TIMEOUT_MAX:
+            raise ConfigError(
+                f"timeout={self.timeout:g} or host_timeout={self.host_timeout:g} is longer than any clock runs"
+            )
         if self.timeout < 0 or self.host_timeout <= 0:
             raise ConfigError(
                 f"timeout must not be negative and host_timeout positive, got {self.timeout} and {self.host_timeout}"

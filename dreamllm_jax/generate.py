@@ -19,7 +19,8 @@ from absl.flags import argparse_flags
 from tqdm import tqdm
 
 from dreamllm_jax import command_line, runs
-from dreamllm_jax.command_line import positive, seed_number
+from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
+from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import TEMPLATES
@@ -170,13 +171,16 @@ def load_prompts(words: Sequence[str], file: str, pictures: Sequence[str]) -> li
     path = Path(file)
     if file != "-" and not path.is_file():
         raise FileNotFoundError(f"{file} is missing: it should have one prompt a line")
-    lines = (sys.stdin.read() if file == "-" else path.read_text()).splitlines()
+    try:
+        lines = (sys.stdin.read() if file == "-" else path.read_text("utf-8-sig")).split("\n")  # not at U+2028
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
-            prompts.append([Text(line)])
+        if path.suffix.lower() != ".jsonl":
+            prompts.append([Text(line.removesuffix("\r"))])
             continue
         try:
             item = json.loads(line)
@@ -201,7 +205,11 @@ def _segments(text: str, pictures: Sequence[str], folder: Path) -> list[Segment]
         if picture is not None:
             if not (folder / picture).is_file():
                 raise FileNotFoundError(f"the image {folder / picture} is missing")
-            segments.append(Image((folder / picture).read_bytes()))
+            try:
+                images.decode(data := (folder / picture).read_bytes())
+            except images.ImageError as error:
+                raise ValueError(f"{folder / picture} cannot be used: {error}") from None
+            segments.append(Image(data))
     return segments
 
 
@@ -245,10 +253,14 @@ def make_parser() -> argparse_flags.ArgumentParser:
         add.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
         if template in parents:
             add.add_argument("--max_tokens", type=positive, default=256, help="of a result; %(default)s if not given")
-            add.add_argument("--temperature", type=float, default=0.0, help="0, the default: the most probable tokens")
-            add.add_argument("--top_k", type=int, default=0, help="only so many of the most probable tokens; 0: all")
-            add.add_argument("--top_p", type=float, default=1.0, help="of the most probable, this share; 1: all")
-            add.add_argument("--repetition_penalty", type=float, default=1.0, help="of tokens that were there; 1: none")
+            add.add_argument("--temperature", type=finite, default=0.0, help="0, the default: the most probable tokens")
+            add.add_argument(
+                "--top_k", type=not_negative, default=0, help="only so many of the most probable tokens; 0: all"
+            )
+            add.add_argument("--top_p", type=finite, default=1.0, help="of the most probable, this share; 1: all")
+            add.add_argument(
+                "--repetition_penalty", type=finite, default=1.0, help="of tokens that were there; 1: none"
+            )
         if painting in parents:
             add.add_argument("--steps", type=positive, default=50, help="of denoising; %(default)s if not given")
             spacings = get_args(samplers.Spacing)
@@ -256,18 +268,20 @@ def make_parser() -> argparse_flags.ArgumentParser:
                 "--timestep_spacing", default="trailing", choices=spacings, help="%(default)s if not given"
             )
             add.add_argument("--use_karras_sigmas", action="store_true", help="noise levels of Karras et al. 2022")
-            add.add_argument("--eta", type=float, default=0.0, help="fresh noise of ddim, from 0 to 1; 0 if not given")
-            add.add_argument("--guidance", type=float, default=3.5, help="1 for none; %(default)s if not given")
-            add.add_argument("--rescale", type=float, default=0.0, help="of guided predictions, from 0, none, to 1")
+            add.add_argument("--eta", type=finite, default=0.0, help="fresh noise of ddim, from 0 to 1; 0 if not given")
+            add.add_argument("--guidance", type=finite, default=3.5, help="1 for none; %(default)s if not given")
+            add.add_argument("--rescale", type=finite, default=0.0, help="of guided predictions, from 0, none, to 1")
         if command == "text":
             add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
             add.add_argument("--beams", type=positive, default=1, help="of beam search; 1: none")
-            add.add_argument("--length_penalty", type=float, default=1.0, help="of beams: above 1 for longer texts")
+            add.add_argument("--length_penalty", type=finite, default=1.0, help="of beams: above 1 for longer texts")
         elif command == "image":
             add.add_argument("--negative", default="", help="what is not to be painted")
             add.add_argument("--images", type=positive, default=1, help="images of each prompt")
         else:
-            add.add_argument("--max_images", type=int, default=4, help="of a document; %(default)s if not given")
+            add.add_argument(
+                "--max_images", type=not_negative, default=4, help="of a document; %(default)s if not given"
+            )
             add.add_argument("--continue", default="", help="a document saved before: each prompt goes on with it")
     add = commands.add_parser("serve", parents=[checkpoint, template, painting], help="a chat page in the browser")
     add.set_defaults(main=serve)

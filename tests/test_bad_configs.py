@@ -1,4 +1,4 @@
-"""Eighty ways to write a configuration wrongly, each refused quickly, in one line that names the key."""
+"""A hundred ways to write a configuration wrongly, each refused quickly, in one line that names the key."""
 
 import time
 from pathlib import Path
@@ -71,6 +71,29 @@ BROKEN = [
         {"optimizer.learning_rates": (("llama/.*", -2.0),)},
         "learning_rates: 'llama/.*' has -2.0, which must be",
     ),
+    ({"seed": 12345678901234567890}, "config.seed must not be beyond 2147483647, got 12345678901234567890"),
+    ({"steps": 2**31}, "config.steps must not be beyond 2147483647"),
+    ({"log_every": -1}, "log_every must be positive, got -1"),
+    ({"checkpoint.every": 0}, "config.checkpoint: every and keep must be positive"),
+    ({"optimizer.learning_rate": float("nan")}, "config.optimizer.learning_rate must be a number, got nan"),
+    ({"optimizer.weight_decay": float("inf")}, "config.optimizer.weight_decay must be a number, got inf"),
+    ({"optimizer.learning_rates": (("llama/.*", float("nan")),)}, "learning_rates[0][1] must be a number, got nan"),
+    ({"optimizer.b2": 1.0}, "config.optimizer: b2 must be below 1"),
+    ({"data.pairs": -1}, "config.data: pairs must not be negative, got -1"),
+    ({"timeout": 1e30}, "timeout=1e+30 or host_timeout=60 is longer than any clock runs"),
+    ({"model.llama.num_key_value_heads": 0}, "config.model.llama: num_key_value_heads must be positive, got 0"),
+    ({"model.llama.rope_theta": -1.0}, "config.model.llama: rope_theta must be positive, got -1"),
+    ({"model.llama.head_dim": 0}, "config.model.llama: head_dim 0 is odd or not positive"),
+    ({"model.llama.initializer_range": -1.0}, "config.model.llama: initializer_range must not be negative"),
+    ({"model.clip.num_attention_heads": 0}, "config.model.clip: num_attention_heads must be positive, got 0"),
+    ({"model.clip.layer_norm_eps": 0.0}, "config.model.clip: layer_norm_eps must be positive, got 0"),
+    ({"model.unet.norm_num_groups": 0}, "config.model.unet: norm_num_groups must be positive, got 0"),
+    ({"model.unet.sample_size": -1}, "config.model.unet: sample_size must be positive, got -1"),
+    ({"model.unet.cross_attention_dim": 0}, "cross_attention_dim=0 must be one positive integer"),
+    ({"model.vae.scaling_factor": 0.0}, "config.model.vae: scaling_factor must be positive, got 0"),
+    ({"model.visual_projector.layer_norm_eps": -1.0}, "config.model.visual_projector: layer_norm_eps must be positive"),
+    ({"model.schedule.num_train_timesteps": 0}, "config.model.schedule: num_train_timesteps must be positive, got 0"),
+    ({"model.schedule.beta_end": 2.0}, "config.model.schedule: 0 < beta_start <= beta_end < 1 must hold"),
     # Rows without room.
     ({"model.num_queries": 127}, "rows.length=128 has no room for an image to paint, which takes 129 tokens"),
     ({"rows.length": 18}, "rows.length=18 has no room for an image to see, which takes 18 tokens"),

@@ -63,6 +63,45 @@ def test_errors(arguments, message, tmp_path):
     assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
 
 
+def test_the_home_directory(tmp_path):
+    """Bash leaves `~` as it is behind `--workdir=`; so does a configuration."""
+    (tmp_path / "config.py").write_text(
+        "from dreamllm_jax import recipes\n"
+        f"def get_config():\n    config = recipes.load({str(ROOT / 'configs/tiny.py')!r})\n"
+        "    config.validation = dict(every=1, path='~/held_out')\n    return config\n"
+    )
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for module, *flags in (
+        ["train", "--config=~/config.py", "--workdir=~/run", "--config.data.path=~/x", "--config.steps=1"],
+        ["train", f"--config={tmp_path}/config.py", "--workdir=run", "--config.parameters.init_from=~/x"],
+        ["data", "import", "text", "x", "--to=~/y", "--name=a"],
+        ["report", "--workdir=~/x"],
+    ):
+        command = [sys.executable, "-m", f"dreamllm_jax.{module}", *flags]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 1 and not (tmp_path / "~").exists()
+        if module in ("train", "report"):
+            assert f"{tmp_path}/x" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "creation", "--seed=12345678901234567890"], "--seed: must lie in 0 ... 2^31 - 1"),
+        (["convert", "import", "--to=x", "--seed=-1"], "--seed: must lie in 0 ... 2^31 - 1"),
+        (["generate", "text", "--seed=4294967296"], "--seed: must lie in 0 ... 2^31 - 1"),
+        (["generate", "text", "--temperature=nan"], "--temperature: must be a number, got nan"),
+        (["data", "import", "text", "x", "--workers=-1"], "--workers: must not be negative, got -1"),
+        (["data", "import", "text", "x", "--max_bad=2"], "--max_bad: must lie in 0 ... 1, got 2"),
+        (["data", "prepare", "x", "--pairs=-1"], "--pairs: must not be negative, got -1"),
+    ],
+)
+def test_numbers_have_their_bounds(arguments, message):
+    command = [sys.executable, "-m", f"dreamllm_jax.{arguments[0]}", *arguments[1:]]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("module", ["train", "plan", "generate", "evaluate", "report", "convert", "data"])
 def test_help(module, tmp_path):
     command = [sys.executable, "-m", f"dreamllm_jax.{module}", "--help"]

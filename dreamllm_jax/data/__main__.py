@@ -17,6 +17,7 @@ from etils import epath
 
 from dreamllm_jax import command_line, distributed
 from dreamllm_jax.batch import RowShape
+from dreamllm_jax.command_line import not_negative, positive, share
 from dreamllm_jax.data import sheet, storage, stored
 from dreamllm_jax.data.corpora.conversations import Llava
 from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
@@ -54,15 +55,19 @@ def parser() -> argparse_flags.ArgumentParser:
     add.set_defaults(main=_prepare)
     add.add_argument("source", help="openmoji, photographs, or a folder with captions.jsonl or captions.csv")
     add.add_argument("--to", required=True, help="directory of the data set to make")
-    add.add_argument("--pairs", type=int, default=0, help="captioned pictures to take; 0: 24, or all of a folder")
-    add.add_argument("--size", type=int, default=64, help="pixels on the shorter side of a stored picture, at most")
-    add.add_argument("--vocab_size", type=int, default=512, help="ids of the tokenizer that is trained")
+    add.add_argument(
+        "--pairs", type=not_negative, default=0, help="captioned pictures to take; 0: 24, or all of a folder"
+    )
+    add.add_argument(
+        "--size", type=positive, default=64, help="pixels on the shorter side of a stored picture, at most"
+    )
+    add.add_argument("--vocab_size", type=positive, default=512, help="ids of the tokenizer that is trained")
     add.add_argument("--tokenizer", default="", help="to use instead: a .model, a tokenizer.json, a directory")
 
     page = argparse.ArgumentParser(add_help=False)
     page.add_argument("--mode", choices=MODES, default="joint", help="of the page's documents")
-    page.add_argument("--length", type=int, default=2048, help="tokens in a row of the page")
-    page.add_argument("--slots", type=int, default=8, help="images to read and to paint in a row of the page")
+    page.add_argument("--length", type=positive, default=2048, help="tokens in a row of the page")
+    page.add_argument("--slots", type=not_negative, default=8, help="images to read and to paint in a row of the page")
 
     formats = commands.add_parser("import", help="a corpus from a public layout").add_subparsers(
         required=True, metavar="FORMAT"
@@ -79,17 +84,17 @@ def parser() -> argparse_flags.ArgumentParser:
                 add.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=told)
         add.add_argument("--to", required=True, help="directory of the data set; others of its corpora stay")
         add.add_argument("--name", required=True, help="of the corpus in the data set")
-        add.add_argument("--workers", type=int, default=0, help="processes; 0: one for each core")
+        add.add_argument("--workers", type=not_negative, default=0, help="processes; 0: one for each core")
         add.add_argument("--beam", default="", help="instead, options of Beam, as '--runner=DataflowRunner ...'")
-        add.add_argument("--max_bad", type=float, default=0.5, help="largest share of records that may be unusable")
-        add.add_argument("--sample", type=int, default=0, help="also write DIR/NAME.html with so many")
+        add.add_argument("--max_bad", type=share, default=0.5, help="largest share of records that may be unusable")
+        add.add_argument("--sample", type=not_negative, default=0, help="also write DIR/NAME.html with so many")
 
     add = commands.add_parser("sample", help="a page of documents as the model will see them", parents=[page])
     add.set_defaults(main=_sample)
     add.add_argument("directory", help="a data set")
     add.add_argument("--name", required=True, help="one of its corpora")
     add.add_argument("--to", required=True, help="the HTML file to write")
-    add.add_argument("--count", type=int, default=32, help="how many documents")
+    add.add_argument("--count", type=positive, default=32, help="how many documents")
     add.add_argument("--tokenizer", default="", help="a .model, a tokenizer.json, a directory; else the data set's own")
 
     add = commands.add_parser("precompute", help="what the frozen image towers make of a data set's images")
@@ -98,9 +103,11 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--checkpoint", required=True, help="the model: an imported one, or the directory of a run")
     add.add_argument("--names", nargs="+", choices=stored.NAMES, default=["moments"], help="what to compute")
     add.add_argument("--corpora", nargs="+", default=[], help="of which corpora; default all")
-    add.add_argument("--size", type=int, default=512, help="pixels on a side of the painted images: rows.dream_size")
+    add.add_argument(
+        "--size", type=positive, default=512, help="pixels on a side of the painted images: rows.dream_size"
+    )
     add.add_argument("--dtype", choices=stored.DTYPES, default="bfloat16", help="type to store: data.stored_dtype")
-    add.add_argument("--batch", type=int, default=32, help="images at once on each device")
+    add.add_argument("--batch", type=positive, default=32, help="images at once on each device")
     distributed.add_flags(add)
     return top
 
@@ -141,7 +148,7 @@ def _import(arguments: argparse.Namespace) -> None:
     counted = ", ".join(f"{summary[what]:,} {what}" for what in ("documents", "images", "tokens") if summary[what])
     print(f"{arguments.to}/{arguments.name}: {counted}, {time.monotonic() - began:.1f} s")
     for reason, count in summary["dropped"].items():
-        print(f"  dropped {reason:15} {count:8,}")
+        print(f"  dropped {reason:15} {count:8,}  {', '.join(summary['examples'][reason])}")
     if arguments.sample:
         arguments.directory, arguments.count = arguments.to, arguments.sample
         arguments.to = f"{arguments.to}/{arguments.name}.html"

@@ -10,13 +10,22 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer
+
+# TGA is last, for its files do not begin with a sign of their own.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "DIB", "TGA")
+# What their files are called, without the dot; in capitals too.
+EXTENSIONS = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "ppm", "pgm", "pbm", "pnm"),
+    *("avif", "jp2", "j2k", "jpf", "jpx", "jpc", "j2c", "ico", "tga"),
+)
+SUFFIXES = tuple(f".{extension}" for extension in EXTENSIONS)
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 32  # longer side : shorter side; a thread whose shorter side is enlarged would fill the memory
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; `reason` is one word for counting: format, size, broken or mode."""
+    """An image that cannot be used; `reason` is one word for counting: format, lfs_pointer, size, broken or mode."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -34,6 +43,8 @@ def decode(data: bytes, shorter: int = 0) -> Image.Image:
     Raises:
       ImageError: not an image of a known format, beyond `MAX_PIXELS` or `MAX_ASPECT`, damaged, or of an unknown mode.
     """
+    if is_lfs_pointer(data):
+        raise ImageError("lfs_pointer", NO_POINTER)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
@@ -49,25 +60,38 @@ def decode(data: bytes, shorter: int = 0) -> Image.Image:
     try:
         if shorter:
             image.draft(None, (2 * shorter, 2 * shorter))
+        bits = _bits(image)
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image), bits)
     except ImageError:
         raise
     except Exception as error:
         raise ImageError("broken", str(error)) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
+def _bits(image: Image.Image) -> int:
+    """Bits of a channel in the file, of which `load` makes 8; its transparent colour keeps them."""
+    rawmode = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""
+    packed = {"1": 1, "L;2": 2, "L;4": 4}  # levels of grey in less than a byte
+    return packed.get(rawmode, 16 if "16" in rawmode else 8)
+
+
+def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
+    transparent = image.info.get("transparency")
+    if image.mode == "RGB" and transparent is None:
         return image
     if image.mode.startswith("I"):  # 16 bits, or 32 holding 16: Pillow's conversion would clip instead of scale
         pixels = np.asarray(image).astype(np.int64)
         if pixels.min() < 0 or pixels.max() > 0xFFFF:
             raise ImageError("mode", "integer pixels of more than 16 bits")
-        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+        grey = np.where(pixels == transparent, 0xFF, pixels >> 8).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode == "F":
         raise ImageError("mode", "floating-point pixels")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("1", "L", "RGB") and transparent is not None:
+        levels = np.asarray(transparent) * 0xFF // ((1 << bits) - 1) if bits < 16 else np.asarray(transparent) >> 8
+        image.info["transparency"] = tuple(levels.tolist()) if levels.ndim else int(levels)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or transparent is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")

@@ -24,13 +24,14 @@ from etils import epath
 from tqdm import tqdm
 
 from dreamllm_jax.data import images, storage
-from dreamllm_jax.data.corpora.records import Dropped, Format, Part, Record, setting
+from dreamllm_jax.data.corpora.records import NOT_FETCHED, Dropped, Format, Part, Record, setting
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.tokenizer import load_tokenizer
 from dreamllm_jax.directories import is_remote, local_folder, write_whole
 
 _SETTINGS = "settings.json"
 _COUNTED = ("documents", "images", "tokens", "records", "bad")
+_EXAMPLES = 3
 Job = tuple[Format, Part, int, str, "Options"]
 _DAMAGED = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, pa.ArrowException)
 
@@ -94,7 +95,7 @@ def import_corpus(
     _begin(work, settings)
     results = _import_parts(source.prepare(work), parts, work, options, workers, beam)
     summary = _summary(results, settings)
-    _require_good(summary, max_bad, work)
+    _require_good(summary, source.source, max_bad, work)
     shards = [
         storage.Shard(work / file, records, size) for result in results for file, records, size in result["shards"]
     ]
@@ -172,14 +173,34 @@ def _told(work: epath.Path, index: int) -> epath.Path:
     return work / f"part-{index:05d}.json"
 
 
+class Losses:
+    """What was dropped for which reason, and where that was seen first.
+
+    Attributes:
+      place: where what is dropped next stands.
+    """
+
+    def __init__(self):
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.places: dict[str, str] = {}
+        self.place = ""
+
+    def add(self, reason: str) -> None:
+        self.counts[reason] += 1
+        self.places.setdefault(reason, self.place)
+
+
 def import_part(source: Format, part: Part, index: int, work: str, options: Options) -> None:
     """Writes the documents of one part; the file that says so comes last and at once."""
-    counts, dropped = collections.Counter(dict.fromkeys(_COUNTED, 0)), collections.Counter()
+    counts, dropped = collections.Counter(dict.fromkeys(_COUNTED, 0)), Losses()
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     with local_folder(work) as folder:  # array_record writes to local files only
         writer = storage.ShardWriter(lambda shard: folder / f"part-{index:05d}.{shard}")
-        for record in _records(source, part):
+        for number, record in enumerate(_records(source, part), 1):
+            dropped.place = f"{_named(part)} record {number}"
             document = _document(record, options, dropped)
+            if record == NOT_FETCHED:
+                continue
             counts["records"] += 1
             if document is None:
                 counts["bad"] += 1
@@ -191,7 +212,13 @@ def import_part(source: Format, part: Part, index: int, work: str, options: Opti
                 counts["tokens"] += sum(len(tokenizer.encode_text(text.text)) for text in document.texts)
         writer.close()
     shards = [(shard.path.name, shard.records, shard.size) for shard in writer.shards]
-    write_whole(_told(epath.Path(work), index), json.dumps({**counts, "dropped": dropped, "shards": shards}) + "\n")
+    told = {**counts, "dropped": dropped.counts, "examples": dropped.places, "shards": shards}
+    write_whole(_told(epath.Path(work), index), json.dumps(told) + "\n")
+
+
+def _named(part: Part) -> str:
+    """The part in words: a file, and where in it what is read begins."""
+    return f"{epath.Path(part.path).name}{f' from {part.start}' if part.start else ''}"
 
 
 def _records(source: Format, part: Part) -> Iterator[Record | Dropped]:
@@ -202,13 +229,13 @@ def _records(source: Format, part: Part) -> Iterator[Record | Dropped]:
         yield Dropped("damaged_file")
 
 
-def _document(record: Record | Dropped, options: Options, dropped: collections.Counter[str]) -> Document | None:
+def _document(record: Record | Dropped, options: Options, dropped: Losses) -> Document | None:
     """The record as a document, its images as they are stored; None, and why it was dropped, if it cannot be one.
 
     Of pages an image that cannot be used is left out, from others it takes the record with it.
     """
     if isinstance(record, Dropped):
-        dropped[record.reason] += 1
+        dropped.add(record.reason)
         return None
     may_lack = record.kind in ("interleaved", "instruct_interleaved")
     segments: list[Segment] = []
@@ -220,7 +247,7 @@ def _document(record: Record | Dropped, options: Options, dropped: collections.C
             except images.ImageError as error:
                 segment = Dropped(error.reason)
         if isinstance(segment, Dropped):
-            dropped[segment.reason] += 1
+            dropped.add(segment.reason)
             if not may_lack:
                 return None
             continue
@@ -232,7 +259,7 @@ def _document(record: Record | Dropped, options: Options, dropped: collections.C
             raise ValueError("nothing is left")
         return Document(record.kind, tuple(segments))
     except ValueError:
-        dropped["no_document"] += 1
+        dropped.add("no_document")
         return None
 
 
@@ -242,18 +269,28 @@ def _encodable(text: str) -> str:
 
 
 def _summary(results: list[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What was counted, and by reason up to `_EXAMPLES` places where something was dropped for it, of as many parts."""
     dropped: collections.Counter[str] = collections.Counter()
+    examples: dict[str, list[str]] = {}
     for result in results:
         dropped.update(result["dropped"])
+        for reason, place in result["examples"].items():
+            examples[reason] = [*examples.get(reason, []), place][:_EXAMPLES]
     totals = {name: sum(result[name] for result in results) for name in _COUNTED}
-    return totals | {"dropped": dict(sorted(dropped.items())), "settings": dict(settings)}
+    return totals | {
+        "dropped": dict(sorted(dropped.items())),
+        "examples": dict(sorted(examples.items())),
+        "settings": dict(settings),
+    }
 
 
-def _require_good(summary: Mapping[str, Any], max_bad: float, work: epath.Path) -> None:
+def _require_good(summary: Mapping[str, Any], source: str, max_bad: float, work: epath.Path) -> None:
     bad, records = summary["bad"], summary["records"]
     if not summary["documents"] or bad > max_bad * records:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in summary["dropped"].items())
+        reasons = ", ".join(
+            f"{reason} {count}: {summary['examples'][reason][0]}" for reason, count in summary["dropped"].items()
+        )
         raise ValueError(
-            f"{bad} of {records} records cannot be used ({reasons}), more than --max_bad={max_bad} allows; what was "
-            f"read is in {work}: start again with another --max_bad to take it, or remove it"
+            f"{source}: {bad} of {records} records cannot be used ({reasons}), more than --max_bad={max_bad} allows; "
+            f"what was read is in {work}: start again with another --max_bad to take it, or remove it"
         )

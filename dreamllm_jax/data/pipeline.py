@@ -66,8 +66,9 @@ class DataConfig:
     def __post_init__(self):
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
-        if self.workers < 0:
-            raise ValueError(f"workers must not be negative, got {self.workers}")
+        for name in ("workers", "pairs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("flip", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is between 0 and 1, got {getattr(self, name)}")

@@ -12,14 +12,16 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import Encoded, Mode, encode_document
 
 _STYLE = """
-body { font: 15px/1.7 sans-serif; max-width: 70em; margin: 2em auto; }
+body { font: 15px/1.7 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }
 section { border-top: 1px solid #ccc; padding: 1em 0; }
 h2 { font-size: 1em; color: #666; }
 span { background: #eee; border-radius: 3px; padding: 1px 0; white-space: pre-wrap; }
 span.learned { background: #bfe5bf; }
 span.special { color: #05a; }
-figure { display: inline-block; margin: 4px; vertical-align: middle; text-align: center; font-size: 12px; color: #666; }
-img { height: 112px; border: 3px solid #ccc; } .dream img { border-color: #e8a33d; }
+figure { display: inline-block; margin: 4px; max-width: 100%; vertical-align: middle; }
+figure { text-align: center; font-size: 12px; color: #666; }
+img { height: 112px; max-width: 100%; object-fit: contain; box-sizing: border-box; border: 3px solid #ccc; }
+.dream img { border-color: #e8a33d; }
 """
 
 
@@ -47,7 +49,11 @@ def write_sheet(
         "painted.</p>"
     )
     title = f"{html.escape(corpus)}: {count} of {len(documents):,} documents, mode {mode}"
-    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{legend}"
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>{legend}"
+    )
     Path(to).parent.mkdir(parents=True, exist_ok=True)
     Path(to).write_text(page + "".join(body))
 

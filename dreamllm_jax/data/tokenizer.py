@@ -14,12 +14,13 @@ from typing import Any
 
 import sentencepiece
 from etils import epath
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from dreamllm_jax import gguf_reader
-from dreamllm_jax.directories import write_whole
+from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer, write_whole
 from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
 
 FOLDER = "tokenizer"  # where checkpoints and data sets keep theirs
@@ -57,6 +58,8 @@ class Tokenizer:
         bos, eos = (fast.token_to_id(names[name]) for name in ("bos_token", "eos_token"))
         self.special = SpecialTokens.of(bos, eos, {token: fast.token_to_id(token) for token in ADDED_TOKENS})
         fast.encode_special_tokens = True  # as any other text
+        fast.no_truncation()  # which transformers stores with a tokenizer that was used so
+        fast.no_padding()
 
     @property
     def vocab_size(self) -> int:
@@ -124,7 +127,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     Raises:
       FileNotFoundError: nothing to read there.
-      ValueError: the file is of a kind that cannot be converted exactly.
+      ValueError: the file is damaged, or of a kind that cannot be converted exactly.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -137,11 +140,18 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         path = found[0]
     model, legacy = None, True
     if path.suffix == ".model":
-        model = path.read_bytes()
+        model = _read_file(path)
         legacy = _read_json(path.parent / "tokenizer_config.json").get("legacy") is not False
-        fast, names = from_sentencepiece(model), dict(_LLAMA_NAMES)
+        try:
+            fast, names = from_sentencepiece(model), dict(_LLAMA_NAMES)
+        except (DecodeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
     elif path.suffix == ".json":
-        fast = FastTokenizer.from_str(path.read_text())
+        content = _read_file(path)
+        try:
+            fast = FastTokenizer.from_buffer(content)
+        except Exception as error:  # of which `tokenizers` has no other kind
+            raise ValueError(f"{path} is not a tokenizer of Hugging Face: {' '.join(str(error).split())}") from None
         names = _special_names(fast, directory)
     elif path.suffix == ".gguf":
         fast, names = from_gguf(path)
@@ -322,6 +332,13 @@ def _with_special_tokens(
     known = {token.content for token in fast.get_added_tokens_decoder().values()}
     _mark_special(fast, [token for token in names.values() if token not in known])
     return Tokenizer(fast, names, [fast.token_to_id(token) for token in new], sentencepiece_model, legacy)
+
+
+def _read_file(path: epath.Path) -> bytes:
+    content = path.read_bytes()
+    if is_lfs_pointer(content):
+        raise ValueError(f"{path} {NO_POINTER}")
+    return content
 
 
 def _read_json(file: epath.Path) -> dict[str, Any]:

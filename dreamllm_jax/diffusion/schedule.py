@@ -25,6 +25,12 @@ class ScheduleConfig:
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     prediction_type: PredictionType = "epsilon"
 
+    def __post_init__(self):
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be positive, got {self.num_train_timesteps}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"0 < beta_start <= beta_end < 1 must hold, got {self.beta_start} and {self.beta_end}")
+
 
 # What a scheduler_config.json may hold beside ScheduleConfig's fields and be read without loss for training: settings
 # of samplers, and options that are off.

@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamllm_jax.data.corpora.records import spellings
+from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -82,12 +85,20 @@ def docvqa(files: Sequence[Path], images: Path) -> list[Question]:
 
 
 def pope(files: Sequence[Path], images: Path) -> list[Question]:
-    """POPE: JSON lines."""
-    lines = [json.loads(line) for line in _text(_only(files)).splitlines() if line.strip()]
-    return [
-        Question(one["question_id"], _image(images, one["image"]), one["text"], [one["label"].strip().lower()])
-        for one in lines
-    ]
+    """POPE: JSON lines, each with a `label` that says yes or no."""
+    file, found = _only(files), []
+    for number, line in enumerate(_text(file).split("\n"), 1):  # not at U+2028, which may stand within a text
+        if not line.strip():
+            continue
+        try:
+            one = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} is not JSON: {error}") from None
+        label = str(one.get("label", "")).strip().lower()
+        if label not in ("yes", "no"):
+            raise ValueError(f"{file}, line {number}: its label is neither yes nor no but {one.get('label')!r}")
+        found.append(Question(one["question_id"], _image(images, one["image"]), one["text"], [label]))
+    return found
 
 
 def captions(files: Sequence[Path], images: Path) -> list[Question]:
@@ -118,6 +129,10 @@ def paragraphs(files: Sequence[Path], images: Path) -> list[Question]:
     if len(told) != 1 or len(splits) != 1:
         raise ValueError(f"{_names(files)}: give --annotations=paragraphs_v1.json,test_split.json")
     wanted = set(splits[0])
+    if missing := wanted - {one["image_id"] for one in told[0]}:
+        raise ValueError(
+            f"{_names(files)}: {len(missing)} images of the split have no paragraph, {min(missing)} is one"
+        )
     return [
         Question(one["image_id"], _image(images, f"{one['image_id']}.jpg"), answers=[one["paragraph"]])
         for one in told[0]
@@ -135,7 +150,13 @@ def mmvet(files: Sequence[Path], images: Path) -> list[Question]:
 def mmbench(files: Sequence[Path], images: Path) -> list[Question]:
     """MMBench: a table separated by tabs, with the images in it. The answers are scored by its server."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    rows = list(csv.DictReader(io.StringIO(_text(_only(files)), newline=""), delimiter="\t"))
+    file = _only(files)
+    try:
+        rows = list(csv.DictReader(io.StringIO(_text(file), newline=""), delimiter="\t", strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{file} is not a table separated by tabs: {error}") from None
+    if torn := [number for number, row in enumerate(rows, 1) if None in row or None in row.values()]:
+        raise ValueError(f"{file}, row {torn[0]} has not as many cells as the header")
     by_index = {row["index"]: row["image"] for row in rows}
     found = []
     for row in rows:
@@ -143,8 +164,26 @@ def mmbench(files: Sequence[Path], images: Path) -> list[Question]:
         if len(image) < 64 and image in by_index:  # questions about one image name the first of them
             image = by_index[image]
         hint = f"Hint:{row['hint']}" if row.get("hint") else ""
-        found.append(Question(row["index"], base64.b64decode(image), f"{hint}Question:{row['question']}", record=row))
+        try:
+            data = base64.b64decode(image)
+        except ValueError as error:
+            raise ValueError(f"{file}: the image of index {row['index']} is not in base64: {error}") from None
+        found.append(Question(row["index"], data, f"{hint}Question:{row['question']}", record=row))
     return found
+
+
+def require_answers(questions: Sequence[Question], files: Sequence[Path]) -> None:
+    """Makes sure that the annotators answered all of the questions or, where that is kept secret, none.
+
+    Raises:
+      ValueError: they answered some.
+    """
+    without = [question.id for question in questions if not question.answers]
+    if 0 < len(without) < len(questions):
+        raise ValueError(
+            f"{_names(files)}: {len(without)} of {len(questions)} questions have no answer there, {without[0]!r} is "
+            "one; give the same split's annotations, or the questions alone, which are then answered without a score"
+        )
 
 
 def _answers(record: Mapping[str, Any]) -> list[str]:
@@ -164,7 +203,13 @@ def _names(files: Sequence[Path]) -> str:
 def _text(file: Path) -> str:
     if not file.is_file():
         raise FileNotFoundError(f"the annotations {file} are missing")
-    return file.read_text(encoding="utf-8")
+    content = file.read_bytes()
+    if is_lfs_pointer(content):
+        raise ValueError(f"{file} {NO_POINTER}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
 
 
 def _json(file: Path) -> Any:
@@ -182,9 +227,10 @@ def _under(content: Any, key: str, files: Sequence[Path]) -> Any:
 
 
 def _image(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
+    found = next((path for spelling in spellings(name) if (path := folder / spelling).is_file()), None)
+    if found is None:
         raise FileNotFoundError(f"the image {folder / name} is missing")
-    return folder / name
+    return found
 
 
 def _coco_image(folder: Path, number: int) -> Path:

@@ -63,15 +63,19 @@ def read_captions(file: epath.PathLike, limit: int | None = None) -> dict[str, s
     path = epath.Path(file)
     if not path.exists():
         raise FileNotFoundError(f"the captions {file} are missing")
-    text = path.read_text()
     try:
-        if path.suffix == ".json":
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
+    written = text.split("\n")  # not at U+2028, which may stand within a caption
+    try:
+        if path.suffix.lower() == ".json":
             pairs = [(one["image_id"], one["caption"]) for one in json.loads(text)["annotations"]]
-        elif path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        elif path.suffix.lower() == ".jsonl":
+            lines = [json.loads(line) for line in written if line.strip()]
             pairs = [(one["image_id"], one["caption"]) for one in lines]
         else:
-            pairs = [(f"{number:06}", line) for number, line in enumerate(text.splitlines()) if line.strip()]
+            pairs = [(f"{number:06}", line) for number, line in enumerate(written) if line.strip()]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is neither COCO's captions (.json), nor JSON lines of image_id and caption (.jsonl): {error!r}"

@@ -13,9 +13,10 @@ from dreamllm_jax.directories import is_remote, require_free
 RESULTS, INDEX = "results.jsonl", "index.html"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); gap: 16px; }
 article { border: 1px solid #ddd; border-radius: 8px; padding: 12px; overflow-wrap: anywhere; }
-img { max-width: 100%; } small { color: #777; } .prompt { color: #147; }
+img { max-width: 100%; } small { color: #777; overflow-wrap: anywhere; } article p { white-space: pre-wrap; }
+.prompt { color: #147; }
 """
 
 
@@ -46,7 +47,9 @@ class Results:
             return
         told = ", ".join(f"{name} {value}" for name, value in self._settings.items())
         (self._directory / INDEX).write_text(
-            f'<!doctype html><html><head><meta charset="utf-8"><title>Results</title><style>{_STYLE}</style></head>'
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>Results</title><style>{_STYLE}</style></head>"
             f"<body><p><small>{html.escape(told)}</small></p><main>{''.join(self._articles)}</main></body></html>\n"
         )
 

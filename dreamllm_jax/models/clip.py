@@ -51,6 +51,14 @@ class ClipVisionConfig:
     image_std: tuple[float, float, float] = STD
 
     def __post_init__(self):
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "layer_norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.initializer_range < 0 or min(self.image_std) <= 0:
+            raise ValueError(
+                f"initializer_range must not be negative and image_std positive, got {self.initializer_range} and "
+                f"{self.image_std}"
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported: choose from {list(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:

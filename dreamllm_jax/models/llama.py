@@ -59,6 +59,11 @@ class LlamaConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -71,8 +76,8 @@ class LlamaConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd or not positive: rotary embedding turns pairs")
 
     def rope_frequencies(self, length: int | Array) -> np.ndarray | Array:
         """Radians per position in rows of this length, see `rope.rope_frequencies`."""

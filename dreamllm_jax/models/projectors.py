@@ -35,6 +35,8 @@ class ProjectorConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}")
         if self.kind not in ("linear", "mlp", "conv"):
             raise ValueError(f"kind must be linear, mlp or conv, got {self.kind!r}")
         if (self.kind == "mlp") != (self.depth > 1) or self.depth < 1:

@@ -60,6 +60,15 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         levels = self.levels
+        for key in ("in_channels", "out_channels", "norm_num_groups", "norm_eps"):
+            require(getattr(self, key) > 0, f"{key} must be positive, got {getattr(self, key)}")
+        require(
+            min(self.block_out_channels, default=0) > 0, f"block_out_channels={self.block_out_channels} has no size"
+        )
+        require(
+            self.sample_size is None or self.sample_size > 0, f"sample_size must be positive, got {self.sample_size}"
+        )
+        require(self.freq_shift in (0, 1), f"freq_shift must be 0 or 1, got {self.freq_shift}")
         for key, choices in (
             ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
             ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
@@ -76,8 +85,8 @@ class UNetConfig:
                 f"{key}={value!r} must be a positive integer or {levels} of them",
             )
         require(
-            isinstance(self.cross_attention_dim, int),
-            f"cross_attention_dim={self.cross_attention_dim!r} must be one integer",
+            isinstance(self.cross_attention_dim, int) and self.cross_attention_dim > 0,
+            f"cross_attention_dim={self.cross_attention_dim!r} must be one positive integer",
         )
         require(self.act_fn == "silu", f"act_fn={self.act_fn!r}: only 'silu' is implemented")
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):

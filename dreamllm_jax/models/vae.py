@@ -45,6 +45,12 @@ class AutoencoderConfig:
     scaling_factor: float = 0.18215
 
     def __post_init__(self) -> None:
+        sizes = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "sample_size")
+        for key in (*sizes, "scaling_factor"):
+            require(getattr(self, key) > 0, f"{key} must be positive, got {getattr(self, key)}")
+        require(
+            min(self.block_out_channels, default=0) > 0, f"block_out_channels={self.block_out_channels} has no size"
+        )
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             want = (kind,) * len(self.block_out_channels)
             require(getattr(self, key) == want, f"{key}={getattr(self, key)!r}: only {want!r} is implemented")
@@ -203,6 +209,7 @@ class PixelAutoencoderConfig:
 
     def __post_init__(self) -> None:
         require(self.patch_size > 0, f"patch_size={self.patch_size!r} must be a positive integer")
+        require(self.scaling_factor > 0, f"scaling_factor must be positive, got {self.scaling_factor}")
 
     @property
     def latent_channels(self) -> int:

@@ -48,6 +48,9 @@ class OptimizerConfig:
         for name in ("warmup_ratio", "end_value", "b1", "b2", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("b1", "b2", "ema_decay"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name} must be below 1, or nothing is ever learnt or averaged")
         for name in ("weight_decay", "clip_norm", "skip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

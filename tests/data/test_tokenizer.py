@@ -88,6 +88,37 @@ def test_a_damaged_description_is_named(name, content, model, tmp_path):
         tokenizer.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("stored", ["truncation", "padding", "both"])
+def test_what_transformers_stores_of_its_use_changes_no_text(stored, text_tokenizer, tmp_path):
+    text_tokenizer.save(tmp_path)
+    used = FastTokenizer.from_file(str(tmp_path / tokenizer.FILE))
+    if stored != "padding":
+        used.enable_truncation(4)
+    if stored != "truncation":
+        used.enable_padding(length=64, pad_id=text_tokenizer.special.pad, pad_token="[PAD]")
+    used.save(str(tmp_path / tokenizer.FILE))
+    ours, text = tokenizer.load_tokenizer(tmp_path), "a red square and a blue square"
+    assert ours.encode_text(text) == text_tokenizer.encode_text(text)
+    assert ours.encode_text(text, prefix=False) == text_tokenizer.encode_text(text, prefix=False)
+    ours.save(tmp_path / "saved")
+    assert FastTokenizer.from_file(str(tmp_path / "saved" / tokenizer.FILE)).truncation is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", " is a pointer of git-lfs"),
+        (b"\xff{}", "(:| is not a tokenizer of Hugging Face)"),
+        (b"", "(:| is not a tokenizer of Hugging Face)"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}{message}"):
+        tokenizer.load_tokenizer(tmp_path)
+
+
 def test_special_tokens_follow_the_base_vocabulary(model, tmp_path):
     (tmp_path / "t.model").write_bytes(model)
     ours = tokenizer.load_tokenizer(tmp_path / "t.model")

@@ -136,6 +136,62 @@ def test_wrong_annotations_are_named(folder, name, files, message):
         comprehension.TASKS[name].read([folder / file for file in files], folder)
 
 
+LINE = {"question_id": 1, "image": "1.png", "text": "Is it?", "label": "Yes"}
+
+
+def test_lines_of_pope_may_hold_any_character(folder, tmp_path):
+    lines = [{**LINE, "text": "Is it\u2028so?"}, {**LINE, "label": "no"}]
+    (tmp_path / "p.json").write_text("\ufeff" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    questions = annotations.pope([tmp_path / "p.json"], folder)
+    assert [one.text for one in questions] == ["Is it\u2028so?", "Is it?"]
+    assert [one.answers for one in questions] == [["yes"], ["no"]]
+
+
+@pytest.mark.parametrize(
+    ("task", "content", "message"),
+    [
+        ("pope", json.dumps(LINE) + "\n" + json.dumps({**LINE, "label": None}), "line 2: its label is neither yes nor"),
+        (
+            "pope",
+            json.dumps({name: LINE[name] for name in LINE if name != "label"}),
+            "line 1: its label is neither yes",
+        ),
+        ("pope", json.dumps(LINE) + "\n{", "line 2 is not JSON"),
+        ("pope", json.dumps(LINE, ensure_ascii=False).replace("it", "\u00e9").encode("latin-1"), "is not UTF-8"),
+        ("vizwiz", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs"),
+        ("vizwiz", '[{"image": "1.png"}]', "not the annotations of vizwiz: KeyError, a record has no 'question'"),
+        ("mmbench", 'index\tquestion\timage\n1\t"What\tAAAA\n2\tWhy\tAAAA\n', "not a table separated by tabs"),
+        ("mmbench", "index\tquestion\timage\n1\tWhat\n", "row 1 has not as many cells as the header"),
+        ("mmbench", "index\tquestion\timage\n1\tWhat\tA\n", "the image of index 1 is not in base64"),
+    ],
+)
+def test_damaged_annotations_are_named_before_a_model_is_asked(task, content, message, folder, tmp_path):
+    (tmp_path / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = ["--checkpoint=none", f"--task={task}", f"--annotations={tmp_path / 'a.json'}", f"--images={folder}"]
+    arguments = make_parser().parse_args(["comprehension", *words])
+    with pytest.raises(ValueError, match=rf"a\.json.*{message}"):
+        arguments.main(arguments)
+
+
+@pytest.mark.parametrize("task", ["vqav2", "vizwiz", "textvqa", "i2paragraph"])
+def test_annotations_of_some_questions_are_refused(task, folder, tmp_path):
+    files = [folder / name for name in ANNOTATIONS[task]]
+    if task == "i2paragraph":
+        (tmp_path / "a.json").write_text("[0, 1, 2, 77]")
+    else:
+        content = json.loads(files[-1].read_text())
+        (content if isinstance(content, list) else next(iter(content.values())))[-1]["answers"] = []
+        (tmp_path / "a.json").write_text(json.dumps(content))
+    files = ",".join(map(str, [*files[:-1], tmp_path / "a.json"]))
+    words = ["--checkpoint=none", f"--task={task}", f"--annotations={files}", f"--images={folder}"]
+    arguments = make_parser().parse_args(["comprehension", *words])
+    message = (
+        "1 images of the split have no paragraph, 77" if task == "i2paragraph" else "1 of 3 questions have no answer"
+    )
+    with pytest.raises(ValueError, match=message):
+        arguments.main(arguments)
+
+
 def test_a_missing_image_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no image 000000000040\.jpg"):
         comprehension.TASKS["vqav2"].read([folder / file for file in ANNOTATIONS["vqav2"]], tmp_path)

@@ -157,6 +157,13 @@ TOKENIZED = [
     ("\u201cHello\u201d he said \u2013 it\u2019s fine", "hello he said it 's fine"),
     ("ten people and 10 dogs", "ten people and 10 dogs"),
     ("A kite flying in the sky\n over the beach .", "a kite flying in the sky over the beach"),
+    ("A boy stands on a field. He has a hat.", "a boy stands on a field he has a hat"),
+    ("A bus. It is red..", "a bus it is red"),
+    ('He said "go." Then (it is late.) he went.!', "he said go then -lrb- it is late -rrb- he went"),
+    ("Dr. Smith lives on Main St. The U.S. flag at 5 p.m.", "dr. smith lives on main st. the u.s. flag at 5 p.m."),
+    ("We wash. In Wash. there is mass. Mass. is etc... far", "we wash in wash. there is mass mass. is etc. far"),
+    ("See no. 5 and fig. 2. No. No fig. Plan B. Then I go.", "see no. 5 and fig. 2 no no fig plan b then i go"),
+    ("Made by Acme Inc., a man., and 3.5 m. Well-st. is it", "made by acme inc. a man. and 3.5 m. well-st is it"),
 ]
 
 

@@ -22,7 +22,7 @@ OBJECTIVE = ObjectiveConfig(dm_weight=1.0, drop_prob=0.5, loss_chunk=1024, image
 
 
 def long_batch(config):
-    """Rows of text in which every fourth token is the same one, after some documents with batch."""
+    """Rows of text in which every fourth token is the same one, after some documents with images."""
     rng = np.random.default_rng(0)
     documents = [[random_document(rng, config, "tsd") for _ in range(IMAGES)] for _ in range(ROWS)]
     batch = make_batch(config, documents, shape=row_shape(config, LENGTH, IMAGES, IMAGES))

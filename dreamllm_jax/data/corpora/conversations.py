@@ -20,22 +20,33 @@ ROLES: dict[str, Role] = {
 }
 PLACEHOLDERS: dict[str, Role] = {"<image>": "user", "<dream>": "assistant"}
 
+_OTHER_MEDIA = ("video", "videos", "audio", "audios", "sound", "sounds", "speech", "point_cloud", "point")
+_OTHER_PLACES = re.compile(r"^\s*<(video|audio|sound|speech|point)>\s*$", re.MULTILINE)  # not a tag in a sentence
+
 
 @dataclasses.dataclass(frozen=True)
 class Llava(pictures.ImageTable):
     """Turns of `from` and `value` in `conversations`, and one or several files in `image`.
 
-    `<image>` in a user's turn is an image to read, `<dream>` in an assistant's one to paint. A turn may name its own
-    images: `"modal_info": {"<image>": ["image", [file, ...]]}`. Conversations without images are fine.
+    `<image>` in a user's turn is an image to read, `<dream>` in an assistant's one to paint. The files may also stand
+    in `images`. A turn may name its own images: `"modal_info": {"<image>": ["image", [file, ...]]}`. Conversations
+    without images are fine, those about videos or sounds are left out.
     """
 
     def record(self, row: Mapping[str, Any], part: Part) -> Record | Dropped:
         turns = row.get("conversations")
         if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
             return Dropped("fields")
+        if any(row.get(name) for name in _OTHER_MEDIA) or (row.get("image") and row.get("images")):
+            return Dropped("fields")
+        if any(_OTHER_PLACES.search(turn["value"]) for turn in turns):
+            return Dropped("placeholders")
         while turns and ROLES[turns[0]["from"]] == "assistant":  # nothing has been asked yet
             turns = turns[1:]
-        named = row.get("image")
+        answers = [turn["value"] for turn in turns if ROLES[turn["from"]] == "assistant"]
+        if not answers or not all(answer.strip() for answer in answers):
+            return Dropped("no_text")
+        named = row.get("image") or row.get("images")
         # One image may be referred to several times, several are taken in their order.
         files = iter(named) if isinstance(named, list) else None
         segments: list[Text | Image | Dropped] = []

@@ -34,8 +34,7 @@ class Mmc4(Format):
     def parts(self) -> list[Part]:
         found: list[Part] = []
         for path in find(self.source, (*tars.SUFFIXES, *tables.SUFFIXES)):
-            whole = path.name.endswith(tars.SUFFIXES)
-            found += [Part(str(path))] if whole else tables.parts(path, tables.REFERENCES)
+            found += [Part(str(path))] if tars.is_tar(path) else tables.parts(path, tables.REFERENCES)
         return found
 
     def prepare(self, scratch: epath.Path) -> "Mmc4":
@@ -43,7 +42,7 @@ class Mmc4(Format):
 
     def rows(self, part: Part) -> Iterator[tuple[Mapping[str, Any], Mapping[str, bytes]] | Dropped]:
         """Pages, each with the files that stand beside it in a tar."""
-        if not part.path.endswith(tars.SUFFIXES):
+        if not tars.is_tar(part.path):
             for row in tables.rows(part):
                 yield row if isinstance(row, Dropped) else (row, {})
             return
@@ -102,16 +101,20 @@ class Mmc4(Format):
             except ValueError:
                 return index, Dropped("broken")
         if beside and isinstance(name, str):
-            stem = name.split(".")[0].lower()
-            return index, next(
-                (Image(data) for key, data in beside.items() if key.split(".")[0] == stem and key != "json"),
-                Dropped("missing"),
-            )
+            return index, _beside(beside, name.lower())
         if not self.found:
             return index, Dropped("missing")
         shard = re.search(r"shard_(\d+)", part.path)
         inside = [f"{shard[1]}/{name}"] if shard else []
         return index, self.found.read(name, *inside, info.get("raw_url"))
+
+
+def _beside(files: Mapping[str, bytes], name: str) -> Image | Dropped:
+    """The file of that name, or the only one whose name differs from it in its extension alone."""
+    stem = name.rsplit(".", 1)[0]
+    alike = [other for other in files if other.rsplit(".", 1)[0] == stem and other != "json"]
+    chosen = [name] if name in files else alike
+    return Image(files[chosen[0]]) if len(chosen) == 1 else Dropped("missing")
 
 
 @dataclasses.dataclass(frozen=True)

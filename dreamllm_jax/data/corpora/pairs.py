@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
+from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora import pictures, tables, tars
 from dreamllm_jax.data.corpora.records import (
+    NOT_FETCHED,
     Dropped,
     Format,
     Part,
     Record,
+    field,
     find,
     local,
     read_image,
@@ -21,25 +25,39 @@ from dreamllm_jax.data.corpora.records import (
     under,
 )
 
-IMAGE_COLUMNS = (*tars.IMAGES, "image", "img", "bytes")
+IMAGE_COLUMNS = (*images.EXTENSIONS, "image", "img", "bytes")
 TEXT_FIELDS = ("txt", "caption", "text")
 CAPTIONS = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
+_PICTURES = ("image", "img", "picture", "rgb")  # in `1.image.jpg`; in `1.depth.png` it is something else
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class WebDataset(Format):
-    """Images with captions in tars, in what else img2dataset writes (files, Parquet), or in Hugging Face's Parquet."""
+    """Images with captions in tars, in what else img2dataset writes (files, Parquet), or in Hugging Face's Parquet.
+
+    The picture of a sample is its only image (`1.jpg`); one with another name before the extension (`1.depth.png`)
+    is not, unless --image names it.
+    """
 
     caption: str = setting("", "field of .json or column with the caption; else .txt, .caption, caption or text")
+    image: str = setting("", "extension or column of the picture, as png or depth.png; else the only one of an image")
 
     def parts(self) -> list[Part]:
         root = local(self.source)
         found = []
         if root.is_dir():
-            folders = [path for path in (root, *sorted(root.iterdir())) if path.is_dir()]
-            found = under(root, tars.SUFFIXES) or [folder for folder in folders if _has_images(folder)]
+            archives, folders = under(root, tars.SUFFIXES), _folders_of_images(root)
+            found = archives or folders
+            if archives and folders:
+                _logger.warning(
+                    "%s: its tars are read, not the images in folders beside them (%d folders, %s first)",
+                    root,
+                    len(folders),
+                    folders[0],
+                )
         found = found or find(self.source, [".parquet"])
-        if found[0].suffix != ".parquet":
+        if found[0].suffix.lower() != ".parquet":
             return [Part(str(path)) for path in found]
         return [part for path in found for part in self._table_parts(path)]
 
@@ -47,20 +65,24 @@ class WebDataset(Format):
         parts = tables.parts(path, 4 * tables.CONTENTS)
         if any(part.stop for part in parts):  # it is not damaged
             names = {name.lower() for name in tables.columns(path)}
-            if not names & set(IMAGE_COLUMNS):
+            if not names & {*IMAGE_COLUMNS, self.image.lower()}:
                 urls = ": it lists addresses; fetch them first with img2dataset" if "url" in names else ""
                 raise ValueError(f"{path} has no column with images ({', '.join(sorted(names))}){urls}")
         return parts
 
     def rows(self, part: Part) -> Iterator[Mapping[str, Any] | Dropped]:
         path = epath.Path(part.path)
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return tables.rows(part)
-        return _files(path) if path.is_dir() else tars.samples(path)
+        return _files(path) if path.is_dir() else _dotted(tars.samples(path))
 
     def record(self, row: Mapping[str, Any], part: Part) -> Record | Dropped:
         values = {name.lower(): value for name, value in row.items()}
-        image = next((v for name, v in values.items() if name.rsplit(".", 1)[-1] in IMAGE_COLUMNS and v), None)
+        shown = self._pictures([name for name, value in values.items() if value])
+        if not shown and isinstance(values.get("status"), str) and values["status"] != "success":
+            return NOT_FETCHED
+        if len(shown) > 1 or (not shown and any(_is_image(name) and value for name, value in values.items())):
+            return Dropped("which_image")
         fields = values
         if isinstance(values.get("json"), bytes):
             try:
@@ -68,28 +90,38 @@ class WebDataset(Format):
             except (ValueError, TypeError, RecursionError):
                 return Dropped("not_json")
         names = [self.caption] if self.caption else TEXT_FIELDS
-        text = read_text(next((fields[name] for name in names if fields.get(name)), None))
-        return Record("pair", (text, read_image("", image)))
+        text = read_text(next((found for name in names if (found := field(fields, name))), None))
+        return Record("pair", (text, read_image(epath.Path(part.path).parent, values[shown[0]] if shown else None)))
+
+    def _pictures(self, names: list[str]) -> list[str]:
+        """Those that are the picture, one if all is well."""
+        if self.image:
+            return [name for name in names if name == self.image.lower()]
+        alone = [name for name in names if name in IMAGE_COLUMNS]
+        return alone or [name for name in names if _is_image(name) and name.rsplit(".", 1)[0] in _PICTURES]
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder(tables.Table):
     """A folder of images with captions.jsonl, captions.csv, metadata.jsonl or metadata.csv; or such a table itself."""
 
-    file: str = setting("file", "field with the image's file, relative to the folder")
+    file: str = setting("file", "field with the image's file, relative to the folder; else file_name")
     text: str = setting("text", "field with the caption")
 
-    def parts(self) -> list[Part]:
+    def needed(self) -> list[tuple[str, ...]]:
+        return [(self.file, "file_name"), (self.text,)]
+
+    def tables(self) -> list[epath.Path]:
         root = local(self.source)
         found = [root] if root.is_file() else [root / name for name in CAPTIONS if (root / name).is_file()]
         if len(found) != 1:
             have = f"{len(found)} are there" if found else "none is there"
             raise FileNotFoundError(f"{root} needs one of {', '.join(CAPTIONS)}; {have}")
-        return tables.parts(found[0], self.part_bytes)
+        return found
 
     def record(self, row: Mapping[str, Any], part: Part) -> Record:
-        image = read_image(epath.Path(part.path).parent, row.get(self.file) or row.get("file_name"))
-        return Record("pair", (read_text(row.get(self.text)), image))
+        image = read_image(epath.Path(part.path).parent, field(row, self.file) or field(row, "file_name"))
+        return Record("pair", (read_text(field(row, self.text)), image))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +131,43 @@ class ImagePairs(pictures.ImageTable):
     given: str = setting("source", "field with the image that is given")
     target: str = setting("target", "field with the image that is to be made of it")
 
+    def needed(self) -> list[tuple[str, ...]]:
+        return [(self.given,), (self.target,)]
+
     def record(self, row: Mapping[str, Any], part: Part) -> Record:
-        return Record("image_image", tuple(self.read(row.get(field), part) for field in (self.given, self.target)))
+        return Record("image_image", tuple(self.read(field(row, name), part) for name in (self.given, self.target)))
 
 
-def _has_images(folder: epath.Path) -> bool:
-    return any(path.suffix.lower().lstrip(".") in tars.IMAGES for path in folder.iterdir())
+def _is_image(name: str) -> bool:
+    """Whether an extension of a sample's file, such as `depth.png`, is that of an image."""
+    return name.rsplit(".", 1)[-1] in images.EXTENSIONS
+
+
+def _dotted(samples: Iterator[dict[str, bytes] | Dropped]) -> Iterator[dict[str, bytes] | Dropped]:
+    """The samples of a tar; `photo 2.0 red.jpg` and `photo 2.0 red.txt` are one, though their name has a dot in it."""
+    for sample in samples:
+        stems = {} if isinstance(sample, Dropped) else {name.rpartition(".")[0] for name in sample if _is_image(name)}
+        own = {stem for stem in stems if stem and (f"{stem}.txt" in sample or f"{stem}.caption" in sample)}
+        for stem in sorted(own):
+            yield {name[len(stem) + 1 :]: data for name, data in sample.items() if name.rpartition(".")[0] == stem}
+        rest = sample
+        if own:
+            rest = {name: data for name, data in sample.items() if name.rpartition(".")[0] not in own}
+        if rest:
+            yield rest
+
+
+def _folders_of_images(folder: epath.Path) -> list[epath.Path]:
+    """The folders with images, at any depth."""
+    return sorted({path.parent for path in under(folder, images.SUFFIXES)})
 
 
 def _files(folder: epath.Path) -> Iterator[dict[str, bytes]]:
-    """The samples of a folder as `tars.samples` gives them."""
+    """The samples of a folder as `tars.samples` gives them: the files that have an image's name up to the last dot."""
+    stems: dict[str, list[epath.Path]] = {}
     for path in sorted(folder.iterdir()):
-        extension = path.suffix.lower().lstrip(".")
-        if extension in tars.IMAGES:
-            sample = {extension: path.read_bytes()}
-            for beside in ("txt", "caption", "json"):
-                if (file := path.with_suffix(f".{beside}")).exists():
-                    sample[beside] = file.read_bytes()
-            yield sample
+        if not tars.is_hidden(path.name) and path.suffix.lower() in (*images.SUFFIXES, ".txt", ".caption", ".json"):
+            stems.setdefault(path.stem, []).append(path)
+    for files in stems.values():
+        if any(path.suffix.lower() in images.SUFFIXES for path in files):
+            yield {path.suffix.lower().lstrip("."): path.read_bytes() for path in files}

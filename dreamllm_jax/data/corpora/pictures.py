@@ -9,14 +9,16 @@ import functools
 import json
 import sqlite3
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Self
 
 from etils import epath
 
+from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora import tables, tars
-from dreamllm_jax.data.corpora.records import Dropped, Part, find, is_inside, is_url, local, read_image, setting, under
+from dreamllm_jax.data.corpora.records import Dropped, Part, find, inside, is_url, local, read_image, setting, under
 from dreamllm_jax.data.document import Image
 
 INDEX = "images.sqlite"
@@ -43,7 +45,7 @@ class Pictures:
 
     def _indexed(self, name: str, otherwise: Dropped) -> Image | Dropped:
         query = "SELECT path, offset, size FROM images WHERE name = ?"
-        row = _connect(self.index).execute(query, (name,)).fetchone()
+        row = _connect(self.index).execute(query, (_indexable(name),)).fetchone()
         if row is None:
             return Dropped("missing") if is_url(name) else otherwise
         path, offset, size = row
@@ -52,6 +54,11 @@ class Pictures:
         with epath.Path(self.root, path).open("rb") as file:
             file.seek(offset)
             return Image(file.read(size))
+
+
+def _indexable(name: str) -> str:
+    """A name or an address as it stands in the index: the same, however accents and separators are written."""
+    return name if is_url(name) else unicodedata.normalize("NFC", inside(name) or name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,44 +126,46 @@ def _connect(index: str) -> sqlite3.Connection:
 
 def _members(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str, int, int]]:
     """A tar's images by whole name, by file name and by the `url` of the .json of the same sample."""
-    inside = str(path.relative_to(root))
+    archive = str(path.relative_to(root))
     places: dict[str, tuple[int, int]] = {}
     urls: list[tuple[str, str]] = []
-    if path.suffix != ".tar":
+    if path.suffix.lower() != ".tar":
         raise ValueError(f"{path}: images are found by their place in a tar, which needs an uncompressed one")
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with path.open("rb") as file, tars.open_tar(file, "r:") as tar:
             for member in tar:
-                name = PurePosixPath(member.name)
-                if not member.isfile() or not is_inside(member.name) or member.size > tars.LARGEST:
+                name = PurePosixPath(inside(member.name) or "")
+                if not member.isfile() or not name.name or tars.is_hidden(str(name)) or member.size > tars.LARGEST:
                     continue
-                if name.suffix.lower().lstrip(".") in tars.IMAGES:
+                if name.suffix.lower() in images.SUFFIXES:
                     places[str(name)] = member.offset_data, member.size
-                elif name.suffix == ".json":
+                elif name.suffix.lower() == ".json":
                     try:
                         urls.append((json.load(tar.extractfile(member)).get("url"), str(name.with_suffix(""))))
                     except (ValueError, AttributeError):
                         continue
     except tarfile.TarError as error:
         raise ValueError(f"{path} is damaged ({error}); repair or remove it") from None
-    stems = {str(PurePosixPath(name).with_suffix("")): place for name, place in places.items()}
     for name, (offset, size) in places.items():
-        yield name, inside, offset, size
-        yield PurePosixPath(name).name, inside, offset, size
+        yield _indexable(name), archive, offset, size
+        yield _indexable(PurePosixPath(name).name), archive, offset, size
+    stems: dict[str, list[tuple[int, int]]] = {}
+    for name, place in places.items():
+        stems.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(place)
     for url, stem in urls:
-        if isinstance(url, str) and stem in stems:
-            yield url, inside, *stems[stem]
+        if isinstance(url, str) and len(stems.get(stem, ())) == 1:  # of two it would not be known which
+            yield url, archive, *stems[stem][0]
 
 
 def _listed(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str]]:
     """Addresses and files of a folder of img2dataset, from the Parquet file beside it."""
     if not {"url", "key"} <= tables.columns(path):
         return
+    files = {file.stem: file for file in under(path.with_suffix(""), images.SUFFIXES)}
     for part in tables.parts(path, tables.CONTENTS):
         for row in tables.rows(part):
-            if row.get("status", "success") == "success" and isinstance(row["url"], str):
-                file = path.with_suffix("") / f"{row['key']}.jpg"
-                yield row["url"], str(file.relative_to(root))
+            if isinstance(row["url"], str) and str(row["key"]) in files:  # the others were dead
+                yield row["url"], str(files[str(row["key"])].relative_to(root))
 
 
 def _mapped(table: str) -> Iterator[tuple[str, str]]:

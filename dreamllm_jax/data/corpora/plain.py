@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dreamllm_jax.data.corpora import tables
-from dreamllm_jax.data.corpora.records import Part, Record, read_text, setting
+from dreamllm_jax.data.corpora.records import Part, Record, field, read_text, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,5 +15,8 @@ class PlainText(tables.Table):
     part_bytes = tables.CONTENTS
     text: str = setting("text", "field with the text")
 
+    def needed(self) -> list[tuple[str, ...]]:
+        return [(self.text,)]
+
     def record(self, row: Mapping[str, Any], part: Part) -> Record:
-        return Record("text", (read_text(row.get(self.text)),))
+        return Record("text", (read_text(field(row, self.text)),))

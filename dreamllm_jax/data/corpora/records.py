@@ -1,9 +1,11 @@
 """What every format of a corpus offers to the import, and what it hands over."""
 
 import abc
+import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,6 +19,9 @@ class Dropped:
     """A record, or an image of one, that cannot be used; `reason` is one word for counting."""
 
     reason: str
+
+
+NOT_FETCHED = Dropped("not_fetched")  # an address that was dead: counted, and no damage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +101,14 @@ def find(source: str, suffixes: Sequence[str]) -> list[epath.Path]:
 
 
 def under(folder: epath.Path, suffixes: Sequence[str]) -> list[epath.Path]:
-    """All files under a directory whose names end in one of `suffixes`, sorted."""
+    """All files under a directory whose names end in one of `suffixes`, in capitals too, sorted; no hidden ones."""
     found: list[epath.Path] = []
     for path in folder.iterdir():
+        if path.name.startswith(".") or path.name == "__MACOSX":
+            continue
         if path.is_dir():
             found += under(path, suffixes)
-        elif path.name.endswith(tuple(suffixes)):
+        elif path.name.lower().endswith(tuple(suffixes)):
             found.append(path)
     return sorted(found)
 
@@ -124,10 +131,24 @@ def is_url(name: str) -> bool:
     return re.match(r"(https?|ftp|data|file):", name, re.IGNORECASE) is not None
 
 
-def is_inside(name: str) -> bool:
-    """Whether a relative file name stays in the directory it is relative to."""
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
+def inside(name: str) -> str | None:
+    """A relative file name, also with Windows' separators, with `/` between its parts; None if it leaves its folder."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    leaves = path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) or "\0" in name
+    return None if leaves or not name else str(path)
+
+
+def spellings(name: str) -> list[str]:
+    """The name, and the ways in which file systems may compose its accents (macOS takes them apart)."""
+    return list(dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]))
+
+
+def field(row: Mapping[str, Any], name: str) -> Any:
+    """What a row has under a name, or under the only one that differs from it in capitals and blanks alone."""
+    if name in row:
+        return row[name]
+    alike = [other for other in row if isinstance(other, str) and other.strip().lower() == name.lower()]
+    return row[alike[0]] if len(alike) == 1 else None
 
 
 def read_image(root: str | epath.Path, value: object) -> Image | Dropped:
@@ -143,12 +164,13 @@ def read_image(root: str | epath.Path, value: object) -> Image | Dropped:
         return Dropped("no_image")
     if is_url(value):
         return Dropped("url")
-    if not is_inside(value):
+    name = inside(value)
+    if name is None:
         return Dropped("outside")
-    try:
-        return Image(epath.Path(root, value).read_bytes())
-    except OSError:
-        return Dropped("missing")
+    for spelling in spellings(name):
+        with contextlib.suppress(OSError):
+            return Image(epath.Path(root, spelling).read_bytes())
+    return Dropped("missing")
 
 
 def read_text(value: object) -> Text | Dropped:
@@ -156,7 +178,12 @@ def read_text(value: object) -> Text | Dropped:
     if isinstance(value, list | tuple) and value:
         value = value[0]
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return Dropped("encoding")
+        if "\0" in value:  # UTF-16 without a mark
+            return Dropped("encoding")
     if not isinstance(value, str) or not value.strip():
         return Dropped("no_text")
     return Text(value.strip())
