@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from dreamllm_jax.diffusion.schedule import ScheduleConfig, schedule_config_from_diffusers
-from dreamllm_jax.interop import files
+from dreamllm_jax.interop import files, recognise
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.unet import UNetConfig, unet_config_from_diffusers
 from dreamllm_jax.models.vae import AutoencoderConfig, autoencoder_config_from_diffusers
 
-_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
+_CONFIGS = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
+STEM = "diffusion_pytorch_model"
 # What Stable Diffusion's own scheduler files say beside what training needs: how to sample.
 _SAMPLING = {
     "clip_sample": False,
@@ -34,6 +35,7 @@ def read_diffusion_configs(directory: Path) -> tuple[UNetConfig, AutoencoderConf
     Raises:
       FileNotFoundError, ValueError: naming the file, and the setting that is not supported.
     """
+    recognise.require(directory, *_CONFIGS)
     return (
         files.read_config(directory / "unet/config.json", unet_config_from_diffusers),
         files.read_config(directory / "vae/config.json", autoencoder_config_from_diffusers),
@@ -49,8 +51,8 @@ def open_diffusion(directory: Path) -> tuple[Part, Part, ScheduleConfig]:
     """
     unet, vae, schedule = read_diffusion_configs(directory)
     return (
-        Part(unet, files.open_model(directory / "unet", *_STEMS)),
-        Part(vae, rename_legacy_attention(files.open_model(directory / "vae", *_STEMS))),
+        Part(unet, files.open_model(directory / "unet", STEM), where=directory / "unet"),
+        Part(vae, rename_legacy_attention(files.open_model(directory / "vae", STEM)), where=directory / "vae"),
         schedule,
     )
 
@@ -81,7 +83,7 @@ def write_diffusion(
         if settings.get("num_attention_heads", ...) is None:
             del settings["num_attention_heads"]
         files.write_json(directory / part / "config.json", {"_class_name": kind, **settings})
-        files.write_safetensors(directory / part, _STEMS[0], tensors[part], max_shard_size)
+        files.write_safetensors(directory / part, STEM, tensors[part], max_shard_size)
     files.write_json(
         directory / "scheduler" / "scheduler_config.json",
         {"_class_name": "PNDMScheduler", **_SAMPLING, **dataclasses.asdict(config.schedule)},
