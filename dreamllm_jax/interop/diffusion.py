@@ -8,23 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.diffusion.schedule import ScheduleConfig, schedule_config_from_diffusers
+from dreamllm_jax.diffusion.schedule import ScheduleConfig, schedule_config_from_diffusers, schedule_config_to_diffusers
 from dreamllm_jax.interop import files, recognise
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.unet import UNetConfig, unet_config_from_diffusers
 from dreamllm_jax.models.vae import AutoencoderConfig, autoencoder_config_from_diffusers
 
-_CONFIGS = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+_CONFIGS = "unet/config.json", "vae/config.json", SCHEDULER
 STEM = "diffusion_pytorch_model"
-# What Stable Diffusion's own scheduler files say beside what training needs: how to sample.
-_SAMPLING = {
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LEGACY_NAME = re.compile(rf"(.*\.mid_block\.attentions\.\d+)\.({'|'.join(_LEGACY)})\.(weight|bias)")
 
@@ -39,7 +32,7 @@ def read_diffusion_configs(directory: Path) -> tuple[UNetConfig, AutoencoderConf
     return (
         files.read_config(directory / "unet/config.json", unet_config_from_diffusers),
         files.read_config(directory / "vae/config.json", autoencoder_config_from_diffusers),
-        files.read_config(directory / "scheduler/scheduler_config.json", schedule_config_from_diffusers),
+        files.read_config(directory / SCHEDULER, schedule_config_from_diffusers),
     )
 
 
@@ -84,7 +77,4 @@ def write_diffusion(
             del settings["num_attention_heads"]
         files.write_json(directory / part / "config.json", {"_class_name": kind, **settings})
         files.write_safetensors(directory / part, STEM, tensors[part], max_shard_size)
-    files.write_json(
-        directory / "scheduler" / "scheduler_config.json",
-        {"_class_name": "PNDMScheduler", **_SAMPLING, **dataclasses.asdict(config.schedule)},
-    )
+    files.write_json(directory / SCHEDULER, schedule_config_to_diffusers(config.schedule))

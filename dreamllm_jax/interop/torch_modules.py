@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreamllm_jax.interop.diffusion import STEM
+from dreamllm_jax.interop.diffusion import SCHEDULER, STEM
 from dreamllm_jax.interop.dreamllm import HEAD, QUERIES, VISION, tower_directory
 from dreamllm_jax.interop.files import find_model, open_model, read_config, require_beside
 from dreamllm_jax.interop.recognise import looks
@@ -57,6 +57,19 @@ def loaders(
             f"'dreamllm' nor unet/config.json and vae/config.json{looks(directory)}"
         )
     return found
+
+
+def scheduler_file(directory: Path, towers: Mapping[str, Path | None]) -> Path | None:
+    """The `scheduler_config.json` that a directory has or, a checkpoint of the original program, refers to, if any."""
+    path, place = directory / "config.json", directory
+    settings = read_config(path, dict) if path.is_file() else {}
+    if settings.get("model_type") == "dreamllm":
+        try:
+            plugins = settings.get("plugins_init_kwargs", {})
+            place = tower_directory(directory, plugins, "diffusion", towers.get("diffusion"))
+        except FileNotFoundError:
+            return None
+    return place / SCHEDULER if (place / SCHEDULER).is_file() else None
 
 
 def _llama(directory: Path, **more) -> "nn.Module":

@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from diffusers import EulerDiscreteScheduler  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dreamllm_jax.interop import torch_modules  # noqa: E402
@@ -21,6 +22,7 @@ from dreamllm_jax.interop.verify import compare  # noqa: E402
 from dreamllm_jax.training import saved  # noqa: E402
 from tests import public_models  # noqa: E402
 from tests.conversion.helpers import run  # noqa: E402
+from tests.conversion.helpers import towers as towers_of  # noqa: E402
 
 OPEN = {"llama": open_llama, "clip": open_clip, "diffusion": lambda path: open_diffusion(path)[0]}
 INSIDE = {"llama": ".", "clip": ".", "diffusion": "unet"}
@@ -104,6 +106,32 @@ def test_variants_are_verified_too(original, tmp_path):
     found = saved.find(str(original / "ours"))
     differences = compare(found.config, found.part, diffusion, ["float32"])
     assert {d.tower for d in differences} >= {"denoiser", "autoencoder"} and all(d.passed for d in differences)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # diffusers
+def test_a_scheduler_comes_and_goes_and_is_verified(original, tmp_path):
+    """Its file as it came; `verify` sees one that samples otherwise, though every weight is the same."""
+    diffusion = shutil.copytree(original / "diffusion", tmp_path / "diffusion")
+    file = diffusion / "scheduler" / "scheduler_config.json"
+    noise = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear", "beta_start": 1e-3, "beta_end": 0.01}
+    EulerDiscreteScheduler(**noise, timestep_spacing="trailing", use_karras_sigmas=True).save_pretrained(file.parent)
+    came = json.loads(file.read_text())
+    run("import", **towers_of(original) | {"diffusion": diffusion}, to=tmp_path / "ours", num_queries=3)
+    run("export", checkpoint=tmp_path / "ours", format="all", to=tmp_path / "out", no_check=True)
+    for place in ("diffusers", "dreamllm/diffusion"):
+        assert json.loads((tmp_path / "out" / place / "scheduler" / file.name).read_text()) == came
+    found = saved.find(str(tmp_path / "ours"))
+    for changes, passed in (
+        ({}, True),
+        ({"timestep_spacing": "leading"}, False),
+        ({"use_karras_sigmas": False}, False),
+        ({"beta_end": 0.011}, False),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, False),
+        ({"clip_sample": False}, False),  # which the original program, reading it as DDPM, heeds
+    ):
+        file.write_text(json.dumps(came | changes))
+        (difference,) = [d for d in compare(found.config, found.part, diffusion, []) if d.tower == "scheduler"]
+        assert difference.passed == passed, (changes, difference)
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "..", "sub/a.safetensors", "..\\a", 3, ""])
