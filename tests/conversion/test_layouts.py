@@ -264,3 +264,44 @@ def test_a_diffusion_that_is_none_is_told(towers, tmp_path):
     (tmp_path / "run" / "model.json").touch()
     with pytest.raises(FileNotFoundError, match=rf"a step of a run: give {tmp_path}/run@7"):
         saved.find(str(tmp_path / "run" / "checkpoints" / "7"))
+
+
+def test_rows_of_added_tokens_stay(towers, tmp_path, capsys):
+    """As of models tuned to ChatML; rows that no token has, and tokens that have no row, are told."""
+    directory = shutil.copytree(towers["llama"], tmp_path / "llama")
+    tensors, count = stored(directory), public_models.BASE_VOCABULARY
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.full((3, 32), 7.0)])
+    write(directory / "model.safetensors", tensors)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": count + 3}))
+    added = {"<|im_start|>": count, "<|im_end|>": count + 1}
+    (directory / "added_tokens.json").write_text(json.dumps(added))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    flags = towers | {"llama": directory}
+    run("import", **flags, to=tmp_path / "ours", num_queries=2)
+    told = capsys.readouterr().err
+    assert (
+        f"warning: 1 rows of the language model are of no token of its tokenizer, and begin anew: [PAD] {count + 2}"
+        in told
+    )
+    found = saved.find(str(tmp_path / "ours"))
+    rows = found.read(["llama/embed_tokens/embedding"])["llama/embed_tokens/embedding"]
+    assert (rows[count : count + 2] == 7).all() and len(rows) == found.config.llama.vocab_size == count + 10
+    assert found.config.special_tokens.eos == count + 1 and found.config.special_tokens.pad == count + 2
+    run("export", checkpoint=tmp_path / "ours", format="dreamllm", to=tmp_path / "out", no_check=True)
+    ids = json.loads((tmp_path / "out" / "added_tokens.json").read_text())
+    assert (
+        ids.items() >= added.items()
+        and json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == count + 1
+    )
+    run("import", dreamllm=tmp_path / "out", to=tmp_path / "again")
+    assert saved.find(str(tmp_path / "again")).config == found.config
+    more = {f"<{i}>": count + i for i in range(2, 15)}
+    (directory / "added_tokens.json").write_text(json.dumps(added | more))
+    run("import", **flags, to=tmp_path / "more", num_queries=2)
+    told = capsys.readouterr().err
+    assert (
+        f"12 tokens of the tokenizer have no rows in the language model, where they begin at random: <3> {count + 3}, "
+        in told
+    )
