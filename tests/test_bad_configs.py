@@ -75,6 +75,10 @@ BROKEN = [
     ({"model.num_queries": 127}, "rows.length=128 has no room for an image to paint, which takes 129 tokens"),
     ({"rows.length": 18}, "rows.length=18 has no room for an image to see, which takes 18 tokens"),
     ({"rows.length": 1024}, "rows.length=1024 exceeds model.llama.max_position_embeddings=512"),
+    (
+        {"rows.length": 1536, "model.llama.rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        "rows.length=1536 exceeds model.llama.max_position_embeddings=512, 1024 as rope_scaling has it",
+    ),
     ({"rows.microbatches": 3}, "rows.microbatches=3 does not divide rows.per_step=8"),
     ({"rows.dream_size": 30}, "rows.dream_size=30 must be a positive multiple of 8"),
     ({"rows.see_slots": -1}, "rows.see_slots and rows.dream_slots must not be negative"),
