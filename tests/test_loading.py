@@ -53,6 +53,7 @@ def outputs(model: DreamLLM, params) -> dict:
     return jax.device_get(jax.jit(lambda params: model.apply({"params": params}, method=run))(params))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_is_loaded_in_bfloat16_and_gives_every_bit(tmp_path, monkeypatch):
     """Parameters that were trained in float32: those that are cast anyway are loaded so, a group after the other."""
     _, trained = save(tmp_path / "model", "bfloat16")

@@ -98,6 +98,7 @@ def test_the_model_itself_comes_before_its_variants(towers, tmp_path):
     assert find_model(tmp_path, "model", "pytorch_model") == (tmp_path / "model.safetensors", "")
 
 
+@pytest.mark.slow
 def test_variants_are_verified_too(original, tmp_path):
     diffusion = shutil.copytree(original / "diffusion", tmp_path / "diffusion")
     for part in ("unet", "vae"):
@@ -108,6 +109,7 @@ def test_variants_are_verified_too(original, tmp_path):
     assert {d.tower for d in differences} >= {"denoiser", "autoencoder"} and all(d.passed for d in differences)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # diffusers
 def test_a_scheduler_comes_and_goes_and_is_verified(original, tmp_path):
     """Its file as it came; `verify` sees one that samples otherwise, though every weight is the same."""
@@ -266,6 +268,7 @@ def test_a_diffusion_that_is_none_is_told(towers, tmp_path):
         saved.find(str(tmp_path / "run" / "checkpoints" / "7"))
 
 
+@pytest.mark.slow
 def test_rows_of_added_tokens_stay(towers, tmp_path, capsys):
     """As of models tuned to ChatML; rows that no token has, and tokens that have no row, are told."""
     directory = shutil.copytree(towers["llama"], tmp_path / "llama")
