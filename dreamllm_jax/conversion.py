@@ -69,7 +69,7 @@ def import_model(source: Source, tokenizer: Tokenizer | None, to: str, dtypes: M
             arrays = {}
             for path, leaf in source.leaves.items():
                 parts = _counted(leaf.parts(), types[path].itemsize, progress)
-                arrays[path] = scratch.keep(parts, leaf.shape, types[path])
+                arrays[path] = scratch.keep(parts, leaf.shape, types[path], path)
             progress.set_description("writing")
             write_params(directory, arrays)
         write_description(directory, source.config, tokenizer)
@@ -132,7 +132,7 @@ def export_model(
         with Scratch(directory / ".scratch") as scratch:
             tensors: dict[str, dict[str, np.ndarray]] = {part: {} for part in parts}
             for path, name, tensor in _torch_tensors(saved, sizes):
-                tensors[_part(path)][name] = scratch.keep([tensor], tensor.shape, types[path])
+                tensors[_part(path)][name] = scratch.keep([tensor], tensor.shape, types[path], name)
                 del tensor  # a view, which would keep its parameter while the next is read
             for kind, folder in folders.items():
                 folder.mkdir(exist_ok=True)

@@ -137,6 +137,7 @@ def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
     llama, clip = open_llama(arguments.llama), open_clip(arguments.clip, arguments.select_layer)
     unet, vae, schedule = open_diffusion(arguments.diffusion)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.llama)
+    _tell_of_rows(llama.config.vocab_size, tokenizer)
     visual = dataclasses.replace(
         arguments.visual_projector,
         post_layernorm=arguments.visual_layernorm,
@@ -158,6 +159,19 @@ def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
         seed=arguments.seed,
     )
     return source, tokenizer
+
+
+def _tell_of_rows(rows: int, tokenizer: Tokenizer) -> None:
+    """Tells which rows of the language model begin anew though they were there, and which tokens it had none for."""
+    taken = [index for index in tokenizer.new_tokens if index < rows]
+    without = [index for index in range(rows, tokenizer.vocab_size) if index not in tokenizer.new_tokens]
+    for ids, what in (
+        (taken, "rows of the language model are of no token of its tokenizer, and begin anew"),
+        (without, "tokens of the tokenizer have no rows in the language model, where they begin at random"),
+    ):
+        if ids:
+            names = ", ".join(f"{tokenizer.fast.id_to_token(index)} {index}" for index in ids[:10])
+            print(f"warning: {len(ids)} {what}: {names}{', ...' if len(ids) > 10 else ''}", file=sys.stderr)
 
 
 def _original(arguments: argparse.Namespace) -> tuple[Source, Tokenizer | None]:

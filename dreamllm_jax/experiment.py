@@ -101,10 +101,11 @@ class Experiment:
         ):
             if slots and need >= rows.length:
                 raise ConfigError(f"rows.length={rows.length} has no room for {name}, which takes {need} tokens")
-        if rows.length > model.llama.max_position_embeddings and model.llama.rope_scaling is None:
+        if rows.length > model.llama.max_length:
+            scaled = "" if model.llama.rope_scaling is None else f", {model.llama.max_length} as rope_scaling has it"
             raise ConfigError(
                 f"rows.length={rows.length} exceeds model.llama.max_position_embeddings="
-                f"{model.llama.max_position_embeddings}: shorten the rows or set model.llama.rope_scaling"
+                f"{model.llama.max_position_embeddings}{scaled}: shorten the rows or set model.llama.rope_scaling"
             )
         multiple = model.vae.downscale * 2 ** (len(model.unet.block_out_channels) - 1)
         if rows.dream_slots and (rows.dream_size < 1 or rows.dream_size % multiple):

@@ -7,6 +7,7 @@ python -m dreamllm_jax.generate serve --checkpoint=DIR
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from typing import Any, get_args
 
 import jax
 from absl.flags import argparse_flags
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dreamllm_jax import command_line, runs
@@ -47,13 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
     prompts = [prompt for prompt in prompts for _ in range(getattr(arguments, "images", 1))]
     if arguments.command != "image":
         _sampling(arguments, [0])  # which settings it refuses is told at once
-    devices, wanted = ShardingConfig(fsdp=arguments.fsdp, tensor=arguments.tensor), arguments.fsdp * arguments.tensor
-    if wanted > jax.device_count():
-        raise ValueError(
-            f"--fsdp={arguments.fsdp} and --tensor={arguments.tensor} need {wanted} devices, there are "
-            f"{jax.device_count()}"
-        )
-    mesh = make_mesh(devices, jax.devices()[:wanted])
+    mesh, devices = _mesh(arguments)
     loaded = runs.load_model(arguments.checkpoint, mesh, devices)
     apart = ("main", "make", "continue", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
@@ -106,14 +102,31 @@ def serve(arguments: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ImportError(f"the chat page needs {error.name}: pip install 'dreamllm_jax[serve]'") from None
     with server.listen(arguments.host, arguments.port) as listening:
-        model, params, tokenizer = runs.load_model(arguments.checkpoint)
+        mesh, devices = _mesh(arguments)
+        model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
         painting = {"size": require_size(model, arguments.size), "sampler": arguments.sampler}
-        reply = server.make_reply(model, params, tokenizer, template=arguments.template, **painting)
+        within = functools.partial(use, mesh, devices)
+        reply = server.make_reply(model, params, tokenizer, template=arguments.template, within=within, **painting)
         about = {"checkpoint": arguments.checkpoint, "template": arguments.template}
         app = server.make_app(reply, tokenizer.vocab_size, **about, names=[arguments.host])
         host, port = listening.getsockname()[:2]
         print(f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
         server.run(app, listening)
+
+
+def _mesh(arguments: argparse.Namespace) -> tuple[Mesh, ShardingConfig]:
+    """The devices over which the model is split, as --fsdp and --tensor say.
+
+    Raises:
+      ValueError: there are fewer.
+    """
+    devices, wanted = ShardingConfig(fsdp=arguments.fsdp, tensor=arguments.tensor), arguments.fsdp * arguments.tensor
+    if wanted > jax.device_count():
+        raise ValueError(
+            f"--fsdp={arguments.fsdp} and --tensor={arguments.tensor} need {wanted} devices, there are "
+            f"{jax.device_count()}"
+        )
+    return make_mesh(devices, jax.devices()[:wanted]), devices
 
 
 def _begun(arguments: argparse.Namespace) -> list[Segment]:
@@ -233,6 +246,10 @@ def make_parser() -> argparse_flags.ArgumentParser:
     checkpoint.add_argument(
         "--checkpoint", required=True, help="a run or an imported model: DIR, DIR@STEP, DIR@average"
     )
+    checkpoint.add_argument(
+        "--fsdp", type=positive, default=1, help="devices over which weights, and a batch's results, are split"
+    )
+    checkpoint.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
     template.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
     painting.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
     painting.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name), help="%(default)s if not given")
@@ -249,8 +266,6 @@ def make_parser() -> argparse_flags.ArgumentParser:
         add.add_argument("--to", required=True, help="a new directory for the results")
         add.add_argument("--seed", type=seed_number, default=0, help="of the first result; the next have the next ones")
         add.add_argument("--batch", type=positive, default=8, help="results at a time")
-        add.add_argument("--fsdp", type=positive, default=1, help="devices over which results and weights are split")
-        add.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
         if template in parents:
             add.add_argument("--max_tokens", type=positive, default=256, help="of a result; %(default)s if not given")
             add.add_argument("--temperature", type=finite, default=0.0, help="0, the default: the most probable tokens")

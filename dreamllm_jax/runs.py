@@ -9,10 +9,13 @@ workdir/metrics.jsonl    a line a step; tensorboard/ beside it
 import dataclasses
 import json
 import logging
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
@@ -28,10 +31,11 @@ from dreamllm_jax.experiment import Experiment, read_experiment, require_package
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings
 from dreamllm_jax.training.initial import open_initial
-from dreamllm_jax.training.saved import CONFIG_FILE, TOKENIZER, find, write_description
+from dreamllm_jax.training.saved import CONFIG_FILE, MODEL, TOKENIZER, find, write_description
 
 DATA = "data"
 SINGLE = ShardingConfig(fsdp=1)
+_GROUP_BYTES = 256 << 20  # of parameters that are read together
 _logger = logging.getLogger(__name__)
 
 
@@ -226,21 +230,58 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Trained:
 def load_model(
     name: epath.PathLike, mesh: Mesh | None = None, sharding: ShardingConfig = SINGLE
 ) -> tuple[DreamLLM, dict, Tokenizer]:
-    """A trained or imported model, its parameters as they are stored, and its tokenizer: what generation takes.
+    """A trained or imported model, its parameters and its tokenizer: what generation takes.
+
+    Parameters that are stored in more digits than `model.dtype` has are brought to it as they are read, where the model
+    would do so itself each time: what it computes is the same, bit by bit.
 
     Args:
       name: a run's directory, `DIR@STEP` or `DIR@average`, or the directory of an imported model.
       mesh: over which the parameters are split, by the rules of `sharding`; default the first local device.
 
     Raises:
-      FileNotFoundError, ValueError: there is none, see `saved.find`.
+      FileNotFoundError, ValueError: there is none, see `saved.find`; it has no tokenizer, or another model's.
     """
     found = find(str(name))
+    tokenizer = load_tokenizer(found.tokenizer)
+    if tokenizer.special != found.config.special_tokens:
+        raise ValueError(
+            f"{found.tokenizer} is another model's: its special tokens are {tokenizer.special}, those of {MODEL} "
+            f"{found.config.special_tokens}"
+        )
     mesh = make_mesh(SINGLE, jax.local_devices()[:1]) if mesh is None else mesh
     shardings = flatten_dict(param_shardings(abstract_params(found.config), mesh, sharding), sep="/")
     wanted = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        path: jax.ShapeDtypeStruct(leaf.shape, _needed(path, leaf.dtype, found.config.dtype), sharding=shardings[path])
         for path, leaf in found.leaves().items()
     }
-    params = unflatten_dict(found.restore(wanted), sep="/")
-    return DreamLLM(found.config), params, load_tokenizer(found.tokenizer)
+    params: dict[str, jax.Array] = {}
+    for group in _groups(found.leaves()):  # not all at once: what is read would be there twice
+        params |= found.restore({path: wanted[path] for path in group})
+    return DreamLLM(found.config), unflatten_dict(params, sep="/"), tokenizer
+
+
+def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> list[list[str]]:
+    """The parameters' paths, together as many as `_GROUP_BYTES` hold, or one that is larger."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for path, leaf in leaves.items():
+        bytes_ = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if groups[-1] and size + bytes_ > _GROUP_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(path)
+        size += bytes_
+    return groups
+
+
+# Modules that compute in float32, whatever the model's type: the U-Net's times, and the kernels that double an image,
+# of which sums are taken first.
+_EXACT = re.compile(r"/(time_embedding|upsamplers_\d+)/")
+
+
+def _needed(path: str, stored: Any, computed: str) -> np.dtype:
+    """The type in which a parameter is needed that is stored in one and computed with in another."""
+    stored, computed = np.dtype(stored), np.dtype(computed)
+    matrix = path.endswith(("/kernel", "/embedding")) and not _EXACT.search(path)
+    return computed if matrix and computed.itemsize < stored.itemsize else stored

@@ -92,12 +92,16 @@ BROKEN = [
     ({"model.unet.cross_attention_dim": 0}, "cross_attention_dim=0 must be one positive integer"),
     ({"model.vae.scaling_factor": 0.0}, "config.model.vae: scaling_factor must be positive, got 0"),
     ({"model.visual_projector.layer_norm_eps": -1.0}, "config.model.visual_projector: layer_norm_eps must be positive"),
-    ({"model.schedule.num_train_timesteps": 0}, "config.model.schedule: num_train_timesteps must be positive, got 0"),
+    ({"model.schedule.num_train_timesteps": 0}, "config.model.schedule: num_train_timesteps must be a whole number, got 0"),
     ({"model.schedule.beta_end": 2.0}, "config.model.schedule: 0 < beta_start <= beta_end < 1 must hold"),
     # Rows without room.
     ({"model.num_queries": 127}, "rows.length=128 has no room for an image to paint, which takes 129 tokens"),
     ({"rows.length": 18}, "rows.length=18 has no room for an image to see, which takes 18 tokens"),
     ({"rows.length": 1024}, "rows.length=1024 exceeds model.llama.max_position_embeddings=512"),
+    (
+        {"rows.length": 1536, "model.llama.rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        "rows.length=1536 exceeds model.llama.max_position_embeddings=512, 1024 as rope_scaling has it",
+    ),
     ({"rows.microbatches": 3}, "rows.microbatches=3 does not divide rows.per_step=8"),
     ({"rows.dream_size": 30}, "rows.dream_size=30 must be a positive multiple of 8"),
     ({"rows.see_slots": -1}, "rows.see_slots and rows.dream_slots must not be negative"),

@@ -8,7 +8,9 @@ characters, never a special token.
 import functools
 import io
 import json
+import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +22,14 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as FastTokenizer
 
 from dreamllm_jax import gguf_reader
+from dreamllm_jax.data.told import LLAMA_NAMES, Told, read_json
 from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer, write_whole
 from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
 
+_logger = logging.getLogger(__name__)
+
 FOLDER = "tokenizer"  # where checkpoints and data sets keep theirs
 FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
-_LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 _BPE = 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece.Type, and GGUF's token_type
 
@@ -102,7 +106,8 @@ class Tokenizer:
             str(index): {flag: getattr(token, flag) for flag in flags}
             for index, token in sorted(self.fast.get_added_tokens_decoder().items())
         }
-        ids = {token: self.fast.token_to_id(token) for token in ADDED_TOKENS}
+        base = self.fast.get_vocab(with_added_tokens=False)
+        ids = {token["content"]: int(index) for index, token in added.items() if token["content"] not in base}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **names,
@@ -121,43 +126,66 @@ class Tokenizer:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Reads a SentencePiece `.model`, a `tokenizer.json`, a Hugging Face directory holding either, or a `.gguf` model.
 
-    The special tokens that are missing are appended, those already there keep their ids. A directory may give the ids
-    of the appended tokens in `added_tokens.json` or in its config's `special_tokens2ids_dict`; whether a SentencePiece
-    model is `legacy` stands in the tokenizer_config.json beside it.
+    A directory's SentencePiece model is taken before its `tokenizer.json`, unless it cannot be converted or has another
+    vocabulary. Tokens that the model's authors added stay at their ids, wherever the directory tells them
+    (`added_tokens.json`, `tokenizer_config.json`, `tokenizer.json`), and so do those that begin and end a text. Of our
+    special tokens, the missing ones are appended; a directory may give their ids like the others' or in its config's
+    `special_tokens2ids_dict`. Whether a SentencePiece model is `legacy` stands in the tokenizer_config.json beside it.
 
     Raises:
       FileNotFoundError: nothing to read there.
-      ValueError: the file is damaged, or of a kind that cannot be converted exactly.
+      ValueError: the file is damaged, or of a kind that cannot be converted exactly, or ids that cannot be.
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no tokenizer at {path}")
-    directory = path if path.is_dir() else None
-    if directory:
-        found = [file for file in (path / SENTENCEPIECE_FILE, path / FILE) if file.exists()]
-        if not found:
-            raise FileNotFoundError(f"neither {SENTENCEPIECE_FILE} nor {FILE} in {path}")
-        path = found[0]
-    model, legacy = None, True
-    if path.suffix == ".model":
-        model = _read_file(path)
-        legacy = _read_json(path.parent / "tokenizer_config.json").get("legacy") is not False
-        try:
-            fast, names = from_sentencepiece(model), dict(_LLAMA_NAMES)
-        except (DecodeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-    elif path.suffix == ".json":
-        content = _read_file(path)
-        try:
-            fast = FastTokenizer.from_buffer(content)
-        except Exception as error:  # of which `tokenizers` has no other kind
-            raise ValueError(f"{path} is not a tokenizer of Hugging Face: {' '.join(str(error).split())}") from None
-        names = _special_names(fast, directory)
-    elif path.suffix == ".gguf":
+        raise FileNotFoundError(
+            f"no tokenizer at {path}: put a {SENTENCEPIECE_FILE} or a {FILE} there, with the tokenizer_config.json "
+            "beside it, or import the model with --tokenizer"
+        )
+    if path.suffix == ".gguf":
         fast, names = from_gguf(path)
+        return _with_special_tokens(fast, names, {})
+    if path.is_dir():
+        files = [file for file in (path / SENTENCEPIECE_FILE, path / FILE) if file.exists()]
+        if not files:
+            raise FileNotFoundError(f"neither {SENTENCEPIECE_FILE} nor {FILE} in {path}")
+    elif path.suffix in (".model", ".json"):
+        files = [path]
     else:
         raise ValueError(f"{path}: a tokenizer is a SentencePiece .model, a {FILE}, a .gguf or a directory with one")
-    return _with_special_tokens(fast, names, _recorded_ids(directory) if directory else {}, model, legacy)
+    told = Told.read(files[0].parent if files[0].name in (SENTENCEPIECE_FILE, FILE) else None)
+    converted = _converted(*files) if files[0].suffix == ".model" else None
+    if files[-1].suffix == ".json":
+        whole = _read_whole(files[-1])
+        told = told.joined(whole)
+        told.add_to(whole)
+        if converted is None or not _same_ids(converted, whole, told):
+            if converted is not None:
+                _logger.warning("%s is left aside for %s, which has other ids", *files)
+            return _with_special_tokens(whole, told.names(whole), told.recorded)
+    else:
+        told.add_to(converted)
+    legacy = read_json(files[0].parent / "tokenizer_config.json").get("legacy") is not False
+    return _with_special_tokens(converted, told.names(converted), told.recorded, files[0].read_bytes(), legacy)
+
+
+def _converted(file: epath.Path, instead: epath.Path | None = None) -> FastTokenizer | None:
+    """A SentencePiece model; None, with a warning, if it cannot be converted but there is another file instead."""
+    try:
+        return from_sentencepiece(_read_file(file))
+    except ValueError as error:
+        if instead is None:
+            raise ValueError(f"{file}: {error}") from None
+        _logger.warning("%s is left aside for %s: %s", file, instead.name, error)
+        return None
+
+
+def _same_ids(converted: FastTokenizer, whole: FastTokenizer, told: Told) -> bool:
+    try:
+        told.add_to(converted)
+    except ValueError:
+        return False
+    return converted.get_vocab() == whole.get_vocab()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -189,7 +217,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         num_threads=1,
         minloglevel=2,
     )
-    return _with_special_tokens(from_sentencepiece(model.getvalue()), dict(_LLAMA_NAMES), {}, model.getvalue())
+    return _with_special_tokens(from_sentencepiece(model.getvalue()), dict(LLAMA_NAMES), {}, model.getvalue())
 
 
 def from_sentencepiece(model: bytes) -> FastTokenizer:
@@ -201,8 +229,15 @@ def from_sentencepiece(model: bytes) -> FastTokenizer:
     Raises:
       ValueError: not a BPE model, or one with a normaliser or pieces that have no counterpart.
     """
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", model):
+        raise ValueError(f"it is tiktoken's and not SentencePiece's; give the {FILE} of the same model")
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise ValueError(f"it is no SentencePiece model ({error}); download it again, or give a {FILE}") from None
+    if not proto.pieces:
+        raise ValueError(f"it is no SentencePiece model; give a {FILE}")
     if proto.trainer_spec.model_type != _BPE:
         raise ValueError("the SentencePiece model is not of type BPE; convert it to tokenizer.json with transformers")
     spec = proto.normalizer_spec
@@ -329,7 +364,7 @@ def _with_special_tokens(
     if fast.token_to_id("<unk>") is not None:
         names = {**names, "unk_token": "<unk>"}
     names = {**names, "pad_token": "[PAD]"}
-    known = {token.content for token in fast.get_added_tokens_decoder().values()}
+    known = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
     _mark_special(fast, [token for token in names.values() if token not in known])
     return Tokenizer(fast, names, [fast.token_to_id(token) for token in new], sentencepiece_model, legacy)
 
@@ -337,37 +372,12 @@ def _with_special_tokens(
 def _read_file(path: epath.Path) -> bytes:
     content = path.read_bytes()
     if is_lfs_pointer(content):
-        raise ValueError(f"{path} {NO_POINTER}")
+        raise ValueError(f"it {NO_POINTER}")
     return content
 
 
-def _read_json(file: epath.Path) -> dict[str, Any]:
-    """What stands in a file; nothing if it is not there."""
-    if not file.exists():
-        return {}
+def _read_whole(file: epath.Path) -> FastTokenizer:
     try:
-        return dict(json.loads(file.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from error
-
-
-def _recorded_ids(directory: epath.Path) -> dict[str, int]:
-    """Ids of our special tokens that a checkpoint directory wrote down."""
-    recorded = _read_json(directory / "added_tokens.json")
-    if not recorded:
-        recorded = _read_json(directory / "config.json").get("special_tokens2ids_dict", {})
-    flat = {k: v for value in (recorded, recorded.get("additional_special_tokens", {})) for k, v in dict(value).items()}
-    return {token: flat[token] for token in ADDED_TOKENS if isinstance(flat.get(token), int)}
-
-
-def _special_names(fast: FastTokenizer, directory: epath.Path | None) -> dict[str, str]:
-    """The names of bos and eos: from the directory's tokenizer_config.json, else LLaMA's."""
-    names, config = dict(_LLAMA_NAMES), _read_json(directory / "tokenizer_config.json") if directory else {}
-    for name in names:
-        token = config.get(name)
-        if token:
-            names[name] = token["content"] if isinstance(token, dict) else token
-    for name, token in names.items():
-        if fast.token_to_id(token) is None:
-            raise ValueError(f"the tokenizer has no {name} {token!r}; give its directory with tokenizer_config.json")
-    return names
+        return FastTokenizer.from_buffer(_read_file(file))
+    except Exception as error:  # of which `tokenizers` has no other kind
+        raise ValueError(f"{file} is not a tokenizer of Hugging Face: {' '.join(str(error).split())}") from None

@@ -4,8 +4,9 @@ Legend: N images, h x w x c latents, T training timesteps.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,41 +18,127 @@ VelocityWeights = Literal["original", "paper"]
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """Names and defaults of Stable Diffusion's `scheduler_config.json`."""
+    """Names and defaults of Stable Diffusion's `scheduler_config.json`.
+
+    Attributes:
+      scheduler: the file's whole text, where the model came with one. How others sample stands there, which concerns
+        nothing here: it goes out again as it came.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     prediction_type: PredictionType = "epsilon"
+    scheduler: str = ""
 
     def __post_init__(self):
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be positive, got {self.num_train_timesteps}")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"0 < beta_start <= beta_end < 1 must hold, got {self.beta_start} and {self.beta_end}")
+        if self.prediction_type not in get_args(PredictionType):
+            known = ", ".join(get_args(PredictionType))
+            raise ValueError(f"prediction_type {self.prediction_type!r} is not supported ({known})")
+        if type(self.num_train_timesteps) is not int or not 1 <= self.num_train_timesteps <= _MOST_TIMESTEPS:
+            raise ValueError(
+                f"num_train_timesteps must be a whole number from 1 to {_MOST_TIMESTEPS:,}, got "
+                f"{self.num_train_timesteps!r}"
+            )
+        betas = self.beta_start, self.beta_end
+        numbers = all(isinstance(beta, int | float) and not isinstance(beta, bool) for beta in betas)
+        if not numbers or not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"0 < beta_start <= beta_end < 1 must hold, got {betas[0]!r} and {betas[1]!r}")
+        alphas = alphas_cumprod(self)
+        if not (alphas[0] < 1 and alphas[-1] > 0):
+            raise ValueError(
+                f"this noise schedule keeps {alphas[0]} of the signal at its first timestep and {alphas[-1]} at its "
+                "last: there must be some noise at the first and some signal at the last"
+            )
+        if self.scheduler and not isinstance(_parsed(self.scheduler), dict):
+            raise ValueError(f"scheduler is not the text of a scheduler_config.json: {self.scheduler:.60}")
 
 
-# What a scheduler_config.json may hold beside ScheduleConfig's fields and be read without loss for training: settings
-# of samplers, and options that are off.
-_OFF = {"trained_betas": None, "rescale_betas_zero_snr": False, "thresholding": False}
+_MOST_TIMESTEPS = 1_000_000
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+# diffusers' schedulers over this noise process, and the betas that they have where a file is silent.
+_EARLY, _KARRAS, _DISTILLED = (1e-4, 0.02, "linear"), (0.00085, 0.012, "linear"), (0.00085, 0.012, "scaled_linear")
+_SCHEDULERS = {
+    "DDPMScheduler": _EARLY,
+    "DDPMParallelScheduler": _EARLY,
+    "DDIMScheduler": _EARLY,
+    "DDIMParallelScheduler": _EARLY,
+    "PNDMScheduler": _EARLY,
+    "LMSDiscreteScheduler": _EARLY,
+    "EulerDiscreteScheduler": _EARLY,
+    "EulerAncestralDiscreteScheduler": _EARLY,
+    "DPMSolverMultistepScheduler": _EARLY,
+    "DPMSolverSinglestepScheduler": _EARLY,
+    "DEISMultistepScheduler": _EARLY,
+    "UniPCMultistepScheduler": _EARLY,
+    "SASolverScheduler": _EARLY,
+    "HeunDiscreteScheduler": _KARRAS,
+    "KDPM2DiscreteScheduler": _KARRAS,
+    "KDPM2AncestralDiscreteScheduler": _KARRAS,
+    "DPMSolverSDEScheduler": _KARRAS,
+    "LCMScheduler": _DISTILLED,
+    "TCDScheduler": _DISTILLED,
+}
+_BETAS = ("beta_start", "beta_end", "beta_schedule")
+# Settings by which even these are of another process, and what they are where it is this one.
+_OFF = {
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False, None),
+    "use_flow_sigmas": (False, None),
+    "timestep_type": ("discrete", None),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+# What Stable Diffusion was published with, for models that did not come with a scheduler.
+_PUBLISHED = {
+    "_class_name": "PNDMScheduler",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
 
 
 def schedule_config_from_diffusers(config: Mapping[str, Any]) -> ScheduleConfig:
     """Reads a diffusers `scheduler_config.json`.
 
     Raises:
-      ValueError: for a setting that changes the schedule and is not supported, naming it.
+      ValueError: for a scheduler of another noise process, or a setting that changes it, naming it.
     """
     for name, off in _OFF.items():
-        if config.get(name, off) != off:
-            raise ValueError(f"scheduler setting {name}={config[name]!r} is not supported (only {off!r})")
-    names = {field.name for field in dataclasses.fields(ScheduleConfig)}
-    read = ScheduleConfig(**{name: value for name, value in config.items() if name in names})
-    if read.prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"prediction_type {read.prediction_type!r} is not supported (epsilon, v_prediction)")
-    alphas_cumprod(read)
+        if config.get(name) not in off:
+            raise ValueError(f"scheduler setting {name}={config[name]!r} is not supported (only {off[0]!r})")
+    names, kind = {field.name for field in dataclasses.fields(ScheduleConfig)}, config.get("_class_name")
+    betas = dict(zip(_BETAS, _SCHEDULERS.get(kind, _EARLY), strict=True))
+    given = {name: value for name, value in config.items() if name in names}
+    read = ScheduleConfig(**betas | given | {"scheduler": json.dumps(dict(config))})
+    if kind is None and (silent := [name for name in _BETAS if name not in config]):
+        raise ValueError(f"it says neither _class_name nor {', '.join(silent)}: which noise schedule is not known")
+    if kind is not None and kind not in _SCHEDULERS:
+        raise ValueError(
+            f"{kind} is of another noise process than the U-Net here learns: noise or velocity over DDPM's betas, as "
+            "with DDPM, DDIM, PNDM, Euler, DPM-Solver++ and their like"
+        )
     return read
+
+
+def schedule_config_to_diffusers(config: ScheduleConfig) -> dict[str, Any]:
+    """A diffusers `scheduler_config.json`: the one that the model came with, but for what is otherwise since."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "scheduler"}
+    if not config.scheduler:
+        return _PUBLISHED | fields
+    kept = json.loads(config.scheduler)
+    came = schedule_config_from_diffusers(kept)
+    return kept | {name: value for name, value in fields.items() if value != getattr(came, name)}
 
 
 def alphas_cumprod(config: ScheduleConfig) -> Float[np.ndarray, " T"]:

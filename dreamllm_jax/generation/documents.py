@@ -65,6 +65,7 @@ def generate_documents(
     guidance: float = 3.5,
     rescale: float = 0.0,
     template: str = "",
+    allowed: int | None = None,
 ) -> Iterator[Event]:
     """Continues documents, all in one batch, and yields what is new as it comes.
 
@@ -81,9 +82,11 @@ def generate_documents(
       sampling: how tokens are chosen; None for the most probable ones.
       size, sampler, guidance, rescale: of painting, see `images.paint`.
       template: see `prompts.encode_prompts`.
+      allowed: tokens of a document, images and budgets included; None for as many as the model can read.
 
     Raises:
-      ValueError: the documents could become longer than the model can read, a size that cannot be painted, no budget.
+      ValueError: the documents could become longer than the model can read or is allowed, a size that cannot be
+        painted, no budget.
       ImageError: an image of a prompt cannot be decoded.
     """
     require_size(model, size)
@@ -91,7 +94,7 @@ def generate_documents(
         raise ValueError(f"max_tokens must be positive and max_images not negative, got {max_tokens} and {max_images}")
     ids = tokenizer.special
     each = model.config.num_queries + model.config.clip.num_patches + 4
-    reading = begin(model, params, tokenizer, prompts, max_tokens + max_images * each, template)
+    reading = begin(model, params, tokenizer, prompts, max_tokens + max_images * each, template, allowed)
     documents = [
         _Document(seed, sum(isinstance(segment, Painted) for segment in prompt), max_tokens, max_images)
         for prompt, seed in zip(prompts, seeds or range(len(prompts)), strict=True)

@@ -61,17 +61,21 @@ def encode_prompts(
     return batch.replace(dream_images=None)
 
 
-def require_fits(config: DreamLLMConfig, batch: Batch, new: int) -> int:
+def require_fits(config: DreamLLMConfig, batch: Batch, new: int, allowed: int | None = None) -> int:
     """Tokens of the longest prompt and `new` ones after it.
 
+    Args:
+      allowed: a limit below the model's own, None for none.
+
     Raises:
-      ValueError: the model was not trained on so long documents.
+      ValueError: the model was not trained on so long documents, or they are longer than is allowed.
     """
-    prompt, most = int((batch.segment_ids > 0).sum(axis=1).max()), config.llama.max_position_embeddings
-    if config.llama.rope_scaling is None and prompt + new > most:
+    prompt, most = int((batch.segment_ids > 0).sum(axis=1).max()), config.llama.max_length
+    limit, whose = (most, "the model can read") if allowed is None or most <= allowed else (allowed, "are allowed here")
+    if prompt + new > limit:
         raise ValueError(
-            f"{prompt} tokens of a prompt and up to {new} new ones (images included) exceed the {most} that the model "
-            "can read: shorten the prompt, or allow fewer tokens or images"
+            f"{prompt} tokens of a prompt and up to {new} new ones (images included) exceed the {limit} that {whose}: "
+            "shorten the prompt, or allow fewer tokens or images"
         )
     return prompt + new
 

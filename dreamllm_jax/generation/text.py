@@ -155,14 +155,15 @@ def begin(
     prompts: Sequence[Sequence[Segment]],
     new: int,
     template: str = "",
+    allowed: int | None = None,
 ) -> Reading:
     """Reads how documents begin, with room for `new` tokens; arguments and errors as of `prompts.encode_prompts`.
 
     Raises:
-      ValueError: the documents could become longer than the model can read.
+      ValueError: the documents could become longer than the model can read, or than is `allowed`.
     """
     batch = encode_prompts(prompts, tokenizer, model.config, template)
-    length = require_fits(model.config, batch, new) + STRETCH  # the last stretch may be longer, only to be cut
+    length = require_fits(model.config, batch, new, allowed) + STRETCH  # the last stretch may be longer, only to be cut
     return read_prompts(model, params, batch, bucket(length, 64))
 
 

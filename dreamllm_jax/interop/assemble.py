@@ -59,7 +59,8 @@ def assemble(
     )
     towers = {"llama": llama, "clip": clip, "unet": unet, "vae": vae}
     tensors = {name: part.tensors for name, part in towers.items()} | _fresh(config, seed)
-    return join(config, tensors, tuple(name for part in towers.values() for name in part.left_out))
+    where = {name: part.where for name, part in towers.items()}
+    return join(config, tensors, tuple(name for part in towers.values() for name in part.left_out), where)
 
 
 def _fresh(config: DreamLLMConfig, seed: int) -> dict[str, dict[str, Tensor]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.interop import files
+from dreamllm_jax.interop import files, recognise
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.models.clip import NOT_IN_HF, ClipVisionConfig, clip_config_from_hf
@@ -28,12 +28,14 @@ def open_clip(directory: Path, select_layer: int = -2) -> Part:
     Raises:
       FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
     """
-    return clip_part(read_clip_config(directory, select_layer), files.open_model(directory, "model", "pytorch_model"))
+    part = clip_part(read_clip_config(directory, select_layer), files.open_model(directory, "model", "pytorch_model"))
+    return dataclasses.replace(part, where=directory)
 
 
 def read_clip_config(directory: Path, select_layer: int = -2) -> ClipVisionConfig:
     """The vision tower's shape, from `config.json`, and the pixels it takes, from its image processor's file, if any;
     errors as of `open_clip`."""
+    recognise.require(directory, "config.json")
     config = files.read_config(directory / "config.json", lambda settings: clip_config_from_hf(settings, select_layer))
     for name in PROCESSORS:
         if (path := directory / name).is_file():

@@ -8,22 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.diffusion.schedule import ScheduleConfig, schedule_config_from_diffusers
-from dreamllm_jax.interop import files
+from dreamllm_jax.diffusion.schedule import ScheduleConfig, schedule_config_from_diffusers, schedule_config_to_diffusers
+from dreamllm_jax.interop import files, recognise
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.unet import UNetConfig, unet_config_from_diffusers
 from dreamllm_jax.models.vae import AutoencoderConfig, autoencoder_config_from_diffusers
 
-_STEMS = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
-# What Stable Diffusion's own scheduler files say beside what training needs: how to sample.
-_SAMPLING = {
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-}
+SCHEDULER = "scheduler/scheduler_config.json"
+_CONFIGS = "unet/config.json", "vae/config.json", SCHEDULER
+STEM = "diffusion_pytorch_model"
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LEGACY_NAME = re.compile(rf"(.*\.mid_block\.attentions\.\d+)\.({'|'.join(_LEGACY)})\.(weight|bias)")
 
@@ -34,10 +28,11 @@ def read_diffusion_configs(directory: Path) -> tuple[UNetConfig, AutoencoderConf
     Raises:
       FileNotFoundError, ValueError: naming the file, and the setting that is not supported.
     """
+    recognise.require(directory, *_CONFIGS)
     return (
         files.read_config(directory / "unet/config.json", unet_config_from_diffusers),
         files.read_config(directory / "vae/config.json", autoencoder_config_from_diffusers),
-        files.read_config(directory / "scheduler/scheduler_config.json", schedule_config_from_diffusers),
+        files.read_config(directory / SCHEDULER, schedule_config_from_diffusers),
     )
 
 
@@ -49,8 +44,8 @@ def open_diffusion(directory: Path) -> tuple[Part, Part, ScheduleConfig]:
     """
     unet, vae, schedule = read_diffusion_configs(directory)
     return (
-        Part(unet, files.open_model(directory / "unet", *_STEMS)),
-        Part(vae, rename_legacy_attention(files.open_model(directory / "vae", *_STEMS))),
+        Part(unet, files.open_model(directory / "unet", STEM), where=directory / "unet"),
+        Part(vae, rename_legacy_attention(files.open_model(directory / "vae", STEM)), where=directory / "vae"),
         schedule,
     )
 
@@ -81,8 +76,5 @@ def write_diffusion(
         if settings.get("num_attention_heads", ...) is None:
             del settings["num_attention_heads"]
         files.write_json(directory / part / "config.json", {"_class_name": kind, **settings})
-        files.write_safetensors(directory / part, _STEMS[0], tensors[part], max_shard_size)
-    files.write_json(
-        directory / "scheduler" / "scheduler_config.json",
-        {"_class_name": "PNDMScheduler", **_SAMPLING, **dataclasses.asdict(config.schedule)},
-    )
+        files.write_safetensors(directory / part, STEM, tensors[part], max_shard_size)
+    files.write_json(directory / SCHEDULER, schedule_config_to_diffusers(config.schedule))

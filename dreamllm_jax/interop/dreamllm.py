@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.interop import files
+from dreamllm_jax.interop import files, recognise
 from dreamllm_jax.interop.clip import PREFIX, clip_part, open_clip, read_clip_config, write_clip
 from dreamllm_jax.interop.diffusion import (
     open_diffusion,
@@ -93,7 +93,8 @@ def _places(directory: Path, name: str | None) -> list[Path]:
 
 
 def _layout(directory: Path, clip: Path | None, diffusion: Path | None) -> _Layout:
-    settings = files.read_json(directory / "config.json")
+    recognise.require(directory, "config.json")
+    settings = files.read_config(directory / "config.json", dict)
     if settings.get("model_type") != "dreamllm":
         raise ValueError(f"{directory}/config.json has model_type {settings.get('model_type')!r}, expected 'dreamllm'")
     plugins = settings.get("plugins_init_kwargs", {})
@@ -175,7 +176,7 @@ def _queries(layout: _Layout) -> dict[str, Tensor]:
         """Without the batch axis that they are stored with."""
         if len(tensor.shape) != 3 or tensor.shape[0] != 1:
             return tensor
-        return Tensor(tensor.shape[1:], tensor.dtype, lambda: tensor.read()[0])
+        return dataclasses.replace(tensor, shape=tensor.shape[1:], read=lambda: tensor.read()[0])
 
     # In the old file stands the parameter itself, which has no name.
     return {name or "dream_queries": first(tensor) for name, tensor in files.open_tensors(old or new).items()}

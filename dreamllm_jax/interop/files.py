@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import pickle
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +13,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from dreamllm_jax.interop import recognise
+
+_logger = logging.getLogger(__name__)
 
 _DTYPES = {
     "F64": np.float64,
@@ -34,11 +40,13 @@ class Tensor:
 
     Attributes:
       read: gives its values; nothing is read before.
+      where: its file and its name there, for messages; empty for one in memory.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    where: str = ""
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Tensor":
@@ -51,15 +59,22 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if found := recognise.content_of(path):
+            raise ValueError(f"{path} is {found}") from None
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
 
 
 def read_config(path: Path, parse: Callable[[dict], T]) -> T:
-    """What `parse` makes of a JSON file; errors as of `read_json`, those of `parse` included."""
+    """What `parse` makes of a model's JSON file; errors as of `read_json`, those of `parse` included, and ValueError if
+    the model is quantised."""
     settings = read_json(path)
     try:
+        recognise.require_floats(settings)
         return parse(settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -84,31 +99,76 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
+    if found := recognise.content_of(path):
+        raise ValueError(f"{path} is {found}")
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
 
 
 def open_model(directory: Path, *stems: str) -> dict[str, Tensor]:
-    """A model's tensors: the first found of `stem.safetensors`, `stem.bin`, or either's shards listed in an index.
+    """A model's tensors, from the file or index that `find_model` finds.
 
     Raises:
-      FileNotFoundError: if there is none of them, or a shard of the index is missing.
-      ValueError: if the index and its shards do not hold the same tensors.
+      FileNotFoundError: if there is none, or a shard of the index is missing.
+      ValueError: if the index and its shards do not hold the same tensors, or a shard is not beside its index.
     """
+    path, variant = find_model(directory, *stems)
+    if variant:
+        _logger.info("%s: its variant %r is read, for there is no other", path, variant)
+    return _open_shards(path) if path.suffix == ".json" else open_tensors(path)
+
+
+def find_model(directory: Path, *stems: str) -> tuple[Path, str]:
+    """The file of a model's tensors, or the index of its shards, and which variant of the model that is.
+
+    Names are those of transformers and diffusers, of which `stem.safetensors` is taken before `stem.bin`, and either
+    before variants such as `stem.fp16.safetensors`, whose index is `stem.safetensors.index.fp16.json` or, in older
+    checkpoints, `stem.fp16.safetensors.index.json`.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if there are several variants and nothing else.
+    """
+    found: dict[str, Path] = {}
     for suffix in (".safetensors", ".bin"):
         for stem in stems:
-            index = directory / f"{stem}{suffix}.index.json"
-            if index.is_file():
-                return _open_shards(index)
-            if (directory / f"{stem}{suffix}").is_file():
-                return open_tensors(directory / f"{stem}{suffix}")
+            name = re.compile(rf"{re.escape(stem)}(?:\.(\w+))?{re.escape(suffix)}(?P<index>\.index(?:\.(\w+))?\.json)?")
+            matches = [match for path in sorted(directory.glob(f"{stem}*")) if (match := name.fullmatch(path.name))]
+            for match in sorted(matches, key=lambda match: match["index"] is None):  # an index comes first
+                if (directory / match[0]).is_file() and not (match[1] and match[3]):
+                    found.setdefault(match[1] or match[3] or "", directory / match[0])
+    if len(found) > 1 and "" not in found:
+        raise ValueError(
+            f"{directory} has the variants {', '.join(sorted(found))} of the model and none that is the model itself: "
+            "leave only the one that is meant there"
+        )
+    for variant in sorted(found):  # the model itself is before its variants
+        return found[variant], variant
     names = " or ".join(f"{stem}.safetensors, {stem}.bin" for stem in stems)
-    raise FileNotFoundError(f"{directory} has no {names}, nor an index of their shards")
+    raise FileNotFoundError(
+        f"{directory} has no {names}, nor an index of their shards ({stems[0]}.safetensors.index.json), nor "
+        f"one variant of them ({stems[0]}.fp16.safetensors){recognise.looks(directory)}"
+    )
+
+
+def require_beside(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index, tensor name -> name of its shard.
+
+    Raises:
+      ValueError: there is none, or a shard would be read from elsewhere than beside the index.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not shard or re.search(r"[/\\\0]", shard) or shard in (".", ".."):
+            raise ValueError(
+                f"{index} is refused: it names the shard {shard!r}, and shards are files beside their index"
+            )
+    return weight_map
 
 
 def _open_shards(index: Path) -> dict[str, Tensor]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map")
+    weight_map = require_beside(index)
     tensors = {}
     for shard in sorted(set(weight_map.values())):
         if not (index.parent / shard).is_file():
@@ -138,7 +198,10 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
 
         return read
 
-    return {name: Tensor(shape, np.dtype(_DTYPES[dtype]), reader(name)) for name, (shape, dtype) in kinds.items()}
+    return {
+        name: Tensor(shape, np.dtype(_DTYPES[dtype]), reader(name), f"{path}: {name}")
+        for name, (shape, dtype) in kinds.items()
+    }
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
@@ -156,7 +219,34 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
     content = {"": content} if isinstance(content, torch.Tensor) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} does not hold tensors by name")
-    return {name: Tensor.of(_from_torch(value)) for name, value in content.items()}
+    tensors = {}
+    for name, value in content.items():
+        try:
+            array = _from_torch(value)
+        except (TypeError, RuntimeError):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported") from None
+        tensors[name] = dataclasses.replace(Tensor.of(array), where=f"{path}: {name}")
+    return tensors
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether arrays of this type are weights as they are computed with."""
+    return dtype.kind == "f" or dtype == ml_dtypes.bfloat16
+
+
+def require_finite(array: np.ndarray, where: str) -> np.ndarray:
+    """The array.
+
+    Raises:
+      ValueError: it has values that are not finite.
+    """
+    if is_float(array.dtype) and not (finite := np.isfinite(array)).all():
+        raise ValueError(
+            f"{where} has {array.size - np.count_nonzero(finite):,} values of {array.size:,} that are not finite "
+            "(NaN or infinite): the file is damaged, or its training has diverged"
+        )
+    return array
 
 
 def _from_torch(tensor) -> np.ndarray:
@@ -186,16 +276,24 @@ class Scratch:
         self._file.close()
         self._path.unlink(missing_ok=True)
 
-    def keep(self, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def keep(self, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype, name: str = "") -> np.ndarray:
         """Writes arrays one after the other, converted to `dtype`; together they are one array of `shape`.
+
+        Args:
+          name: for messages.
 
         Raises:
           OSError: if the disk is full.
+          ValueError: values that `dtype` cannot hold.
         """
         start = -(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT
         self._file.seek(start)
         for part in parts:
-            data = memoryview(np.ascontiguousarray(part, dtype).reshape(-1).view(np.uint8))
+            with np.errstate(over="ignore"):  # told by name
+                converted = np.ascontiguousarray(part, dtype)
+            if part.dtype != dtype and not np.isfinite(converted).all():
+                raise ValueError(f"{name} has values that {dtype} cannot hold: choose a --dtype of bfloat16 or float32")
+            data = memoryview(converted.reshape(-1).view(np.uint8))
             while data:
                 data = data[self._file.write(data) :]
         if not np.prod(shape):

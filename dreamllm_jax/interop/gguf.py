@@ -1,5 +1,6 @@
 """LLaMA in llama.cpp's layout: one `.gguf` file."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def open_gguf(path: Path) -> Part:
     for tensor in reader.tensors:
         name = _torch_name(tensor.name)
         kind = tensor.name.split(".")[-2]
-        tensors[name] = _tensor(tensor, heads_of.get(kind))
+        tensors[name] = dataclasses.replace(_tensor(tensor, heads_of.get(kind)), where=f"{path}: {tensor.name}")
     return Part(config, tensors)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.interop import files
+from dreamllm_jax.interop import files, recognise
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.source import Part
@@ -26,7 +26,8 @@ def open_llama(path: Path) -> Part:
       FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
     """
     if path.suffix == ".gguf":
-        return open_gguf(path)
+        return dataclasses.replace(open_gguf(path), where=path)
+    recognise.require(path, "config.json")
     config = files.read_config(path / "config.json", llama_config_from_hf)
     return llama_part(config, files.open_model(path, "model", "pytorch_model"), path)
 
@@ -55,7 +56,7 @@ def llama_part(config: LlamaConfig, tensors: Mapping[str, Tensor], where: Path) 
             raise ValueError(f"{where}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
         del rest[HEAD]
         left_out += (HEAD,)
-    return Part(config, rest, left_out)
+    return Part(config, rest, left_out, where)
 
 
 def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed: int) -> Part:
@@ -92,7 +93,7 @@ def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed
                 rows[new] = rng.normal(0, config.initializer_range, (len(new), config.hidden_size))
             return rows
 
-        return Tensor((vocab_size, config.hidden_size), tensor.dtype, read)
+        return dataclasses.replace(tensor, shape=(vocab_size, config.hidden_size), read=read)
 
     tensors = {name: grown(name, t) if name in (EMBEDDING, HEAD) else t for name, t in part.tensors.items()}
     return dataclasses.replace(part, config=dataclasses.replace(config, vocab_size=vocab_size), tensors=tensors)

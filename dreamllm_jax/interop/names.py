@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dreamllm_jax.interop.files import Tensor
+from dreamllm_jax.interop import recognise
+from dreamllm_jax.interop.files import Tensor, is_float, require_finite
 
 SCANNED = "layers"
 _LISTED = re.compile(
@@ -74,12 +75,18 @@ class Leaf:
         return kinds.pop() if len(kinds) == 1 else functools.reduce(np.promote_types, kinds, np.dtype(np.float32))
 
     def parts(self) -> Iterator[np.ndarray]:
-        """The layers in our layout, read one at a time; of an unscanned parameter the one array it is."""
+        """The layers in our layout, read one at a time; of an unscanned parameter the one array it is.
+
+        Raises:
+          ValueError: naming the first tensor with values that are not finite.
+        """
         name, ndim = self.path.rsplit("/", 1)[-1], len(self.shape) - _is_scanned(self.path)
-        return (_to_ours(name, tensor.read(), ndim) for tensor in self.tensors)
+        for tensor in self.tensors:
+            yield _to_ours(name, require_finite(tensor.read(), tensor.where or self.path), ndim)
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """The array, or the part of it that `index` selects; a scanned stack is read layer by layer."""
+        """The array, or the part of it that `index` selects; a scanned stack is read layer by layer; errors as of
+        `parts`."""
         if not _is_scanned(self.path):
             return next(self.parts())[index]
         layers, rest = (index or (slice(None),))[0], tuple(index[1:])
@@ -98,7 +105,8 @@ def arrange(template: Mapping, tensors: Mapping[str, Tensor]) -> dict[str, Leaf]
       Path -> parameter, nothing read yet.
 
     Raises:
-      ValueError: listing every missing, unexpected or wrongly shaped tensor, with shapes.
+      ValueError: listing missing, unexpected and wrongly shaped tensors, with shapes, and those that are no floating
+        point numbers; the first ten, how many there are, and the likely cause if there is one.
     """
     leaves, problems, used = {}, [], set()
     for path, want in flatten_dict(template, sep="/").items():
@@ -112,12 +120,17 @@ def arrange(template: Mapping, tensors: Mapping[str, Tensor]) -> dict[str, Leaf]
                 problems.append(f"missing {name} {expected}")
             elif tensors[name].shape not in (expected, (*expected, 1, 1) if leaf == "kernel" else None):
                 problems.append(f"{name} has shape {tensors[name].shape}, expected {expected}")
+            elif not is_float(tensors[name].dtype):
+                problems.append(f"{name} is stored as {tensors[name].dtype}, not as floating point numbers")
             else:
                 fitting.append(tensors[name])
         leaves[path] = Leaf(path, tuple(want.shape), tuple(fitting))
     problems += [f"unexpected {name} {tensors[name].shape}" for name in sorted(set(tensors) - used)]
     if problems:
-        raise ValueError(f"{len(problems)} tensors do not fit:\n  " + "\n  ".join(problems))
+        cause = recognise.cause(set(tensors) - used)
+        raise ValueError(
+            f"{len(problems):,} tensors do not fit:\n  {recognise.listed(problems)}{cause and f'{chr(10)}  {cause}'}"
+        )
     return leaves
 
 

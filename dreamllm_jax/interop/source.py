@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from dreamllm_jax.interop import recognise
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.names import Leaf, arrange
 from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
@@ -21,11 +23,13 @@ class Part:
       config: its configuration class.
       tensors: torch name -> tensor, named as `names.torch_name` names our part's parameters.
       left_out: tensors that stand there too but belong to nothing of ours, such as CLIP's text tower.
+      where: the directory or file, for messages.
     """
 
     config: Any
     tensors: dict[str, Tensor]
     left_out: tuple[str, ...] = ()
+    where: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +59,17 @@ class Source:
         return {path: place(path, want) for path, want in abstract.items()}
 
 
-def join(config: DreamLLMConfig, parts: Mapping[str, Mapping[str, Tensor]], left_out: tuple[str, ...] = ()) -> Source:
+def join(
+    config: DreamLLMConfig,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    left_out: tuple[str, ...] = (),
+    where: Mapping[str, Path | None] = MappingProxyType({}),
+) -> Source:
     """Accounts for every tensor of every part of the model.
 
     Args:
       parts: top-level name of the parameter tree, such as "llama" -> torch name -> tensor.
+      where: the same name -> where it came from, for messages.
 
     Raises:
       ValueError: listing what is missing, unexpected or wrongly shaped, part by part.
@@ -69,7 +79,7 @@ def join(config: DreamLLMConfig, parts: Mapping[str, Mapping[str, Tensor]], left
         try:
             found = arrange(template, parts.get(name, {}))
         except ValueError as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"{name}{f' of {where[name]}' if where.get(name) else ''}: {error}")
         else:
             leaves |= {
                 f"{name}/{path}": dataclasses.replace(leaf, path=f"{name}/{path}") for path, leaf in found.items()
@@ -94,5 +104,9 @@ def split(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str], where: str
         else:
             parts[prefixes[prefix]][name.removeprefix(prefix)] = tensor
     if unexpected:
-        raise ValueError(f"{where} holds {len(unexpected)} unexpected tensors: {', '.join(sorted(unexpected))}")
+        cause = recognise.cause(unexpected)
+        raise ValueError(
+            f"{where} holds {len(unexpected):,} unexpected tensors: {recognise.listed(sorted(unexpected), ', ')}"
+            f"{cause and f'; {cause}'}"
+        )
     return parts

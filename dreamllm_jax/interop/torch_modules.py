@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreamllm_jax.interop.diffusion import SCHEDULER, STEM
 from dreamllm_jax.interop.dreamllm import HEAD, QUERIES, VISION, tower_directory
-from dreamllm_jax.interop.files import read_json
+from dreamllm_jax.interop.files import find_model, open_model, read_config, require_beside
+from dreamllm_jax.interop.recognise import looks
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.projectors import ProjectorConfig
 
@@ -38,7 +40,7 @@ def loaders(
         or wrongly shaped.
     """
     path, found = directory / "config.json", {}
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_config(path, dict) if path.is_file() else {}
     if settings.get("model_type") == "dreamllm":
         return _dreamllm(config, directory, settings, towers)
     if given := [f"--{name}" for name, place in towers.items() if place]:
@@ -52,40 +54,65 @@ def loaders(
     if not found:
         raise ValueError(
             f"{directory} is no model in PyTorch's formats: it has neither a config.json of model_type 'llama' or "
-            "'dreamllm' nor unet/config.json and vae/config.json"
+            f"'dreamllm' nor unet/config.json and vae/config.json{looks(directory)}"
         )
     return found
+
+
+def scheduler_file(directory: Path, towers: Mapping[str, Path | None]) -> Path | None:
+    """The `scheduler_config.json` that a directory has or, a checkpoint of the original program, refers to, if any."""
+    path, place = directory / "config.json", directory
+    settings = read_config(path, dict) if path.is_file() else {}
+    if settings.get("model_type") == "dreamllm":
+        try:
+            plugins = settings.get("plugins_init_kwargs", {})
+            place = tower_directory(directory, plugins, "diffusion", towers.get("diffusion"))
+        except FileNotFoundError:
+            return None
+    return place / SCHEDULER if (place / SCHEDULER).is_file() else None
 
 
 def _llama(directory: Path, **more) -> "nn.Module":
     from transformers import LlamaForCausalLM
 
-    return _pretrained(LlamaForCausalLM, directory, dtype="auto", attn_implementation="eager", **more)
+    return _pretrained(
+        LlamaForCausalLM, directory, "model", "pytorch_model", dtype="auto", attn_implementation="eager", **more
+    )
 
 
 def _clip(folder: Path) -> "nn.Module":
     from transformers import CLIPVisionModel
 
-    return _pretrained(CLIPVisionModel, folder, dtype="auto", attn_implementation="eager")
+    return _pretrained(CLIPVisionModel, folder, "model", "pytorch_model", dtype="auto", attn_implementation="eager")
 
 
 def _diffusers(part: str, folder: Path) -> "nn.Module":
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from safetensors.torch import load_file
 
-    dtype = torch.float32  # what diffusers converts to, unless it is told the type
-    for pattern in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-00001-*.safetensors"):
-        for path in folder.glob(pattern):
-            dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in load_file(path).values()))
+    kinds = {str(tensor.dtype) for tensor in open_model(folder, STEM).values()}
+    # Unless it is told the type, diffusers converts to float32.
+    dtype = functools.reduce(torch.promote_types, (getattr(torch, kind) for kind in kinds))
     cls = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
-    return _pretrained(cls, folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+    return _pretrained(cls, folder, STEM, torch_dtype=dtype, low_cpu_mem_usage=False)
 
 
-def _pretrained(cls: type, folder: Path, **more) -> "nn.Module":
-    """A public class's own loader, which by itself only warns of tensors that do not fit."""
+def _pretrained(cls: type, folder: Path, *stems: str, **more) -> "nn.Module":
+    """A public class's own loader, which by itself only warns of tensors that do not fit and follows an index anywhere.
+
+    Args:
+      stems: how the file of tensors is called.
+    """
+    path, variant = find_model(folder, *stems)
+    if path.suffix == ".json":
+        require_beside(path)
     module, info = cls.from_pretrained(
-        folder, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **more
+        folder,
+        variant=variant or None,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        local_files_only=True,
+        **more,
     )
     _require_same_tensors(folder, *(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
     return module

@@ -20,6 +20,7 @@ import numpy as np
 
 from dreamllm_jax.interop import torch_modules
 from dreamllm_jax.interop.files import import_torch
+from dreamllm_jax.interop.sampling import compare_sampling
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, take
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Difference:
     """How far a tower of ours is from torch's; of several outputs, that of the one nearest to its limit or past it.
 
     Attributes:
-      tower: "language model", "image encoder", "denoiser", "autoencoder" or "multimodal forward".
-      dtype: what ours computed in, "float32" or "bfloat16".
+      tower: "language model", "image encoder", "denoiser", "autoencoder", "multimodal forward" or "scheduler".
+      dtype: what ours computed in, "float32" or "bfloat16"; "any" of the scheduler, which has no weights.
       largest: largest absolute difference from torch's float32 result (or float64, see `compare`).
       relative: L2 norm of the difference / L2 norm of that result.
       limit: the relative difference that is allowed.
@@ -81,6 +82,7 @@ def compare(
     Returns:
       A difference for each tower and type. "multimodal forward" is the logits and the condition for one sequence of
       text, an image and dream queries; it needs a checkpoint of the original program with all its plugin files.
+      "scheduler" is what `sampling.compare_sampling` compares, where the directory has one.
 
     Raises:
       ImportError: PyTorch is not installed.
@@ -114,8 +116,23 @@ def compare(
         names = [name for name in theirs["float32"] if name.startswith(f"{tower}/")]
         for dtype in dtypes:
             found = [_difference(tower, name, dtype, ours, theirs, exact) for name in names]
-            differences.append(max(found, key=lambda d: (not d.passed, d.relative / d.limit)))
+            differences.append(_worst(found))
+    if (file := torch_modules.scheduler_file(Path(directory), towers)) is not None:
+        differences.append(
+            _worst([_same("scheduler", *pair) for pair in compare_sampling(config.schedule, file).values()])
+        )
     return differences
+
+
+def _worst(found: Sequence[Difference]) -> Difference:
+    return max(found, key=lambda d: (not d.passed, d.relative / d.limit))
+
+
+def _same(tower: str, got: np.ndarray, want: np.ndarray) -> Difference:
+    """Of what depends on no type, and may have another shape."""
+    if got.shape != want.shape:
+        return Difference(tower, "any", math.inf, math.inf, FLOAT32_LIMIT)
+    return Difference(tower, "any", float(np.abs(got - want).max()), _relative(got, want), FLOAT32_LIMIT)
 
 
 def table(differences: Sequence[Difference]) -> str:

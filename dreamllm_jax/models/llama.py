@@ -79,6 +79,16 @@ class LlamaConfig:
         if self.head_dim % 2 or self.head_dim < 2:
             raise ValueError(f"head_dim {self.head_dim} is odd or not positive: rotary embedding turns pairs")
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document that it can read: what it was made for, stretched as `rope_scaling` says.
+
+        "linear" and "dynamic" scaling stretch `max_position_embeddings`; with "llama3" that is the stretched length.
+        """
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        return self.rope_scaling.stretched(self.max_position_embeddings)
+
     def rope_frequencies(self, length: int | Array) -> np.ndarray | Array:
         """Radians per position in rows of this length, see `rope.rope_frequencies`."""
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling, length, self.max_position_embeddings)

@@ -20,7 +20,8 @@ class RopeScaling:
       rope_type: "linear" (divide positions), "dynamic" (NTK-aware: a larger base for longer rows), or "llama3"
         (stretch the low frequencies only, arXiv 2407.21783).
       factor: how far.
-      low_freq_factor, high_freq_factor, original_max_position_embeddings: "llama3" only.
+      low_freq_factor, high_freq_factor: "llama3" only.
+      original_max_position_embeddings: of "llama3"; of the others if it is not `max_position_embeddings`.
     """
 
     rope_type: str
@@ -39,6 +40,12 @@ class RopeScaling:
             raise ValueError(f"rope_type {self.rope_type!r} is not supported: choose from {list(fields)} or no scaling")
         if missing := [name for name in fields[self.rope_type] if not getattr(self, name)]:
             raise ValueError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}")
+
+    def stretched(self, max_position_embeddings: int) -> int:
+        """The longest row, of a configuration with this `max_position_embeddings`."""
+        if self.rope_type == "llama3":
+            return max_position_embeddings
+        return int((self.original_max_position_embeddings or max_position_embeddings) * self.factor)
 
 
 def rope_frequencies(

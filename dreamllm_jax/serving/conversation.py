@@ -14,6 +14,7 @@ from dreamllm_jax.generation.prompts import Painted, Written
 
 MAX_BYTES = 32 << 20  # of a request
 MAX_SEGMENTS, MAX_IMAGES, MAX_CHARACTERS = 200, 16, 20_000  # of a conversation
+MAX_TOKENS = 16_384  # of a conversation and its reply, pictures included, if the model can read so many
 KEPT_SIZE = 512  # pixels on the shorter side of a picture that was sent
 
 # What the page lets people choose of a reply: least, most and default; whole numbers where these are.
@@ -56,10 +57,12 @@ def read_conversation(given: Any, vocab_size: int) -> list[Segment]:
     segments = [_segment(item, vocab_size) for item in given[: MAX_SEGMENTS + 1]]
     pictures = sum(isinstance(segment, Image) for segment in segments)
     characters = sum(len(segment.text) for segment in segments if isinstance(segment, Text))
+    tokens = sum(len(segment.tokens) for segment in segments if isinstance(segment, Written))
     for count, most, name in (
         (len(segments), MAX_SEGMENTS, "parts"),
         (pictures, MAX_IMAGES, "pictures"),
         (characters, MAX_CHARACTERS, "characters"),
+        (tokens, MAX_TOKENS, "tokens"),
     ):
         if count > most:
             raise ValueError(f"the conversation has more than {most} {name}: begin a new one")

@@ -41,6 +41,7 @@ from dreamllm_jax.generation.text import Sampling
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.serving.conversation import (
     MAX_BYTES,
+    MAX_TOKENS,
     SETTINGS,
     accept_picture,
     read_conversation,
@@ -64,12 +65,18 @@ def make_reply(
     size: int | tuple[int, int],
     sampler: samplers.Name = "ddim",
     template: str = "",
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Reply:
-    """The model's replies: it continues the conversation as a document, or answers in the turns of a template."""
+    """The model's replies: it continues the conversation as a document, or answers in the turns of a template.
+
+    Args:
+      within: in which the model runs: `sharding.use` of its mesh, where it is split. It is entered anew for each event,
+        for these may be made in different threads.
+    """
 
     def reply(conversation: Sequence[Segment], settings: Mapping[str, Any]) -> Generator[Event, None, None]:
         seeds = [settings["seed"]]
-        yield from generate_documents(
+        events = generate_documents(
             model,
             params,
             tokenizer,
@@ -82,7 +89,14 @@ def make_reply(
             sampler=samplers.SamplerConfig(sampler, settings["steps"]),
             guidance=settings["guidance"],
             template=template,
+            allowed=MAX_TOKENS,
         )
+        while True:
+            with within():
+                event = next(events, None)
+            if event is None:
+                return
+            yield event
 
     return reply
 

@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +27,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dreamllm_jax.configuration import read
 from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.directories import absolute, write_whole
+from dreamllm_jax.directories import absolute, is_remote, write_whole
+from dreamllm_jax.interop.recognise import looks
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.lora import LoraConfig, adapters_of, is_adapter, merge
 
@@ -162,6 +164,7 @@ def find(name: str) -> SavedModel:
     if not (directory / MODEL).exists():
         raise FileNotFoundError(
             f"{directory} has no {MODEL}: it is not the --to of a finished `convert import`, nor the --workdir of a run"
+            f"{'' if is_remote(path) else looks(Path(directory))}"
         )
     config = read(DreamLLMConfig, json.loads((directory / MODEL).read_text()), f"{directory / MODEL}")
     if (directory / PARAMS).exists():

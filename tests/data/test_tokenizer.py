@@ -2,12 +2,13 @@ import dataclasses
 import io
 import json
 import random
+import re
 
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, pre_tokenizers, trainers
 
 from dreamllm_jax.data import tokenizer
 from dreamllm_jax.vocabulary import ADDED_TOKENS
@@ -108,7 +109,7 @@ def test_what_transformers_stores_of_its_use_changes_no_text(stored, text_tokeni
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", " is a pointer of git-lfs"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", ".*: it is a pointer of git-lfs"),
         (b"\xff{}", "(:| is not a tokenizer of Hugging Face)"),
         (b"", "(:| is not a tokenizer of Hugging Face)"),
     ],
@@ -185,3 +186,117 @@ def test_what_cannot_be_converted_is_refused(tmp_path):
     (tmp_path / "t.txt").write_text("")
     with pytest.raises(ValueError, match="a tokenizer is"):
         tokenizer.load_tokenizer(tmp_path / "t.txt")
+
+
+OWN = {"<|im_start|>": 600, "<|im_end|>": 601}
+
+
+def told(directory, model: bytes, **files) -> None:
+    """A directory with a SentencePiece model and JSON files by their stems."""
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.model").write_bytes(model)
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+
+
+def whole(model: bytes, *added: str) -> dict:
+    """The tokenizer.json of the same vocabulary, with more tokens."""
+    fast = tokenizer.from_sentencepiece(model)
+    fast.add_tokens([AddedToken(token, normalized=False) for token in added])
+    return json.loads(fast.to_str())
+
+
+TOLD = {
+    "added_tokens.json": lambda model: {"added_tokens": OWN},
+    "tokenizer_config.json": lambda model: {
+        "tokenizer_config": {"added_tokens_decoder": {str(i): {"content": t, "special": False} for t, i in OWN.items()}}
+    },
+    "a whole tokenizer.json": lambda model: {"tokenizer": whole(model, *OWN)},
+    "a whole tokenizer.json and added_tokens.json": lambda model: {
+        "tokenizer": whole(model, *OWN),
+        "added_tokens": OWN,
+    },
+    "the base's tokenizer.json": lambda model: {"tokenizer": whole(model), "added_tokens": OWN},
+}
+ENDS = {
+    "tokenizer_config": {"eos_token": "<|im_end|>"},
+    "special_tokens_map": {"eos_token": {"content": "<|im_end|>"}},
+    "generation_config": {"eos_token_id": 601},
+    "config": {"eos_token_id": [601, 600]},
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("where", TOLD)
+def test_tokens_of_the_models_authors_stay(where, end, model, tmp_path):
+    """As in models that were tuned to ChatML: at their ids, which nobody else is given; what ends a text is theirs."""
+    files = TOLD[where](model)
+    files[end] = files.get(end, {}) | ENDS[end]
+    told(tmp_path / "given", model, **files)
+    ours = tokenizer.load_tokenizer(tmp_path / "given")
+    ours.save(tmp_path / "saved")
+    alone = [] if "tokenizer" in files else [tokenizer.load_tokenizer(tmp_path / "given" / "tokenizer.model")]
+    for one in (ours, tokenizer.load_tokenizer(tmp_path / "saved"), *alone):
+        assert {token: one.fast.token_to_id(token) for token in OWN} == OWN
+        assert one.special.eos == 601 and one.special.bos == 1 and one.special.pad == 602 and one.vocab_size == 610
+        assert one.sentencepiece_model == model
+        start, *rest = one.encode_text("<|im_start|>abc")
+        assert start == 600 and rest == one.encode_text("abc")
+        assert one.decode([600, *rest]).removeprefix("<|im_start|>").strip() == "abc"
+        assert 601 not in one.encode_text("abc<|im_end|>"), "what ends a text is never meant by one"
+    assert ours.new_tokens == tuple(range(602, 610))
+
+
+def test_a_vocabulary_of_its_own_comes_before_sentencepiece(model, tmp_path, caplog):
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.train_from_iterator(["a red square"] * 9, trainers.BpeTrainer(special_tokens=["<s>", "</s>"]))
+    told(tmp_path, model, tokenizer=json.loads(fast.to_str()))
+    ours = tokenizer.load_tokenizer(tmp_path)
+    assert ours.encode_text("red") == fast.encode("red").ids and ours.sentencepiece_model is None
+    assert "tokenizer.model is left aside for" in caplog.text and "other ids" in caplog.text
+
+
+TIKTOKEN = b"IQ== 0\nIg== 1\nIw== 2\n"
+
+
+@pytest.mark.parametrize("content", [TIKTOKEN, b"\xff\xff\xff", b""])
+def test_a_tokenizer_model_that_is_not_sentencepieces(content, model, tmp_path, caplog):
+    """As Llama 3's, which is tiktoken's: beside a tokenizer.json that is taken, alone it is refused by name."""
+    told(tmp_path, content)
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.model: it is (tiktoken's and not|no) SentencePiece.*tokenizer\.json"
+    ):
+        tokenizer.load_tokenizer(tmp_path)
+    told(tmp_path, content, tokenizer=whole(model))
+    want = tokenizer.from_sentencepiece(model).encode("abc", add_special_tokens=False).ids
+    assert tokenizer.load_tokenizer(tmp_path).encode_text("abc") == want
+    assert "tokenizer.model is left aside for tokenizer.json: it is" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"added_tokens": {"<a>": 700}}, "the added token <a> should have the id 700, got 600"),
+        ({"added_tokens": {"<unk>": 5}}, "the added token <unk> should have the id 5, got 0"),
+        (
+            {
+                "added_tokens": {"<a>": 600},
+                "tokenizer_config": {"added_tokens_decoder": {"601": {"content": "<a>"}}},
+            },
+            "files disagree: '<a>' has the id 601 in one, '<a>' the id 600 in another",
+        ),
+        ({"tokenizer_config": {"eos_token": "<|im_end|>"}}, "the tokenizer has no eos_token '<|im_end|>'"),
+    ],
+)
+def test_ids_that_cannot_be_are_refused(files, message, model, tmp_path):
+    told(tmp_path, model, **files)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokenizer.load_tokenizer(tmp_path)
+
+
+def test_no_tokenizer_says_how_to_supply_one(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizer at .*: put a tokenizer\.model or a tokenizer\.json there"
+    ):
+        tokenizer.load_tokenizer(tmp_path / "tokenizer")

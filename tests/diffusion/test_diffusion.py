@@ -1,5 +1,8 @@
 """The noise schedule and the sampler equal diffusers' schedulers."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,12 @@ import pytest
 
 from dreamllm_jax.diffusion import schedule
 from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps, advance, guided, make_steps, sample
-from dreamllm_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod, schedule_config_from_diffusers
+from dreamllm_jax.diffusion.schedule import (
+    ScheduleConfig,
+    alphas_cumprod,
+    schedule_config_from_diffusers,
+    schedule_config_to_diffusers,
+)
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -164,3 +172,75 @@ def test_scheduler_files_are_read_strictly():
     ):
         with pytest.raises(ValueError, match=message):
             schedule_config_from_diffusers(setting)
+
+
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULERS = {
+    "euler": (diffusers.EulerDiscreteScheduler, {"timestep_spacing": "trailing", "use_karras_sigmas": True}),
+    "dpm++": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "thresholding": True}),
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": True, "set_alpha_to_one": True, "steps_offset": 0}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": False, "steps_offset": 3}),
+    "ddpm": (diffusers.DDPMScheduler, {"variance_type": "fixed_large", "clip_sample": True}),
+    "lcm": (diffusers.LCMScheduler, {"original_inference_steps": 40}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # diffusers
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_goes_out_as_it_came(name, prediction_type):
+    kind, settings = SCHEDULERS[name]
+    came = json.loads(kind(**NOISE, **settings, prediction_type=prediction_type).to_json_string())
+    config = schedule_config_from_diffusers(came)
+    assert config.prediction_type == prediction_type and config.beta_end == 0.012
+    assert schedule_config_to_diffusers(config) == came
+    changed = dataclasses.replace(config, beta_end=0.02)
+    assert schedule_config_to_diffusers(changed) == came | {"beta_end": 0.02}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # diffusers
+@pytest.mark.parametrize("name", [n for n in vars(diffusers) if n.endswith("Scheduler")])
+def test_every_scheduler_of_diffusers_is_read_as_it_is_or_refused(name):
+    """With its own defaults, and with a file that says nothing but its class: diffusers' noise levels either way."""
+    try:
+        theirs = getattr(diffusers, name)()
+        settings = json.loads(theirs.to_json_string())
+    except (ImportError, TypeError, ValueError):
+        pytest.skip("needs a package, or has no defaults")
+    same_process = hasattr(theirs, "alphas_cumprod") and hasattr(theirs, "betas")
+    for given in (settings, {"_class_name": name}):
+        try:
+            config = schedule_config_from_diffusers(given)
+        except ValueError as error:
+            assert name in str(error) or "variance_type" in str(error) or "prediction_type" in str(error)
+        else:
+            assert same_process and config.prediction_type == theirs.config.prediction_type
+            np.testing.assert_allclose(alphas_cumprod(config), theirs.alphas_cumprod, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler is of another noise"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler is of another noise process"),
+        ({"_class_name": "CogVideoXDDIMScheduler", **NOISE}, "CogVideoXDDIMScheduler is of another noise process"),
+        ({"num_train_timesteps": 1000}, "neither _class_name nor beta_start, beta_end, beta_schedule"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}, "'flow_prediction'"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type='continuous'"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned_range"}, "variance_type='learned_range'"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": [0.1] * 1000}, "trained_betas"),
+        ({"_class_name": "DDIMScheduler", "beta_end": 1.5}, "beta_end must be a number between 0 and 1, got 1.5"),
+        ({"_class_name": "DDIMScheduler", "beta_start": 0}, "beta_start must be a number between 0 and 1, got 0"),
+        ({"_class_name": "DDIMScheduler", "beta_start": "0.1"}, "beta_start must be a number between 0 and 1"),
+        ({"_class_name": "DDIMScheduler", "beta_end": float("nan")}, "beta_end must be a number between 0 and 1"),
+        ({"_class_name": "DDIMScheduler", "beta_end": 0.9}, "some signal at the last"),
+        ({"_class_name": "DDIMScheduler", "beta_start": 1e-9}, "some noise at the first"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 0}, "num_train_timesteps must be a whole number"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": 10.5}, "num_train_timesteps must be a whole number"),
+    ],
+)
+def test_another_noise_process_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_config_from_diffusers(settings)

@@ -1,5 +1,6 @@
 """Documents of text and images: the same alone, in a batch, and continued from what was saved."""
 
+import dataclasses
 import itertools
 import json
 
@@ -19,8 +20,9 @@ from dreamllm_jax.generation.documents import (
     save_document,
 )
 from dreamllm_jax.generation.images import paint
-from dreamllm_jax.generation.prompts import Painted, Written, encode_prompts
+from dreamllm_jax.generation.prompts import Painted, Written, encode_prompts, require_fits
 from dreamllm_jax.generation.text import Sampling
+from dreamllm_jax.models.rope import RopeScaling
 from tests.painter import TOKENIZER, model_that_paints
 from tests.tiny import DREAM_SIZE
 
@@ -125,6 +127,29 @@ def test_what_the_model_cannot_hold_is_refused():
         next(generate_documents(MODEL, PARAMS, TOKENIZER, PROMPTS, **BUDGET | {"max_tokens": 0}))
     with pytest.raises(images.ImageError):
         next(generate_documents(MODEL, PARAMS, TOKENIZER, [[Image(b"no image")]], **BUDGET))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "longest"),
+    [
+        (None, 512),
+        (RopeScaling("linear", 2.5), 1280),
+        (RopeScaling("dynamic", 2.0), 1024),
+        (RopeScaling("linear", 4.0, original_max_position_embeddings=128), 512),
+        (RopeScaling("llama3", 8.0, 1.0, 4.0, 64), 512),  # max_position_embeddings is the stretched length
+    ],
+)
+def test_scaled_positions_have_an_end_too(scaling, longest):
+    llama = dataclasses.replace(MODEL.config.llama, rope_scaling=scaling, max_position_embeddings=512)
+    config = dataclasses.replace(MODEL.config, llama=llama)
+    batch = encode_prompts(PROMPTS, TOKENIZER, config)
+    prompt = require_fits(config, batch, 0)
+    assert require_fits(config, batch, longest - prompt) == longest == llama.max_length
+    with pytest.raises(ValueError, match=f"exceed the {longest} that the model can read"):
+        require_fits(config, batch, longest - prompt + 1)
+    assert require_fits(config, batch, 300 - prompt, allowed=300) == 300
+    with pytest.raises(ValueError, match="exceed the 300 that are allowed here"):
+        require_fits(config, batch, 301 - prompt, allowed=300)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import http.client
 import io
 import json
@@ -9,6 +10,7 @@ import queue
 import sys
 import threading
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
@@ -27,8 +29,10 @@ from dreamllm_jax.serving.conversation import (
     MAX_CHARACTERS,
     MAX_IMAGES,
     MAX_SEGMENTS,
+    MAX_TOKENS,
     read_settings,
 )
+from dreamllm_jax.sharding import use
 from tests.painter import TOKENIZER, model_that_paints
 from tests.tiny import DREAM_SIZE
 
@@ -185,6 +189,10 @@ def test_too_large_a_request_is_refused(client):
             f"more than {MAX_IMAGES} pictures",
         ),
         (say("a" * (MAX_CHARACTERS + 1)), f"more than {MAX_CHARACTERS} characters"),
+        (
+            {"conversation": [{"role": "assistant", "text": "", "tokens": [1] * (MAX_TOKENS // 2 + 1)}] * 2},
+            f"more than {MAX_TOKENS} tokens",
+        ),
         (say(size=4096), "the settings are temperature"),
         (say(temperature=-0.1), "temperature must be a number from 0.0 to 2.0, got -0.1"),
         (say(temperature="hot"), "temperature must be a number"),
@@ -329,6 +337,28 @@ def say_event(event: Event) -> dict:
 
 def command(*more: str):
     return generate.make_parser().parse_args(["serve", "--checkpoint=nothing", *more])
+
+
+def test_the_model_may_be_split_over_devices(monkeypatch):
+    """As generate's is; whichever thread asks for the next event, it is made on the mesh, within what is allowed."""
+    arguments, meshes, allowed = command("--fsdp=2", "--tensor=4"), [], []
+    mesh, sharding = generate._mesh(arguments)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "sequence": 1, "tensor": 4}
+
+    def documents(*_, **settings):
+        allowed.append(settings["allowed"])
+        for event in EVENTS:
+            meshes.append(jax.sharding.get_abstract_mesh().shape)
+            yield event
+
+    monkeypatch.setattr(server, "generate_documents", documents)
+    within = functools.partial(use, mesh, sharding)
+    reply = server.make_reply(None, {}, TOKENIZER, size=DREAM_SIZE, within=within)
+    with client_of(reply) as client:
+        assert lines(client.post("/reply", json=say()))[-1] == {"state": "done"}
+    assert meshes == [mesh.abstract_mesh.shape] * len(EVENTS) and allowed == [MAX_TOKENS]
+    with pytest.raises(ValueError, match=r"^--fsdp=3 and --tensor=3 need 9 devices, there are 8$"):
+        generate._mesh(command("--fsdp=3", "--tensor=3"))
 
 
 def test_errors_come_before_the_model_is_loaded(monkeypatch, caplog, capsys):

@@ -1,0 +1,126 @@
+"""What a directory tells of its tokenizer beside the vocabulary: added tokens, and what begins and ends a text."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from dreamllm_jax.vocabulary import ADDED_TOKENS
+
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+_LISTS = ("additional_special_tokens", "extra_special_tokens")  # of special tokens without a role
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a directory tells of its tokenizer beside the vocabulary.
+
+    Attributes:
+      settings: of tokenizer_config.json, over those of special_tokens_map.json.
+      added: tokens that were added to a base vocabulary, by id; ours are among them where they have ids already.
+      ends: ids of eos in generation_config.json or config.json.
+    """
+
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    added: Mapping[int, AddedToken] = dataclasses.field(default_factory=dict)
+    ends: Sequence[int] = ()
+
+    @classmethod
+    def read(cls, directory: epath.Path | None) -> "Told":
+        """Raises ValueError for a damaged file, or two ids of a token."""
+        if directory is None:
+            return cls()
+        names = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
+        special, config, generation, model = (read_json(directory / name) for name in names)
+        told = cls({**special, **{name: value for name, value in config.items() if value is not None}})
+        for index, token in config.get("added_tokens_decoder", {}).items():
+            flags = {name: token.get(name, False) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+            special = token.get("special", False) or told.is_special(token["content"])
+            told = told.with_token(int(index), AddedToken(token["content"], special=special, **flags))
+        recorded = model.get("special_tokens2ids_dict", {})
+        ids = read_json(directory / "added_tokens.json") | {t: i for t, i in _flat(recorded) if t in ADDED_TOKENS}
+        for token, index in ids.items():
+            told = told.with_token(index, AddedToken(token, normalized=False, special=told.is_special(token)))
+        ends = next((end for file in (generation, model) if (end := file.get("eos_token_id")) is not None), ())
+        return dataclasses.replace(told, ends=[ends] if isinstance(ends, int) else list(ends))
+
+    @property
+    def recorded(self) -> dict[str, int]:
+        """Ids of our special tokens."""
+        return {token.content: index for index, token in self.added.items() if token.content in ADDED_TOKENS}
+
+    def is_special(self, token: str) -> bool:
+        """Whether a text never means it."""
+        named = {_content(value) for name, value in self.settings.items() if name.endswith("_token")}
+        for more in (self.settings.get(name) or () for name in _LISTS):
+            named |= {*map(_content, more.values() if isinstance(more, Mapping) else more)}
+        return token in ADDED_TOKENS or token in named
+
+    def joined(self, whole: FastTokenizer) -> "Told":
+        """With the tokens that a tokenizer.json has added; ValueError for two ids of a token."""
+        told = self
+        for index, token in whole.get_added_tokens_decoder().items():
+            told = told.with_token(index, token)
+        return told
+
+    def with_token(self, index: int, token: AddedToken) -> "Told":
+        """One more, unless it is known; ValueError for two ids of a token, or two tokens of an id."""
+        for other, known in self.added.items():
+            if (other == index) != (known.content == token.content):
+                raise ValueError(
+                    f"the tokenizer's files disagree: {known.content!r} has the id {other} in one, {token.content!r} "
+                    f"the id {index} in another"
+                )
+        return dataclasses.replace(self, added={index: token, **self.added})
+
+    def add_to(self, fast: FastTokenizer) -> None:
+        """Adds the tokens that the tokenizer lacks; ValueError if one cannot have its id."""
+        known = fast.get_added_tokens_decoder()
+        for index, token in sorted(self.added.items()):
+            if index not in known:
+                (fast.add_special_tokens if token.special else fast.add_tokens)([token])
+            if (got := fast.token_to_id(token.content)) != index:
+                raise ValueError(
+                    f"the {'special' if token.special else 'added'} token {token.content} should have the id {index}, "
+                    f"got {got}"
+                )
+
+    def names(self, fast: FastTokenizer) -> dict[str, str]:
+        """The names of bos and eos: as told, else LLaMA's."""
+        names = dict(LLAMA_NAMES)
+        ends = [token for index in self.ends if (token := fast.id_to_token(index)) is not None]
+        if ends and names["eos_token"] not in ends:
+            names["eos_token"] = ends[0]
+        for name in names:
+            names[name] = _content(self.settings.get(name)) or names[name]
+        for name, token in names.items():
+            if fast.token_to_id(token) is None:
+                raise ValueError(
+                    f"the tokenizer has no {name} {token!r}; give its directory with tokenizer_config.json"
+                )
+        return names
+
+
+def _content(token: Any) -> str:
+    """A token's text, which files tell alone or with its flags."""
+    return (token.get("content") if isinstance(token, dict) else token) or ""
+
+
+def _flat(recorded: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """The tokens of a `special_tokens2ids_dict`, some of which are nested in it."""
+    found = {**recorded, **dict(recorded.get("additional_special_tokens", {}))}
+    return [(token, index) for token, index in found.items() if isinstance(index, int)]
+
+
+def read_json(file: epath.Path) -> dict[str, Any]:
+    """What stands in a file; nothing if it is not there."""
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a JSON object: {error}") from error
