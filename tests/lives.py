@@ -20,6 +20,7 @@ from dreamllm_jax import distributed, exits, runs
 from dreamllm_jax.compilation import keep_programs
 from dreamllm_jax.data import pipeline
 from dreamllm_jax.training import checkpoints, loop
+from dreamllm_jax.training.claim import Claim
 from launch.local_pod import free_port
 
 PHASES = ("start", "data", "step", "save", "restore")
@@ -162,9 +163,10 @@ def train(
     try:
         if host:
             distributed.start(f"localhost:{host.port}", host.count, host.index, 120)
-        run = runs.start(config, workdir)
-        keep_programs(run.workdir)
-        loop.train(run.experiment, run.tokenizer, run.workdir, run.record)
+        with Claim(workdir):
+            run = runs.start(config, workdir)
+            keep_programs(run.workdir)
+            loop.train(run.experiment, run.tokenizer, run.workdir, run.record)
     except exits.Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(exits.PREEMPTED)
