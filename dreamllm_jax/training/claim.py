@@ -140,7 +140,7 @@ class Claim:
     def _refusal(self, writer: Writer) -> str:
         return (
             f"{self._directory} has a writer: {writer}. Stop it, or choose another --workdir; where it cannot be "
-            f"reached, remove {self._directory / FILE}, upon which it ends within {self._interval:g} s"
+            f"reached, remove {self._directory / FILE}, upon which it ends within {2 * self._interval:g} s"
         )
 
     def _renew(self) -> None:
