@@ -28,6 +28,7 @@ core = [
     "sentencepiece>=0.2",
     "tensorboardX>=2.6.2.2",
     "tensorflow-datasets>=4.9.10",
+    "tensorstore>=0.1.84",
     "tokenizers>=0.22.1",
     "tqdm>=4.66.3",
     "transformers>=5.6,<6",

@@ -2,6 +2,7 @@
 
 workdir/config.json      the complete configuration
 workdir/model.json, tokenizer/, frozen/, checkpoints/    see `training.saved`
+workdir/writer.json      who trains in it, while somebody does (`training.claim`)
 workdir/data/            the documents, if the run prepared them itself
 workdir/metrics.jsonl    a line a step; tensorboard/ beside it
 """

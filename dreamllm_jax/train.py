@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dreamllm_jax import check, command_line, compilation, distributed, runs
 from dreamllm_jax.exits import PREEMPTED, Preempted
+from dreamllm_jax.training.claim import Claim
 from dreamllm_jax.training.loop import train
 
 command_line.define_config()
@@ -34,13 +35,14 @@ def main(config: ConfigDict | None) -> None:
         print(check.describe(config.to_dict()))
         return
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value)
-    run = runs.start(config.to_dict(), _WORKDIR.value)
-    compilation.keep_programs(run.workdir)
-    try:
-        train(run.experiment, run.tokenizer, run.workdir, run.record)
-    except Preempted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(PREEMPTED)
+    with Claim(_WORKDIR.value):
+        run = runs.start(config.to_dict(), _WORKDIR.value)
+        compilation.keep_programs(run.workdir)
+        try:
+            train(run.experiment, run.tokenizer, run.workdir, run.record)
+        except Preempted as stopped:
+            print(stopped, file=sys.stderr)
+            sys.exit(PREEMPTED)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
+import orbax.checkpoint as ocp
 
 from dreamllm_jax import distributed, exits, runs
 from dreamllm_jax.compilation import keep_programs
 from dreamllm_jax.data import pipeline
 from dreamllm_jax.training import checkpoints, loop
+from dreamllm_jax.training.claim import Claim
 from launch.local_pod import free_port
 
 PHASES = ("start", "data", "step", "save", "restore")
@@ -94,6 +96,7 @@ def train(
     interleaved: bool,
     patience: float,
     pause: float,
+    slow_save: float,
     phase,
     told: str,
 ) -> None:
@@ -106,6 +109,7 @@ def train(
       interleaved: the mesh goes through the processes' devices in turns, as it does through those of TPU slices.
       patience: seconds that this process waits longer for a sign of another than is configured.
       pause: seconds that reading a batch takes longer, so that a run does not end before it is told to.
+      slow_save: seconds for which a checkpoint that is written has not got its name yet.
       phase: a shared integer that tells what it is doing.
       told: the file that receives what it says.
     """
@@ -136,7 +140,12 @@ def train(
             raise OSError(f"{directory} is out of reach")
         return original(directory, abstract)
 
+    def name_checkpoint(manager, step, original=ocp.CheckpointManager._finalize_checkpoint):
+        time.sleep(slow_save)
+        return original(manager, step)
+
     checkpoints._read = read_arrays
+    ocp.CheckpointManager._finalize_checkpoint = name_checkpoint
     pipeline.Loader.__next__ = during("data", next_batch)
     checkpoints.Checkpoints.save = during("save", checkpoints.Checkpoints.save)
     checkpoints.Checkpoints.restore = during("restore", checkpoints.Checkpoints.restore)
@@ -154,9 +163,10 @@ def train(
     try:
         if host:
             distributed.start(f"localhost:{host.port}", host.count, host.index, 120)
-        run = runs.start(config, workdir)
-        keep_programs(run.workdir)
-        loop.train(run.experiment, run.tokenizer, run.workdir, run.record)
+        with Claim(workdir):
+            run = runs.start(config, workdir)
+            keep_programs(run.workdir)
+            loop.train(run.experiment, run.tokenizer, run.workdir, run.record)
     except exits.Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(exits.PREEMPTED)
@@ -180,6 +190,7 @@ class Life:
         interleaved: bool = False,
         patience: float = 0.0,
         pause: float = 0.0,
+        slow_save: float = 0.0,
     ):
         self._phase = self._server.Value("i", 0)
         self.told = f"{workdir}{host.index if host else ''}.log"
@@ -193,6 +204,7 @@ class Life:
             interleaved,
             patience,
             pause,
+            slow_save,
             self._phase,
             self.told,
         )

@@ -46,6 +46,38 @@ try:
 except ValueError as error:
     print(error)
 """
+CLAIM = """
+import subprocess, sys
+from dreamllm_jax.training import claim
+
+hold = "import sys; from dreamllm_jax.training.claim import Claim; Claim(sys.argv[1], 0.2).__enter__(); print(); "
+hold += "sys.stdin.read()"
+streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+def refused():
+    try:
+        with claim.Claim(sys.argv[1], 0.2, 2.0):
+            print("claimed")
+    except OSError as error:
+        print(error)
+
+first = subprocess.Popen([sys.executable, "-c", hold, sys.argv[1]], **streams)
+first.stdout.readline()
+refused()
+claim._machine = lambda: "another"
+refused()  # after a sign of life
+first.kill()
+first.wait()
+refused()  # after a silence
+second = subprocess.Popen([sys.executable, "-c", hold, sys.argv[1]], **streams)
+second.stdout.readline()
+print("removing")
+store = claim._open(claim.absolute(sys.argv[1]))
+store.write(claim.FILE, None).result()
+second.wait(30)  # before its input ends
+said = next(line for line in second.stderr.read().splitlines() if line.startswith("error: "))
+print(said.split(";")[0], second.returncode)
+"""
 CONVERT = """
 import json, sys
 from dreamllm_jax import convert
@@ -130,6 +162,15 @@ def test_a_run_in_a_bucket_is_continued_from_the_newest_checkpoint_that_is_whole
     stored = "--config.data.stored=('moments',)", "--config.data.stored_dtype=float32"
     train(1, f"--workdir={workdir}-stored", *stored)
     assert not list(ROOT.glob("gs:*"))
+
+
+def test_a_run_in_a_bucket_has_one_writer(python):
+    """As in training/test_claim.py: refused while the first lives, taken when it is silent, lost when removed."""
+    workdir = f"gs://{bucket.NAME}/claimed"
+    told = [line for line in python("-c", CLAIM, workdir).splitlines() if workdir in line or line == "claimed"]
+    assert all(f"{workdir} has a writer: process " in line and "Stop it, or" in line for line in told[:2]), told
+    assert told[2] == "claimed" and told[3].endswith("is claimed by nobody, for writer.json was removed 1"), told
+    assert sum("; waiting 2 s for a sign of it" in line for line in told[4:]) == 2, told
 
 
 def test_a_model_is_imported_into_a_bucket_and_exported_from_it(python, tmp_path):

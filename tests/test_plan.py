@@ -12,12 +12,14 @@ import jax
 import pytest
 
 from dreamllm_jax import chips
+from dreamllm_jax.batch import empty_batch
 from dreamllm_jax.chips import chip_of, find_topology
 from dreamllm_jax.planning import search
+from dreamllm_jax.planning import step as planning_step
 from dreamllm_jax.planning.estimate import as_json, describe, estimate, remedy
 from dreamllm_jax.planning.program import Collective, Program
 from dreamllm_jax.planning.step import CompiledStep, Memory, compile_step, exhausted, lower_step
-from dreamllm_jax.sharding import ShardingConfig, make_mesh
+from dreamllm_jax.sharding import ShardingConfig, make_mesh, rows_sharding, to_mesh
 from dreamllm_jax.training.metrics import Progress
 from dreamllm_jax.training.parameters import Parameters
 from tests.test_flops import experiment
@@ -118,7 +120,7 @@ def test_data_crosses_slices():
 
 def compiled(peak=2**30, effort="normal", topology="v5p-16x2", collectives=(), loops=(), **changes):
     program = Program({"": 1e12}, 459e12 / 4, 1.75e9 / 2, 0.0, tuple(collectives), loops)
-    memory = Memory(find_topology(topology).chip.hbm_bytes, peak, 2**28, 2**29)
+    memory = Memory(find_topology(topology).chip.hbm_bytes, peak, 2**28, 2**29, 2**20)
     return CompiledStep(
         experiment(**changes),
         find_topology(topology),
@@ -148,7 +150,8 @@ def test_figures_as_json_and_as_text():
         "peak": 2**30,
         "weights": 2**28,
         "optimizer": 2**29,
-        "temporaries": 2**28,
+        "next_batch": 2**20,
+        "temporaries": 2**28 - 2**20,
     }
     assert figures["flops"].keys() == {"total", "llm", "clip", "vae", "unet", "head"}
     assert figures["rows_per_chip"] == 4 / 16 and figures["fits"]
@@ -168,6 +171,30 @@ def test_what_does_not_fit_is_told_with_what_to_change():
     line = remedy(step)
     assert "\n" not in line and "needs 200.0 GiB a chip" in line and "a v5p has 95.7" in line
     assert "set model.remat=full" in line and "larger topology" in line
+
+
+@pytest.mark.parametrize("needed", [7 * 2**30, None], ids=["fits", "does not fit"])
+def test_the_batch_of_the_next_step_is_counted(monkeypatch, needed):
+    """With its own batch a step needs so much; the next one's lies there too."""
+    tried, topology = experiment(rows={"per_step": 8}), find_topology("v5e-8")
+    mesh, state, _ = lower_step(tried, jax.devices())
+    rows = rows_sharding(mesh, tried.sharding, 8)
+    leaves = jax.tree.leaves(to_mesh(empty_batch(8, tried.row_shape), rows, 8))
+    batch = sum(leaf.addressable_data(0).nbytes for leaf in leaves)
+
+    class Lowered:
+        def compile(self, compiler_options):
+            if needed is None:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20G of 15.75G hbm")
+            analysis = SimpleNamespace(peak_memory_in_bytes=needed)
+            return SimpleNamespace(memory_analysis=lambda: analysis, as_text=str)
+
+    monkeypatch.setattr(type(topology), "devices", lambda _: jax.devices())
+    monkeypatch.setattr(planning_step, "lower_step", lambda *_: (mesh, state, Lowered()))
+    monkeypatch.setattr(planning_step, "read_program", lambda *_: None)
+    memory = compile_step(tried, topology).memory
+    assert memory.next_batch == batch > 2 * tried.rows.dream_slots * tried.rows.dream_size**2
+    assert memory.peak == (needed or 20 * 2**30) + batch and memory.fits == bool(needed)
 
 
 @pytest.mark.parametrize(

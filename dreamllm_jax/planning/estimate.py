@@ -85,6 +85,7 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
             "peak": memory.peak,
             "weights": memory.weights,
             "optimizer": memory.optimizer,
+            "next_batch": memory.next_batch,
             "temporaries": memory.temporaries,
         },
         "flops": {
@@ -126,6 +127,7 @@ def _memory_lines(step: CompiledStep) -> list[str]:
     parts = {
         "weights": memory.weights,
         "optimizer": memory.optimizer,
+        "next batch": memory.next_batch,
         "temporaries": memory.temporaries,
         "in all": memory.peak,
         "limit": memory.limit,
@@ -200,6 +202,7 @@ def remedy(step: CompiledStep) -> str:
     changes.append("take a larger topology or a chip with more memory")
     return (
         f"the step needs {memory.peak / 2**30:.1f} GiB a chip ({memory.weights / 2**30:.1f} weights, "
-        f"{memory.optimizer / 2**30:.1f} optimizer, {memory.temporaries / 2**30:.1f} temporaries), "
+        f"{memory.optimizer / 2**30:.1f} optimizer, {memory.next_batch / 2**30:.1f} next batch, "
+        f"{memory.temporaries / 2**30:.1f} temporaries), "
         f"a {topology.chip.kind} has {memory.limit / 2**30:.1f}: {'; '.join(changes)}"
     )

@@ -18,7 +18,7 @@ from dreamllm_jax.planning.program import Program, read_program
 from dreamllm_jax.sharding import make_mesh, rows_sharding, use
 from dreamllm_jax.training.parameters import Parameters, count_parameters
 from dreamllm_jax.training.state import TrainState, abstract_state
-from dreamllm_jax.training.step import train_step_of
+from dreamllm_jax.training.step import IN_FLIGHT, train_step_of
 
 # "low" compiles several times faster: FLOPs and collectives are the same, memory reads up to a fifth too low, and the
 # estimated cycles mean nothing.
@@ -32,18 +32,20 @@ class Memory:
 
     Attributes:
       limit: what a program may use.
-      peak: what the step needs at most at a time; `temporaries` is what is neither weights nor optimizer state:
-        activations, gradients, the batch.
+      peak: what training needs at most at a time; `temporaries` is what is neither weights nor optimizer state nor
+        the next batch: activations, gradients, the batch of the step.
+      next_batch: the batch of the step to come, which is there already (`training.step.IN_FLIGHT`).
     """
 
     limit: int
     peak: int
     weights: int
     optimizer: int
+    next_batch: int
 
     @property
     def temporaries(self) -> int:
-        return self.peak - self.weights - self.optimizer
+        return self.peak - self.weights - self.optimizer - self.next_batch
 
     @property
     def fits(self) -> bool:
@@ -81,6 +83,12 @@ def lower_step(experiment: Experiment, devices: Sequence[jax.Device]) -> tuple[M
         return mesh, state, train_step_of(experiment, state).lower(state, batch, key)
 
 
+def next_batch_bytes(experiment: Experiment, mesh: Mesh) -> int:
+    """Bytes of one chip that hold what comes next, while a step is computed with its own batch."""
+    sharding = rows_sharding(mesh, experiment.sharding, experiment.rows.per_step)
+    return (IN_FLIGHT - 1) * _bytes_per_chip(_abstract_batch(experiment, sharding))
+
+
 def _abstract_batch(experiment: Experiment, sharding: NamedSharding) -> Batch:
     def of(row: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((experiment.rows.per_step, *row.shape[1:]), row.dtype, sharding=sharding)
@@ -97,18 +105,19 @@ def compile_step(experiment: Experiment, topology: Topology, effort: Effort = "n
     """
     mesh, state, lowered = lower_step(experiment, topology.devices())
     weights, optimizer = _bytes_per_chip((state.trainable, state.frozen)), _bytes_per_chip(state.opt_state)
+    next_batch = next_batch_bytes(experiment, mesh)
     limit, program = topology.chip.hbm_bytes, None
     began = time.monotonic()
     try:
         compiled = lowered.compile(compiler_options=_OPTIONS[effort])
     except jax.errors.JaxRuntimeError as error:
         peak, limit = exhausted(str(error))
-        peak = max(peak, limit + 1)  # what fits by the figures alone may still be too scattered
+        peak = max(peak + next_batch, limit + 1)  # what fits by the figures alone may still be too scattered
     else:
-        peak = compiled.memory_analysis().peak_memory_in_bytes
+        peak = compiled.memory_analysis().peak_memory_in_bytes + next_batch
         program = read_program(compiled.as_text(), mesh.shape)
     seconds = time.monotonic() - began
-    memory = Memory(limit, max(peak, weights + optimizer), weights, optimizer)
+    memory = Memory(limit, max(peak, weights + optimizer + next_batch), weights, optimizer, next_batch)
     return CompiledStep(
         experiment,
         topology,

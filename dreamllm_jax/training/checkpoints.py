@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ _logger = logging.getLogger(__name__)
 BROKEN = "broken"
 BEST = ("loss", "lm_loss", "dm_loss", "grad_norm")  # metrics of which less is better
 _OPTIMIZER, _RUN = "optimizer", "run"
+_FINISH_SECONDS = 300  # that a run which fails waits for the checkpoint that is being written
 T = TypeVar("T")
 
 
@@ -67,7 +69,10 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one run; a context manager that waits for unfinished saves when left."""
+    """The checkpoints of one run; a context manager that waits for unfinished saves when left.
+
+    Left by an error it waits too, for a while: what is being written may be whole a moment later.
+    """
 
     def __init__(self, workdir: epath.PathLike, config: CheckpointConfig = CheckpointConfig()):
         self._workdir, self._config = absolute(workdir), config
@@ -98,9 +103,27 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
+        if error is None:
+            self._close()
+            return
+        if self._manager.is_saving_in_progress():
+            _logger.warning("%s: %s; the checkpoint that is being written is finished first", kind.__name__, error)
+        closing = threading.Thread(target=self._close_after_error, daemon=True, name="closing of checkpoints")
+        closing.start()
+        closing.join(_FINISH_SECONDS)  # other hosts may not take part in it any more
+        if closing.is_alive():
+            _logger.warning("the checkpoint that is being written was not finished within %g s", _FINISH_SECONDS)
+
+    def _close(self) -> None:
         self.finish()
         self._manager.close()
+
+    def _close_after_error(self) -> None:
+        try:
+            self._close()
+        except Exception as problem:  # perhaps the same error
+            _logger.warning("the checkpoint that is being written could not be finished: %s", problem)
 
     def finish(self) -> None:
         """Waits for what is being saved."""

@@ -75,8 +75,8 @@ def train(
 
     with (
         watch_for_preemption() as preemption,
-        Checkpoints(workdir, experiment.checkpoint) as checkpoints,
         Watchdog(experiment.timeout, experiment.host_timeout) as watchdog,
+        Checkpoints(workdir, experiment.checkpoint) as checkpoints,  # left first: a host that fails ends after it
         contextlib.closing(batches),
     ):
         if checkpoints.latest_step is None:

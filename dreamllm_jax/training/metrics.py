@@ -15,19 +15,22 @@ from etils import epath
 
 from dreamllm_jax.directories import is_remote, write_whole
 from dreamllm_jax.training.samples import Sample
+from dreamllm_jax.training.upload import Upload
 
 _logger = logging.getLogger(__name__)
 Scalars = Mapping[str, float]
 BEGUN = "begun.json"  # when the run was first begun, and its name for others
 VALIDATION = "validation.jsonl"
-_REPLACE_SECONDS = 60
+_REPLACE_SECONDS = 60  # between two uploads
+_CLOSE_SECONDS = 60  # that a run which ends waits for the last one
 
 
 class MetricsLog:
     """`metrics.jsonl` (one line a step) and TensorBoard files in a run's directory, perhaps Weights & Biases too.
 
     A run that continues at `step` drops the lines of the steps after it, so that no step stands there twice. Of several
-    hosts the first writes; for the others `active` is False and nothing happens.
+    hosts the first writes; for the others `active` is False and nothing happens. What goes to a bucket, where files are
+    replaced as a whole, goes there in other threads (`Upload`).
 
     Args:
       project: of Weights & Biases; empty for none. A run that continues is the same run there.
@@ -41,9 +44,9 @@ class MetricsLog:
         if not active:
             return
         workdir = epath.Path(workdir)
-        self._path = workdir / "metrics.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._lines = [line + "\n" for line in lines if _step_of(line) <= step]
+        self._path, self._validation_path = workdir / "metrics.jsonl", workdir / VALIDATION
+        self._lines = [line for line in _lines_of(self._path) if _step_of(line) <= step]
+        self._validation = _lines_of(self._validation_path)
         self._remote = is_remote(workdir)
         write_whole(self._path, "".join(self._lines))
         self._replaced, self._flushed = time.monotonic(), len(self._lines)
@@ -60,15 +63,30 @@ class MetricsLog:
         self._written = tempfile.TemporaryDirectory() if self._remote else None
         self._board = SummaryWriter(self._written.name if self._written else str(self._events), purge_step=step + 1)
         self._wandb = _wandb_run(project, told["id"], workdir) if project else None
+        if self._remote:
+            self._numbers = Upload(self._write_lines, self._path)
+            self._looks = Upload(self._write_looks, self._validation_path)
+            self._curves = Upload(self._write_curves, self._events)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._active:
-            self._board.close()
-            self.flush(at_once=True)
+    def __exit__(self, kind, *_) -> None:
+        if not self._active:
+            return
+        self._board.close()
+        try:
+            self.flush(at_once=True, timeout=_CLOSE_SECONDS)
+        except Exception as error:
+            if kind is None:
+                raise
+            _logger.warning("what was logged last is lost: %s", error)  # and why the run ends is what counts
+        finally:
             if self._written:
+                try:
+                    self._curves.finish(_CLOSE_SECONDS)
+                except Exception as error:
+                    _logger.warning("the last curves are lost: %s", error)
                 self._written.cleanup()
             if self._wandb:
                 self._wandb.finish()
@@ -90,18 +108,19 @@ class MetricsLog:
         """Whether `write_validation` was called for this step; False on hosts that do not write."""
         if not self._active:
             return False
-        path = self._path.with_name(VALIDATION)
-        return path.exists() and any(_step_of(line) == step for line in path.read_text().splitlines())
+        return any(_step_of(line) == step for line in self._validation)
 
     def write_validation(self, step: int, means: Scalars) -> None:
         """Takes the losses on held-out documents: a line of `validation.jsonl`, in place of those of this and later
         steps, and `validation/...` for TensorBoard and Weights & Biases."""
         if not self._active:
             return
-        path = self._path.with_name(VALIDATION)
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) < step]
-        write_whole(path, "".join(f"{line}\n" for line in [*kept, json.dumps({"step": step, **means})]))
+        kept = [line for line in self._validation if _step_of(line) < step]
+        self._validation = [*kept, json.dumps({"step": step, **means}) + "\n"]
+        if self._remote:
+            self._looks.ask()
+        else:
+            self._write_looks()
         named = {f"validation/{name}": value for name, value in means.items()}
         for name, value in named.items():
             self._board.add_scalar(name, value, step)
@@ -119,11 +138,16 @@ class MetricsLog:
         if self._wandb:
             self._wandb.log({f"samples/{name}": _for_wandb(sample) for name, sample in samples.items()}, step=step)
 
-    def flush(self, at_once: bool) -> None:
+    def flush(self, at_once: bool, timeout: float | None = None) -> None:
         """Appends the lines taken to the file; in a bucket, which knows no appending, it is replaced now and then.
 
         Args:
-          at_once: not now and then but now, because a checkpoint follows: the lines must reach as far.
+          at_once: not now and then but now, and waiting for it, because a checkpoint follows: the lines must reach as
+            far. Curves need not.
+          timeout: seconds to wait at most.
+
+        Raises:
+          OSError: the file could not be written; of one in a bucket only if it was to be at once.
         """
         if not self._active:
             return
@@ -131,18 +155,24 @@ class MetricsLog:
             with self._path.open("a") as file:
                 file.write("".join(self._lines[self._flushed :]))
         elif at_once or time.monotonic() - self._replaced > _REPLACE_SECONDS:
-            self._replace()
             self._replaced = time.monotonic()
+            self._curves.ask()
+            self._numbers.ask()
+            if at_once:
+                self._numbers.finish(timeout)
+                self._looks.finish(timeout)
         self._flushed = len(self._lines)
 
-    def _replace(self) -> None:
-        write_whole(self._path, "".join(self._lines))
-        try:
-            self._board.flush()
-            for file in epath.Path(self._written.name).iterdir():
-                write_whole(self._events / file.name, file.read_bytes())
-        except Exception as error:  # of the bucket; curves can wait
-            _logger.warning("the files for TensorBoard could not be copied to %s: %s", self._events, error)
+    def _write_lines(self) -> None:
+        write_whole(self._path, "".join(self._lines[:]))  # of a copy: others may follow meanwhile
+
+    def _write_looks(self) -> None:
+        write_whole(self._validation_path, "".join(self._validation))
+
+    def _write_curves(self) -> None:
+        self._board.flush()
+        for file in epath.Path(self._written.name).iterdir():
+            write_whole(self._events / file.name, file.read_bytes())
 
 
 def _wandb_run(project: str, name: str, workdir: epath.Path) -> Any:
@@ -158,6 +188,11 @@ def _for_wandb(sample: Sample) -> Any:
     if sample.picture is None:
         return wandb.Html(html.escape(sample.text))
     return wandb.Image(sample.picture, caption=sample.text)
+
+
+def _lines_of(path: epath.Path) -> list[str]:
+    """The lines of a file, each with its end; none if it is not there."""
+    return [f"{line}\n" for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _step_of(line: str) -> float:

@@ -17,6 +17,7 @@ from dreamllm_jax.training.rounding import narrow, widen
 from dreamllm_jax.training.state import Leaves, TrainState, merge_params
 
 Metrics = dict[str, jax.Array]
+IN_FLIGHT = 2  # batches on the chips at a time: of the step that is computed, and of the next
 ROUNDING = 2**32 - 1  # folded into a step's key; draws fold the numbers of their rows
 
 

@@ -93,6 +93,7 @@ def validate(
     totals = None
     for number, batch in enumerate(batches):
         found = losses(state, batch, jax.random.fold_in(key, number))
+        jax.block_until_ready(totals)  # of the batch before: never do more than two lie on the chips
         totals = found if totals is None else jax.tree.map(jnp.add, totals, found)
     totals = jax.device_get(totals)
     means = {"lm_loss": float(totals["lm"] / totals["tokens"])} if totals["tokens"] else {}

@@ -15,6 +15,7 @@ from dreamllm_jax.exits import HUNG
 
 _ALIVE, _ENDED = "dreamllm_jax/alive/", "dreamllm_jax/ended/"
 _SERVES = "*"  # marks the sign of the host that runs the service
+_INTERVAL = 2.0  # seconds between two looks
 
 
 class Watchdog:
@@ -27,11 +28,10 @@ class Watchdog:
     Args:
       timeout: seconds without a finished step after which the process ends with status `HUNG`; 0 watches nothing.
       silence: seconds without a sign of another host after which it does the same.
-      interval: seconds between two looks.
     """
 
-    def __init__(self, timeout: float, silence: float, interval: float = 2.0):
-        self._timeout, self._silence, self._interval = timeout, silence, interval
+    def __init__(self, timeout: float, silence: float):
+        self._timeout, self._silence = timeout, silence
         self._finished = threading.Event()
         self._progress = self._answer = time.monotonic()
         self._heard: dict[str, tuple[str, float]] = {}  # process -> its latest sign, and when that came
@@ -48,62 +48,37 @@ class Watchdog:
         if error is not None and self._timeout and jax.process_count() > 1:
             traceback.print_exception(error)
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            self._end_all(f"process {jax.process_index()} failed: {text}", 1)
+            end_all(f"process {jax.process_index()} failed: {text}", 1)
 
     def alive(self) -> None:
         """To be called whenever the run has got somewhere."""
         self._progress = time.monotonic()
 
-    def _end_all(self, message: str, status: int) -> None:
-        """Ends this process and lets the others hear of it, for this reason or for another's that came before."""
-        client = _client()
-        with contextlib.suppress(Exception):  # where the service does not answer, nobody can be told
-            if first := self._ended(client):
-                message, status = first
-            elif client is not None:
-                client.key_value_set(f"{_ENDED}{jax.process_index()}", f"{status} {message}", allow_overwrite=True)
-        self._outlive()
-        _end(message, status)
-
-    def _ended(self, client) -> tuple[str, int] | None:
-        """Why another host has ended, and with which status, if one has."""
-        for _, said in client.key_value_dir_get(_ENDED) if client is not None else ():
-            status, _, message = said.partition(" ")
-            return message, int(status)
-        return None
-
-    def _outlive(self) -> None:
-        """The host that runs the service, through which the others hear why, goes last."""
-        if _serves():
-            time.sleep(3 * self._interval)
-
     def _watch(self) -> None:
-        while not self._finished.wait(self._interval):
+        while not self._finished.wait(_INTERVAL):
             now = time.monotonic()
             if now - self._answer > self._silence and jax.process_count() > 1:  # nobody can be told
                 _end(f"nothing was heard of process {self._service} for {self._silence:g} s", HUNG)
             silent = [process for process, (_, when) in self._heard.items() if now - when > self._silence]
             if silent:
-                self._end_all(f"nothing was heard of process {' and '.join(silent)} for {self._silence:g} s", HUNG)
+                end_all(f"nothing was heard of process {' and '.join(silent)} for {self._silence:g} s", HUNG)
             if now - self._progress > self._timeout:
                 faulthandler.dump_traceback(all_threads=True)
-                self._end_all(
-                    f"no step was finished for {self._timeout:g} s; above is what every thread was doing", HUNG
-                )
+                end_all(f"no step was finished for {self._timeout:g} s; above is what every thread was doing", HUNG)
 
     def _talk(self) -> None:
         client, me, count = _client(), str(jax.process_index()), 0
         self._heard = {str(i): ("", time.monotonic()) for i in range(jax.process_count()) if str(i) != me}
-        while not self._finished.wait(self._interval):
+        while not self._finished.wait(_INTERVAL):
             count += 1
             try:
                 sign = f"{count}{_SERVES if _serves() else ''}"
                 client.key_value_set(f"{_ALIVE}{me}", sign, allow_overwrite=True)
-                signs, ended = client.key_value_dir_get(_ALIVE), self._ended(client)
+                signs, ended = client.key_value_dir_get(_ALIVE), _ended(client)
             except Exception:  # the service does not answer; `_watch` counts how long
                 continue
             if ended and not self._finished.is_set():
-                self._outlive()
+                _outlive()
                 _end(*ended)
             self._answer = now = time.monotonic()
             for key, sign in signs:
@@ -112,6 +87,32 @@ class Watchdog:
                     self._service = process
                 if process in self._heard and self._heard[process][0] != sign:
                     self._heard[process] = sign, now
+
+
+def end_all(message: str, status: int) -> None:
+    """Ends this process and lets the others hear of it, for this reason or for another's that came before."""
+    client = _client()
+    with contextlib.suppress(Exception):  # where the service does not answer, nobody can be told
+        if first := _ended(client):
+            message, status = first
+        elif client is not None:
+            client.key_value_set(f"{_ENDED}{jax.process_index()}", f"{status} {message}", allow_overwrite=True)
+    _outlive()
+    _end(message, status)
+
+
+def _ended(client) -> tuple[str, int] | None:
+    """Why another host has ended, and with which status, if one has."""
+    for _, said in client.key_value_dir_get(_ENDED) if client is not None else ():
+        status, _, message = said.partition(" ")
+        return message, int(status)
+    return None
+
+
+def _outlive() -> None:
+    """The host that runs the service, through which the others hear why, goes last."""
+    if _serves():
+        time.sleep(3 * _INTERVAL)
 
 
 def _client():

@@ -1,18 +1,23 @@
 """A checkpoint comes back as it was or not at all: any damage to any of its files is noticed."""
 
+import functools
 import gc
 import json
 import logging
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax.training import checkpoints as checkpoints_file
 from dreamllm_jax.training.checkpoints import CheckpointConfig, Checkpoints
 from dreamllm_jax.training.checksums import checksums
 from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -204,6 +209,26 @@ def test_what_is_kept(tmp_path):
     for wrong in ({"every": 0}, {"keep": 0}, {"minutes": -1}, {"keep_best": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             CheckpointConfig(**wrong)
+
+
+def test_a_run_that_fails_finishes_what_is_written_but_waits_for_no_host_without_end(tmp_path, monkeypatch, caplog):
+    finalize, hang = ocp.CheckpointManager._finalize_checkpoint, threading.Event()
+    with pytest.raises(OSError, match="the disk is gone"), Checkpoints(tmp_path) as checkpoints:
+        wait = functools.partial(hang.wait, 0.5)
+        monkeypatch.setattr(ocp.CheckpointManager, "_finalize_checkpoint", lambda *of: (wait(), finalize(*of)))
+        checkpoints.save(1, state_at(1), Position(1))
+        raise OSError("the disk is gone")
+    assert (tmp_path / "checkpoints" / "1").exists()
+    assert "OSError: the disk is gone; the checkpoint that is being written is finished first" in caplog.text
+    monkeypatch.setattr(checkpoints_file, "_FINISH_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(OSError, match="the disk is gone"), Checkpoints(tmp_path) as checkpoints:
+        wait = functools.partial(hang.wait, 30)
+        checkpoints.save(2, state_at(2), Position(2))
+        raise OSError("the disk is gone")
+    assert time.monotonic() - began < 20 and "was not finished within 0.2 s" in caplog.text
+    hang.set()
+    checkpoints.finish()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int32])

@@ -108,3 +108,14 @@ def test_a_host_that_fails_brings_the_others_down_with_its_reason(data, tmp_path
         for life in lives:
             assert f"error: process {failing} failed: OSError: the disk is gone; this process ends" in life.said()
         assert "in next_batch" in lives[failing].said()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_host_that_fails_first_finishes_the_checkpoint_that_is_being_written(data, tmp_path, failing):
+    workdir = tmp_path / "run"
+    happens = {"slow_save": 3.0, "alone": {failing: {"fails_at": 6}}}  # a moment after step 5 was saved
+    with together(short(data, timeout=600.0), workdir, [2, 2], **happens) as lives:
+        assert [life.end() for life in lives] == [1, 1], lives[0].said() + lives[1].said()
+    assert (workdir / "checkpoints" / "5").exists()
+    assert "the disk is gone; the checkpoint that is being written is finished first" in lives[failing].said()
+    assert f"process {failing} failed: OSError: the disk is gone" in lives[1 - failing].said()

@@ -1,7 +1,10 @@
 """What is logged of a run: every step once, whatever cut the file short."""
 
+import collections
 import json
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -87,7 +90,65 @@ def test_curves_of_a_run_in_a_bucket_are_copied_and_a_failing_bucket_stops_nothi
         for step in range(1, 50):
             log.write(step, {"loss": float(step), "seconds_per_step": 0.0})
             log.flush(at_once=True)
-        assert "could not be copied" in caplog.text and not list((tmp_path / "tensorboard").iterdir())
+        with pytest.raises(OSError, match="503 Service Unavailable"):
+            log._curves.finish(30)
+        assert caplog.text.count("could not be copied") == 1 and not list((tmp_path / "tensorboard").iterdir())
         out.clear()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert events.stat().st_size > 49 * 20 and len(read_metrics(tmp_path)) == 49
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A folder that is taken for a bucket, whose writes are told to `bucket.before` first, by their files' folders."""
+
+    class Bucket:
+        before, writing, most = (lambda self, folder: None), collections.Counter(), 0
+
+        def write_whole(self, path, content, original=metrics.write_whole):
+            self.writing[path] += 1
+            self.most = max(self.most, self.writing[path])
+            self.before(path.parent.name)
+            original(path, content)
+            self.writing[path] -= 1
+
+    made = Bucket()
+    (tmp_path / "tensorboard").mkdir()  # which a bucket does not need
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    monkeypatch.setattr(metrics, "write_whole", made.write_whole)
+    monkeypatch.setattr(metrics, "_REPLACE_SECONDS", 0)
+    return made
+
+
+def test_no_step_waits_for_a_slow_bucket_but_a_checkpoint_for_its_lines(tmp_path, bucket):
+    with MetricsLog(tmp_path, 0) as log:
+        bucket.before = lambda folder: time.sleep(0.5)
+        began = time.monotonic()
+        for step in range(1, 21):
+            log.write(step, {"loss": 1.0, "seconds_per_step": 0.0})
+            log.flush(at_once=False)
+            log.write_validation(step, {"lm_loss": 1.0})
+        assert time.monotonic() - began < 0.5
+        stuck = threading.Event()
+        bucket.before = lambda folder: folder == "tensorboard" and stuck.wait(30)
+        log.flush(at_once=True)
+        assert time.monotonic() - began < 10 and not stuck.is_set()
+        assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 21))
+        assert len((tmp_path / metrics.VALIDATION).read_text().splitlines()) == 20
+        stuck.set()
+    assert bucket.most == 1, "several uploads of one file at a time: the older one may come last"
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_bucket_that_hangs_does_not_keep_a_run_from_ending(tmp_path, bucket, monkeypatch, caplog):
+    monkeypatch.setattr(metrics, "_CLOSE_SECONDS", 0.2)
+    began, stuck = time.monotonic(), threading.Event()
+    with pytest.raises(TimeoutError, match=r"metrics\.jsonl was not written within 0\.2 s"), MetricsLog(tmp_path, 0):
+        bucket.before = lambda folder: stuck.wait(30)
+    bucket.before = lambda folder: None
+    with pytest.raises(FloatingPointError), MetricsLog(tmp_path, 0):
+        bucket.before = lambda folder: stuck.wait(30)
+        raise FloatingPointError  # which is what counts
+    assert "what was logged last is lost" in caplog.text and "the last curves are lost" in caplog.text
+    assert time.monotonic() - began < 10
+    stuck.set()
