@@ -117,7 +117,6 @@ class Experiment:
             stored=(),
             flip=0.0,
             shuffle=False,
-            workers=0,
         )
         return dataclasses.replace(self, data=data)
 

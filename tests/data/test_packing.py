@@ -15,12 +15,17 @@ from dreamllm_jax.data.tokens import encode_document
 from tests.data.conftest import COLOURS, PAIRS, assert_sound, png
 
 
+def read_from(items):
+    return lambda record, need=None: lambda: items[record]
+
+
 def packed(documents, tokenizer, shape, window=64, mode="joint", strict=False):
     left = [Item(i, "corpus", encode_document(d, tokenizer, shape, mode)) for i, d in enumerate(documents)]
     rows = []
     while left:
         # After the last document the stream would run on: it is given what is left, and a window as small.
-        rows.append(next(RowStream(left.__getitem__, shape, first=0, step=1, window=min(window, len(left)))))
+        begin = read_from(left)
+        rows.append(next(RowStream(begin, shape, first=0, step=1, window=min(window, len(left)))))
         taken = {item.record for item in rows[-1]}
         left = [item for item in left if item.record not in taken]
     batch, held = empty_batch(len(rows), shape, tokenizer.special.pad), collections.Counter(rows=len(rows))
@@ -152,7 +157,7 @@ def test_a_waiting_document_is_not_passed_over_for_ever(text_tokenizer, shape):
     wide, small = story(0, 1, 2), story(3)
     order = []
     items = [Item(i, "", encode_document(wide if i == 3 else small, text_tokenizer, shape)) for i in range(200)]
-    stream = RowStream(lambda i: items[i], shape, first=0, step=1, window=4)
+    stream = RowStream(read_from(items), shape, first=0, step=1, window=4)
     while 3 not in order:
         order += [item.record for item in next(stream)]
     assert len(order) < 12
