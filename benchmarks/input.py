@@ -8,8 +8,8 @@ stage I's creation (pictures of 512 pixels to paint only). Printed are rows and 
 time goes, how full the rows are, and the cores that the hosts of a v5e-8 and a v5p-8 would need.
 
 With `--latency` every read of a record takes so many seconds more, as in a bucket. Printed are then, without decoding
-any picture, how long a run of 64 rows a host with 256 waiting documents each takes to continue, and the rows that are read
-and packed a second; and beside them the rows that one core decodes.
+any picture, how long a run of 64 rows a host with 256 waiting documents each takes to continue, and the rows that are
+read and packed a second; and beside them the rows that one core decodes.
 
 Needs scikit-image, and a tokenizer of real size, which `pip install mistral-common` brings.
 """
@@ -163,7 +163,9 @@ def far_away(path: Path, tokens: tokenizer.Tokenizer, latency: float, steps: int
         for _ in range(steps):
             next(loader)
         rows = READ * steps / (time.perf_counter() - began)
-    print(f"{rows:.1f} rows/s are read and packed, {READ} rows a step; one core decodes {decoded:.1f} rows/s")
+        each = sum(map(len, loader.records)) / READ
+    print(f"{rows:.1f} rows/s of {each:.1f} documents each are read and packed, {READ} rows a step")
+    print(f"{decoded:.1f} rows/s are tokenised and decoded by one core, with nothing to wait for")
 
 
 def where(profile: cProfile.Profile) -> str:
