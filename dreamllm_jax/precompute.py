@@ -155,8 +155,8 @@ def precompute(
     with tqdm(total=done, desc=f"{corpus} {name}", unit="document", disable=jax.process_index() > 0) as bar:
 
         def arrays(numbers: range) -> Iterator[np.ndarray]:
-            each = in_order(lambda number: [crop(image) for image in documents[number].images], numbers)
-            while pictures := list(itertools.islice(each, _GROUP)):
+            cropped = in_order(lambda number: [crop(image) for image in documents[number].images], numbers)
+            while pictures := list(itertools.islice(cropped, _GROUP)):
                 results = compute([p for document in pictures for p in document if p is not None])
                 for document in pictures:
                     # An image that cannot be decoded leaves a gap, which training counts as such.
