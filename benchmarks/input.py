@@ -1,19 +1,25 @@
 """How fast rows are made from stored documents, and how many cores a host of a pod needs for it.
 
-    python -m benchmarks.input [--documents=400] [--steps=20]
+    python -m benchmarks.input [--documents=400] [--steps=20] [--latency=0.03]
 
 Builds a corpus of interleaved documents and captioned pictures as in stage II: photographs of scikit-image at 640 x 480
 pixels, texts of the lengths of MMC4's and BLIP's. It is read with rows of stage II (2048 tokens, 6 + 6 images) and of
 stage I's creation (pictures of 512 pixels to paint only). Printed are rows and images a second on one core, where the
 time goes, how full the rows are, and the cores that the hosts of a v5e-8 and a v5p-8 would need.
 
+With `--latency` every read of a record takes so many seconds more, as in a bucket. Printed are then, without decoding
+any picture, how long a run of 64 rows a host with 256 waiting documents each takes to continue, and the rows that are
+read and packed a second; and beside them the rows that one core decodes.
+
 Needs scikit-image, and a tokenizer of real size, which `pip install mistral-common` brings.
 """
 
 import argparse
+import contextlib
 import cProfile
 import importlib.util
 import io
+import json
 import os
 import pstats
 import shutil
@@ -30,10 +36,13 @@ from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.mixture import CorpusConfig
 from dreamllm_jax.data.pipeline import DataConfig, Loader
+from dreamllm_jax.data.rows import Pixels
 from dreamllm_jax.data.tokens import encode_document
 
 STAGE_2 = RowShape(2048, 6, 6, 256, 64, 224, 512)
 WINDOW = 256
+RESUMED, READ = 64, 32  # rows a host: of a run that is continued, of one that reads
+MIXTURE = {"interleaved": CorpusConfig(), "pairs": CorpusConfig()}
 # Rows of pictures to paint only: stage I, creation.
 STAGE_1 = RowShape(2048, 0, 20, 256, 64, 224, 512)
 # What a host feeds: chips, and seconds a step of the plan for so many rows a chip (docs/performance.md).
@@ -110,6 +119,55 @@ def padded(path: Path, tokens: tokenizer.Tokenizer, together: int = 8) -> float:
     return lengths.sum() / (together * lengths.reshape(-1, together).max(axis=1).sum())
 
 
+class Blank(Pixels):
+    """Black pictures, for measuring everything but decoding."""
+
+    def see(self, image: Image) -> np.ndarray:
+        return np.zeros((self._shape.see_size, self._shape.see_size, 3), np.uint8)
+
+    def dream(self, image: Image, flip: bool = False) -> np.ndarray:
+        return np.zeros((self._shape.dream_size, self._shape.dream_size, 3), np.uint8)
+
+
+def blank_loader(path: Path, tokens: tokenizer.Tokenizer, rows: int) -> Loader:
+    loader = Loader(DataConfig(path=str(path), window=WINDOW), STAGE_2, tokens, rows_per_step=rows, seed=0)
+    loader._pixels = Blank(STAGE_2)
+    return loader
+
+
+def far_away(path: Path, tokens: tokenizer.Tokenizer, latency: float, steps: int) -> None:
+    """Prints how fast is read what takes so many seconds more a record."""
+    decoded, *_ = measure(path, STAGE_2, MIXTURE, tokens, 0, steps)
+    storage.KEPT_BYTES = 0  # every document is read anew
+    with contextlib.closing(blank_loader(path, tokens, RESUMED)) as loader:
+        next(loader)
+        state = json.loads(json.dumps(loader.get_state()))
+    read = storage.Corpus._read
+
+    def slowly(corpus: storage.Corpus, index: int) -> Document:
+        time.sleep(latency)
+        return read(corpus, index)
+
+    storage.Corpus._read = slowly
+    with contextlib.closing(blank_loader(path, tokens, RESUMED)) as loader:
+        began = time.perf_counter()
+        loader.set_state(state)
+        next(loader)
+        seconds = time.perf_counter() - began
+    waited = sum(len(waiting) for _, *waiting in state["streams"].values())
+    print(f"{RESUMED} rows with {waited} waiting documents, {latency} s more a read, continue after {seconds:.1f} s")
+    with contextlib.closing(blank_loader(path, tokens, READ)) as loader:
+        for _ in range(3):
+            next(loader)
+        began = time.perf_counter()
+        for _ in range(steps):
+            next(loader)
+        rows = READ * steps / (time.perf_counter() - began)
+        each = sum(map(len, loader.records)) / READ
+    print(f"{rows:.1f} rows/s of {each:.1f} documents each are read and packed, {READ} rows a step")
+    print(f"{decoded:.1f} rows/s are tokenised and decoded by one core, with nothing to wait for")
+
+
 def where(profile: cProfile.Profile) -> str:
     stats = pstats.Stats(profile)
     parts = {
@@ -128,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=400)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--latency", type=float, default=0.0)
     arguments = parser.parse_args()
     flags.FLAGS.mark_as_parsed()
     model = Path(importlib.util.find_spec("mistral_common").origin).parent / "data/tokenizer.model.v1"
@@ -135,8 +194,11 @@ def main() -> None:
         path = Path(folder) / "set"
         tokens = tokenizer.load_tokenizer(Path(shutil.copy(model, Path(folder) / tokenizer.SENTENCEPIECE_FILE)))
         storage.write_dataset(path, documents(arguments.documents))
+        if arguments.latency:
+            far_away(path, tokens, arguments.latency, arguments.steps)
+            return
         cases = {
-            "stage II": (STAGE_2, {"interleaved": CorpusConfig(), "pairs": CorpusConfig()}),
+            "stage II": (STAGE_2, MIXTURE),
             "stage I, creation": (STAGE_1, {"pairs": CorpusConfig(mode="creation")}),
         }
         rows_a_second = {}

@@ -123,7 +123,6 @@ class Experiment:
             stored=(),
             flip=0.0,
             shuffle=False,
-            workers=0,
         )
         return dataclasses.replace(self, data=data)
 

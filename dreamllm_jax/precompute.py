@@ -5,6 +5,7 @@ that an interrupted run is simply started again.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,10 @@ from tqdm import tqdm
 from dreamllm_jax.configuration import differences
 from dreamllm_jax.data import images, stored
 from dreamllm_jax.data.document import Image
-from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.data.storage import Corpus, in_order
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig
 
-_GROUP = 64  # documents whose pictures are held at once
+_GROUP = 64  # documents whose pictures are held at once, beside those that are read ahead
 
 # The tower that makes each of the stored arrays, and the parameters on which they depend.
 TOWERS = {"moments": "vae", "features": "clip"}
@@ -154,8 +155,8 @@ def precompute(
     with tqdm(total=done, desc=f"{corpus} {name}", unit="document", disable=jax.process_index() > 0) as bar:
 
         def arrays(numbers: range) -> Iterator[np.ndarray]:
-            for group in (numbers[i : i + _GROUP] for i in range(0, len(numbers), _GROUP)):
-                pictures = [[crop(image) for image in documents[i].images] for i in group]
+            cropped = in_order(lambda number: [crop(image) for image in documents[number].images], numbers)
+            while pictures := list(itertools.islice(cropped, _GROUP)):
                 results = compute([p for document in pictures for p in document if p is not None])
                 for document in pictures:
                     # An image that cannot be decoded leaves a gap, which training counts as such.

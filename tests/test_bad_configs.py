@@ -92,7 +92,10 @@ BROKEN = [
     ({"model.unet.cross_attention_dim": 0}, "cross_attention_dim=0 must be one positive integer"),
     ({"model.vae.scaling_factor": 0.0}, "config.model.vae: scaling_factor must be positive, got 0"),
     ({"model.visual_projector.layer_norm_eps": -1.0}, "config.model.visual_projector: layer_norm_eps must be positive"),
-    ({"model.schedule.num_train_timesteps": 0}, "config.model.schedule: num_train_timesteps must be a whole number from 1 to 1,000,000, got 0"),
+    (
+        {"model.schedule.num_train_timesteps": 0},
+        "config.model.schedule: num_train_timesteps must be a whole number from 1 to 1,000,000, got 0",
+    ),
     ({"model.schedule.beta_end": 2.0}, "config.model.schedule: 0 < beta_start <= beta_end < 1 must hold"),
     # Rows without room.
     ({"model.num_queries": 127}, "rows.length=128 has no room for an image to paint, which takes 129 tokens"),

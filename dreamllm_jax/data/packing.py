@@ -3,11 +3,16 @@
 Documents wait, encoded, in a window; a row takes the longest waiting one and then every other that still fits, in the
 order of their waiting: first fit within the budgets of a row, its tokens, its images to read and its images to paint.
 Images are not decoded yet, which keeps the window small.
+
+Reading is begun as early as it is known what to read: as soon as a row has left the window, the documents that come in
+its place are being read, so that those that wait and those that come are together never more than the window. What
+waited when a state was saved is known by what it needs, and is read for the row that takes it.
 """
 
 import collections
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data.tokens import Encoded
@@ -17,6 +22,9 @@ MISSES = 1000  # records in a row that may be left out
 
 class NothingFits(ValueError):
     """So many records one after the other were left out that no row will ever be filled."""
+
+
+Need = tuple[int, int, int]  # what a document needs of a row: tokens, images to read, images to paint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,55 +42,107 @@ class Item:
     encoded: Encoded
     flip: bool = False
 
+    @property
+    def need(self) -> Need:
+        return len(self.encoded.tokens), len(self.encoded.see), len(self.encoded.dream)
+
+
+Get = Callable[[], Item | None]
+
+
+class Begin(Protocol):
+    """Begins to read a record, which needed `need` when it was read before, if it was.
+
+    What it returns waits for it and gives its item, or None if it is left out.
+    """
+
+    def __call__(self, record: int, need: Need | None = None) -> Get: ...
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """A document that waits; `get` gives its item, once reading it has begun."""
+
+    record: int
+    need: Need
+    get: Get | None = None
+
 
 class RowStream:
     """An endless stream of rows, each a list of items; row n is the same wherever the stream is taken up again.
 
     Args:
-      read: an item by the number of its record; None for a record that is left out.
+      begin: how records are read.
       first, step: the records of this stream are first, first + step, first + 2 step, ...
       window: how many documents wait; 1 gives each document a row of its own.
     """
 
-    def __init__(self, read: Callable[[int], Item | None], shape: RowShape, *, first: int, step: int, window: int):
-        self._read, self._shape, self._window = read, shape, window
+    def __init__(self, begin: Begin, shape: RowShape, *, first: int, step: int, window: int):
+        self._begin, self._shape, self._window = begin, shape, window
         self._next, self._step = first, step
-        self._waiting: collections.deque[Item] = collections.deque()
+        self._waiting: list[_Waiting] = []
+        self._coming: collections.deque[Get] = collections.deque()  # of the next records, in their order
 
     def __next__(self) -> list[Item]:
+        row: list[Item] = []
+        while not row:  # what waited when a state was saved may have become unreadable
+            self._fill()
+            taken, self._waiting = self._split()
+            gets = [waiting.get or self._begin(waiting.record, waiting.need) for waiting in taken]
+            self.read_ahead()
+            row = [item for get in gets if (item := get()) is not None]
+        return row
+
+    def _fill(self) -> None:
         missed = 0
         while len(self._waiting) < self._window:
-            item = self._read(self._next)
+            self._read_next()
+            item = self._coming.popleft()()
             self._next += self._step
             if item is not None:
-                self._waiting.append(item)
+                self._waiting.append(_Waiting(item.record, item.need, lambda item=item: item))
             missed = missed + 1 if item is None else 0
             if missed == MISSES:
                 raise NothingFits(f"{MISSES} documents one after the other had to be left out")
+
+    def _split(self) -> tuple[list[_Waiting], list[_Waiting]]:
+        """Of the documents that wait, those that the next row takes and the others."""
         room = [self._shape.length, self._shape.see_slots, self._shape.dream_slots]
-        taken, left = [], collections.deque()
-        for item in self._waiting:
-            need = len(item.encoded.tokens), len(item.encoded.see), len(item.encoded.dream)
-            if all(n <= r for n, r in zip(need, room, strict=True)):
-                room = [r - n for n, r in zip(need, room, strict=True)]
-                taken.append(item)
+        taken: list[_Waiting] = []
+        left: list[_Waiting] = []
+        for waiting in self._waiting:
+            if all(n <= r for n, r in zip(waiting.need, room, strict=True)):
+                room = [r - n for n, r in zip(waiting.need, room, strict=True)]
+                taken.append(waiting)
             else:
-                left.append(item)
-        self._waiting = left
-        return taken
+                left.append(waiting)
+        return taken, left
+
+    def read_ahead(self) -> None:
+        """Begins to read what the window lacks, and what the next row takes of a saved state."""
+        # What comes into the window later changes nothing in what a row takes of those that wait before it.
+        for waiting in self._split()[0]:
+            waiting.get = waiting.get or self._begin(waiting.record, waiting.need)
+        self._read_next()
+
+    def _read_next(self) -> None:
+        while len(self._waiting) + len(self._coming) < self._window:
+            self._coming.append(self._begin(self._next + len(self._coming) * self._step))
 
     @property
-    def state(self) -> list[int]:
-        """The record to read next and the records that wait, all there is to know."""
-        return [self._next, *(item.record for item in self._waiting)]
+    def state(self) -> list[Any]:
+        """All there is to know, however far is read ahead: the record to take next; of each document that waits, its
+        record and what it needs."""
+        return [self._next, *([waiting.record, *waiting.need] for waiting in self._waiting)]
 
     @state.setter
-    def state(self, state: list[int]) -> None:
+    def state(self, state: list[Any]) -> None:
         self._next = state[0]
-        items = (self._read(record) for record in state[1:])
-        self._waiting = collections.deque(item for item in items if item is not None)
+        self._waiting = [_Waiting(record, tuple(need)) for record, *need in state[1:]]
+        self._coming.clear()
 
     def skip(self, record: int) -> None:
         """Goes on with the first of its records from this one on; none waits any more."""
         self._waiting.clear()
-        self._next += max(-(-(record - self._next) // self._step), 0) * self._step
+        self._coming.clear()
+        self._next = record + (self._next - record) % self._step

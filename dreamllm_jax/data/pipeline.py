@@ -3,6 +3,10 @@
 Each row of a step has a stream of records of its own (`mixture`), of which it is packed (`packing`); a host reads the
 streams of the rows that it feeds. What a step trains on therefore depends on the seed and on the rows of a step alone:
 not on the number of hosts, of threads, or of times that the run was taken up again.
+
+Two kinds of threads make them. Readers wait for the storage, many at a time, on behalf of all streams; workers compute:
+they tokenise what was read, pack it and decode its images. A document counts when its stream takes it, however long ago
+it was read.
 """
 
 import collections
@@ -16,8 +20,8 @@ from typing import Any
 from dreamllm_jax.batch import Batch, RowShape, empty_batch
 from dreamllm_jax.data import storage, stored
 from dreamllm_jax.data.document import Document
-from dreamllm_jax.data.mixture import CorpusConfig, Mixture
-from dreamllm_jax.data.packing import Item, NothingFits, RowStream
+from dreamllm_jax.data.mixture import CorpusConfig, Mixture, Place
+from dreamllm_jax.data.packing import Get, Item, Need, NothingFits, RowStream
 from dreamllm_jax.data.rows import Counts, Pixels, fill_row
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import Encoded, encode_document
@@ -26,7 +30,10 @@ _logger = logging.getLogger(__name__)
 ENOUGH = 200  # documents after which too large a share of bad ones ends the run
 AHEAD = 2  # batches made in advance
 _TRIED = 8  # first records of a corpus, of which one must be of use
-READ = ("documents", "dropped_record", "dropped_room", "dropped_empty")  # each document is counted as one of them
+# Settings that change nothing in what a step trains on.
+_ASIDE = ("path", "pairs", "tokenizer", "workers", "readers", "max_bad")
+# Each document is counted as one of them.
+READ = ("documents", "dropped_record", "dropped_room", "dropped_empty", "dropped_changed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,9 @@ class DataConfig:
       tokenizer: a SentencePiece model, a tokenizer.json or a directory; empty for the data set's own.
       corpora: which of its corpora, and how; empty for all of them.
       window: documents that wait to be packed into each row.
-      workers: threads that read, encode and decode ahead; 0 does it in the training thread.
+      workers: threads that tokenise, pack and decode ahead; 0 does it, and reads, in the training thread.
+      readers: documents being read at once for a host, each by a thread that waits for the storage: as many as make up
+        for its latency.
       flip: probability of mirroring the pictures of a document that only paints.
       shuffle: shuffle the documents anew in each epoch.
       pack: put several documents in a row.
@@ -56,6 +65,7 @@ class DataConfig:
     corpora: Mapping[str, CorpusConfig] = dataclasses.field(default_factory=dict)
     window: int = 64
     workers: int = 4
+    readers: int = 64
     flip: float = 0.0
     shuffle: bool = True
     pack: bool = True
@@ -69,6 +79,8 @@ class DataConfig:
         for name in ("workers", "pairs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.readers < 1:
+            raise ValueError(f"readers must be at least 1, got {self.readers}")
         for name in ("flip", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is between 0 and 1, got {getattr(self, name)}")
@@ -98,7 +110,8 @@ class Loader:
     Attributes:
       totals: what this host has been given since the start, by corpus and kind: documents, tokens, see and dream
         (images), and `dropped_<reason>` for documents that were left out: record (unreadable), room (too little of
-        it), empty (nothing to learn), or why an image could not be decoded.
+        it), empty (nothing to learn), changed (it waited when a state was saved, and is another one now), or why an
+        image could not be decoded.
       records: of the last batch, the numbers of the records in each of this host's rows.
 
     Raises:
@@ -126,16 +139,14 @@ class Loader:
         for name, corpus in corpora.items():
             self._require_use(name, [document for _, document in corpus.first(_TRIED)])
         # All that the stream depends on, as JSON gives it back.
-        settings = dataclasses.asdict(
-            dataclasses.replace(config, path="", pairs=0, tokenizer="", workers=0, max_bad=0.0)
-        )
+        settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
         settings |= {"corpora": {name: dataclasses.asdict(use) for name, use in self._uses.items()}}
         settings |= {"documents": {name: summary[name] for name in self._uses}, "shape": dataclasses.asdict(shape)}
         settings |= {"vocab_size": tokenizer.vocab_size, "seed": seed, "rows_per_step": rows_per_step}
         self._settings = json.loads(json.dumps(settings))
         window = config.window if config.pack else 1
         self._streams = {
-            row: RowStream(self._read, shape, first=row, step=rows_per_step, window=window)
+            row: RowStream(self._begin, shape, first=row, step=rows_per_step, window=window)
             for row in (range(rows_per_step) if mine is None else mine)
         }
         self._pixels = Pixels(shape)
@@ -144,9 +155,7 @@ class Loader:
         self.records: list[list[int]] = []
         self._left_out: collections.deque[tuple[str, str]] = collections.deque()  # by threads, since the last batch
         self._state = self._stream_states()
-        self._ahead: collections.deque[concurrent.futures.Future] = collections.deque()
-        self._threads = concurrent.futures.ThreadPoolExecutor(config.workers) if config.workers else None
-        self._maker = concurrent.futures.ThreadPoolExecutor(1) if config.workers else None
+        self._start()
 
     def _require_use(self, name: str, documents: Sequence[Document]) -> None:
         """Raises ValueError if none of the first documents of the corpus can be read, or learned from."""
@@ -165,23 +174,55 @@ class Loader:
             else:
                 raise ValueError(f"{where}: {problem}")
 
-    def _read(self, record: int) -> Item | None:
-        """A record as an item; None if it would teach nothing, does not fit or cannot be read."""
-        place, (draw, flip) = self._mixture.place(record), self._mixture.draws(record)
+    def _start(self) -> None:
+        """The threads; nothing is begun yet."""
+
+        def pool(threads: int) -> concurrent.futures.ThreadPoolExecutor | None:
+            return concurrent.futures.ThreadPoolExecutor(threads) if self._config.workers else None
+
+        self._ahead: collections.deque[concurrent.futures.Future] = collections.deque()
+        self._maker, self._workers, self._readers = pool(1), pool(self._config.workers), pool(self._config.readers)
+
+    def _stop(self) -> None:
+        """Ends the threads, each after what it is just doing."""
+        pools = [pool for pool in (self._maker, self._workers, self._readers) if pool is not None]
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in pools:
+            pool.shutdown()
+
+    def _begin(self, record: int, need: Need | None = None) -> Get:
+        """See `packing.Begin`."""
+        if self._readers is None:
+            return lambda: self._item(record, need, *self._read(record))
+        reading = self._readers.submit(self._read, record)
+        return lambda: self._item(record, need, *reading.result())
+
+    def _read(self, record: int) -> tuple[Place, Document | None]:
+        """Where a record comes from, and its document; None if it cannot be read."""
+        place = self._mixture.place(record)
         try:
-            document = self._mixture.read(place)
+            return place, self._mixture.read(place)
         except Exception:  # the reader's native code raises whatever a damaged record leads it to
-            self._left_out.append((place.corpus, "dropped_record"))
-            return None
+            return place, None
+
+    def _item(self, record: int, need: Need | None, place: Place, document: Document | None) -> Item | None:
+        """A record as an item; None, and counted, if it is of no use."""
+
+        def leave_out(reason: str) -> None:
+            self._left_out.append((place.corpus, f"dropped_{reason}"))
+
+        if document is None:
+            return leave_out("record")
+        draw, flip = self._mixture.draws(record)
         try:
             encoded = self._encode(place.corpus, document, draw)
         except ValueError:
-            self._left_out.append((place.corpus, "dropped_room"))
-            return None
+            return leave_out("room")
         if document.blank or not encoded.learns:
-            self._left_out.append((place.corpus, "dropped_empty"))
-            return None
-        return Item(record, place.corpus, encoded, flip=not encoded.see and bool(flip < self._config.flip))
+            return leave_out("empty")
+        item = Item(record, place.corpus, encoded, flip=not encoded.see and bool(flip < self._config.flip))
+        return item if need in (None, item.need) else leave_out("changed")
 
     def _encode(self, corpus: str, document: Document, draw: float) -> Encoded:
         use = self._uses[corpus]
@@ -203,8 +244,7 @@ class Loader:
         if self._maker is None:
             made = self._make()
         else:
-            while len(self._ahead) <= AHEAD:
-                self._ahead.append(self._maker.submit(self._make))
+            self._make_ahead()
             made = self._ahead.popleft().result()
         batch, counts, self.records, self._state = made
         self.totals.update(counts)
@@ -212,14 +252,20 @@ class Loader:
         self._require_good()
         return batch
 
-    def _make(self) -> tuple[Batch, Counts, list[list[int]], dict[str, list[int]]]:
+    def _make_ahead(self) -> None:
+        while self._maker is not None and len(self._ahead) <= AHEAD:
+            self._ahead.append(self._maker.submit(self._make))
+
+    def _make(self) -> tuple[Batch, Counts, list[list[int]], dict[str, list]]:
         batch = empty_batch(len(self._streams), self._shape, self._tokenizer.special.pad)
 
         def make_row(index: int, stream: RowStream) -> tuple[Counts, list[int]]:
             row = next(stream)
             return fill_row(batch, index, row, self._pixels), [item.record for item in row]
 
-        each = map if self._threads is None else self._threads.map
+        for stream in self._streams.values():
+            stream.read_ahead()
+        each = map if self._workers is None else self._workers.map
         counts: Counts = collections.Counter()
         records = []
         try:
@@ -238,7 +284,7 @@ class Loader:
         named = ([f"{place.corpus}/{place.document}" for place in row] for row in places)
         return dict(zip(map(str, self._streams), named, strict=True))
 
-    def _stream_states(self) -> dict[str, list[int]]:
+    def _stream_states(self) -> dict[str, list]:
         return {str(row): stream.state for row, stream in self._streams.items()}
 
     def _require_good(self) -> None:
@@ -278,14 +324,16 @@ class Loader:
     def get_state(self) -> dict[str, Any]:
         """Where the stream is after the last batch that was handed out.
 
-        `streams` holds this host's part: the next record and those that wait, by row. The parts of all hosts together
-        continue the run on any number of hosts.
+        `streams` holds this host's part: the next record and those that wait, with what each of them needs, by row (see
+        `RowStream.state`). The parts of all hosts together continue the run on any number of hosts.
         """
         totals = [[*key, count] for key, count in sorted(self.totals.items())]
         return {"settings": self._settings, "streams": self._state, "totals": totals, "rows": self._rows}
 
     def set_state(self, state: Mapping[str, Any], accept_changes: bool = False) -> None:
         """Continues from a saved state, of which each host takes its own rows, and the first what was counted.
+
+        The next batches are being made when it returns.
 
         Args:
           accept_changes: it may have been saved under other settings of the data: the new stream then begins with the
@@ -299,12 +347,15 @@ class Loader:
             for name, value in self._settings.items()
             if (saved := state["settings"].get(name)) != value
         ]
+        if any(isinstance(waiting, int) for _, *each in state["streams"].values() for waiting in each):
+            changed.append("the form of an earlier version of this program")
         if changed and not accept_changes:
             raise ValueError(
-                f"the saved data state has {'; '.join(changed)}: continue with the same data settings, start anew, or "
-                "accept it with --config.checkpoint.accept_changes=True"
+                f"the saved data state has {'; '.join(changed)}: continue with the same data settings and program, "
+                "start anew, or accept it with --config.checkpoint.accept_changes=True"
             )
-        self._drain()
+        self._stop()
+        self._start()
         if changed:
             _logger.warning("the data's settings are other ones than before: %s", "; ".join(changed))
             read = max(first for first, *_ in state["streams"].values())
@@ -318,17 +369,11 @@ class Loader:
         first = 0 in self._streams
         self.totals = collections.Counter({(corpus, what): n for corpus, what, n in state["totals"]} if first else {})
         self._rows = state["rows"] if first else 0
+        self._make_ahead()
 
     def close(self) -> None:
-        """Ends the threads."""
-        self._drain()
-        for pool in (self._maker, self._threads):
-            if pool is not None:
-                pool.shutdown()
-
-    def _drain(self) -> None:
-        while self._ahead:
-            self._ahead.popleft().result()
+        """Ends the threads; what they have not begun is left undone."""
+        self._stop()
 
 
 def joined_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

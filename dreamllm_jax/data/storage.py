@@ -10,8 +10,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -28,6 +29,9 @@ SUMMARY = "dataset.json"
 SPLIT = "train"
 SHARD_BYTES = 256 << 20
 KEPT_BYTES = 64 << 20
+READERS = 32  # documents that `in_order` reads at once
+
+T = TypeVar("T")
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -193,16 +197,24 @@ class Corpus:
 
     def first(self, count: int) -> Iterator[tuple[int, Document]]:
         """Of the first so many documents those that can be read, with their numbers."""
-        for index in range(min(count, len(self))):
+
+        def read(index: int) -> tuple[int, Document] | None:
             try:
-                document = self[index]
+                return index, self[index]
             except Exception:  # whatever a damaged record leads the reader's native code to
-                continue
-            yield index, document
+                return None
+
+        return in_order(read, range(min(count, len(self))))
 
     def _read(self, index: int) -> Document:
         document = from_record(self._source[index])
         return with_stored(document, {name: stored[index] for name, stored in self._stored.items()})
+
+
+def in_order(read: Callable[[int], T | None], numbers: Sequence[int]) -> Iterator[T]:
+    """What `read` gives for each of the numbers, in their order and without None, some being read ahead by threads."""
+    options = grain.ReadOptions(num_threads=READERS, prefetch_buffer_size=READERS)
+    return iter(grain.MapDataset.source(numbers).map(read).to_iter_dataset(options))
 
 
 def write_summary(directory: epath.PathLike, summary: Mapping[str, Any]) -> None:

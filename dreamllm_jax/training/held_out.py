@@ -1,5 +1,7 @@
 """How a run is tried on held-out documents while it trains, and when."""
 
+import contextlib
+
 import jax
 from jax.sharding import NamedSharding
 
@@ -39,7 +41,8 @@ class HeldOut:
             seed=same.seed,
             mine=local_rows(rows, shape.per_step),
         )
-        self.batches = [next(loader) for _ in range(config.batches)]  # this host's part of them
+        with contextlib.closing(loader):
+            self.batches = [next(loader) for _ in range(config.batches)]  # this host's part of them
         if config.samples.documents:
             data = same.data
             self.questions = find_questions(config.samples, data.path, data.corpora, experiment.model, tokenizer)

@@ -15,12 +15,17 @@ from dreamllm_jax.data.tokens import encode_document
 from tests.data.conftest import COLOURS, PAIRS, assert_sound, png
 
 
+def read_from(items):
+    return lambda record, need=None: lambda: items[record]
+
+
 def packed(documents, tokenizer, shape, window=64, mode="joint", strict=False):
     left = [Item(i, "corpus", encode_document(d, tokenizer, shape, mode)) for i, d in enumerate(documents)]
     rows = []
     while left:
         # After the last document the stream would run on: it is given what is left, and a window as small.
-        rows.append(next(RowStream(left.__getitem__, shape, first=0, step=1, window=min(window, len(left)))))
+        begin = read_from(left)
+        rows.append(next(RowStream(begin, shape, first=0, step=1, window=min(window, len(left)))))
         taken = {item.record for item in rows[-1]}
         left = [item for item in left if item.record not in taken]
     batch, held = empty_batch(len(rows), shape, tokenizer.special.pad), collections.Counter(rows=len(rows))
@@ -152,7 +157,42 @@ def test_a_waiting_document_is_not_passed_over_for_ever(text_tokenizer, shape):
     wide, small = story(0, 1, 2), story(3)
     order = []
     items = [Item(i, "", encode_document(wide if i == 3 else small, text_tokenizer, shape)) for i in range(200)]
-    stream = RowStream(lambda i: items[i], shape, first=0, step=1, window=4)
+    stream = RowStream(read_from(items), shape, first=0, step=1, window=4)
     while 3 not in order:
         order += [item.record for item in next(stream)]
     assert len(order) < 12
+
+
+def test_reading_begins_as_soon_as_it_is_known_what_to_read(text_tokenizer, shape):
+    """What waits and what is being read are the window; what waited in a saved state is read for its row."""
+    kinds = [encode_document(story(*range(1 + i % 3)), text_tokenizer, shape) for i in range(3)]
+    begun, got = [], []
+
+    def begin(record, need=None):
+        def get():
+            got.append(record)
+            return Item(record, "", kinds[record * 7 % 11 % 3]) if record % 5 else None
+
+        begun.append(record)
+        return get
+
+    def stream():
+        return RowStream(begin, shape, first=1, step=2, window=9)
+
+    first, rows, states = stream(), [], []
+    for _ in range(20):
+        rows.append([item.record for item in next(first)])
+        states.append(first.state)
+        assert begun == sorted(begun) and len(begun) == len(set(begun))
+        assert len(states[-1]) - 1 + len(begun) - len(got) == 9 and begun[len(got)] == states[-1][0]
+    for at, state in enumerate(states[:-1]):
+        again = stream()
+        again.state = state
+        assert again.state == state
+        begun.clear()
+        again.read_ahead()
+        there, lacking = {record for record, *_ in state[1:]}, 9 - len(state[1:])
+        assert there.intersection(rows[at + 1]) == there.intersection(begun) and len(begun) <= lacking + len(there)
+        for expected, state_then in zip(rows[at + 1 :], states[at + 1 :], strict=True):
+            assert [item.record for item in next(again)] == expected and again.state == state_then
+        assert len(begun) == len(set(begun))

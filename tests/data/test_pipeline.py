@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -87,6 +89,105 @@ def test_resuming_is_exact_anywhere(kept_bytes, undisturbed, dataset, shape, tex
         for batch in batches[start : start + 2]:
             assert_same(batch, next(stream))
     stream.close()
+
+
+@pytest.fixture
+def slow_reads(monkeypatch):
+    """Sets how long each read of a document takes, as a function of its number."""
+    read = storage.Corpus._read
+    monkeypatch.setattr(storage, "KEPT_BYTES", 0)
+
+    def set_seconds(seconds):
+        def reading(corpus, index):
+            time.sleep(seconds(index))
+            if index % 25 == 24:
+                raise RuntimeError("Corrupted Riegeli/records file")
+            return read(corpus, index)
+
+        monkeypatch.setattr(storage.Corpus, "_read", reading)
+
+    return set_seconds
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory, text_tokenizer):
+    """Texts of many lengths, too many to be seen twice in a test, and chats some of which teach nothing."""
+    texts = [Document("text", (Text(f"number {i} " + "word " * (i * 7 % 40)),)) for i in range(900)]
+    chats = [LONG if i % 20 == 7 else SHORT for i in range(300)]
+    return write(tmp_path_factory.mktemp("numbered") / "set", text_tokenizer, texts=texts, chats=chats)
+
+
+def history(stream, steps):
+    """What is known of the stream after each of its next steps, JSON and batch."""
+    for _ in range(steps):
+        batch = next(stream)
+        yield json.dumps([stream.records, stream.get_state()]), batch
+
+
+@pytest.mark.parametrize(("workers", "readers"), [(0, 1), (1, 1), (3, 2), (2, 64)])
+def test_reading_ahead_and_restarts_change_nothing(workers, readers, numbered, shape, text_tokenizer, slow_reads):
+    """However late reads end and however many are under way: rows, states and counts of what is left out."""
+    options = {"window": 20, "max_bad": 1.0, "corpora": {"texts": CorpusConfig(), "chats": CorpusConfig()}}
+    slow_reads(lambda index: 0)
+    expected = list(history(loader(numbered, shape, text_tokenizer, workers=0, **options), 24))
+    slow_reads(lambda index: index * 37 % 5 / 1000)
+    got = []
+    for steps in (1, 2, 5, 16):
+        stream = loader(numbered, shape, text_tokenizer, workers=workers, readers=readers, **options)
+        with contextlib.closing(stream):
+            if got:
+                stream.set_state(json.loads(got[-1][0])[1])
+            got += history(stream, steps)
+    for (known, batch), (known_then, batch_then) in zip(expected, got, strict=True):
+        assert known == known_then
+        assert_same(batch, batch_then)
+    counts = stream.counts()
+    assert counts["texts"]["dropped_record"] > 5 and counts["chats"]["dropped_empty"] > 5
+    assert not any("dropped_changed" in held for held in counts.values())
+
+
+def test_a_run_goes_on_soon_where_reads_take_long(numbered, shape, text_tokenizer, slow_reads):
+    """256 documents wait, for 20 ms each; one after the other they would take 5 s."""
+    options = {"window": 32, "max_bad": 1.0}
+    with contextlib.closing(loader(numbered, shape, text_tokenizer, **options)) as stream:
+        next(stream)
+        state = json.loads(json.dumps(stream.get_state()))
+    slow_reads(lambda index: 0.02)
+    stream = loader(numbered, shape, text_tokenizer, **options)
+    began = time.monotonic()
+    stream.set_state(state)
+    next(stream)
+    assert time.monotonic() - began < 2
+    slow_reads(lambda index: 0.2)
+    stream.set_state(state)  # whatever it begins to read now, nobody waits for
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 2
+
+
+def test_what_waited_and_is_lost_or_another_document_now_is_left_out(tmp_path, shape, text_tokenizer, slow_reads):
+    words = {"before": "red " * 20, "after": "green square " * 20}
+    paths = {
+        name: write(tmp_path / name, text_tokenizer, texts=[Document("text", (Text(text),))] * 40)
+        for name, text in words.items()
+    }
+    options = {"rows": 4, "max_bad": 1.0}
+    before = loader(paths["before"], shape, text_tokenizer, **options)
+    next(before)
+    state = json.loads(json.dumps(before.get_state()))
+    waiting = sum(len(each) for _, *each in state["streams"].values())
+
+    def counts_after(path):
+        after = loader(path, shape, text_tokenizer, **options)
+        after.set_state(state)
+        for _ in range(20):
+            assert next(after).loss_weights.any(axis=1).all()
+        return after.counts()["texts"]
+
+    assert counts_after(paths["after"])["dropped_changed"] == waiting > 10
+    slow_reads(lambda index: 0 if index < 20 else 1 / 0)
+    lost = counts_after(paths["before"])
+    assert lost["dropped_record"] > 10 and "dropped_changed" not in lost
 
 
 def test_a_run_moves_to_another_number_of_hosts(undisturbed, dataset, shape, text_tokenizer):
@@ -242,6 +343,7 @@ def test_mistakes_are_named(dataset, shape, text_tokenizer, tmp_path):
     for wrong in (
         {"window": 0},
         {"workers": -1},
+        {"readers": 0},
         {"flip": 1.5},
         {"max_bad": -0.1},
         {"stored": ("latents",)},
@@ -263,6 +365,13 @@ def test_a_state_of_other_settings_is_refused(dataset, shape, text_tokenizer):
             loader(dataset, shape, text_tokenizer, **common | options).set_state(state)
     with pytest.raises(ValueError, match="saved data state has shape="):
         loader(dataset, dataclasses.replace(shape, length=256), text_tokenizer, **common).set_state(state)
+    older = {**state, "streams": {row: [80, 8, 16] for row in state["streams"]}}
+    with pytest.raises(ValueError, match=r"has the form of an earlier version.*accept_changes=True"):
+        loader(dataset, shape, text_tokenizer, **common).set_state(older)
+    accepting = loader(dataset, shape, text_tokenizer, **common)
+    accepting.set_state(older, accept_changes=True)
+    next(accepting)
+    assert min(record for row in accepting.records for record in row) >= 80
 
 
 def test_accepted_changes_of_the_data_go_on_with_documents_not_read_yet(dataset, shape, text_tokenizer, caplog):

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 
 from dreamllm_jax.data import storage
@@ -24,6 +27,21 @@ def test_documents_come_back_equal(tmp_path, monkeypatch):
         monkeypatch.setattr(storage, "KEPT_BYTES", kept_bytes)
         corpus = storage.Corpus(tmp_path / "set", "things")
         assert [corpus[i] for i in range(len(corpus))] == DOCUMENTS * 5
+
+
+def test_the_first_documents_are_read_together(tmp_path, monkeypatch):
+    write(tmp_path / "set", DOCUMENTS * 5)
+    corpus, together = storage.Corpus(tmp_path / "set", "things"), threading.Barrier(8)
+
+    def read(corpus, index):
+        together.wait(timeout=10)  # for seven others
+        time.sleep((7 - index) / 100)
+        if index == 3:
+            raise RuntimeError("Corrupted Riegeli/records file")
+        return DOCUMENTS[index % 4]
+
+    monkeypatch.setattr(storage.Corpus, "_read", read)
+    assert list(corpus.first(8)) == [(i, DOCUMENTS[i % 4]) for i in range(8) if i != 3]
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):

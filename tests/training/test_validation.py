@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax import runs
 from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax.data import storage
 from dreamllm_jax.experiment import read_experiment
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.objectives import ObjectiveConfig, draw, joint_loss
@@ -90,3 +92,22 @@ def test_validation_needs_documents(tmp_path):
     with pytest.raises(FileNotFoundError, match="no data set in"):
         run = read_experiment(micro("x", validation={"every": 1, "path": str(tmp_path)}))
         held_out.HeldOut(run, None, rows_sharding(make_mesh(run.sharding), run.sharding, run.rows.per_step))
+
+
+def test_held_out_documents_are_read_together(data, tmp_path, monkeypatch):
+    under_way, most, read = set(), [], storage.Corpus._read
+
+    def slowly(corpus, index):
+        under_way.add(mine := object())
+        most.append(len(under_way))
+        time.sleep(0.05)
+        under_way.remove(mine)
+        return read(corpus, index)
+
+    monkeypatch.setattr(storage, "KEPT_BYTES", 0)
+    monkeypatch.setattr(storage.Corpus, "_read", slowly)
+    documents = {"path": data, "corpora": {"pairs": {}}, "window": 16}
+    run = runs.start(micro(data, data=documents, validation={"every": 4, "path": data}), tmp_path)
+    rows = rows_sharding(make_mesh(run.experiment.sharding), run.experiment.sharding, run.experiment.rows.per_step)
+    assert len(held_out.HeldOut(run.experiment, run.tokenizer, rows).batches) == 1
+    assert max(most) > 8  # which are tried together
