@@ -291,23 +291,17 @@ def on_shards(function: Callable, axes: Sequence[Sequence[str | None]], *args: j
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=free, check_vma=False)(*args)
 
 
-def on_devices(function: Callable, axes: tuple[str, ...], dimensions: tuple[Any, ...], out: Any) -> Callable:
+def on_devices(function: Callable, axes: tuple[str, ...], dimensions: tuple[int, ...], out: Any) -> Callable:
     """`function`, computed by each device along `axes` for itself: nothing travels along them while it runs.
 
     Args:
       axes: mesh axes, as from `split_over`; none, and it is `function`.
-      dimensions: of each argument (an array or a pytree of them), the dimension that is split over `axes`, or None for
-        what every device has all of.
+      dimensions: of each argument, an array or a pytree of them, the dimension that is split over `axes`.
       out: the same for what it gives, as a pytree's prefix.
     """
     if not axes:
         return function
-
-    def spec(dimension: int | None) -> PartitionSpec:
-        return PartitionSpec() if dimension is None else PartitionSpec(*[None] * dimension, axes)
-
-    is_none = {"is_leaf": lambda x: x is None}
-    specs = jax.tree.map(spec, dimensions, **is_none), jax.tree.map(spec, out, **is_none)
+    specs = jax.tree.map(lambda dimension: PartitionSpec(*[None] * dimension, axes), (dimensions, out))
     return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], axis_names=set(axes), check_vma=False)
 
 

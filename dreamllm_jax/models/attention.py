@@ -104,12 +104,15 @@ def attend(
     if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= 128:
         return _cudnn(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
 
-    def part(q, q_segments, q_index):
-        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
-
     size = max(1, MAX_SCORES // keys)
     if queries <= size:
-        return part(q, q_segments, q_index)
+        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
+
+    wide = k.astype(jnp.float32), v.astype(jnp.float32)  # what is added up over the chunks are their gradients
+
+    def part(q, q_segments, q_index):
+        k, v = (x.astype(q.dtype) for x in wide)
+        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
 
     def split(x):  # [B, T, ...] -> [chunks, B, size, ...]
         x = jnp.pad(x, [(0, 0), (0, -queries % size)] + [(0, 0)] * (x.ndim - 2))

@@ -113,7 +113,8 @@ class ResnetBlock2D(nn.Module):
         h = nn.silu(GroupNorm(**norm, name="norm1")(x))
         h = Conv(self.out_channels, dtype=self.dtype, name="conv1")(h)
         if temb is not None:
-            temb = Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))
+            # In float32, for its gradient is a sum over all pixels.
+            temb = Dense(self.out_channels, name="time_emb_proj")(nn.silu(temb))
             h += spread(temb[:, None, None], h.shape, self.dtype)
         h = nn.silu(GroupNorm(**norm, name="norm2")(h))
         h = Conv(self.out_channels, dtype=self.dtype, name="conv2")(h)

@@ -26,6 +26,7 @@ from dreamllm_jax.models.blocks import (
     shard_images,
 )
 from dreamllm_jax.models.diffusers_config import read_diffusers_config, require
+from dreamllm_jax.models.linear import spread
 
 PerBlock = int | tuple[int, ...]
 
@@ -184,9 +185,13 @@ class _Halves(Dense):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
-        bias = self.param("bias", self.bias_init, (self.features,)).astype(self.dtype)
-        parts = zip(jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2), strict=True)
-        return tuple(x @ weights + offset for weights, offset in parts)
+        bias = self.param("bias", self.bias_init, (self.features,))
+
+        def half(weights: jax.Array, offset: jax.Array) -> jax.Array:
+            y = x @ weights
+            return y + spread(offset, y.shape, y.dtype)
+
+        return tuple(map(half, jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2)))
 
 
 class GEGLU(nn.Module):
@@ -352,7 +357,7 @@ class UNet(nn.Module):
             require(got == want, f"the {name} have {got} channels where the U-Net's config says {want}")
         finest = config.block_out_channels[0]
         temb = timestep_embedding(timesteps, finest, config.flip_sin_to_cos, config.freq_shift)
-        temb = TimestepEmbedding(4 * finest, name="time_embedding")(temb).astype(self.dtype)
+        temb = TimestepEmbedding(4 * finest, name="time_embedding")(temb)
         condition = shard_images(condition.astype(self.dtype))
 
         def block(cls: type[_Level], level: int, name: str, kind: str = "CrossAttn") -> _Level:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.models import linear
 from dreamllm_jax.models.dreamllm import DreamLLM
 from dreamllm_jax.models.llama import rms_norm
@@ -17,8 +16,8 @@ from dreamllm_jax.objectives import ObjectiveConfig, draw
 from dreamllm_jax.training.step import loss_and_gradients
 from tests.tiny import DREAM_SIZE, MLP, make_batch, random_document, row_shape, tiny_config, tiny_params
 
-ROWS, LENGTH, IMAGES = 2, 8192, 24
-OBJECTIVE = ObjectiveConfig(dm_weight=1.0, drop_prob=0.5, loss_chunk=1024, image_chunk=64)
+ROWS, LENGTH, IMAGES = 2, 2048, 24
+OBJECTIVE = ObjectiveConfig(dm_weight=1.0, drop_prob=0.5, loss_chunk=512, image_chunk=16)
 
 
 def long_batch(config):
@@ -46,17 +45,13 @@ def plausible_params(config):
             value = rng.normal(size=value.shape) * inputs**-0.5
         elif name == "scale":
             value = np.ones(value.shape)
-        if path == "vae/quant_conv/bias":
-            value = np.full(value.shape, 2.0)
         params[path] = np.asarray(jnp.asarray(value, jnp.bfloat16).astype(jnp.float32))
     return params
 
 
 @pytest.mark.slow
 def test_every_gradient_of_the_joint_step_is_near_float32():
-    config = tiny_config(
-        visual_projector=MLP, condition_projector=MLP, schedule=ScheduleConfig(prediction_type="v_prediction")
-    )
+    config = tiny_config(visual_projector=MLP, condition_projector=MLP)
     llama = dataclasses.replace(config.llama, attention_bias=True, mlp_bias=True, lora=LoraConfig(rank=4, alpha=8.0))
     config = dataclasses.replace(config, llama=llama)
     batch, params = long_batch(config), plausible_params(config)
