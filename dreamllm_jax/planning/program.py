@@ -21,7 +21,7 @@ import numpy as np
 from dreamllm_jax.planning.hlo import Instruction, Module, executions, parse
 
 Groups = list[tuple[int, ...]]
-_COLLECTIVE = re.compile(
+COLLECTIVE = re.compile(
     "(all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-(?:permute|broadcast))(-start)?"
 )
 
@@ -83,7 +83,7 @@ def read_program(text: str, mesh: Mapping[str, int]) -> Program:
             elif instruction.opcode == "custom-call" and '"tpu_custom_call"' in instruction.attributes:
                 declared = re.search(r'"?cost_estimate"?:\s*\{[^}]*?"?flops"?:\s*"?(\d+)', instruction.attributes)
                 kernel_flops += part.count * (int(declared[1]) if declared else 0)
-            elif collective := _COLLECTIVE.fullmatch(instruction.opcode):
+            elif collective := COLLECTIVE.fullmatch(instruction.opcode):
                 kind = collective[1]
                 # Fusions that start, continue and end one collective each hold it.
                 channel = re.search(r"channel_id=(\d+)", instruction.attributes)
