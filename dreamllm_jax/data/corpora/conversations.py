@@ -20,8 +20,15 @@ ROLES: dict[str, Role] = {
 }
 PLACEHOLDERS: dict[str, Role] = {"<image>": "user", "<dream>": "assistant"}
 
-_OTHER_MEDIA = ("video", "videos", "audio", "audios", "sound", "sounds", "speech", "point_cloud", "point")
-_OTHER_PLACES = re.compile(r"^\s*<(video|audio|sound|speech|point)>\s*$", re.MULTILINE)  # not a tag in a sentence
+_FILES = r"(_?(paths?|files?|names?|urls?|lists?|bytes|base64|data))?"  # `video_path`, `imageFile`
+_OTHER_MEDIA = re.compile(
+    rf"(videos?|audios?|sounds?|speech(es)?|frames?|point_?clouds?|points?){_FILES}", re.IGNORECASE
+)
+_IMAGES = re.compile(rf"(images?|imgs?|pics?|pictures?|photos?|pixel_?values){_FILES}", re.IGNORECASE)
+_OTHER_PLACES = re.compile(
+    r"^\s*<(video|audio|sound|speech|point)>(\s*$|(?=[A-Z]))", re.MULTILINE
+)  # no tag in a sentence
+_NO_FILES = (bool, int, float)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Llava(pictures.ImageTable):
         turns = row.get("conversations")
         if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
             return Dropped("fields")
-        if any(row.get(name) for name in _OTHER_MEDIA) or (row.get("image") and row.get("images")):
+        if _has(row, _OTHER_MEDIA) or (row.get("image") and row.get("images")):
             return Dropped("fields")
         if any(_OTHER_PLACES.search(turn["value"]) for turn in turns):
             return Dropped("placeholders")
@@ -73,7 +80,14 @@ class Llava(pictures.ImageTable):
                 return Dropped("placeholders")
         if (named and not shown) or (files and next(files, None) is not None):
             return Dropped("placeholders")
+        if not shown and _has(row, _IMAGES):
+            return Dropped("fields")
         return Record("conversation", tuple(segments))
+
+
+def _has(row: Mapping[str, Any], names: re.Pattern[str]) -> bool:
+    """Whether a field of such a name tells of a file; `"image": null`, and numbers, do not."""
+    return any(value and not isinstance(value, _NO_FILES) and names.fullmatch(name) for name, value in row.items())
 
 
 def _is_turn(turn: object) -> bool:
