@@ -34,6 +34,27 @@ def is_lfs_pointer(content: bytes) -> bool:
     return content.startswith(_POINTER)
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """All of a file of text, without the mark that may stand before it; its lines end in LF.
+
+    Raises:
+      FileNotFoundError, ValueError: it is not there, is a pointer of git-lfs, or is not UTF-8.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    content = file.read_bytes()
+    if is_lfs_pointer(content):
+        raise ValueError(f"{path} {NO_POINTER}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is not UTF-8 but, it seems, UTF-16, or no text")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def make_folder(path: str | os.PathLike) -> None:
     """Makes a directory, and those above it; in a bucket, which has none without files, by a file `.folder` in it.
 

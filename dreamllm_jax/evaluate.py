@@ -120,6 +120,8 @@ def comprehend(arguments: argparse.Namespace) -> None:
     score = comprehension.score(arguments.task, answers, questions, checkpoint, settings)
     if score is not None:
         _keep(dataclasses.replace(score, task=name), arguments)
+    elif jax.process_index() == 0:
+        print("no score: the annotators' answers are not in the annotations, or a server has them")
 
 
 def create(arguments: argparse.Namespace) -> None:

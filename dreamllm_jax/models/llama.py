@@ -127,9 +127,7 @@ def llama_config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_scaling", "rope_theta", "lora"}
     values = {name: config[name] for name in names if config.get(name) is not None}
     theta = rope.get("rope_theta", config.get("rope_theta"))
-    return LlamaConfig(
-        rope_theta=LlamaConfig.rope_theta if theta is None else theta, rope_scaling=scaling, **values
-    )
+    return LlamaConfig(rope_theta=LlamaConfig.rope_theta if theta is None else theta, rope_scaling=scaling, **values)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

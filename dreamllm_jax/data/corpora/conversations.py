@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dreamllm_jax.data.corpora import pictures
+from dreamllm_jax.data.corpora import media, pictures
 from dreamllm_jax.data.corpora.records import Dropped, Part, Record
 from dreamllm_jax.data.document import Image, Role, Text
 
@@ -20,15 +20,9 @@ ROLES: dict[str, Role] = {
 }
 PLACEHOLDERS: dict[str, Role] = {"<image>": "user", "<dream>": "assistant"}
 
-_FILES = r"(_?(paths?|files?|names?|urls?|lists?|bytes|base64|data))?"  # `video_path`, `imageFile`
-_OTHER_MEDIA = re.compile(
-    rf"(videos?|audios?|sounds?|speech(es)?|frames?|point_?clouds?|points?){_FILES}", re.IGNORECASE
-)
-_IMAGES = re.compile(rf"(images?|imgs?|pics?|pictures?|photos?|pixel_?values){_FILES}", re.IGNORECASE)
 _OTHER_PLACES = re.compile(
     r"^\s*<(video|audio|sound|speech|point)>(\s*$|(?=[A-Z]))", re.MULTILINE
 )  # no tag in a sentence
-_NO_FILES = (bool, int, float)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +38,7 @@ class Llava(pictures.ImageTable):
         turns = row.get("conversations")
         if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
             return Dropped("fields")
-        if _has(row, _OTHER_MEDIA) or (row.get("image") and row.get("images")):
+        if media.tells(row, media.OTHERS) or (row.get("image") and row.get("images")):
             return Dropped("fields")
         if any(_OTHER_PLACES.search(turn["value"]) for turn in turns):
             return Dropped("placeholders")
@@ -80,14 +74,9 @@ class Llava(pictures.ImageTable):
                 return Dropped("placeholders")
         if (named and not shown) or (files and next(files, None) is not None):
             return Dropped("placeholders")
-        if not shown and _has(row, _IMAGES):
+        if not shown and media.tells(row, media.IMAGES):
             return Dropped("fields")
         return Record("conversation", tuple(segments))
-
-
-def _has(row: Mapping[str, Any], names: re.Pattern[str]) -> bool:
-    """Whether a field of such a name tells of a file; `"image": null`, and numbers, do not."""
-    return any(value and not isinstance(value, _NO_FILES) and names.fullmatch(name) for name, value in row.items())
 
 
 def _is_turn(turn: object) -> bool:
