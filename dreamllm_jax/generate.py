@@ -210,7 +210,7 @@ def load_prompts(words: Sequence[str], file: str, pictures: Sequence[str]) -> li
 
 
 def _segments(text: str, pictures: Sequence[str], folder: Path) -> list[Segment]:
-    if text.encode("utf-8", "replace").decode() != text:
+    if not lines.is_whole(text):
         raise ValueError(f"the prompt {text!r} has halves of characters, which no tokenizer reads")
     parts = text.split(HERE)
     if len(parts) == 1 and pictures:

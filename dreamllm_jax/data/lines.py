@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,13 @@ def read(text: str, kind: str, field: str) -> Iterator[tuple[int, str | dict[str
 
 
 def is_text(value: object) -> bool:
-    """Whether it is a text that says something, and that UTF-8 can hold."""
-    return isinstance(value, str) and bool(value.strip()) and value.encode("utf-8", "replace").decode() == value
+    """Whether it is a text that says something, and of whole characters."""
+    return isinstance(value, str) and bool(value.strip()) and is_whole(value)
+
+
+def is_whole(text: str) -> bool:
+    """Whether UTF-8 can hold a text: JSON can tell halves of characters, which no tokenizer reads."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def _has(line: str, field: str) -> bool:
