@@ -1,11 +1,13 @@
 """Directories by their whole names, and files and directories that are there whole or not at all."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -53,6 +55,15 @@ def read_text(path: str | os.PathLike) -> str:
     if "\0" in text:
         raise ValueError(f"{path} is not UTF-8 but, it seems, UTF-16, or no text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds; errors as of `read_text`, and ValueError naming the file if it is not JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON, perhaps cut off: {error}") from None
 
 
 def make_folder(path: str | os.PathLike) -> None:

@@ -20,6 +20,7 @@ from etils import epath
 from dreamllm_jax import command_line, distributed, runs
 from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
 from dreamllm_jax.data import images
+from dreamllm_jax.data.corpora.records import under
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.data.tokens import TEMPLATES
@@ -157,10 +158,8 @@ def create(arguments: argparse.Namespace) -> None:
 
 
 def refer(arguments: argparse.Namespace) -> None:
-    folder = Path(arguments.images)
-    files = (
-        sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES) if folder.is_dir() else []
-    )
+    folder = epath.Path(arguments.images)
+    files = under(folder, images.SUFFIXES) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(f"there are no pictures in {folder}")
     found = features.of_files(files, features.inception(arguments.inception), arguments.size)

@@ -224,10 +224,7 @@ def _segments(text: str, pictures: Sequence[str], folder: Path) -> list[Segment]
         if picture is not None:
             if not (folder / picture).is_file():
                 raise FileNotFoundError(f"the image {folder / picture} is missing")
-            try:
-                images.decode(data := (folder / picture).read_bytes())
-            except images.ImageError as error:
-                raise ValueError(f"{folder / picture} cannot be used: {error}") from None
+            images.decode_named(data := (folder / picture).read_bytes(), folder / picture)
             segments.append(Image(data))
     return segments
 

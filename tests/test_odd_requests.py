@@ -2,12 +2,18 @@
 
 import io
 import json
+import re
 
+import numpy as np
 import pytest
 
 from dreamllm_jax import generate
+from dreamllm_jax.data import storage
+from dreamllm_jax.data.corpora import folder
 from dreamllm_jax.data.document import Image, Text
-from dreamllm_jax.evaluation import creation
+from dreamllm_jax.evaluation import creation, features, fid
+from dreamllm_jax.generation.documents import DOCUMENT, load_document
+from dreamllm_jax.training import saved
 from tests.data.test_importing import jpeg
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
@@ -73,3 +79,43 @@ def test_captions_of_any_name(tmp_path):
     for name in ("c.jsonl", "c.ndjson", "c.txt"):
         (tmp_path / name).write_text('{"image_id": 1, "caption": "a wall"}\r\n')
         assert creation.read_captions(tmp_path / name) == {"1": "a wall"}
+
+
+@pytest.mark.parametrize(
+    "content", [POINTER, b'{"corpora":', b"\xff\xfe", b"[]", b"{}", b'[{"image": "a.png"}]', b'["a"]']
+)
+def test_what_was_saved_and_is_damaged_is_named(content, tmp_path):
+    """A model, a data set and a document, by their files of JSON."""
+    for name, read in ((saved.MODEL, saved.find), (storage.SUMMARY, storage.read_summary), (DOCUMENT, load_document)):
+        (tmp_path / name).write_bytes(content)
+        if name == DOCUMENT and content in (b"[]", b"{}"):
+            continue
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as refused:
+            read(tmp_path)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"PK\3\4nothing", POINTER, {"mu": [0.0, np.nan], "sigma": np.eye(2)}, {"mu": [0.0], "sigma": np.eye(2)}]
+)
+def test_statistics_that_are_none_are_refused(content, tmp_path):
+    path = tmp_path / "s.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.savez(path, **content)
+    with pytest.raises(ValueError, match=r"s\.npz does not hold the arrays mu and sigma"):
+        fid.load(path)
+
+
+def test_pictures_of_statistics_are_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a\.jpg cannot be used"):
+        features.of_files([tmp_path / "a.jpg"], lambda pixels: pixels)
+
+
+def test_halves_of_characters_in_captions_are_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg("red"))
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "text": "a \\ud83d wall"}\n')
+    with pytest.raises(ValueError, match=r"captions\.jsonl, row 1: .* halves of characters"):
+        folder.captions(tmp_path)

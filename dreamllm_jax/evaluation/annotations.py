@@ -49,11 +49,8 @@ class Question:
 
     def require_image(self) -> None:
         """Raises ImageError, naming the file or the question, if the image cannot be decoded."""
-        try:
-            images.decode(self.read_image())
-        except images.ImageError as error:
-            where = f"the image of {self.id!r}" if isinstance(self.image, bytes) else self.image
-            raise images.ImageError(error.reason, f"{where} cannot be used: {error}") from None
+        where = f"the image of {self.id!r}" if isinstance(self.image, bytes) else self.image
+        images.decode_named(self.read_image(), where)
 
 
 def vqa(files: Sequence[Path], images: Path) -> list[Question]:
