@@ -459,3 +459,15 @@ def test_first_rows_without_a_text_and_rows_of_empty_cells_are_no_reason_to_refu
     (tmp_path / "a.jsonl").write_text('{"text": null}\n' * 20 + '{"text": "one"}\n')
     assert bring("text", tmp_path / "a.jsonl", tmp_path / "set", "--max_bad=1") == [plain("one")]
     assert reasons(csv_rows(b"file,text\nr.jpg,red\n,\n  \n,,\nb.jpg,blue\n", tmp_path / "t.csv")) == [RED, BLUE]
+
+
+def test_a_file_of_blank_lines_holds_no_records(tmp_path):
+    (tmp_path / "a.txt").write_text("\n  \n")
+    with pytest.raises(ValueError, match=r"a\.txt holds no records$"):
+        bring("text", tmp_path / "a.txt", tmp_path / "set")
+
+
+def test_a_similarity_to_begin_with_is_a_number(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bring("mmc4", tmp_path, tmp_path / "set", "--min_similarity=nan")
+    assert "--min_similarity: must be a number, got nan" in capsys.readouterr().err
