@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from dreamllm_jax.configuration import flat
-from dreamllm_jax.directories import absolute
+from dreamllm_jax.directories import absolute, read_json
 from dreamllm_jax.evaluation import table
 from dreamllm_jax.pages import CURVES, curves, page
 from dreamllm_jax.training.metrics import read_metrics
@@ -65,7 +65,7 @@ def compare(directories: Sequence[epath.PathLike]) -> Comparison:
     """Reads runs; errors as of `find_runs`."""
     runs = find_runs(directories)
     names = _names(runs)
-    configs = {name: flat(json.loads((run / CONFIG_FILE).read_text())) for name, run in zip(names, runs, strict=True)}
+    configs = {name: flat(read_json(run / CONFIG_FILE)) for name, run in zip(names, runs, strict=True)}
     metrics = {name: _metrics(run) for name, run in zip(names, runs, strict=True)}
     results = {name: _results(run, metrics[name]) for name, run in zip(names, runs, strict=True)}
     return Comparison(_differing(configs), results, metrics)

@@ -1,11 +1,13 @@
 """Directories by their whole names, and files and directories that are there whole or not at all."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -32,6 +34,36 @@ def expanded(path: str) -> str:
 def is_lfs_pointer(content: bytes) -> bool:
     """Whether a file begins as what a clone without git-lfs leaves in the place of a large one."""
     return content.startswith(_POINTER)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """All of a file of text, without the mark that may stand before it; its lines end in LF.
+
+    Raises:
+      FileNotFoundError, ValueError: it is not there, is a pointer of git-lfs, or is not UTF-8.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    content = file.read_bytes()
+    if is_lfs_pointer(content):
+        raise ValueError(f"{path} {NO_POINTER}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is not UTF-8 but, it seems, UTF-16, or no text")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds; errors as of `read_text`, and ValueError naming the file if it is not JSON."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON, perhaps cut off: {error}") from None
 
 
 def make_folder(path: str | os.PathLike) -> None:

@@ -20,6 +20,7 @@ from etils import epath
 from dreamllm_jax import command_line, distributed, runs
 from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
 from dreamllm_jax.data import images
+from dreamllm_jax.data.corpora.records import under
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.data.tokens import TEMPLATES
@@ -120,6 +121,8 @@ def comprehend(arguments: argparse.Namespace) -> None:
     score = comprehension.score(arguments.task, answers, questions, checkpoint, settings)
     if score is not None:
         _keep(dataclasses.replace(score, task=name), arguments)
+    elif jax.process_index() == 0:
+        print("no score: the annotators' answers are not in the annotations, or a server has them")
 
 
 def create(arguments: argparse.Namespace) -> None:
@@ -155,10 +158,8 @@ def create(arguments: argparse.Namespace) -> None:
 
 
 def refer(arguments: argparse.Namespace) -> None:
-    folder = Path(arguments.images)
-    files = (
-        sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES) if folder.is_dir() else []
-    )
+    folder = epath.Path(arguments.images)
+    files = under(folder, images.SUFFIXES) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(f"there are no pictures in {folder}")
     found = features.of_files(files, features.inception(arguments.inception), arguments.size)

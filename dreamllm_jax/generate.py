@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 from dreamllm_jax import command_line, runs
 from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
-from dreamllm_jax.data import images
+from dreamllm_jax.data import images, lines
+from dreamllm_jax.data.corpora import media
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
+from dreamllm_jax.directories import read_text
 from dreamllm_jax.generation.documents import generate_documents, load_document, png, save_document
 from dreamllm_jax.generation.images import generate_images, require_size
 from dreamllm_jax.generation.prompts import Painted
@@ -181,31 +183,35 @@ def load_prompts(words: Sequence[str], file: str, pictures: Sequence[str]) -> li
         raise ValueError("give prompts either as words or in a file (--prompts=FILE, - for standard input)")
     if words:
         return [_segments(word, pictures, Path()) for word in words]
-    path = Path(file)
-    if file != "-" and not path.is_file():
-        raise FileNotFoundError(f"{file} is missing: it should have one prompt a line")
+    if pictures:
+        raise ValueError("--image is of prompts that are given as words; in a file, JSON lines name their `images`")
+    kind = lines.kind(file)
+    if kind == ".json":
+        raise ValueError(f"{file}: prompts are one a line, or JSON lines (.jsonl) of `prompt` and `images`")
     try:
-        lines = (sys.stdin.read() if file == "-" else path.read_text("utf-8-sig")).split("\n")  # not at U+2028
+        text = sys.stdin.read() if file == "-" else read_text(file)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from None
+        raise ValueError(f"the input is not UTF-8: {error}") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix.lower() != ".jsonl":
-            prompts.append([Text(line.removesuffix("\r"))])
-            continue
-        try:
-            item = json.loads(line)
-            prompts.append(_segments(item["prompt"], item.get("images", ()), path.parent))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{file}, line {number} is not {{"prompt": "...", "images": ["..."]}}') from error
+    try:
+        for number, item in lines.read(text, kind, "prompt"):
+            item = {"prompt": item} if isinstance(item, str) else item
+            words, named = item["prompt"], item.get("images") or []
+            others = {name: value for name, value in item.items() if name != "images"}
+            unknown = media.tells(others, media.IMAGES) or media.tells(others, media.OTHERS)
+            if unknown or not isinstance(words, str) or not isinstance(named, list):
+                raise TypeError(f"line {number} has {item}")
+            prompts.append(_segments(words, named, Path(file).parent))
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f'{file} is not lines of {{"prompt": "...", "images": ["..."]}}: {error}') from error
     if not prompts:
         raise ValueError(f"{file} has no prompts")
     return prompts
 
 
 def _segments(text: str, pictures: Sequence[str], folder: Path) -> list[Segment]:
+    if not lines.is_whole(text):
+        raise ValueError(f"the prompt {text!r} has halves of characters, which no tokenizer reads")
     parts = text.split(HERE)
     if len(parts) == 1 and pictures:
         parts = [*[""] * len(pictures), text]
@@ -218,10 +224,7 @@ def _segments(text: str, pictures: Sequence[str], folder: Path) -> list[Segment]
         if picture is not None:
             if not (folder / picture).is_file():
                 raise FileNotFoundError(f"the image {folder / picture} is missing")
-            try:
-                images.decode(data := (folder / picture).read_bytes())
-            except images.ImageError as error:
-                raise ValueError(f"{folder / picture} cannot be used: {error}") from None
+            images.decode_named(data := (folder / picture).read_bytes(), folder / picture)
             segments.append(Image(data))
     return segments
 

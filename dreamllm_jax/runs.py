@@ -26,7 +26,7 @@ from dreamllm_jax.data.pipeline import DataConfig
 from dreamllm_jax.data.preparation import SOURCES, prepare
 from dreamllm_jax.data.storage import SUMMARY, open_tokenizer
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.directories import absolute, is_remote, write_whole
+from dreamllm_jax.directories import absolute, is_remote, read_json, write_whole
 from dreamllm_jax.distributed import gather, require_same
 from dreamllm_jax.experiment import Experiment, read_experiment, require_packages
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
@@ -74,7 +74,7 @@ def start(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
     experiment = read_experiment(config)
     require_packages(experiment)
     if begun:
-        changed = _changes(read_experiment(json.loads((workdir / CONFIG_FILE).read_text())), experiment)
+        changed = _changes(read_experiment(read_json(workdir / CONFIG_FILE)), experiment)
         if changed and not experiment.checkpoint.accept_changes:
             raise ConfigError(
                 f"{workdir} was begun with another {'; '.join(changed)}: restore it, choose another --workdir, or "
@@ -174,7 +174,7 @@ def with_initial(
         initial = open_initial(init_from)
         model, text_tokenizer = dataclasses.asdict(initial.config), initial.tokenizer
     else:
-        model, text_tokenizer = json.loads((begun / CONFIG_FILE).read_text())["model"], begun / TOKENIZER
+        model, text_tokenizer = read_json(begun / CONFIG_FILE)["model"], begun / TOKENIZER
     return {**config, "model": _merged(model, config.get("model", {}))}, text_tokenizer
 
 
@@ -219,7 +219,7 @@ def load(workdir: epath.PathLike, step: int | None = None) -> Trained:
       FileNotFoundError: no run or no such checkpoint in the directory.
     """
     workdir = require_run(workdir)
-    experiment = read_experiment(json.loads((workdir / CONFIG_FILE).read_text()))
+    experiment = read_experiment(read_json(workdir / CONFIG_FILE))
     if (workdir / DATA / SUMMARY).exists():
         experiment = dataclasses.replace(
             experiment, data=dataclasses.replace(experiment.data, path=str(workdir / DATA))

@@ -17,7 +17,7 @@ from etils import epath
 
 from dreamllm_jax import command_line, distributed
 from dreamllm_jax.batch import RowShape
-from dreamllm_jax.command_line import not_negative, positive, share
+from dreamllm_jax.command_line import finite, not_negative, positive, share
 from dreamllm_jax.data import sheet, storage, stored
 from dreamllm_jax.data.corpora.conversations import Llava
 from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
@@ -81,7 +81,8 @@ def parser() -> argparse_flags.ArgumentParser:
         add.add_argument("source", help="file or directory to read", **optional)
         for field in settings.values():
             if told := field.metadata.get("help"):
-                add.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help=told)
+                kind = finite if isinstance(field.default, float) else type(field.default)
+                add.add_argument(f"--{field.name}", type=kind, default=field.default, help=told)
         add.add_argument("--to", required=True, help="directory of the data set; others of its corpora stay")
         add.add_argument("--name", required=True, help="of the corpus in the data set")
         add.add_argument("--workers", type=not_negative, default=0, help="processes; 0: one for each core")

@@ -69,6 +69,14 @@ def decode(data: bytes, shorter: int = 0) -> Image.Image:
         raise ImageError("broken", str(error)) from error
 
 
+def decode_named(data: bytes, where: object) -> Image.Image:
+    """As `decode`; an error says where the image is."""
+    try:
+        return decode(data)
+    except ImageError as error:
+        raise ImageError(error.reason, f"{where} cannot be used: {error}") from None
+
+
 def _bits(image: Image.Image) -> int:
     """Bits of a channel in the file, of which `load` makes 8; its transparent colour keeps them."""
     rawmode = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""

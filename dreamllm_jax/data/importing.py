@@ -286,6 +286,9 @@ def _summary(results: list[dict[str, Any]], settings: Mapping[str, Any]) -> dict
 
 def _require_good(summary: Mapping[str, Any], source: str, max_bad: float, work: epath.Path) -> None:
     bad, records = summary["bad"], summary["records"]
+    if not records and not summary["dropped"]:
+        work.rmtree()
+        raise ValueError(f"{source} holds no records")
     if not summary["documents"] or bad > max_bad * records:
         reasons = ", ".join(
             f"{reason} {count}: {summary['examples'][reason][0]}" for reason, count in summary["dropped"].items()

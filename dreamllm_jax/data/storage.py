@@ -22,7 +22,7 @@ from dreamllm_jax.data.document import Document, from_record, to_record, with_st
 from dreamllm_jax.data.stored import Stored
 from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.directories import building, make_folder, write_whole
+from dreamllm_jax.directories import building, make_folder, read_json, write_whole
 
 VERSION = "1.0.0"
 SUMMARY = "dataset.json"
@@ -249,7 +249,7 @@ def read_summary(directory: str | os.PathLike) -> dict[str, Any]:
     """What a data set was made from and holds.
 
     Raises:
-      FileNotFoundError: it is missing or was never finished; the message says how to make it.
+      FileNotFoundError, ValueError: it is missing or was never finished, or damaged; the message says how to make it.
     """
     path = epath.Path(directory) / SUMMARY
     if not path.exists():
@@ -257,4 +257,7 @@ def read_summary(directory: str | os.PathLike) -> dict[str, Any]:
             f"no data set in {directory} ({SUMMARY} is missing); make one with: "
             f"python -m dreamllm_jax.data prepare openmoji --to={directory}"
         )
-    return json.loads(path.read_text())
+    summary = read_json(path)
+    if not isinstance(summary, dict) or not isinstance(summary.get("corpora"), dict):
+        raise ValueError(f"{path} is not of a data set: it has no `corpora`")
+    return summary

@@ -19,7 +19,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from dreamllm_jax.directories import local_folder, write_whole
+from dreamllm_jax.directories import local_folder, read_json, write_whole
 
 NAMES = ("moments", "features")
 DTYPES = ("bfloat16", "float32")
@@ -86,7 +86,7 @@ def read_description(directory: epath.Path) -> Description | None:
     path = directory / _DESCRIPTION
     if not path.exists():
         return None
-    fields = json.loads(path.read_text())
+    fields = read_json(path)
     if fields.keys() != {field.name for field in dataclasses.fields(Description)}:
         raise ValueError(f"{path} is of another version of this program: remove {directory} and compute it again")
     return Description(**{**fields, "shape": tuple(fields["shape"])})

@@ -64,6 +64,8 @@ class Tokenizer:
         fast.encode_special_tokens = True  # as any other text
         fast.no_truncation()  # which transformers stores with a tokenizer that was used so
         fast.no_padding()
+        if getattr(fast.model, "dropout", None):  # for training it: a text would have other tokens each time
+            fast.model.dropout = None
 
     @property
     def vocab_size(self) -> int:
@@ -136,7 +138,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
       FileNotFoundError: nothing to read there.
       ValueError: the file is damaged, or of a kind that cannot be converted exactly, or ids that cannot be.
     """
-    path = epath.Path(path)
+    try:
+        return _load(epath.Path(path))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its files are not as transformers writes them: {error!r}") from None
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
+
+
+def _load(path: epath.Path) -> Tokenizer:
     if not path.exists():
         raise FileNotFoundError(
             f"no tokenizer at {path}: put a {SENTENCEPIECE_FILE} or a {FILE} there, with the tokenizer_config.json "
@@ -236,8 +246,8 @@ def from_sentencepiece(model: bytes) -> FastTokenizer:
         proto.ParseFromString(model)
     except DecodeError as error:
         raise ValueError(f"it is no SentencePiece model ({error}); download it again, or give a {FILE}") from None
-    if not proto.pieces:
-        raise ValueError(f"it is no SentencePiece model; give a {FILE}")
+    if not proto.pieces or not proto.HasField("trainer_spec"):
+        raise ValueError(f"it is no SentencePiece model, or not all of one; download it again, or give a {FILE}")
     if proto.trainer_spec.model_type != _BPE:
         raise ValueError("the SentencePiece model is not of type BPE; convert it to tokenizer.json with transformers")
     spec = proto.normalizer_spec

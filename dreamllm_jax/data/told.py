@@ -37,7 +37,7 @@ class Told:
         names = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
         special, config, generation, model = (read_json(directory / name) for name in names)
         told = cls({**special, **{name: value for name, value in config.items() if value is not None}})
-        for index, token in config.get("added_tokens_decoder", {}).items():
+        for index, token in (config.get("added_tokens_decoder") or {}).items():
             flags = {name: token.get(name, False) for name in ("single_word", "lstrip", "rstrip", "normalized")}
             special = token.get("special", False) or told.is_special(token["content"])
             told = told.with_token(int(index), AddedToken(token["content"], special=special, **flags))

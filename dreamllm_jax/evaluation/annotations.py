@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import re
 import sys
@@ -17,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora.records import spellings
-from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer
+from dreamllm_jax.directories import read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +39,43 @@ class Question:
     answers: Sequence[str] = ()
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        answers = [] if self.answers is None else self.answers
+        if isinstance(answers, str) or not all(isinstance(text, str) for text in (self.text, *answers)):
+            raise TypeError(f"of {self.id!r} the question or an answer is no text")
+
     def read_image(self) -> bytes:
         return self.image if isinstance(self.image, bytes) else self.image.read_bytes()
+
+    def require_image(self) -> None:
+        """Raises ImageError, naming the file or the question, if the image cannot be decoded."""
+        where = f"the image of {self.id!r}" if isinstance(self.image, bytes) else self.image
+        images.decode_named(self.read_image(), where)
 
 
 def vqa(files: Sequence[Path], images: Path) -> list[Question]:
     """VQAv2 and OK-VQA: a file of `questions`, and one of `annotations`, without which nothing can be scored."""
     read = [_json(file) for file in files]
-    questions = next((one["questions"] for one in read if "questions" in one), None)
-    if questions is None:
-        raise ValueError(f"{_names(files)}: none has `questions`; give --annotations=QUESTIONS.json,ANNOTATIONS.json")
-    answers = collections.defaultdict(list)
-    for one in itertools.chain.from_iterable(one.get("annotations", ()) for one in read):
-        answers[one["question_id"]] = _answers(one)
+    listed = [[one[part] for one in read if part in one] for part in ("questions", "annotations")]
+    if [len(part) for part in listed] not in ([1, 0], [1, 1]) or sum(map(len, listed)) < len(files):
+        found = "none has" if not listed[0] else "several have"
+        raise ValueError(
+            f"{_names(files)}: {found} `questions`, or one has neither these nor `annotations`; give --annotations="
+            "QUESTIONS.json,ANNOTATIONS.json"
+        )
+    (questions,), annotations = listed[0], [one for part in listed[1] for one in part]
+    for part in (questions, annotations):
+        if twice := [one for one, times in collections.Counter(o["question_id"] for o in part).items() if times > 1]:
+            raise ValueError(f"{_names(files)}: the question_id {twice[0]!r} is there twice")
+    answers = {one["question_id"]: _answers(one) for one in annotations}
+    _require_known(answers, [one["question_id"] for one in questions], files)
     return [
-        Question(one["question_id"], _coco_image(images, one["image_id"]), one["question"], answers[one["question_id"]])
+        Question(
+            one["question_id"],
+            _coco_image(images, one["image_id"]),
+            one["question"],
+            answers.get(one["question_id"], ()),
+        )
         for one in questions
     ]
 
@@ -118,6 +140,7 @@ def captions(files: Sequence[Path], images: Path) -> list[Question]:
     said = collections.defaultdict(list)
     for one in _under(content, "annotations", files):
         said[one["image_id"]].append(one["caption"])
+    _require_known(said, [one["id"] for one in listed], files)
     return [Question(one["id"], _image(images, one["file_name"]), answers=said[one["id"]]) for one in listed]
 
 
@@ -186,6 +209,15 @@ def require_answers(questions: Sequence[Question], files: Sequence[Path]) -> Non
         )
 
 
+def _require_known(answers: Mapping[Any, Any], asked: Sequence[Any], files: Sequence[Path]) -> None:
+    """Raises ValueError if there are answers, and none is to what is asked: they would be left aside unseen."""
+    if answers and answers.keys().isdisjoint(asked):
+        raise ValueError(
+            f"{_names(files)}: the annotations are of {next(iter(answers))!r} and others, the questions of {asked[:1]} "
+            "and others: give the same split's"
+        )
+
+
 def _answers(record: Mapping[str, Any]) -> list[str]:
     return [answer["answer"] for answer in record.get("answers", ())]
 
@@ -203,13 +235,7 @@ def _names(files: Sequence[Path]) -> str:
 def _text(file: Path) -> str:
     if not file.is_file():
         raise FileNotFoundError(f"the annotations {file} are missing")
-    content = file.read_bytes()
-    if is_lfs_pointer(content):
-        raise ValueError(f"{file} {NO_POINTER}")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from None
+    return read_text(file)
 
 
 def _json(file: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from etils import epath
 
 from dreamllm_jax.data.document import Image, Segment, Text
+from dreamllm_jax.data.images import ImageError
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.evaluation import anls, annotations, pope, scores, vqa_accuracy
 from dreamllm_jax.evaluation.annotations import Question
@@ -199,9 +200,14 @@ def answer(
     def ask(task: Task, questions: Sequence[Question]) -> list[str]:
         def some(questions: Sequence[Question]) -> list[str]:
             prompts = [prompt(task, question, template) for question in questions]
-            return generate_texts(
-                model, params, tokenizer, prompts, max_tokens=max_tokens, beams=beams, template=template
-            )
+            try:
+                return generate_texts(
+                    model, params, tokenizer, prompts, max_tokens=max_tokens, beams=beams, template=template
+                )
+            except ImageError:
+                for question in questions:
+                    question.require_image()
+                raise
 
         return compute(some, questions, batch=batch, length=lambda question: len(question.text))
 

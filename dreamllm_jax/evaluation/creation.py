@@ -19,11 +19,11 @@ from etils import epath
 from tqdm import tqdm
 
 from dreamllm_jax.configuration import changes
-from dreamllm_jax.data import images
+from dreamllm_jax.data import images, lines
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.directories import remove_unfinished, write_whole
+from dreamllm_jax.directories import read_text, remove_unfinished, write_whole
 from dreamllm_jax.distributed import gather
 from dreamllm_jax.evaluation import fid, scores
 from dreamllm_jax.evaluation.features import Features, Similarity, of_files
@@ -60,23 +60,18 @@ def read_captions(file: epath.PathLike, limit: int | None = None) -> dict[str, s
     Raises:
       FileNotFoundError, ValueError: there is none, or it is of another form.
     """
-    path = epath.Path(file)
-    if not path.exists():
-        raise FileNotFoundError(f"the captions {file} are missing")
+    text, kind = read_text(file), lines.kind(file)
     try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from None
-    written = text.split("\n")  # not at U+2028, which may stand within a caption
-    try:
-        if path.suffix.lower() == ".json":
+        if kind == ".json":
             pairs = [(one["image_id"], one["caption"]) for one in json.loads(text)["annotations"]]
-        elif path.suffix.lower() == ".jsonl":
-            lines = [json.loads(line) for line in written if line.strip()]
-            pairs = [(one["image_id"], one["caption"]) for one in lines]
         else:
-            pairs = [(f"{number:06}", line) for number, line in enumerate(written) if line.strip()]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+            pairs = [
+                (one["image_id"], one["caption"]) if isinstance(one, dict) else (f"{number - 1:06}", one)
+                for number, one in lines.read(text, kind, "caption")
+            ]
+        if odd := [image for image, caption in pairs if not lines.is_text(caption)]:
+            raise TypeError(f"the caption of {odd[0]!r} is empty or no text")
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{file} is neither COCO's captions (.json), nor JSON lines of image_id and caption (.jsonl): {error!r}"
         ) from None

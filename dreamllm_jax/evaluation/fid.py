@@ -1,6 +1,7 @@
 """Fréchet Inception distance (Heusel et al. 2017), from features alone."""
 
 import dataclasses
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,6 +72,12 @@ def load(file: epath.PathLike) -> Statistics:
         raise FileNotFoundError(f"the statistics {file} are missing: make them with `evaluate reference`")
     try:
         with path.open("rb") as content, np.load(content) as arrays:
-            return Statistics(arrays["mu"], arrays["sigma"], int(arrays["count"]) if "count" in arrays else 0)
-    except (KeyError, OSError, ValueError, EOFError) as error:
+            mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+            count = int(arrays["count"]) if "count" in arrays else 0
+        if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+            raise ValueError(f"they are of shape {mean.shape} and {covariance.shape}")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("some of their values are not finite")
+        return Statistics(mean, covariance, count)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} does not hold the arrays mu and sigma: {error}") from None

@@ -1,11 +1,11 @@
 """Results of several checkpoints beside those of the paper, as a Markdown table."""
 
-import json
 import re
 from collections.abc import Sequence
 
 from etils import epath
 
+from dreamllm_jax.directories import read_json
 from dreamllm_jax.evaluation.scores import FOLDER, Checkpoint, Score
 
 # DreamLLM-7B (not the one tuned with LLaVA-1.5's data) in arXiv 2309.11499, in the units of our metrics. Only what two
@@ -45,7 +45,7 @@ def found(directory: epath.PathLike) -> list[Score]:
 
 
 def _score(path: epath.Path) -> Score:
-    content = json.loads(path.read_text())
+    content = read_json(path)
     return Score(**{**content, "checkpoint": Checkpoint(**content["checkpoint"])})
 
 

@@ -4,7 +4,8 @@ import base64
 import dataclasses
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.directories import read_json
 from dreamllm_jax.generation.images import DEFAULT, paint, require_size
 from dreamllm_jax.generation.prompts import Painted, Written, bucket
 from dreamllm_jax.generation.text import STRETCH, Reading, Sampling, begin, read_image, read_queries, write
@@ -191,18 +193,21 @@ def load_document(directory: epath.PathLike) -> list[Segment]:
     """The segments of a saved document, to be continued.
 
     Raises:
-      FileNotFoundError: there is none.
+      FileNotFoundError, ValueError: there is none, or something else.
     """
     directory = epath.Path(directory)
     if not (directory / DOCUMENT).exists():
         raise FileNotFoundError(f"{directory / DOCUMENT} is missing: no generated document there")
-    segments: list[Segment] = []
-    for item in json.loads((directory / DOCUMENT).read_text()):
-        if "text" not in item:
-            kind = Painted if item["painted"] else Image
-            segments.append(kind((directory / item["image"]).read_bytes()))
-        elif "tokens" in item:
-            segments.append(Written(item["text"], tokens=tuple(item["tokens"])))
-        else:
-            segments.append(Text(item["text"]))
-    return segments
+    try:
+        return [_loaded(directory, item) for item in read_json(directory / DOCUMENT)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / DOCUMENT} is no generated document: {error!r}") from None
+
+
+def _loaded(directory: epath.Path, item: Mapping[str, Any]) -> Segment:
+    if "text" not in item:
+        kind = Painted if item["painted"] else Image
+        return kind((directory / item["image"]).read_bytes())
+    if "tokens" in item:
+        return Written(item["text"], tokens=tuple(item["tokens"]))
+    return Text(item["text"])

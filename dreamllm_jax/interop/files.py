@@ -126,16 +126,21 @@ def find_model(directory: Path, *stems: str) -> tuple[Path, str]:
 
     Raises:
       FileNotFoundError: if there is none.
-      ValueError: if there are several variants and nothing else.
+      ValueError: if there are several variants and nothing else, or both a whole file and an index of shards.
     """
     found: dict[str, Path] = {}
     for suffix in (".safetensors", ".bin"):
         for stem in stems:
             name = re.compile(rf"{re.escape(stem)}(?:\.(\w+))?{re.escape(suffix)}(?P<index>\.index(?:\.(\w+))?\.json)?")
             matches = [match for path in sorted(directory.glob(f"{stem}*")) if (match := name.fullmatch(path.name))]
-            for match in sorted(matches, key=lambda match: match["index"] is None):  # an index comes first
-                if (directory / match[0]).is_file() and not (match[1] and match[3]):
-                    found.setdefault(match[1] or match[3] or "", directory / match[0])
+            those: dict[str, Path] = {}
+            for match in matches:
+                variant, path = match[1] or match[3] or "", directory / match[0]
+                if path.is_file() and not (match[1] and match[3]):
+                    if variant in those:
+                        raise ValueError(f"{those[variant]} and {path.name} are two models: take one of them away")
+                    those[variant] = path
+            found = those | found
     if len(found) > 1 and "" not in found:
         raise ValueError(
             f"{directory} has the variants {', '.join(sorted(found))} of the model and none that is the model itself: "

@@ -28,6 +28,7 @@ def open_llama(path: Path) -> Part:
     if path.suffix == ".gguf":
         return dataclasses.replace(open_gguf(path), where=path)
     recognise.require(path, "config.json")
+    recognise.require_no_adapter(path)
     config = files.read_config(path / "config.json", llama_config_from_hf)
     return llama_part(config, files.open_model(path, "model", "pytorch_model"), path)
 

@@ -64,6 +64,19 @@ def require(directory: Path, *names: str) -> None:
             )
 
 
+def require_no_adapter(directory: Path) -> None:
+    """Checks that a model is all of it.
+
+    Raises:
+      ValueError: an adapter lies beside it, with which transformers would load it.
+    """
+    if (file := directory / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{file} is of an adapter (LoRA) beside the model: merge it with PEFT's merge_and_unload and save that, or "
+            "take the adapter's files away"
+        )
+
+
 def require_floats(settings: dict) -> None:
     """Checks that a `config.json` is not of a quantised model.
 

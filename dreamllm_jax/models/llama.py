@@ -60,7 +60,7 @@ class LlamaConfig:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:  # nor NaN
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
@@ -95,7 +95,7 @@ class LlamaConfig:
 
 
 # Settings of a config.json that would change the function computed here: name -> the one value that is supported.
-_SUPPORTED = {"hidden_act": "silu", "attention_dropout": 0.0, "sliding_window": None, "use_sliding_window": False}
+_SUPPORTED = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
 _MODEL_TYPES = ("llama", "dreamllm", "mistral")
 
 
@@ -110,7 +110,13 @@ def llama_config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     for name, value in _SUPPORTED.items():
         if config.get(name, value) not in (value, None):
             raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    window = config.get("sliding_window")
+    if window is not None and window < config.get("max_position_embeddings", LlamaConfig.max_position_embeddings):
+        raise ValueError(f"sliding_window = {window} is not supported, as it is less than max_position_embeddings")
+    before, now = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+    if before and now and before.get("rope_type", before.get("type")) != now.get("rope_type"):
+        raise ValueError(f"rope_scaling {before} and rope_parameters {now} are of different types: leave one out")
+    rope = {**before, **now}
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (1.0, None):
         raise ValueError("partial_rotary_factor is not supported: the whole head is rotated")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -120,8 +126,8 @@ def llama_config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         scaling = RopeScaling(rope_type, **{"factor": None, **{name: rope[name] for name in names if name in rope}})
     names = {field.name for field in dataclasses.fields(LlamaConfig)} - {"rope_scaling", "rope_theta", "lora"}
     values = {name: config[name] for name in names if config.get(name) is not None}
-    theta = rope.get("rope_theta", config.get("rope_theta")) or LlamaConfig.rope_theta
-    return LlamaConfig(rope_theta=theta, rope_scaling=scaling, **values)
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    return LlamaConfig(rope_theta=LlamaConfig.rope_theta if theta is None else theta, rope_scaling=scaling, **values)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -4,6 +4,7 @@ Legend: B rows, T tokens, H heads, D head dimension.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,9 @@ class RopeScaling:
             raise ValueError(f"rope_type {self.rope_type!r} is not supported: choose from {list(fields)} or no scaling")
         if missing := [name for name in fields[self.rope_type] if not getattr(self, name)]:
             raise ValueError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}")
+        for name in fields[self.rope_type]:
+            if not isinstance(value := getattr(self, name), int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} of rope_type {self.rope_type!r} must be a positive number, got {value!r}")
 
     def stretched(self, max_position_embeddings: int) -> int:
         """The longest row, of a configuration with this `max_position_embeddings`."""

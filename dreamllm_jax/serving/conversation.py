@@ -9,6 +9,7 @@ from typing import Any
 
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Segment, Text
+from dreamllm_jax.data.lines import is_whole
 from dreamllm_jax.generation.documents import Event
 from dreamllm_jax.generation.prompts import Painted, Written
 
@@ -66,6 +67,8 @@ def read_conversation(given: Any, vocab_size: int) -> list[Segment]:
     ):
         if count > most:
             raise ValueError(f"the conversation has more than {most} {name}: begin a new one")
+    if not all(is_whole(segment.text) for segment in segments if isinstance(segment, Text)):
+        raise ValueError("a text has halves of characters, which no tokenizer reads")
     for segment in segments:
         if isinstance(segment, Image):
             images.decode(segment.data, KEPT_SIZE)

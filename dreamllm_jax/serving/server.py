@@ -138,6 +138,8 @@ def make_app(
             chosen = read_settings(asked.get("settings", {}))
             given = asked.get("conversation")
             conversation = await anyio.to_thread.run_sync(read_conversation, given, vocab_size, limiter=decoder)
+        except RecursionError:
+            return _refusal("not a conversation and settings: brackets within brackets")
         except ValueError as error:
             return _refusal(error)
         return _Lines(lines(conversation, chosen), media_type="application/x-ndjson")

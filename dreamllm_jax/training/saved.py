@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dreamllm_jax.configuration import read
 from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.directories import absolute, is_remote, write_whole
+from dreamllm_jax.directories import absolute, is_remote, read_json, write_whole
 from dreamllm_jax.interop.recognise import looks
 from dreamllm_jax.models.dreamllm import DreamLLMConfig
 from dreamllm_jax.models.lora import LoraConfig, adapters_of, is_adapter, merge
@@ -166,7 +166,7 @@ def find(name: str) -> SavedModel:
             f"{directory} has no {MODEL}: it is not the --to of a finished `convert import`, nor the --workdir of a run"
             f"{'' if is_remote(path) else looks(Path(directory))}"
         )
-    config = read(DreamLLMConfig, json.loads((directory / MODEL).read_text()), f"{directory / MODEL}")
+    config = read(DreamLLMConfig, read_json(directory / MODEL), f"{directory / MODEL}")
     if (directory / PARAMS).exists():
         if wanted not in ("", "0") or average:
             raise FileNotFoundError(f"{directory} is an imported model: it has no step {wanted} and no averages")

@@ -246,6 +246,19 @@ def test_whatever_stands_there_is_told(files, message, tmp_path):
         assert message.format(path=path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
 
 
+def test_two_models_in_a_directory_are_none(towers, tmp_path):
+    """A whole file beside an index of shards, and an adapter beside its model, with which transformers would load it."""
+    both = shutil.copytree(towers["llama"], tmp_path / "both")
+    adapted = shutil.copytree(both, tmp_path / "adapted")
+    shards = [load_file(file) for file in both.glob("*.safetensors")]
+    write(both / "model.safetensors", {name: 2 * tensor for shard in shards for name, tensor in shard.items()})
+    with pytest.raises(ValueError, match=r"model\.safetensors.* are two models: take one of them away"):
+        open_llama(both)
+    (adapted / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config\.json is of an adapter"):
+        open_llama(adapted)
+
+
 def test_a_diffusion_that_is_none_is_told(towers, tmp_path):
     for path, message in (
         (tmp_path / "no/such", "there is no "),

@@ -379,3 +379,95 @@ def test_tars_beside_folders_are_told(tmp_path, caplog):
     assert bring("webdataset", tmp_path / "source", tmp_path / "set") == told("red")
     assert "its tars are read, not the images in folders beside them" in caplog.text
     assert tars.is_tar("x/0.TAR.GZ") and not tars.is_tar("x/0.tart")
+
+
+# ---- names that mean several things
+
+
+@pytest.mark.parametrize("where", [".", "sub"])
+def test_a_name_of_several_pictures_is_of_none(where, tmp_path):
+    """Unless they are the same one, or one has the very name."""
+    images_ = tmp_path / "images"
+    for number, colour in enumerate(("red", "blue", "blue")):
+        members = [(f"{where if number else '.'}/r.jpg", jpeg(colour)), ("b.jpg", jpeg("green"))]
+        write_tar(images_ / f"{number}.tar", dict(members)) if images_.is_dir() else images_.mkdir()
+    (images_ / "0.tar").write_bytes(tar_of(("r.jpg", jpeg("red")), ("b.jpg", jpeg("green"))))
+    page = {"text_list": ["One."], "image_info": [{"image_name": f"{x}.jpg", "matched_text_index": 0} for x in "rb"]}
+    (tmp_path / "pages.jsonl").write_text(json.dumps(page))
+    found = bring("mmc4", tmp_path / "pages.jsonl", tmp_path / "set", f"--images={images_}")
+    assert found == [plain("One.", "[green]") if where == "." else plain("One.", "[red]", "[green]")]
+    assert summary(tmp_path / "set")["dropped"] == ({"which_image": 1} if where == "." else {})
+
+
+def test_an_address_of_several_files_is_of_none(walls):  # noqa: F811
+    (walls / "map.csv").write_text("url,file\nhttp://x/1,red.jpg\nhttp://x/1,blue.jpg\nhttp://x/2,blue.jpg\n")
+    row = {"images": ["http://x/1", None, "http://x/2"], "texts": [None, "It.", None]}
+    (walls / "o.jsonl").write_text(json.dumps(row))
+    found = bring("obelics", walls / "o.jsonl", walls / "set", f"--images={walls}", f"--map={walls / 'map.csv'}")
+    assert found == [plain("It.", "[blue]")]
+    assert summary(walls / "set")["dropped"] == {"which_image": 1}
+
+
+@pytest.mark.parametrize("name", ["1.JPG", "1.TXT"])
+def test_files_whose_names_differ_in_capitals_alone_are_counted(name, tmp_path):
+    for file, data in (*sample("1", "red").items(), *sample("2", "blue").items(), (name, b"another")):
+        (tmp_path / file).write_bytes(data)
+    assert bring("webdataset", tmp_path, tmp_path / "set") == told("blue")
+    assert summary(tmp_path / "set")["dropped"] == {"duplicate": 1}
+
+
+def test_what_other_systems_leave_is_passed_over(tmp_path):
+    left = {"Thumbs.db": b"x", "desktop.ini": b"x", "@eaDir/1.jpg": b"x", ".ipynb_checkpoints/1.jpg": jpeg("white")}
+    one = list(sample("1", "red").items())
+    (tmp_path / "0.tar").write_bytes(tar_of(one[0], *left.items(), one[1]))
+    assert bring("webdataset", tmp_path / "0.tar", tmp_path / "set") == told("red")
+    assert summary(tmp_path / "set")["dropped"] == {}
+
+
+def test_json_of_a_sample_may_be_a_list_and_its_name_may_have_a_dot(tmp_path):
+    told_by_json = {"photo 2.0 blue.jpg": jpeg("blue"), "photo 2.0 blue.json": b'{"caption": "a blue wall"}'}
+    seg = {"1.seg.png": jpeg("white"), "1.seg.json": b"{}"}
+    write_tar(tmp_path / "0.tar", sample("1", "red") | {"1.json": b"[1, 2]"} | seg | told_by_json)
+    assert bring("webdataset", tmp_path / "0.tar", tmp_path / "set") == told("red", "blue")
+    assert summary(tmp_path / "set")["dropped"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, "red.jpg") for name in ("image_path", "imageFile", "img", "picture", "photo_url", "pixel_values")],
+        *[(name, "v.mp4") for name in ("video_path", "audio_file", "frames", "pointcloud")],
+    ],
+)
+def test_conversations_whose_files_have_other_keys_are_counted(name, value, walls):  # noqa: F811
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A wall."}]
+    rows = [{"conversations": turns, **more} for more in ({name: value}, {name: None}, {"image_id": 3, name: 0})]
+    (walls / "x.json").write_text(json.dumps(rows))
+    assert len(bring("llava", walls / "x.json", walls / "set")) == 2
+    assert summary(walls / "set")["dropped"] == {"fields": 1}
+
+
+def test_similarities_that_are_no_numbers_do_not_pass(walls):  # noqa: F811
+    infos = [{"image_name": "red.jpg", "matched_text_index": 0, "matched_sim": sim} for sim in ("0.1", None)]
+    infos += [{"image_name": "blue.jpg", "matched_text_index": 0, "matched_sim": 0.3}]
+    (walls / "p.jsonl").write_text(json.dumps({"text_list": ["One."], "image_info": infos}))
+    found = bring("mmc4", walls / "p.jsonl", walls / "set", f"--images={walls}", "--min_similarity=0.2")
+    assert found == [plain("One.", "[blue]")] and summary(walls / "set")["dropped"] == {"fields": 2}
+
+
+def test_first_rows_without_a_text_and_rows_of_empty_cells_are_no_reason_to_refuse(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n' * 20 + '{"text": "one"}\n')
+    assert bring("text", tmp_path / "a.jsonl", tmp_path / "set", "--max_bad=1") == [plain("one")]
+    assert reasons(csv_rows(b"file,text\nr.jpg,red\n,\n  \n,,\nb.jpg,blue\n", tmp_path / "t.csv")) == [RED, BLUE]
+
+
+def test_a_file_of_blank_lines_holds_no_records(tmp_path):
+    (tmp_path / "a.txt").write_text("\n  \n")
+    with pytest.raises(ValueError, match=r"a\.txt holds no records$"):
+        bring("text", tmp_path / "a.txt", tmp_path / "set")
+
+
+def test_a_similarity_to_begin_with_is_a_number(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        bring("mmc4", tmp_path, tmp_path / "set", "--min_similarity=nan")
+    assert "--min_similarity: must be a number, got nan" in capsys.readouterr().err

@@ -291,8 +291,46 @@ def test_a_tokenizer_model_that_is_not_sentencepieces(content, model, tmp_path, 
 )
 def test_ids_that_cannot_be_are_refused(files, message, model, tmp_path):
     told(tmp_path, model, **files)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
         tokenizer.load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"added_tokens_decoder": {"600": "<a>"}}},
+        {"tokenizer_config": {"added_tokens_decoder": {"600": {}}}},
+        {"tokenizer_config": {"added_tokens_decoder": [{"content": "<a>"}]}},
+        {"tokenizer_config": {"eos_token": 2}},
+        {"generation_config": {"eos_token_id": "2"}},
+    ],
+)
+def test_descriptions_of_another_form_are_refused(files, model, tmp_path):
+    told(tmp_path, model, **files)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: its files are not as transformers writes them")):
+        tokenizer.load_tokenizer(tmp_path)
+
+
+def test_a_list_of_added_tokens_may_be_null_and_a_model_cut_off_is_told(model, tmp_path):
+    told(tmp_path, model, tokenizer_config={"added_tokens_decoder": None})
+    assert tokenizer.load_tokenizer(tmp_path).vocab_size == 608
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto.ClearField("trainer_spec")  # it comes after the pieces
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(ValueError, match="or not all of one; download it again"):
+        tokenizer.load_tokenizer(tmp_path)
+
+
+def test_a_text_has_the_same_tokens_each_time(text_tokenizer, tmp_path):
+    text_tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.model").unlink(missing_ok=True)
+    stored = json.loads((tmp_path / tokenizer.FILE).read_text())
+    stored["model"]["dropout"] = 0.9
+    (tmp_path / tokenizer.FILE).write_text(json.dumps(stored))
+    ours, text = tokenizer.load_tokenizer(tmp_path), "a red square and a blue square"
+    assert ours.encode_text(text) == text_tokenizer.encode_text(text)
+    assert ours.encode_text(text, prefix=False) == text_tokenizer.encode_text(text, prefix=False)
 
 
 def test_no_tokenizer_says_how_to_supply_one(tmp_path):

@@ -267,3 +267,46 @@ def test_a_benchmark_from_the_command_line(folder, tmp_path_factory, tmp_path, n
         settings = {"batch": 1, "beams": 2, "max_tokens": 8}
         task = comprehension.TASKS[name]
         assert comprehension.answer(alone, params, tokenizer, task, questions, **settings) == answers
+
+
+def asked(number: int, **more) -> dict:
+    return {"question_id": number, "image_id": 40, "question": "What?", **more}
+
+
+def said(number: int, answer: object = "a") -> dict:
+    return {"question_id": number, "answers": [{"answer": answer}]}
+
+
+@pytest.mark.parametrize(
+    ("questions", "answers"),
+    [
+        ([asked(1)], {"annotations": [said(2)]}),  # of another split: all would be answered and none scored
+        ([asked("1")], {"annotations": [said(1)]}),
+        ([asked(1), asked(1)], {"annotations": [said(1)]}),
+        ([asked(1)], {"annotations": [said(1), said(1, "b")]}),
+        ([asked(1)], {"questions": [asked(2)], "annotations": [said(1)]}),
+        ([asked(1)], {"something": []}),
+        ([asked(1)], {"annotations": [said(1, 5)]}),
+        ([asked(1, question=None)], {"annotations": [said(1)]}),
+    ],
+)
+def test_annotations_that_do_not_fit_are_told_before_a_model_is_asked(questions, answers, folder, tmp_path):
+    files = [tmp_path / name for name in ("q.json", "a.json")]
+    for file, content in zip(files, ({"questions": questions}, answers), strict=True):
+        file.write_text(json.dumps(content))
+    with pytest.raises((ValueError, TypeError)):
+        annotations.vqa(files, folder)
+
+
+@pytest.mark.parametrize("answers", ["yes", [1994]])
+def test_answers_are_a_list_of_texts(answers, folder, tmp_path):
+    one = {"question_id": 1, "questionId": 1, "image_id": "0", "image": "0.png", "question": "What?"}
+    (tmp_path / "t.json").write_text(json.dumps({"data": [{**one, "answers": answers}]}))
+    with pytest.raises(TypeError, match="an answer is no text"):
+        annotations.textvqa([tmp_path / "t.json"], folder)
+
+
+def test_a_picture_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a\.jpg cannot be used"):
+        annotations.Question(1, tmp_path / "a.jpg").require_image()

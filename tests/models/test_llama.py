@@ -282,6 +282,7 @@ def test_config_is_read_in_old_and_new_style():
         == scaled
     )
     assert llama_config_from_hf(transformers.LlamaConfig().to_dict()) == LlamaConfig()
+    assert llama_config_from_hf({**old, "sliding_window": 4096}) == want  # wider than any row
     first = llama_config_from_hf({name: TINY[name] for name in TINY if name != "num_key_value_heads"})
     assert (first.num_key_value_heads, first.head_dim, first.rope_theta) == (4, 8, 10000.0)
 
@@ -301,7 +302,15 @@ def test_what_is_written_is_the_same_model_to_transformers_and_to_us(variant):
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported: only 'silu' is"),
-        ({"sliding_window": 4096}, "sliding_window = 4096 is not supported"),
+        ({"sliding_window": 16}, "sliding_window = 16 is not supported"),
+        ({"rope_theta": 0}, "rope_theta must be positive, got 0"),
+        ({"rope_theta": float("nan")}, "rope_theta must be positive, got nan"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be positive, got inf"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor of rope_type 'linear' must be a positive number"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            "are of different types",
+        ),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1 is not supported"),
         ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),

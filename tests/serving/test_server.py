@@ -188,6 +188,7 @@ def test_too_large_a_request_is_refused(client):
             {"conversation": [{"role": "user", "image": base64_of(PICTURE)}] * (MAX_IMAGES + 1)},
             f"more than {MAX_IMAGES} pictures",
         ),
+        (say("a \ud83d wall"), "halves of characters"),
         (say("a" * (MAX_CHARACTERS + 1)), f"more than {MAX_CHARACTERS} characters"),
         (
             {"conversation": [{"role": "assistant", "text": "", "tokens": [1] * (MAX_TOKENS // 2 + 1)}] * 2},
@@ -210,7 +211,8 @@ def test_requests_beyond_the_limits_are_refused(client, asked, message):
 
 
 def test_what_is_not_json_is_refused(client):
-    assert client.post("/reply", content=b"\xff{").status_code == 400
+    for content in (b"\xff{", b"[" * 100_000):
+        assert client.post("/reply", content=content).status_code == 400
 
 
 @pytest.mark.parametrize(

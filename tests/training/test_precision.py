@@ -45,6 +45,8 @@ def plausible_params(config):
             value = rng.normal(size=value.shape) * inputs**-0.5
         elif name == "scale":
             value = np.ones(value.shape)
+        else:
+            value = rng.normal(size=value.shape) * (0.05 if name == "bias" else 0.5)
         params[path] = np.asarray(jnp.asarray(value, jnp.bfloat16).astype(jnp.float32))
     return params
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dreamllm_jax.data.corpora import pictures
+from dreamllm_jax.data.corpora import media, pictures
 from dreamllm_jax.data.corpora.records import Dropped, Part, Record
 from dreamllm_jax.data.document import Image, Role, Text
 
@@ -20,8 +20,9 @@ ROLES: dict[str, Role] = {
 }
 PLACEHOLDERS: dict[str, Role] = {"<image>": "user", "<dream>": "assistant"}
 
-_OTHER_MEDIA = ("video", "videos", "audio", "audios", "sound", "sounds", "speech", "point_cloud", "point")
-_OTHER_PLACES = re.compile(r"^\s*<(video|audio|sound|speech|point)>\s*$", re.MULTILINE)  # not a tag in a sentence
+_OTHER_PLACES = re.compile(
+    r"^\s*<(video|audio|sound|speech|point)>(\s*$|(?=[A-Z]))", re.MULTILINE
+)  # no tag in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Llava(pictures.ImageTable):
         turns = row.get("conversations")
         if not isinstance(turns, list) or not turns or not all(_is_turn(turn) for turn in turns):
             return Dropped("fields")
-        if any(row.get(name) for name in _OTHER_MEDIA) or (row.get("image") and row.get("images")):
+        if media.tells(row, media.OTHERS) or (row.get("image") and row.get("images")):
             return Dropped("fields")
         if any(_OTHER_PLACES.search(turn["value"]) for turn in turns):
             return Dropped("placeholders")
@@ -73,6 +74,8 @@ class Llava(pictures.ImageTable):
                 return Dropped("placeholders")
         if (named and not shown) or (files and next(files, None) is not None):
             return Dropped("placeholders")
+        if not shown and media.tells(row, media.IMAGES):
+            return Dropped("fields")
         return Record("conversation", tuple(segments))
 
 

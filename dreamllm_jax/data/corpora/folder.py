@@ -13,6 +13,7 @@ from typing import Any
 from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora import tables
 from dreamllm_jax.data.corpora.records import Dropped, Part, field, inside, spellings
+from dreamllm_jax.data.lines import is_whole
 
 CAPTION_FILES = ("captions.jsonl", "captions.csv")
 SHOWN = 5  # problems that are told
@@ -63,6 +64,8 @@ def _read(folder: Path, row: Mapping[str, Any] | Dropped) -> tuple[str, str]:
         raise ValueError(f"needs a file and a text, there is no {' and no '.join(missing)} but {_known(row)}")
     if not isinstance(file, str) or not isinstance(text, str) or not file.strip() or not text.strip():
         raise ValueError("needs a file and a text")
+    if not is_whole(text):
+        raise ValueError(f"the caption {text!r} has halves of characters")
     name = inside(file.strip())
     if name is None:
         raise ValueError(f"{file} is not inside the folder")

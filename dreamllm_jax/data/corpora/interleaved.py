@@ -89,10 +89,12 @@ class Mmc4(Format):
     ) -> tuple[int, Image | Dropped]:
         """The index of an image's sentence, and the image."""
         index = info.get("matched_text_index") if isinstance(info, dict) else None
-        if not isinstance(index, int) or not 0 <= index < sentences:
+        if type(index) is not int or not 0 <= index < sentences:
             return 0, Dropped("fields")
         similarity = info.get("matched_sim")
-        if isinstance(similarity, int | float) and similarity < self.min_similarity:
+        if self.min_similarity and not isinstance(similarity, int | float):
+            return index, Dropped("fields")
+        if self.min_similarity and not similarity >= self.min_similarity:  # so that NaN is none
             return index, Dropped("similarity")
         name, encoded = info.get("image_name"), info.get("image_base64")
         if isinstance(encoded, str):

@@ -18,6 +18,7 @@ from dreamllm_jax.data.corpora.records import (
     Record,
     field,
     find,
+    is_hidden,
     local,
     read_image,
     read_text,
@@ -86,9 +87,10 @@ class WebDataset(Format):
         fields = values
         if isinstance(values.get("json"), bytes):
             try:
-                fields = {**json.loads(values["json"]), **values}
-            except (ValueError, TypeError, RecursionError):
+                told = json.loads(values["json"])
+            except (ValueError, RecursionError):
                 return Dropped("not_json")
+            fields = {**told, **values} if isinstance(told, dict) else values  # a list is of something else
         names = [self.caption] if self.caption else TEXT_FIELDS
         text = read_text(next((found for name in names if (found := field(fields, name))), None))
         return Record("pair", (text, read_image(epath.Path(part.path).parent, values[shown[0]] if shown else None)))
@@ -147,7 +149,9 @@ def _dotted(samples: Iterator[dict[str, bytes] | Dropped]) -> Iterator[dict[str,
     """The samples of a tar; `photo 2.0 red.jpg` and `photo 2.0 red.txt` are one, though their name has a dot in it."""
     for sample in samples:
         stems = {} if isinstance(sample, Dropped) else {name.rpartition(".")[0] for name in sample if _is_image(name)}
-        own = {stem for stem in stems if stem and (f"{stem}.txt" in sample or f"{stem}.caption" in sample)}
+        # Beside a picture without a dot, `seg.png` and `seg.json` tell more about it.
+        beside = (".txt", ".caption", *(() if "" in stems else (".json",)))
+        own = {stem for stem in stems if stem and any(stem + ending in sample for ending in beside)}
         for stem in sorted(own):
             yield {name[len(stem) + 1 :]: data for name, data in sample.items() if name.rpartition(".")[0] == stem}
         rest = sample
@@ -162,12 +166,13 @@ def _folders_of_images(folder: epath.Path) -> list[epath.Path]:
     return sorted({path.parent for path in under(folder, images.SUFFIXES)})
 
 
-def _files(folder: epath.Path) -> Iterator[dict[str, bytes]]:
+def _files(folder: epath.Path) -> Iterator[dict[str, bytes] | Dropped]:
     """The samples of a folder as `tars.samples` gives them: the files that have an image's name up to the last dot."""
     stems: dict[str, list[epath.Path]] = {}
     for path in sorted(folder.iterdir()):
-        if not tars.is_hidden(path.name) and path.suffix.lower() in (*images.SUFFIXES, ".txt", ".caption", ".json"):
+        if not is_hidden(path.name) and path.suffix.lower() in (*images.SUFFIXES, ".txt", ".caption", ".json"):
             stems.setdefault(path.stem, []).append(path)
     for files in stems.values():
         if any(path.suffix.lower() in images.SUFFIXES for path in files):
-            yield {path.suffix.lower().lstrip("."): path.read_bytes() for path in files}
+            sample = {path.suffix.lower().lstrip("."): path.read_bytes() for path in files}
+            yield sample if len(sample) == len(files) else Dropped("duplicate")  # 1.jpg and 1.JPG

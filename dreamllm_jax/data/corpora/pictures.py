@@ -18,10 +18,22 @@ from etils import epath
 
 from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora import tables, tars
-from dreamllm_jax.data.corpora.records import Dropped, Part, find, inside, is_url, local, read_image, setting, under
+from dreamllm_jax.data.corpora.records import (
+    Dropped,
+    Part,
+    find,
+    inside,
+    is_hidden,
+    is_url,
+    local,
+    read_image,
+    setting,
+    under,
+)
 from dreamllm_jax.data.document import Image
 
 INDEX = "images.sqlite"
+_ANYWHERE = "*/"  # before the name of a file of which the folder is not told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +57,19 @@ class Pictures:
 
     def _indexed(self, name: str, otherwise: Dropped) -> Image | Dropped:
         query = "SELECT path, offset, size FROM images WHERE name = ?"
-        row = _connect(self.index).execute(query, (_indexable(name),)).fetchone()
-        if row is None:
-            return Dropped("missing") if is_url(name) else otherwise
-        path, offset, size = row
-        if not size:
-            return read_image(self.root, path)
-        with epath.Path(self.root, path).open("rb") as file:
-            file.seek(offset)
-            return Image(file.read(size))
+        for key in (_indexable(name), _ANYWHERE + _indexable(name)):
+            if row := _connect(self.index).execute(query, (key,)).fetchone():
+                return _at(self.root, *row) if row[0] else Dropped("which_image")
+        return Dropped("missing") if is_url(name) else otherwise
+
+
+def _at(root: str | epath.Path, path: str, offset: int, size: int) -> Image | Dropped:
+    """The image at a place of the index: `size` bytes of a tar, or if that is 0 a whole file."""
+    if not size:
+        return read_image(root, path)
+    with epath.Path(root, path).open("rb") as file:
+        file.seek(offset)
+        return Image(file.read(size))
 
 
 def _indexable(name: str) -> str:
@@ -102,14 +118,24 @@ def make(root: str, scratch: epath.Path, table: str = "") -> Pictures:
         with sqlite3.connect(unfinished) as connection:
             connection.execute("CREATE TABLE images (name TEXT PRIMARY KEY, path TEXT, offset INT, size INT)")
             for path in archives:
-                connection.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", _members(folder, path))
+                _add(connection, folder, _members(folder, path))
             for path in lists:
-                connection.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, 0, 0)", _listed(folder, path))
+                _add(connection, folder, _listed(folder, path))
             if table:
-                connection.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, 0, 0)", _mapped(table))
+                _add(connection, folder, _mapped(table))
         connection.close()
         unfinished.rename(index)
     return Pictures(str(folder), str(index))
+
+
+def _add(connection: sqlite3.Connection, root: epath.Path, entries: Iterator[tuple[str, str, int, int]]) -> None:
+    """Adds (name, path, offset, size) to the index; a name of pictures that differ is known to be of none of them."""
+    for name, *place in entries:
+        if connection.execute("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", (name, *place)).rowcount:
+            continue
+        there = connection.execute("SELECT path, offset, size FROM images WHERE name = ?", (name,)).fetchone()
+        if there[0] and there != tuple(place) and _at(root, *there) != _at(root, *place):
+            connection.execute("UPDATE images SET path = '' WHERE name = ?", (name,))
 
 
 def _require_folder(root: str) -> epath.Path:
@@ -135,7 +161,7 @@ def _members(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str, int
         with path.open("rb") as file, tars.open_tar(file, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(inside(member.name) or "")
-                if not member.isfile() or not name.name or tars.is_hidden(str(name)) or member.size > tars.LARGEST:
+                if not member.isfile() or not name.name or is_hidden(str(name)) or member.size > tars.LARGEST:
                     continue
                 if name.suffix.lower() in images.SUFFIXES:
                     places[str(name)] = member.offset_data, member.size
@@ -148,7 +174,7 @@ def _members(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str, int
         raise ValueError(f"{path} is damaged ({error}); repair or remove it") from None
     for name, (offset, size) in places.items():
         yield _indexable(name), archive, offset, size
-        yield _indexable(PurePosixPath(name).name), archive, offset, size
+        yield _ANYWHERE + _indexable(PurePosixPath(name).name), archive, offset, size
     stems: dict[str, list[tuple[int, int]]] = {}
     for name, place in places.items():
         stems.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(place)
@@ -157,21 +183,24 @@ def _members(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str, int
             yield url, archive, *stems[stem][0]
 
 
-def _listed(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str]]:
+def _listed(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str, int, int]]:
     """Addresses and files of a folder of img2dataset, from the Parquet file beside it."""
     if not {"url", "key"} <= tables.columns(path):
         return
-    files = {file.stem: file for file in under(path.with_suffix(""), images.SUFFIXES)}
+    files: dict[str, list[epath.Path]] = {}
+    for file in under(path.with_suffix(""), images.SUFFIXES):
+        files.setdefault(file.stem, []).append(file)
     for part in tables.parts(path, tables.CONTENTS):
         for row in tables.rows(part):
-            if isinstance(row["url"], str) and str(row["key"]) in files:  # the others were dead
-                yield row["url"], str(files[str(row["key"])].relative_to(root))
+            if isinstance(row["url"], str):
+                for file in files.get(str(row["key"]), ()):  # none of an address that was dead
+                    yield row["url"], str(file.relative_to(root)), 0, 0
 
 
-def _mapped(table: str) -> Iterator[tuple[str, str]]:
+def _mapped(table: str) -> Iterator[tuple[str, str, int, int]]:
     (path,) = find(table, tables.SUFFIXES)[:1]
     for part in tables.parts(path, tables.CONTENTS):
         for row in tables.rows(part):
             if not isinstance(row, dict) or not isinstance(row.get("url"), str) or not isinstance(row.get("file"), str):
                 raise ValueError(f"{table}: every row needs the fields url and file")
-            yield row["url"], row["file"]
+            yield row["url"], row["file"], 0, 0

@@ -21,6 +21,7 @@ class Dropped:
     reason: str
 
 
+_LEFT_BY_SYSTEMS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir")
 NOT_FETCHED = Dropped("not_fetched")  # an address that was dead: counted, and no damage
 
 
@@ -104,7 +105,7 @@ def under(folder: epath.Path, suffixes: Sequence[str]) -> list[epath.Path]:
     """All files under a directory whose names end in one of `suffixes`, in capitals too, sorted; no hidden ones."""
     found: list[epath.Path] = []
     for path in folder.iterdir():
-        if path.name.startswith(".") or path.name == "__MACOSX":
+        if is_hidden(path.name):
             continue
         if path.is_dir():
             found += under(path, suffixes)
@@ -138,6 +139,11 @@ def inside(name: str) -> str | None:
     return None if leaves or not name else str(path)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file is what systems leave beside the user's: `.DS_Store`, `._1.jpg`, `__MACOSX/`, `Thumbs.db`."""
+    return any(part.startswith(".") or part.lower() in _LEFT_BY_SYSTEMS for part in PurePosixPath(name).parts)
+
+
 def spellings(name: str) -> list[str]:
     """The name, and the ways in which file systems may compose its accents (macOS takes them apart)."""
     return list(dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]))
@@ -145,10 +151,17 @@ def spellings(name: str) -> list[str]:
 
 def field(row: Mapping[str, Any], name: str) -> Any:
     """What a row has under a name, or under the only one that differs from it in capitals and blanks alone."""
-    if name in row:
-        return row[name]
+    return row[_key(row, name)] if has_field(row, name) else None
+
+
+def has_field(row: Mapping[str, Any], name: str) -> bool:
+    """Whether `field` finds something, be it None."""
+    return _key(row, name) in row
+
+
+def _key(row: Mapping[str, Any], name: str) -> str:
     alike = [other for other in row if isinstance(other, str) and other.strip().lower() == name.lower()]
-    return row[alike[0]] if len(alike) == 1 else None
+    return alike[0] if name not in row and len(alike) == 1 else name
 
 
 def read_image(root: str | epath.Path, value: object) -> Image | Dropped:

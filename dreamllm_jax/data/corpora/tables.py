@@ -23,8 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from dreamllm_jax.data.corpora.records import Dropped, Format, Part, field, find
-from dreamllm_jax.data.corpora.tars import is_hidden
+from dreamllm_jax.data.corpora.records import Dropped, Format, Part, find, has_field, is_hidden
 from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer
 
 COMPRESSED = (".gz", ".zst", ".zip")
@@ -111,7 +110,7 @@ def require_fields(part: Part, needed: Sequence[tuple[str, ...]]) -> None:
         return  # damage is told when all of it is read
     there = dict.fromkeys(name for row in first for name in row)
     for names in needed:
-        if first and all(field(row, name) is None for row in first for name in names):
+        if first and not any(has_field(row, name) for row in first for name in names):
             raise ValueError(
                 f"{part.path} has no field {' or '.join(map(repr, names))} in its first records; it has "
                 f"{', '.join(map(repr, there))}"
@@ -366,7 +365,7 @@ def _csv(file: IO[bytes], separator: str) -> Iterator[tuple[list[str] | Dropped,
         taken.clear()
         if isinstance(row, list) and not all(map(_is_whole, row)):
             row = Dropped("encoding")
-        if row:
+        if isinstance(row, Dropped) or any(cell.strip() for cell in row):  # spreadsheets end in rows of empty cells
             yield row, size
 
 

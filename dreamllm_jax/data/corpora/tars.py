@@ -17,7 +17,7 @@ from typing import IO
 import pyarrow as pa
 from etils import epath
 
-from dreamllm_jax.data.corpora.records import Dropped, inside
+from dreamllm_jax.data.corpora.records import Dropped, inside, is_hidden
 from dreamllm_jax.directories import is_lfs_pointer
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -66,12 +66,6 @@ def open_tar(file: IO[bytes], mode: str) -> Iterator[tarfile.TarFile]:
     # Zeros end a tar; what follows them may be another.
     with tarfile.open(fileobj=file, mode=mode, tarinfo=_Member, ignore_zeros=True) as tar:
         yield tar
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file is what macOS and others leave beside the user's: `.DS_Store`, `._1.jpg`, `__MACOSX/`."""
-    path = PurePosixPath(name)
-    return path.name.startswith(".") or "__MACOSX" in path.parts
 
 
 def samples(path: epath.Path) -> Iterator[dict[str, bytes] | Dropped]:
