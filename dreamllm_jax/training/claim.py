@@ -20,6 +20,7 @@ import jax
 import tensorstore
 from etils import epath
 
+from dreamllm_jax.configuration import read
 from dreamllm_jax.directories import absolute, is_remote
 from dreamllm_jax.distributed import gather
 from dreamllm_jax.training.watchdog import end_all
@@ -27,6 +28,7 @@ from dreamllm_jax.training.watchdog import end_all
 _logger = logging.getLogger(__name__)
 FILE = "writer.json"
 _PATIENCE = 10.0  # seconds to wait for the bucket at the end
+_BYTES = 1024  # of the file, whoever writes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Claim:
       interval: seconds between two signs of life.
 
     Raises:
-      OSError: another process writes there; the message says which, and how to take over.
+      OSError: another process writes there, or nobody can; the message says which, and the way out.
     """
 
     def __init__(self, workdir: epath.PathLike, interval: float = 10.0, lapse: float = 60.0):
@@ -77,8 +79,10 @@ class Claim:
         if jax.process_index() == 0:
             try:
                 self._take()
-            except Exception as error:  # the others wait
+            except OSError as error:
                 problem = error
+            except Exception as error:  # of TensorStore; the others wait
+                problem = OSError(f"{self._directory} cannot be claimed ({error}): choose another --workdir")
         told = gather("" if problem is None else str(problem) or repr(problem))[0]
         if told:
             raise problem or OSError(told)
@@ -112,14 +116,19 @@ class Claim:
 
     def _read(self, content: bytes) -> Writer:
         try:
-            return Writer(**json.loads(content))
-        except (ValueError, TypeError):
-            raise OSError(f"{self._directory / FILE} is not what a run writes there: remove it") from None
+            return read(Writer, json.loads(content))
+        except ValueError:
+            raise OSError(
+                f"{self._directory / FILE} is damaged, or of another version of this program: where no run lives, "
+                "remove it"
+            ) from None
 
     def _write(self, generation: bytes) -> bytes:
         """Writes over what was read with this generation; gives the new one, empty if another has written meanwhile."""
-        content = json.dumps(dataclasses.asdict(dataclasses.replace(self._me, seen=time.time())), indent=1) + "\n"
-        return self._store.write(FILE, content, if_equal=generation).result().generation
+        content = json.dumps(dataclasses.asdict(dataclasses.replace(self._me, seen=time.time())), indent=1)
+        # Always as long: where a process was killed as it wrote, TensorStore writes over what that one had begun and
+        # does not cut off what was longer.
+        return self._store.write(FILE, f"{content:{_BYTES - 1}}\n", if_equal=generation).result().generation
 
     def _outlive(self, writer: Writer, generation: bytes) -> None:
         """Raises OSError if the writer is alive; of one on another machine, it waits to see."""

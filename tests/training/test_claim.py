@@ -95,9 +95,31 @@ def test_a_directory_that_was_made_in_vain_goes_again(tmp_path):
     with Claim(tmp_path / "run"):
         assert (tmp_path / "run" / FILE).exists()
     assert not (tmp_path / "run").exists()
-    (tmp_path / FILE).write_text("mine")
-    with pytest.raises(OSError, match=rf"{tmp_path / FILE} is not what a run writes there"), Claim(tmp_path):
+
+
+@pytest.mark.parametrize(
+    "content", ["mine", "", "[1]", {"process": "1"}, {"process": 1 << 80}, {"since": "now"}, {"new": 1}]
+)
+def test_what_no_run_of_this_version_has_written_is_named(tmp_path, content):
+    known = dataclasses.asdict(writer())
+    (tmp_path / FILE).write_text(content if isinstance(content, str) else json.dumps(known | content))
+    with (
+        pytest.raises(OSError, match=rf"{tmp_path / FILE} is damaged, or of another version .* remove it"),
+        Claim(tmp_path),
+    ):
         pass
+
+
+def test_a_directory_that_cannot_be_claimed_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"{tmp_path / 'file'} cannot be claimed .*: choose another --workdir"):
+        Claim(tmp_path / "file").__enter__()
+
+
+def test_a_writer_killed_as_it_wrote_leaves_nothing_in_the_file_of_the_next(tmp_path):
+    (tmp_path / f"{FILE}.__lock").write_text(json.dumps(dataclasses.asdict(writer(host="h" * 300)), indent=9))
+    with Claim(tmp_path):
+        assert json.loads((tmp_path / FILE).read_text())["process"] == os.getpid()
 
 
 @pytest.mark.parametrize("machine", ["", "another boot"])
