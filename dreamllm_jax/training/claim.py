@@ -159,12 +159,15 @@ class Claim:
                     self._generation = generation
                     continue
                 found = self._store.read(FILE).result()
-                other = self._read(found.value) if found.state == "value" else None
             except Exception:  # out of reach, for others too
                 continue
-            if other is None:
+            if found.state != "value":
                 end_all(f"{self._directory} is claimed by nobody, for {FILE} was removed", 1)
-            elif other.id != self._me.id:
+            try:
+                other = self._read(found.value)
+            except OSError as problem:  # perhaps a later version has taken over
+                end_all(str(problem), 1)
+            if other.id != self._me.id:
                 end_all(f"{self._directory} was taken over by another writer: {other}", 1)
             self._generation = found.stamp.generation  # it was written, but the answer was lost
 

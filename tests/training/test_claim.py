@@ -72,17 +72,23 @@ def test_the_second_is_refused_and_a_killed_ones_claim_counts_no_more(tmp_path, 
     assert time.monotonic() - began < 10 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("taken", [False, True])
-def test_whoever_has_lost_its_claim_ends(tmp_path, hold, taken):
+@pytest.mark.parametrize(
+    ("left", "why"),
+    [
+        (None, f" is claimed by nobody, for {FILE} was removed"),
+        ({}, " was taken over by another writer: process "),
+        ({"new": 1}, f"/{FILE} is damaged, or of another version"),
+    ],
+)
+def test_whoever_has_lost_its_claim_ends(tmp_path, hold, left, why):
     first = hold(tmp_path)
-    if taken:
-        leave(tmp_path, writer())
-    else:
+    if left is None:
         (tmp_path / FILE).unlink()
+    else:
+        write_whole(tmp_path / FILE, json.dumps(dataclasses.asdict(writer()) | left))
     told = first.communicate(timeout=30)[1]
-    why = "was taken over by another writer: process " if taken else f"is claimed by nobody, for {FILE} was removed"
-    assert first.returncode == 1 and told.startswith(f"error: {tmp_path} {why}") and told.count("\n") == 1
-    assert (tmp_path / FILE).exists() == taken
+    assert first.returncode == 1 and told.startswith(f"error: {tmp_path}{why}") and told.count("\n") == 1
+    assert (tmp_path / FILE).exists() == (left is not None)
 
 
 def test_another_process_with_the_number_of_a_dead_one_is_not_it(tmp_path):
