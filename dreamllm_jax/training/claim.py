@@ -104,12 +104,17 @@ class Claim:
         if self._made:
             self._directory.mkdir(parents=True, exist_ok=True)
         self._store = _open(self._directory)
-        process, now = os.getpid(), time.time()
-        self._me = Writer(uuid.uuid4().hex, socket.gethostname(), process, _machine(), _started(process), now, now)
+        process, identity = os.getpid(), uuid.uuid4().hex
         while not self._generation:  # where it has changed meanwhile, it is looked at again
             found = self._store.read(FILE).result()
             if found.state == "value":
-                self._outlive(self._read(found.value), found.stamp.generation)
+                other = self._read(found.value)
+                if other.id == identity:  # it was written, but the answer was lost
+                    self._generation = found.stamp.generation
+                    break
+                self._outlive(other, found.stamp.generation)
+            now = time.time()
+            self._me = Writer(identity, socket.gethostname(), process, _machine(), _started(process), now, now)
             self._generation = self._write(found.stamp.generation)
         self._renewing = threading.Thread(target=self._renew, daemon=True, name="renewal of the claim")
         self._renewing.start()

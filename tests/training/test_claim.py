@@ -91,6 +91,15 @@ def test_whoever_has_lost_its_claim_ends(tmp_path, hold, left, why):
     assert (tmp_path / FILE).exists() == (left is not None)
 
 
+def test_a_claim_is_held_though_the_answer_was_lost(tmp_path, monkeypatch):
+    write, answers = Claim._write, iter([b""])  # as after a request that TensorStore had to repeat
+    monkeypatch.setattr(Claim, "_write", lambda self, *given: next(answers, write(self, *given)))
+    with Claim(tmp_path, interval=0.1):
+        time.sleep(0.5)
+        assert (tmp_path / FILE).exists()
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_process_with_the_number_of_a_dead_one_is_not_it(tmp_path):
     leave(tmp_path, writer(started="1"))
     with Claim(tmp_path):
