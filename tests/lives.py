@@ -97,6 +97,7 @@ def train(
     patience: float,
     pause: float,
     slow_save: float,
+    lingers: float,
     phase,
     told: str,
 ) -> None:
@@ -110,6 +111,7 @@ def train(
       patience: seconds that this process waits longer for a sign of another than is configured.
       pause: seconds that reading a batch takes longer, so that a run does not end before it is told to.
       slow_save: seconds for which a checkpoint that is written has not got its name yet.
+      lingers: seconds by which this process ends later than it is done.
       phase: a shared integer that tells what it is doing.
       told: the file that receives what it says.
     """
@@ -167,9 +169,14 @@ def train(
             run = runs.start(config, workdir)
             keep_programs(run.workdir)
             loop.train(run.experiment, run.tokenizer, run.workdir, run.record)
+        time.sleep(lingers)
     except exits.Preempted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(exits.PREEMPTED)
+    finally:
+        # Waits for the others, as a program does when it ends; those of multiprocessing do not before Python 3.13.
+        # JAX aborts whoever is still there when the host with its service has gone.
+        jax.distributed.shutdown()
 
 
 class Life:
@@ -191,6 +198,7 @@ class Life:
         patience: float = 0.0,
         pause: float = 0.0,
         slow_save: float = 0.0,
+        lingers: float = 0.0,
     ):
         self._phase = self._server.Value("i", 0)
         self.told = f"{workdir}{host.index if host else ''}.log"
@@ -205,6 +213,7 @@ class Life:
             patience,
             pause,
             slow_save,
+            lingers,
             self._phase,
             self.told,
         )

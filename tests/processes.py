@@ -8,6 +8,8 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import jax
+
 from dreamllm_jax import evaluate
 from launch.local_pod import free_port
 
@@ -21,7 +23,10 @@ def _run(words: list[str], parser: Parser) -> None:
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     os.environ["XLA_FLAGS"] = " ".join([*flags, "--xla_force_host_platform_device_count=2"])
     arguments = parser().parse_args(words)
-    arguments.main(arguments)
+    try:
+        arguments.main(arguments)
+    finally:
+        jax.distributed.shutdown()  # see `lives.train`
 
 
 def _start(words: list[str], parser: Parser) -> BaseProcess:

@@ -22,6 +22,7 @@ from dreamllm_jax.data import storage, stored
 from dreamllm_jax.data.document import Document
 from dreamllm_jax.data.mixture import CorpusConfig, Mixture, Place
 from dreamllm_jax.data.packing import Get, Item, Need, NothingFits, RowStream
+from dreamllm_jax.data.readers import Readers
 from dreamllm_jax.data.rows import Counts, Pixels, fill_row
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import Encoded, encode_document
@@ -177,25 +178,27 @@ class Loader:
     def _start(self) -> None:
         """The threads; nothing is begun yet."""
 
-        def pool(threads: int) -> concurrent.futures.ThreadPoolExecutor | None:
-            return concurrent.futures.ThreadPoolExecutor(threads) if self._config.workers else None
-
+        threads = self._config.workers
         self._ahead: collections.deque[concurrent.futures.Future] = collections.deque()
-        self._maker, self._workers, self._readers = pool(1), pool(self._config.workers), pool(self._config.readers)
+        self._maker = concurrent.futures.ThreadPoolExecutor(1) if threads else None
+        self._workers = concurrent.futures.ThreadPoolExecutor(threads) if threads else None
+        self._readers = Readers(self._config.readers) if threads else None
 
     def _stop(self) -> None:
-        """Ends the threads, each after what it is just doing."""
-        pools = [pool for pool in (self._maker, self._workers, self._readers) if pool is not None]
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
-        for pool in pools:
-            pool.shutdown()
+        """Ends the threads, each after what it is just doing; a read that hangs is left to itself."""
+        if self._readers is not None:
+            pools = self._maker, self._workers
+            for pool in pools:
+                pool.shutdown(wait=False, cancel_futures=True)
+            self._readers.close()
+            for pool in pools:
+                pool.shutdown()
 
     def _begin(self, record: int, need: Need | None = None) -> Get:
         """See `packing.Begin`."""
         if self._readers is None:
             return lambda: self._item(record, need, *self._read(record))
-        reading = self._readers.submit(self._read, record)
+        reading = self._readers.submit(lambda: self._read(record))
         return lambda: self._item(record, need, *reading.result())
 
     def _read(self, record: int) -> tuple[Place, Document | None]:
@@ -372,7 +375,7 @@ class Loader:
         self._make_ahead()
 
     def close(self) -> None:
-        """Ends the threads; what they have not begun is left undone."""
+        """Ends the threads; what they have not begun is left undone, and a read that hangs is not waited for long."""
         self._stop()
 
 

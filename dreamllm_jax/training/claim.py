@@ -20,6 +20,7 @@ import jax
 import tensorstore
 from etils import epath
 
+from dreamllm_jax.configuration import read
 from dreamllm_jax.directories import absolute, is_remote
 from dreamllm_jax.distributed import gather
 from dreamllm_jax.training.watchdog import end_all
@@ -27,6 +28,7 @@ from dreamllm_jax.training.watchdog import end_all
 _logger = logging.getLogger(__name__)
 FILE = "writer.json"
 _PATIENCE = 10.0  # seconds to wait for the bucket at the end
+_BYTES = 1024  # of the file, whoever writes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Claim:
       interval: seconds between two signs of life.
 
     Raises:
-      OSError: another process writes there; the message says which, and how to take over.
+      OSError: another process writes there, or nobody can; the message says which, and the way out.
     """
 
     def __init__(self, workdir: epath.PathLike, interval: float = 10.0, lapse: float = 60.0):
@@ -77,8 +79,10 @@ class Claim:
         if jax.process_index() == 0:
             try:
                 self._take()
-            except Exception as error:  # the others wait
+            except OSError as error:
                 problem = error
+            except Exception as error:  # of TensorStore; the others wait
+                problem = OSError(f"{self._directory} cannot be claimed ({error}): choose another --workdir")
         told = gather("" if problem is None else str(problem) or repr(problem))[0]
         if told:
             raise problem or OSError(told)
@@ -100,26 +104,36 @@ class Claim:
         if self._made:
             self._directory.mkdir(parents=True, exist_ok=True)
         self._store = _open(self._directory)
-        process, now = os.getpid(), time.time()
-        self._me = Writer(uuid.uuid4().hex, socket.gethostname(), process, _machine(), _started(process), now, now)
+        process, identity = os.getpid(), uuid.uuid4().hex
         while not self._generation:  # where it has changed meanwhile, it is looked at again
             found = self._store.read(FILE).result()
             if found.state == "value":
-                self._outlive(self._read(found.value), found.stamp.generation)
+                other = self._read(found.value)
+                if other.id == identity:  # it was written, but the answer was lost
+                    self._generation = found.stamp.generation
+                    break
+                self._outlive(other, found.stamp.generation)
+            now = time.time()
+            self._me = Writer(identity, socket.gethostname(), process, _machine(), _started(process), now, now)
             self._generation = self._write(found.stamp.generation)
         self._renewing = threading.Thread(target=self._renew, daemon=True, name="renewal of the claim")
         self._renewing.start()
 
     def _read(self, content: bytes) -> Writer:
         try:
-            return Writer(**json.loads(content))
-        except (ValueError, TypeError):
-            raise OSError(f"{self._directory / FILE} is not what a run writes there: remove it") from None
+            return read(Writer, json.loads(content))
+        except ValueError:
+            raise OSError(
+                f"{self._directory / FILE} is damaged, or of another version of this program: where no run lives, "
+                "remove it"
+            ) from None
 
     def _write(self, generation: bytes) -> bytes:
         """Writes over what was read with this generation; gives the new one, empty if another has written meanwhile."""
-        content = json.dumps(dataclasses.asdict(dataclasses.replace(self._me, seen=time.time())), indent=1) + "\n"
-        return self._store.write(FILE, content, if_equal=generation).result().generation
+        content = json.dumps(dataclasses.asdict(dataclasses.replace(self._me, seen=time.time())), indent=1)
+        # Always as long: where a process was killed as it wrote, TensorStore writes over what that one had begun and
+        # does not cut off what was longer.
+        return self._store.write(FILE, f"{content:{_BYTES - 1}}\n", if_equal=generation).result().generation
 
     def _outlive(self, writer: Writer, generation: bytes) -> None:
         """Raises OSError if the writer is alive; of one on another machine, it waits to see."""
@@ -150,12 +164,15 @@ class Claim:
                     self._generation = generation
                     continue
                 found = self._store.read(FILE).result()
-                other = self._read(found.value) if found.state == "value" else None
             except Exception:  # out of reach, for others too
                 continue
-            if other is None:
+            if found.state != "value":
                 end_all(f"{self._directory} is claimed by nobody, for {FILE} was removed", 1)
-            elif other.id != self._me.id:
+            try:
+                other = self._read(found.value)
+            except OSError as problem:  # perhaps a later version has taken over
+                end_all(str(problem), 1)
+            if other.id != self._me.id:
                 end_all(f"{self._directory} was taken over by another writer: {other}", 1)
             self._generation = found.stamp.generation  # it was written, but the answer was lost
 

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+import threading
 import time
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from dreamllm_jax.data import packing, storage
+from dreamllm_jax.data import packing, readers, storage
 from dreamllm_jax.data.corpora import compose
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import to_png
@@ -163,6 +164,19 @@ def test_a_run_goes_on_soon_where_reads_take_long(numbered, shape, text_tokenize
     began = time.monotonic()
     stream.close()
     assert time.monotonic() - began < 2
+
+
+def test_a_read_that_hangs_does_not_keep_a_run_from_ending(numbered, shape, text_tokenizer, slow_reads, monkeypatch):
+    monkeypatch.setattr(readers, "_PATIENCE", 0.2)
+    stream, answer = loader(numbered, shape, text_tokenizer, window=4, max_bad=1.0), threading.Event()
+    next(stream)
+    slow_reads(lambda index: answer.wait(20) * 0)
+    stream.set_state(json.loads(json.dumps(stream.get_state())))
+    time.sleep(0.1)  # until somebody reads
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 5
+    answer.set()
 
 
 def test_what_waited_and_is_lost_or_another_document_now_is_left_out(tmp_path, shape, text_tokenizer, slow_reads):

@@ -72,17 +72,32 @@ def test_the_second_is_refused_and_a_killed_ones_claim_counts_no_more(tmp_path, 
     assert time.monotonic() - began < 10 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("taken", [False, True])
-def test_whoever_has_lost_its_claim_ends(tmp_path, hold, taken):
+@pytest.mark.parametrize(
+    ("left", "why"),
+    [
+        (None, f" is claimed by nobody, for {FILE} was removed"),
+        ({}, " was taken over by another writer: process "),
+        ({"new": 1}, f"/{FILE} is damaged, or of another version"),
+    ],
+)
+def test_whoever_has_lost_its_claim_ends(tmp_path, hold, left, why):
     first = hold(tmp_path)
-    if taken:
-        leave(tmp_path, writer())
-    else:
+    if left is None:
         (tmp_path / FILE).unlink()
+    else:
+        write_whole(tmp_path / FILE, json.dumps(dataclasses.asdict(writer()) | left))
     told = first.communicate(timeout=30)[1]
-    why = "was taken over by another writer: process " if taken else f"is claimed by nobody, for {FILE} was removed"
-    assert first.returncode == 1 and told.startswith(f"error: {tmp_path} {why}") and told.count("\n") == 1
-    assert (tmp_path / FILE).exists() == taken
+    assert first.returncode == 1 and told.startswith(f"error: {tmp_path}{why}") and told.count("\n") == 1
+    assert (tmp_path / FILE).exists() == (left is not None)
+
+
+def test_a_claim_is_held_though_the_answer_was_lost(tmp_path, monkeypatch):
+    write, answers = Claim._write, iter([b""])  # as after a request that TensorStore had to repeat
+    monkeypatch.setattr(Claim, "_write", lambda self, *given: next(answers, write(self, *given)))
+    with Claim(tmp_path, interval=0.1):
+        time.sleep(0.5)
+        assert (tmp_path / FILE).exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_process_with_the_number_of_a_dead_one_is_not_it(tmp_path):
@@ -95,9 +110,31 @@ def test_a_directory_that_was_made_in_vain_goes_again(tmp_path):
     with Claim(tmp_path / "run"):
         assert (tmp_path / "run" / FILE).exists()
     assert not (tmp_path / "run").exists()
-    (tmp_path / FILE).write_text("mine")
-    with pytest.raises(OSError, match=rf"{tmp_path / FILE} is not what a run writes there"), Claim(tmp_path):
+
+
+@pytest.mark.parametrize(
+    "content", ["mine", "", "[1]", {"process": "1"}, {"process": 1 << 80}, {"since": "now"}, {"new": 1}]
+)
+def test_what_no_run_of_this_version_has_written_is_named(tmp_path, content):
+    known = dataclasses.asdict(writer())
+    (tmp_path / FILE).write_text(content if isinstance(content, str) else json.dumps(known | content))
+    with (
+        pytest.raises(OSError, match=rf"{tmp_path / FILE} is damaged, or of another version .* remove it"),
+        Claim(tmp_path),
+    ):
         pass
+
+
+def test_a_directory_that_cannot_be_claimed_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"{tmp_path / 'file'} cannot be claimed .*: choose another --workdir"):
+        Claim(tmp_path / "file").__enter__()
+
+
+def test_a_writer_killed_as_it_wrote_leaves_nothing_in_the_file_of_the_next(tmp_path):
+    (tmp_path / f"{FILE}.__lock").write_text(json.dumps(dataclasses.asdict(writer(host="h" * 300)), indent=9))
+    with Claim(tmp_path):
+        assert json.loads((tmp_path / FILE).read_text())["process"] == os.getpid()
 
 
 @pytest.mark.parametrize("machine", ["", "another boot"])

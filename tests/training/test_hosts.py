@@ -50,6 +50,11 @@ def test_hosts_train_as_one(data, pair, tmp_path):
         np.testing.assert_allclose(losses(workdir), want, rtol=1e-5)
 
 
+def test_hosts_that_are_done_wait_for_one_that_ends_later(data, tmp_path):
+    with together(short(data, steps=2), tmp_path / "run", [2, 2], {1: {"lingers": 5.0}}) as lives:
+        assert [life.end() for life in lives] == [0, 0], lives[1].said()
+
+
 def test_sigterm_to_one_host_stops_both_at_the_same_step(data, pair, tmp_path):
     workdir = tmp_path / "run"
     with together(short(data), workdir, [4, 4], pause=0.05) as lives:
