@@ -73,11 +73,6 @@ def test_every_gradient_of_the_joint_step_is_near_float32():
         for path in wide
         if (norm := np.linalg.norm(wide[path])) > 1e-6
     }
-    import os
-
-    if "SHOW" in os.environ:
-        for p, e in sorted(errors.items(), key=lambda x: -x[1][0]):
-            print("%.4f %.4f %s %.3g" % (*e, p, np.linalg.norm(wide[p])))
     assert len(errors) > 0.98 * len(wide)
     bad = {path: error for path, error in errors.items() if error[0] > 0.02 or error[1] > 0.01}
     assert not bad
