@@ -91,7 +91,7 @@ def generate_images(
     rescale: float = 0.0,
     negative: Sequence[Segment] = (),
 ) -> UInt8[Array, "N H W 3"]:
-    """Paints one image for each prompt, all in one batch; each depends on its own prompt and seed alone.
+    """Paints one image for each prompt, all in one batch; each depends on its prompt and seed alone, up to rounding.
 
     Args:
       prompts: texts, or texts with images of what is to be painted.

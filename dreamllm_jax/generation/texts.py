@@ -26,7 +26,7 @@ def generate_texts(
     length_penalty: float = 1.0,
     template: str = "",
 ) -> list[str]:
-    """Continues every prompt until `</s>`, in one batch; each depends on itself and its seed alone.
+    """Continues every prompt until `</s>`, in one batch; each depends on itself and its seed alone, up to rounding.
 
     Args:
       prompts: how the documents begin, or the turns of conversations.
