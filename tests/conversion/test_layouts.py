@@ -247,7 +247,7 @@ def test_whatever_stands_there_is_told(files, message, tmp_path):
 
 
 def test_two_models_in_a_directory_are_none(towers, tmp_path):
-    """A whole file beside an index of shards, and an adapter beside its model, with which transformers would load it."""
+    """A whole file beside an index of shards; an adapter beside its model, with which transformers would load it."""
     both = shutil.copytree(towers["llama"], tmp_path / "both")
     adapted = shutil.copytree(both, tmp_path / "adapted")
     shards = [load_file(file) for file in both.glob("*.safetensors")]
