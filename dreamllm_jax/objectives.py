@@ -20,7 +20,7 @@ from dreamllm_jax import chunks
 from dreamllm_jax.batch import Batch
 from dreamllm_jax.diffusion import schedule
 from dreamllm_jax.models.dreamllm import DreamLLM, axes_of, take
-from dreamllm_jax.models.linear import cast_kernels, spread
+from dreamllm_jax.models.linear import cast_early, spread
 from dreamllm_jax.models.vae import sample_moments
 from dreamllm_jax.sharding import constrain, copied, on_devices, shards, split_over
 
@@ -274,7 +274,7 @@ def hidden_states(model: DreamLLM, params: dict, batch: Batch, image_chunk: int 
 def _features(model: DreamLLM, params: dict, method: str, images: Array, chunk: int) -> Array:
     """What `method` makes of images [B, S, ...], at most `chunk` of each device's at a time."""
     names, over = ("clip", "visual_projector"), split_over("images", images.shape[0] * images.shape[1])
-    towers = cast_kernels({name: params[name] for name in names}, model.config.dtype)
+    towers = cast_early({name: params[name] for name in names}, model.config.dtype)
     towers = jax.tree.map(lambda x, axes: copied(x, axes, over), towers, axes_of(model.config, names))
     types = jax.tree.map(lambda x: x.dtype, towers)
 
@@ -313,7 +313,7 @@ def denoising_loss(
 
     names = [name for name in ("vae", "unet") if name in params]
     towers, axes = (
-        cast_kernels({name: params[name] for name in names}, model.config.dtype),
+        cast_early({name: params[name] for name in names}, model.config.dtype),
         axes_of(model.config, names),
     )
     condition = condition.reshape(*filled.shape, *condition.shape[1:])

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from dreamllm_jax.directories import absolute, is_remote, read_json, write_whole
 from dreamllm_jax.distributed import gather, require_same
 from dreamllm_jax.experiment import Experiment, read_experiment, require_packages
 from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
+from dreamllm_jax.models.linear import is_cast
 from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings
 from dreamllm_jax.training.initial import open_initial
 from dreamllm_jax.training.saved import CONFIG_FILE, MODEL, TOKENIZER, find, write_description
@@ -276,13 +276,7 @@ def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> list[list[str]]:
     return groups
 
 
-# Modules that compute in float32, whatever the model's type: the U-Net's times, and the kernels that double an image,
-# of which sums are taken first.
-_EXACT = re.compile(r"/(time_embedding|upsamplers_\d+)/")
-
-
 def _needed(path: str, stored: Any, computed: str) -> np.dtype:
     """The type in which a parameter is needed that is stored in one and computed with in another."""
     stored, computed = np.dtype(stored), np.dtype(computed)
-    matrix = path.endswith(("/kernel", "/embedding")) and not _EXACT.search(path)
-    return computed if matrix and computed.itemsize < stored.itemsize else stored
+    return computed if is_cast(path) and computed.itemsize < stored.itemsize else stored

@@ -127,9 +127,15 @@ def use(mesh: Mesh, config: ShardingConfig) -> Iterator[None]:
 
 
 def partition_spec(
-    axes: Sequence[str | None], shape: Sequence[int], rules: Mapping[str, Sequence[str]], mesh_shape: Mapping[str, int]
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    rules: Mapping[str, Sequence[str]],
+    mesh_shape: Mapping[str, int],
+    first: int = 0,
 ) -> PartitionSpec:
     """Logical axes of one array -> mesh axes, leaving out those that do not divide its dimension.
+
+    Of dimensions that want the same mesh axis the first one has it, before all others the dimension `first`.
 
     Raises:
       ValueError: for a logical axis without a rule.
@@ -137,8 +143,9 @@ def partition_spec(
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} logical axes {tuple(axes)} for an array of shape {tuple(shape)}")
     taken: set[str] = set()
-    parts = []
-    for name, size in zip(axes, shape, strict=True):
+    parts: list[Any] = [None] * len(axes)
+    for i in sorted(range(len(axes)), key=lambda i: i != first):
+        name, size = axes[i], shape[i]
         if name is not None and name not in rules:
             raise ValueError(f"no sharding rule for the logical axis {name!r}; there are {', '.join(rules)}")
         part: list[str] = []
@@ -147,14 +154,14 @@ def partition_spec(
             if axis not in taken and mesh_shape[axis] > 1 and divides:
                 part.append(axis)
                 taken.add(axis)
-        parts.append(tuple(part) if len(part) > 1 else part[0] if part else None)
+        parts[i] = tuple(part) if len(part) > 1 else part[0] if part else None
     return PartitionSpec(*parts)
 
 
-def mesh_spec(axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+def mesh_spec(axes: Sequence[str | None], shape: Sequence[int], first: int = 0) -> PartitionSpec:
     """How an array with these logical axes lies on the mesh in force; outside `use` it is not split."""
     free, rules = _free_axes(), dict(nn.get_logical_axis_rules())
-    return partition_spec(axes, shape, rules, free) if free and rules else PartitionSpec()
+    return partition_spec(axes, shape, rules, free, first) if free and rules else PartitionSpec()
 
 
 def _free_axes() -> dict[str, int]:
@@ -165,11 +172,15 @@ def _free_axes() -> dict[str, int]:
     return {} if taken == set(mesh.axis_names) else {a: 1 if a in taken else n for a, n in mesh.shape.items()}
 
 
-def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Asks for an activation to be split as its logical axes say; outside `use` it does nothing."""
+def constrain(x: jax.Array, axes: Sequence[str | None], first: int = 0) -> jax.Array:
+    """Asks for an activation to be split as its logical axes say; outside `use` it does nothing.
+
+    Args:
+      first: see `partition_spec`.
+    """
     if not _free_axes() or not nn.get_logical_axis_rules():
         return x
-    return jax.lax.with_sharding_constraint(x, mesh_spec(axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, mesh_spec(axes, x.shape, first))
 
 
 def split_over(axis: str, size: int) -> tuple[str, ...]:
@@ -283,11 +294,11 @@ def on_shards(function: Callable, axes: Sequence[Sequence[str | None]], *args: j
       function: of arrays, to arrays that are laid out as the first of them.
       axes: the logical axes of each argument; along those that the rules split, the function must be independent.
     """
-    free = _free_axes()
-    if math.prod(free.values()) == 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    if mesh.empty or mesh.size == 1 or not free:
         return function(*args)
     specs = tuple(mesh_spec(a, x.shape) for a, x in zip(axes, args, strict=True))
-    free = {axis for axis in free if axis not in jax.sharding.get_abstract_mesh().manual_axes}
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=free, check_vma=False)(*args)
 
 
@@ -302,7 +313,9 @@ def on_devices(function: Callable, axes: tuple[str, ...], dimensions: tuple[int,
     if not axes:
         return function
     specs = jax.tree.map(lambda dimension: PartitionSpec(*[None] * dimension, axes), (dimensions, out))
-    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], axis_names=set(axes), check_vma=False)
+    # Axes of size 1 too, so that kernels, which no axis may be left for, need nothing more.
+    names = {axis for axis, size in jax.sharding.get_abstract_mesh().shape.items() if axis in axes or size == 1}
+    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], axis_names=names, check_vma=False)
 
 
 def param_shardings(boxed: dict, mesh: Mesh, config: ShardingConfig) -> dict:

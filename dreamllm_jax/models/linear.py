@@ -6,6 +6,7 @@ float32 by itself.) Modules name their parameters as Flax's do.
 """
 
 import functools
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -33,8 +34,8 @@ def _look_up_fwd(table, tokens, dtype):
 
 def _look_up_bwd(dtype, residuals, gradient):
     table, tokens = residuals
-    # What travels is `dtype`: every device is sent its part of the width of all tokens.
-    gradient = constrain(gradient, (None,) * tokens.ndim + ("embed",))
+    # What travels is `dtype`: each device is sent its part of the width, of all tokens that it has no other part of.
+    gradient = constrain(gradient, ("rows", "tokens", "embed"), first=2)
     sums = jnp.zeros(table.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32), mode="drop")
     return sums.astype(table.dtype), None
 
@@ -62,10 +63,23 @@ def _promote(inputs: Array, kernel: Array, bias: Array | None, *, dtype: Any) ->
     return inputs.astype(dtype), kernel.astype(dtype), None if bias is None else bias.astype(jnp.float32)
 
 
-def cast_kernels(params: Any, dtype: Any) -> Any:
-    """Kernels in the type of the computation, to which their modules would cast them: before they travel."""
-    kernel = jax.tree_util.DictKey("kernel")
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if path[-1] == kernel else x, params)
+# Modules that compute in float32, whatever the model's type: the U-Net's times, and the kernels that double an image,
+# of which sums are taken first.
+_EXACT = re.compile(r"(^|/)(time_embedding|time_emb_proj|upsamplers_\d+)/")
+
+
+def is_cast(path: str) -> bool:
+    """Whether the module of the parameter at this path casts it to the type of the computation before its use."""
+    return path.endswith(("/kernel", "/embedding")) and not _EXACT.search(path)
+
+
+def cast_early(params: Any, dtype: Any) -> Any:
+    """The parameters of towers as their modules would cast them anyway: before they travel."""
+
+    def one(path, x):
+        return x.astype(dtype) if is_cast(jax.tree_util.keystr(path, simple=True, separator="/")) else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 class Dense(nn.Dense):
