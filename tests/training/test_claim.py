@@ -103,7 +103,7 @@ def test_a_claim_is_held_though_the_answer_was_lost(tmp_path, monkeypatch):
 def test_another_process_with_the_number_of_a_dead_one_is_not_it(tmp_path):
     leave(tmp_path, writer(started="1"))
     with Claim(tmp_path):
-        pass
+        assert json.loads((tmp_path / FILE).read_text())["process"] == os.getpid()
 
 
 def test_a_directory_that_was_made_in_vain_goes_again(tmp_path):
