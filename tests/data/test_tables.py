@@ -104,8 +104,12 @@ def test_damaged_records_are_told_and_the_others_read(tmp_path, monkeypatch):
     want = [{"a": 1}, Dropped("not_json"), Dropped("fields"), Dropped("too_long"), Dropped("not_json"), {"a": 2}]
     assert rows_of(path) == want
     path = epath.Path(tmp_path / "damaged.csv")
-    path.write_bytes(b"a,b\n1,2\n" + b"x" * (csv.field_size_limit() + 1) + b",3\n4,5\n")
-    assert rows_of(path) == [{"a": "1", "b": "2"}, Dropped("not_csv"), {"a": "4", "b": "5"}]
+    before = csv.field_size_limit(1000)  # other libraries may have raised it by far
+    try:
+        path.write_bytes(b"a,b\n1,2\n" + b"x" * 1001 + b",3\n4,5\n")
+        assert rows_of(path) == [{"a": "1", "b": "2"}, Dropped("not_csv"), {"a": "4", "b": "5"}]
+    finally:
+        csv.field_size_limit(before)
 
 
 @pytest.mark.parametrize(
