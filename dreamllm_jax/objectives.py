@@ -312,15 +312,12 @@ def denoising_loss(
         return jnp.sum(jnp.where(filled, error, 0.0))
 
     names = [name for name in ("vae", "unet") if name in params]
-    towers, axes = (
-        cast_early({name: params[name] for name in names}, model.config.dtype),
-        axes_of(model.config, names),
-    )
+    towers = cast_early({name: params[name] for name in names}, model.config.dtype)
     condition = condition.reshape(*filled.shape, *condition.shape[1:])
     items = jax.tree.map(_by_device, (condition, pictures, draws, filled))
     number = chunks.count(items[-1].shape[1], config.image_chunk)
     over = split_over("images", filled.size)
-    return chunks.chunked_sum(total, towers, items, items[-1], number, axes=axes, over=over)
+    return chunks.chunked_sum(total, towers, items, items[-1], number, axes=axes_of(model.config, names), over=over)
 
 
 def _flat(tree):

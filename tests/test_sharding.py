@@ -56,6 +56,7 @@ def test_partition_specs():
     assert partition_spec(("rows", "tokens", "mlp"), (8, 6, 8), rules, MESH) == P(("data", "fsdp"), None, "tensor")
     assert partition_spec(("rows",), (2,), rules, MESH) == P("data"), "an axis that does not divide is left out"
     assert partition_spec(("mlp", None), (4, 3), rules, MESH) == P(("tensor", "data"), None)
+    assert partition_spec(("rows", "embed"), (8, 4), rules, MESH, first=1) == P("data", "fsdp")
     with pytest.raises(ValueError, match="no sharding rule for the logical axis 'embd'"):
         partition_spec(("embd",), (8,), rules, MESH)
     with pytest.raises(ValueError, match="2 logical axes"):

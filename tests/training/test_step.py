@@ -95,6 +95,14 @@ def test_a_step_on_any_mesh_equals_one_device(sharding, alone):
 
 
 @pytest.mark.slow
+def test_trained_towers_on_a_mesh_equal_one_device():
+    """Their gradients are added up by each device alone, and travel once: see `sharding.sum_of_copies`."""
+    everything = ParametersConfig(trainable=((".*", True),))
+    got = run(ShardingConfig(data=2, fsdp=2, tensor=2), parameters=everything)
+    assert_equal_runs(got, run(ONE, parameters=everything))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("microbatches", "sharding"), [(4, ONE), (2, ShardingConfig(fsdp=4, tensor=2))], ids=str)
 def test_microbatches_equal_one_batch(microbatches, sharding, alone):
     assert_equal_runs(run(sharding, microbatches), alone)
