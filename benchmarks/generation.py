@@ -17,13 +17,13 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dreamllm_jax import published
-from dreamllm_jax.batch import Batch, RowShape, empty_batch
-from dreamllm_jax.configuration import read
+from dreamllm_jax.common.configuration import read
+from dreamllm_jax.data.batch import Batch, RowShape, empty_batch
 from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.experiment import published
 from dreamllm_jax.generation.images import paint
 from dreamllm_jax.generation.text import read_prompts, write
-from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, abstract_params
+from dreamllm_jax.model import DreamLLM, DreamLLMConfig, abstract_params
 from dreamllm_jax.training.state import init_leaves
 
 PROMPT, NEW = 128, 64

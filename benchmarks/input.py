@@ -31,12 +31,12 @@ import numpy as np
 from absl import flags
 from PIL import Image as Picture
 
-from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import storage, tokenizer
+from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.document import Document, Image, Text
-from dreamllm_jax.data.mixture import CorpusConfig
-from dreamllm_jax.data.pipeline import DataConfig, Loader
+from dreamllm_jax.data.loader import Loader
 from dreamllm_jax.data.rows import Pixels
+from dreamllm_jax.data.settings import CorpusConfig, DataConfig
 from dreamllm_jax.data.tokens import encode_document
 
 STAGE_2 = RowShape(2048, 6, 6, 256, 64, 224, 512)

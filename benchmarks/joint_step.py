@@ -8,7 +8,8 @@ import time
 import jax
 
 from benchmarks.shapes import experiment, parser, random_batch, report
-from dreamllm_jax.sharding import make_mesh, rows_sharding, to_mesh, use
+from dreamllm_jax.parallel.feeding import rows_sharding, to_mesh
+from dreamllm_jax.parallel.mesh import make_mesh, use
 from dreamllm_jax.training.optimizer import make_optimizer
 from dreamllm_jax.training.state import abstract_state, init_leaves, state_from_leaves
 from dreamllm_jax.training.step import train_step_of

@@ -14,7 +14,7 @@ import transformers
 from benchmarks import torch_models
 from benchmarks.shapes import experiment, parser, random_batch, report
 from benchmarks.torch_models import DEVICE, wait
-from dreamllm_jax.models.clip import MEAN, STD
+from dreamllm_jax.towers.vision_encoders.clip import MEAN, STD
 
 
 class JointStep(torch.nn.Module):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from absl import flags
 
-from dreamllm_jax import runs
-from dreamllm_jax.compilation import keep_programs
+from dreamllm_jax.parallel.compilation import keep_programs
+from dreamllm_jax.runs.start import start_run
 from dreamllm_jax.training.loop import train
 from dreamllm_jax.training.metrics import read_metrics
 
@@ -25,7 +25,7 @@ EVERY = 10
 
 def seconds_per_step(config: dict, steps: int, every: int, workdir: Path) -> float:
     config = config | {"steps": steps, "log_every": WARM, "checkpoint": {"every": every, "keep": 1}}
-    run = runs.start(config, workdir)
+    run = start_run(config, workdir)
     train(run.experiment, run.tokenizer, run.workdir)
     return statistics.mean(line["seconds_per_step"] for line in read_metrics(workdir)[WARM : steps - steps % WARM])
 

@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 
-from dreamllm_jax import published
-from dreamllm_jax.batch import Batch, empty_batch
-from dreamllm_jax.chips import CHIPS
-from dreamllm_jax.experiment import Experiment, read_experiment
-from dreamllm_jax.flops import model_flops
+from dreamllm_jax.data.batch import Batch, empty_batch
+from dreamllm_jax.experiment import published
+from dreamllm_jax.experiment.experiment import Experiment, read_experiment
+from dreamllm_jax.experiment.flops import model_flops
+from dreamllm_jax.parallel.chips import CHIPS
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -6,8 +6,8 @@ import diffusers
 import torch
 import transformers
 
-from dreamllm_jax.models.llama import LlamaConfig
-from dreamllm_jax.models.unet import UNetConfig
+from dreamllm_jax.towers.image_decoders.unet import UNetConfig
+from dreamllm_jax.towers.language_models.llama import LlamaConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

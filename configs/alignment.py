@@ -8,8 +8,8 @@ The argument is the model to begin with, as `convert import` writes it. The pict
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import published
-from dreamllm_jax.training import saved
+from dreamllm_jax.checkpoints import saved
+from dreamllm_jax.experiment import published
 
 
 def get_config(arg: str = "") -> ConfigDict:

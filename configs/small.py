@@ -17,7 +17,7 @@ condition.
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import published
+from dreamllm_jax.experiment import published
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -17,7 +17,7 @@ found the words' place, then slowly; `dm_loss` is not computed.
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import published
+from dreamllm_jax.experiment import published
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -17,7 +17,7 @@ noisy; look at means over hundreds of steps, which fall by a few per cent, and a
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import published
+from dreamllm_jax.experiment import published
 
 
 def get_config(arg: str = "") -> ConfigDict:

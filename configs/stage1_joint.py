@@ -21,7 +21,7 @@ cent over thousands of them.
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import published
+from dreamllm_jax.experiment import published
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -19,7 +19,7 @@ keeps growing means that the learning rate is too high for the model at hand.
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import published
+from dreamllm_jax.experiment import published
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -16,7 +16,7 @@ stage II's ended; it should fall for the whole run. The denoising loss hardly mo
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import published
+from dreamllm_jax.experiment import published
 
 
 def get_config(arg: str = "") -> ConfigDict:

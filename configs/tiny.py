@@ -11,7 +11,7 @@ parameter-free autoencoder in pixel space stands in for Stable Diffusion's.
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 PICTURE = 32  # pixels on a side
 

@@ -16,7 +16,7 @@ _WHERE = {
     "generate_images": "generation.images",
     "generate_texts": "generation.texts",
     "load_document": "generation.documents",
-    "load_model": "runs",
+    "load_model": "runs.load",
     "save_document": "generation.documents",
 }
 __all__ = ["__version__", *_WHERE]

@@ -12,8 +12,8 @@ from absl import logging as absl_logging
 from absl.flags import argparse_flags
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
-from dreamllm_jax.directories import expanded
+from dreamllm_jax.common.directories import expanded
+from dreamllm_jax.experiment import recipes
 
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error was raised, not only what it says.")
 

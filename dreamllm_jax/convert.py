@@ -15,17 +15,17 @@ from pathlib import Path
 from absl.flags import argparse_flags
 
 from dreamllm_jax import command_line
-from dreamllm_jax.conversion import DTYPES, PARTS, export_model, import_model
+from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.assemble import assemble
 from dreamllm_jax.interop.clip import open_clip
+from dreamllm_jax.interop.conversion import DTYPES, PARTS, export_model, import_model
 from dreamllm_jax.interop.diffusion import open_diffusion
 from dreamllm_jax.interop.dreamllm import open_dreamllm
 from dreamllm_jax.interop.llama import open_llama
 from dreamllm_jax.interop.source import Source
-from dreamllm_jax.models.projectors import ProjectorConfig
-from dreamllm_jax.training import saved
+from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -17,7 +17,7 @@ import jax
 from absl.flags import argparse_flags
 from etils import epath
 
-from dreamllm_jax import command_line, distributed, runs
+from dreamllm_jax import command_line
 from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
 from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora.records import under
@@ -29,7 +29,9 @@ from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.evaluation import annotations, comprehension, creation, features, fid, recall, scores, table
 from dreamllm_jax.generation.documents import generate_documents, save_document
 from dreamllm_jax.generation.images import require_size
-from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
+from dreamllm_jax.parallel import distributed
+from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
+from dreamllm_jax.runs.load import load_model, load_run, require_run
 
 PAPER, NONE = "paper", "none"
 _BY = ("reference", "inception", "clip")  # what painted pictures are measured by
@@ -37,11 +39,11 @@ _BY = ("reference", "inception", "clip")  # what painted pictures are measured b
 
 def recall_pairs(arguments: argparse.Namespace) -> None:
     """Asks a run for its own pairs, and lets it tell a story."""
-    runs.require_run(arguments.workdir)
+    require_run(arguments.workdir)
     checkpoint = scores.checkpoint_of(
         arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
     )
-    trained = runs.load(arguments.workdir, checkpoint.step)
+    trained = load_run(arguments.workdir, checkpoint.step)
     target = epath.Path(arguments.workdir) / scores.FOLDER
     pairs = [pair for _, pair in Corpus(trained.experiment.data.path, "pairs").first(arguments.pairs)]
     sampling = {"steps": arguments.sampling_steps, "guidance": arguments.guidance}
@@ -79,7 +81,7 @@ def language(arguments: argparse.Namespace) -> None:
         given |= tasks.PAPER if name == PAPER else {name: arguments.shots}
     manager = tasks.find_tasks(given, arguments.include)
     checkpoint, mesh, devices = _start(arguments)
-    model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
+    model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
     subject = tasks.LanguageModel(model, params, tokenizer, arguments.batch)
     with use(mesh, devices):
         found = tasks.evaluate(subject, checkpoint, given, manager, arguments.limit)
@@ -101,7 +103,7 @@ def comprehend(arguments: argparse.Namespace) -> None:
     annotations.require_answers(questions, files)
     checkpoint, mesh, devices = _start(arguments)
     target = _target(arguments)
-    model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
+    model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
     asking = {
         "beams": arguments.beams or task.beams,
         "max_tokens": arguments.max_tokens or comprehension.most_tokens(model),
@@ -137,7 +139,7 @@ def create(arguments: argparse.Namespace) -> None:
     inception = features.inception(arguments.inception) if reference else None
     similarity = features.clip_similarity(arguments.clip) if arguments.clip else None
     checkpoint, mesh, devices = _start(arguments)
-    model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
+    model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
     painting = creation.Painting(
         require_size(model, arguments.size)[0],
         SamplerConfig(arguments.sampler, arguments.steps),

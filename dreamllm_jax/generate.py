@@ -20,23 +20,24 @@ from absl.flags import argparse_flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dreamllm_jax import command_line, runs
+from dreamllm_jax import command_line
 from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
+from dreamllm_jax.common.directories import read_text
 from dreamllm_jax.data import images, lines
 from dreamllm_jax.data.corpora import media
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
-from dreamllm_jax.directories import read_text
 from dreamllm_jax.generation.documents import generate_documents, load_document, png, save_document
 from dreamllm_jax.generation.images import generate_images, require_size
 from dreamllm_jax.generation.prompts import Painted
 from dreamllm_jax.generation.results import INDEX, Results
 from dreamllm_jax.generation.text import Sampling
 from dreamllm_jax.generation.texts import generate_texts
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.sharding import ShardingConfig, make_mesh, use
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
+from dreamllm_jax.runs.load import load_model
 
 HERE = "<image>"
 Loaded = tuple[DreamLLM, dict, Tokenizer]
@@ -52,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.command != "image":
         _sampling(arguments, [0])  # which settings it refuses is told at once
     mesh, devices = _mesh(arguments)
-    loaded = runs.load_model(arguments.checkpoint, mesh, devices)
+    loaded = load_model(arguments.checkpoint, mesh, devices)
     apart = ("main", "make", "continue", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
     with (
@@ -105,7 +106,7 @@ def serve(arguments: argparse.Namespace) -> None:
         raise ImportError(f"the chat page needs {error.name}: pip install 'dreamllm_jax[serve]'") from None
     with server.listen(arguments.host, arguments.port) as listening:
         mesh, devices = _mesh(arguments)
-        model, params, tokenizer = runs.load_model(arguments.checkpoint, mesh, devices)
+        model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
         painting = {"size": require_size(model, arguments.size), "sampler": arguments.sampler}
         within = functools.partial(use, mesh, devices)
         reply = server.make_reply(model, params, tokenizer, template=arguments.template, within=within, **painting)

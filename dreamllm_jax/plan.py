@@ -24,13 +24,14 @@ for _name, _value in _QUIET.items():
 from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from dreamllm_jax import command_line, runs  # noqa: E402
-from dreamllm_jax.chips import Topology, find_topology  # noqa: E402
-from dreamllm_jax.configuration import ConfigError  # noqa: E402
-from dreamllm_jax.experiment import Experiment, read_experiment  # noqa: E402
+from dreamllm_jax import command_line  # noqa: E402
+from dreamllm_jax.common.configuration import ConfigError  # noqa: E402
+from dreamllm_jax.experiment.experiment import Experiment, read_experiment  # noqa: E402
+from dreamllm_jax.parallel.chips import Topology, find_topology  # noqa: E402
 from dreamllm_jax.planning.estimate import as_json, describe, remedy  # noqa: E402
 from dreamllm_jax.planning.search import fit  # noqa: E402
 from dreamllm_jax.planning.step import compile_step  # noqa: E402
+from dreamllm_jax.runs.start import with_initial  # noqa: E402
 
 command_line.define_config()
 flags.adopt_module_key_flags(command_line)  # --help tells of --config too
@@ -59,7 +60,7 @@ def main(config: ConfigDict | None) -> None:
 def _experiment(config: dict, topology: Topology) -> Experiment:
     """Neither weights nor data are opened, unless only the weights know the model's shape."""
     if "llama" not in config.get("model", {}):
-        config, _ = runs.with_initial(config, None)
+        config, _ = with_initial(config, None)
     if _ROWS.value:
         config = {**config, "rows": {**config.get("rows", {}), "per_step": _ROWS.value * topology.chips}}
     return read_experiment(config)

@@ -15,9 +15,9 @@ from absl.flags import argparse_flags
 from etils import epath
 
 from dreamllm_jax import command_line
-from dreamllm_jax.comparison import write_comparison
-from dreamllm_jax.directories import absolute
-from dreamllm_jax.pages import curves, embedded, page
+from dreamllm_jax.common.directories import absolute
+from dreamllm_jax.runs.comparison import write_comparison
+from dreamllm_jax.runs.pages import curves, embedded, page
 from dreamllm_jax.training.metrics import read_metrics
 
 

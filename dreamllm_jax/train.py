@@ -12,8 +12,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from dreamllm_jax import check, command_line, compilation, distributed, runs
-from dreamllm_jax.exits import PREEMPTED, Preempted
+from dreamllm_jax import command_line
+from dreamllm_jax.common.exits import PREEMPTED, Preempted
+from dreamllm_jax.parallel import compilation, distributed
+from dreamllm_jax.runs import check
+from dreamllm_jax.runs.start import start_run
 from dreamllm_jax.training.claim import Claim
 from dreamllm_jax.training.loop import train
 
@@ -36,10 +39,10 @@ def main(config: ConfigDict | None) -> None:
         return
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _TIMEOUT.value)
     with Claim(_WORKDIR.value):
-        run = runs.start(config.to_dict(), _WORKDIR.value)
+        run = start_run(config.to_dict(), _WORKDIR.value)
         compilation.keep_programs(run.workdir)
         try:
-            train(run.experiment, run.tokenizer, run.workdir, run.record)
+            train(run.experiment, run.tokenizer, run.workdir, run.initial, run.record)
         except Preempted as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(PREEMPTED)

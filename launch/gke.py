@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout that is not installed
 
-from dreamllm_jax.chips import find_topology
-from dreamllm_jax.exits import HUNG, PREEMPTED
+from dreamllm_jax.common.exits import HUNG, PREEMPTED
+from dreamllm_jax.parallel.chips import find_topology
 from launch.shell import Failed, Shell, add_required, check_workdir, parse, read_environment
 
 # What GKE calls the chips: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus

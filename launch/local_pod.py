@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout that is not installed
 
-from dreamllm_jax.exits import HUNG, PREEMPTED
+from dreamllm_jax.common.exits import HUNG, PREEMPTED
 from launch.shell import Children, parse
 
 BETTER = (0, PREEMPTED, HUNG)  # statuses, each better than the next and than all others

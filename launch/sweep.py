@@ -25,12 +25,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dreamllm_jax import recipes  # noqa: E402
-from dreamllm_jax.configuration import ConfigError  # noqa: E402
-from dreamllm_jax.directories import is_remote  # noqa: E402
-from dreamllm_jax.exits import HUNG, PREEMPTED  # noqa: E402
-from dreamllm_jax.experiment import read_experiment  # noqa: E402
-from dreamllm_jax.training import saved  # noqa: E402
+from dreamllm_jax.checkpoints import saved  # noqa: E402
+from dreamllm_jax.common.configuration import ConfigError  # noqa: E402
+from dreamllm_jax.common.directories import is_remote  # noqa: E402
+from dreamllm_jax.common.exits import HUNG, PREEMPTED  # noqa: E402
+from dreamllm_jax.experiment import recipes  # noqa: E402
+from dreamllm_jax.experiment.experiment import read_experiment  # noqa: E402
 from launch.shell import Children  # noqa: E402
 
 RESTARTS = 100  # of one run, before it is given up

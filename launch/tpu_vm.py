@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # from a checkout that is not installed
 
-from dreamllm_jax.chips import Topology, find_topology
-from dreamllm_jax.exits import PREEMPTED
+from dreamllm_jax.common.exits import PREEMPTED
+from dreamllm_jax.parallel.chips import Topology, find_topology
 from launch.shell import ROOT, Failed, Shell, add_required, check_workdir, parse
 
 GIT = ("git", "-C", str(ROOT))

@@ -16,10 +16,13 @@ from typing import NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from dreamllm_jax import distributed, exits, runs
-from dreamllm_jax.compilation import keep_programs
-from dreamllm_jax.data import pipeline
-from dreamllm_jax.training import checkpoints, loop
+from dreamllm_jax.checkpoints import steps as checkpoints
+from dreamllm_jax.common import exits
+from dreamllm_jax.data import loader
+from dreamllm_jax.parallel import distributed
+from dreamllm_jax.parallel.compilation import keep_programs
+from dreamllm_jax.runs.start import start_run
+from dreamllm_jax.training import loop
 from dreamllm_jax.training.claim import Claim
 from launch.local_pod import free_port
 
@@ -129,7 +132,7 @@ def train(
 
         return wrapped
 
-    read, batches = pipeline.Loader.__next__, itertools.count(1)
+    read, batches = loader.Loader.__next__, itertools.count(1)
 
     def next_batch(loader):
         if next(batches) == fails_at:
@@ -148,7 +151,7 @@ def train(
 
     checkpoints._read = read_arrays
     ocp.CheckpointManager._finalize_checkpoint = name_checkpoint
-    pipeline.Loader.__next__ = during("data", next_batch)
+    loader.Loader.__next__ = during("data", next_batch)
     checkpoints.Checkpoints.save = during("save", checkpoints.Checkpoints.save)
     checkpoints.Checkpoints.restore = during("restore", checkpoints.Checkpoints.restore)
     make_mesh = loop.make_mesh
@@ -166,9 +169,9 @@ def train(
         if host:
             distributed.start(f"localhost:{host.port}", host.count, host.index, 120)
         with Claim(workdir):
-            run = runs.start(config, workdir)
+            run = start_run(config, workdir)
             keep_programs(run.workdir)
-            loop.train(run.experiment, run.tokenizer, run.workdir, run.record)
+            loop.train(run.experiment, run.tokenizer, run.workdir, run.initial, run.record)
         time.sleep(lingers)
     except exits.Preempted as stopped:
         print(stopped, file=sys.stderr)

@@ -9,14 +9,15 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
-from dreamllm_jax.batch import empty_batch
-from dreamllm_jax.chips import find_topology
-from dreamllm_jax.models.dreamllm import DreamLLM, abstract_params
-from dreamllm_jax.models.lora import LoraConfig
-from dreamllm_jax.objectives import ObjectiveConfig, draw
+from dreamllm_jax.data.batch import empty_batch
+from dreamllm_jax.layers.lora import LoraConfig
+from dreamllm_jax.model import DreamLLM, abstract_params
+from dreamllm_jax.objectives.joint import ObjectiveConfig, draw
+from dreamllm_jax.parallel.chips import find_topology
+from dreamllm_jax.parallel.feeding import rows_sharding
+from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, param_shardings, use
 from dreamllm_jax.planning import hlo
 from dreamllm_jax.planning.program import COLLECTIVE
-from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings, rows_sharding, use
 from dreamllm_jax.training.step import loss_and_gradients
 from tests.tiny import DREAM_SIZE, MLP, row_shape, tiny_config
 

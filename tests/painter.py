@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from dreamllm_jax.data.tokenizer import train_tokenizer
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.model import DreamLLM
 from tests.tiny import tiny_config, tiny_params
 
 TOKENIZER = train_tokenizer(["a story of a red fox and a blue bird", "USER: ASSISTANT:"] * 20, 330)

@@ -26,7 +26,8 @@ pytest.importorskip("gcp_storage_emulator")
 ROOT = Path(__file__).parent.parent
 ENDED = """
 import sys
-from dreamllm_jax.training import metrics, saved
+from dreamllm_jax.training import metrics
+from dreamllm_jax.checkpoints import saved
 model = saved.find(sys.argv[1])
 parameters = model.read(model.leaves())
 print(model.step, len(parameters), *(int(line["step"]) for line in metrics.read_metrics(sys.argv[1])))
@@ -39,10 +40,10 @@ bucket.pipe(largest, b"0" * bucket.size(largest))
 """
 TYPED_WRONG = """
 import sys
-from dreamllm_jax import runs
+from dreamllm_jax.runs.start import start_run
 from tests.lives import micro
 try:
-    runs.start(micro(sys.argv[1]), sys.argv[2])
+    start_run(micro(sys.argv[1]), sys.argv[2])
 except ValueError as error:
     print(error)
 """

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from dreamllm_jax import convert, evaluate, generate, recipes, report
-from dreamllm_jax.check import describe
-from dreamllm_jax.configuration import flat
+from dreamllm_jax import convert, evaluate, generate, report
+from dreamllm_jax.common.configuration import flat
 from dreamllm_jax.data import __main__ as data_commands
-from dreamllm_jax.experiment import read_experiment
+from dreamllm_jax.experiment import recipes
+from dreamllm_jax.experiment.experiment import read_experiment
+from dreamllm_jax.runs.check import describe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from dreamllm_jax import generate
+from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.data import storage
 from dreamllm_jax.data.corpora import folder
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.evaluation import creation, features, fid
 from dreamllm_jax.generation.documents import DOCUMENT, load_document
-from dreamllm_jax.training import saved
 from tests.data.test_importing import jpeg
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"

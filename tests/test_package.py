@@ -44,7 +44,7 @@ def test_version_is_the_installed_one():
 
 def test_public_names_are_there_and_cost_nothing_before_they_are_used():
     """Programs of launch/ import parts of the package where there is no JAX."""
-    program = "import sys; sys.modules['jax'] = None; import dreamllm_jax, dreamllm_jax.chips, dreamllm_jax.exits"
+    program = "import sys; sys.modules['jax'] = None; import dreamllm_jax.parallel.chips, dreamllm_jax.common.exits"
     subprocess.run([sys.executable, "-c", program], check=True)
     for name in dreamllm_jax.__all__:
         assert getattr(dreamllm_jax, name).__doc__, name

@@ -9,14 +9,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from dreamllm_jax.batch import Batch, RowShape, empty_batch
+from dreamllm_jax.data.batch import Batch, RowShape, empty_batch
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
-from dreamllm_jax.models.clip import ClipVisionConfig
-from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
-from dreamllm_jax.models.llama import Llama, LlamaConfig
-from dreamllm_jax.models.projectors import ProjectorConfig
-from dreamllm_jax.models.unet import UNetConfig
-from dreamllm_jax.models.vae import AutoencoderConfig
+from dreamllm_jax.model import DreamLLMConfig, abstract_params
+from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
+from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.image_decoders.unet import UNetConfig
+from dreamllm_jax.towers.language_models.llama import Llama, LlamaConfig
+from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 from tests.parity import random_weights
 
 SEE_SIZE, DREAM_SIZE = 16, 16

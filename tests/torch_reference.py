@@ -13,8 +13,8 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from dreamllm_jax.interop.names import to_torch
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
-from dreamllm_jax.objectives import Draws, ObjectiveConfig
+from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.objectives.joint import Draws, ObjectiveConfig
 from tests.tiny import TinyDocument
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = recipes.grid(drop=(0.0, 0.05, 0.1, 0.2))
 

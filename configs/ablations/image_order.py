@@ -3,7 +3,7 @@ been seen. The denoising loss of the latter is lower, for the answer is given; w
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = recipes.grid(order=("dream_see", "see_dream"))
 

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import published, recipes
+from dreamllm_jax.experiment import published, recipes
 
 SWEEP = recipes.grid(rank=(4, 16, 64, 0))
 

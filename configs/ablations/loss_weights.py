@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = recipes.grid(dm=(0.1, 1.0, 5.0, 10.0, 50.0))
 

@@ -6,7 +6,7 @@ prediction the original program's formula differs from the paper's: `velocity=or
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = recipes.grid(gamma=(0.0, 1.0, 5.0, 20.0))
 

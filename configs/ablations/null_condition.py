@@ -3,7 +3,7 @@ what the original's training code computes (`ObjectiveConfig.null_condition`). N
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = recipes.grid(null=("queries", "original"))
 

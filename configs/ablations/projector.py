@@ -6,7 +6,7 @@ that has a linear one: import with `--visual-projector=mlp:2` or `--condition-pr
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = [
     {"kind": "linear", "depth": 1},

@@ -9,7 +9,7 @@ for what the text says.
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = recipes.grid(queries=(1, 4, 16, 32, 64, 128, 256))
 

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = recipes.grid(share=(0.0, 0.1, 0.25, 0.5))
 

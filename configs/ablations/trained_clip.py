@@ -3,7 +3,7 @@ learning rate that decays by 0.9 from the last to the first, the rest of it with
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = recipes.grid(trained=(False, True))
 

@@ -3,7 +3,7 @@ bytes a parameter more), and can no longer be shared with other models."""
 
 from ml_collections import ConfigDict
 
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 
 SWEEP = recipes.grid(trained=(False, True))
 

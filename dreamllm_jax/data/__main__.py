@@ -15,10 +15,10 @@ import jax
 from absl.flags import argparse_flags
 from etils import epath
 
-from dreamllm_jax import command_line, distributed
-from dreamllm_jax.batch import RowShape
+from dreamllm_jax import command_line
 from dreamllm_jax.command_line import finite, not_negative, positive, share
 from dreamllm_jax.data import sheet, storage, stored
+from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.corpora.conversations import Llava
 from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
 from dreamllm_jax.data.corpora.openmoji import OpenMoji
@@ -30,6 +30,7 @@ from dreamllm_jax.data.importing import Options, import_corpus
 from dreamllm_jax.data.preparation import prepare
 from dreamllm_jax.data.tokenizer import FOLDER
 from dreamllm_jax.data.tokens import MODES
+from dreamllm_jax.parallel import distributed
 
 FORMATS: dict[str, type[Format]] = {
     "webdataset": WebDataset,
@@ -173,12 +174,12 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _precompute(arguments: argparse.Namespace) -> None:
-    from dreamllm_jax import runs
-    from dreamllm_jax.precompute import precompute
+    from dreamllm_jax.runs.load import load_model
+    from dreamllm_jax.runs.precompute import precompute
 
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.timeout)
     corpora = arguments.corpora or sorted(storage.read_summary(arguments.directory)["corpora"])
-    model, params, _ = runs.load_model(arguments.checkpoint)
+    model, params, _ = load_model(arguments.checkpoint)
     for corpus in corpora:
         for name in arguments.names:
             computed = precompute(

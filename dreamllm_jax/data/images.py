@@ -10,7 +10,7 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer
+from dreamllm_jax.common.directories import NO_POINTER, is_lfs_pointer
 
 # TGA is last, for its files do not begin with a sign of their own.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "DIB", "TGA")

@@ -23,11 +23,11 @@ import pyarrow as pa
 from etils import epath
 from tqdm import tqdm
 
+from dreamllm_jax.common.directories import is_remote, local_folder, write_whole
 from dreamllm_jax.data import images, storage
 from dreamllm_jax.data.corpora.records import NOT_FETCHED, Dropped, Format, Part, Record, setting
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.tokenizer import load_tokenizer
-from dreamllm_jax.directories import is_remote, local_folder, write_whole
 
 _SETTINGS = "settings.json"
 _COUNTED = ("documents", "images", "tokens", "records", "bad")

@@ -5,7 +5,6 @@ k mod V. Record k is a function of (seed, V, k) alone, found without walking thr
 the streams of its own rows and nothing else, and any number of hosts reads the same.
 """
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Mapping
@@ -15,47 +14,11 @@ import grain
 import numpy as np
 
 from dreamllm_jax.data.document import Document
+from dreamllm_jax.data.settings import CorpusConfig
 from dreamllm_jax.data.storage import Corpus
-from dreamllm_jax.data.tokens import MODES, TEMPLATES, Mode
 
 SHORT = 4096  # up to so many documents, an epoch's order is one array; above, each place in it is computed alone
 _ORDER, _RECORD, _PHASE = range(3)  # what a random generator is for
-
-
-@dataclasses.dataclass(frozen=True)
-class CorpusConfig:
-    """How a corpus is used.
-
-    Attributes:
-      mode: joint, comprehension or creation.
-      weight: its share of the documents, relative to the others'.
-      epochs: instead of a weight, how often each of its documents is taken relative to the others': 2 for all but 1
-        here means that this corpus is seen twice while each of the others is seen once.
-      limit: use so many of its documents, the first ones; 0 for all.
-      template: how conversations are written, vicuna_v1 or llama_2.
-      learn_dream_start: in conversations, learn the decision to paint too.
-      see_first: where an image is both painted and read, read it first, so that it is painted from itself.
-    """
-
-    mode: Mode = "joint"
-    weight: float = 1.0
-    epochs: float = 0.0
-    limit: int = 0
-    template: str = "vicuna_v1"
-    learn_dream_start: bool = False
-    see_first: bool = False
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"unknown mode {self.mode!r}; known are {', '.join(MODES)}")
-        if self.template not in TEMPLATES:
-            raise ValueError(f"unknown template {self.template!r}; known are {', '.join(TEMPLATES)}")
-        if not self.weight > 0:
-            raise ValueError(f"the weight of a corpus must be positive, got {self.weight}")
-        if self.epochs < 0 or self.limit < 0:
-            raise ValueError(f"epochs and limit of a corpus must not be negative, got {self.epochs} and {self.limit}")
-        if self.epochs and self.weight != 1:
-            raise ValueError(f"a corpus has a weight ({self.weight}) or epochs ({self.epochs}), not both")
 
 
 class Place(NamedTuple):

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from dreamllm_jax.batch import RowShape
+from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.tokens import Encoded
 
 MISSES = 1000  # records in a row that may be left out

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dreamllm_jax.common.directories import is_remote
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.corpora import compose, folder, openmoji, photographs
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM
-from dreamllm_jax.directories import is_remote
 
 SOURCES = {"openmoji": openmoji, "photographs": photographs}
 DEFAULT_PAIRS = 24

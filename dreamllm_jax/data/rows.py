@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.batch import Batch, RowShape
 from dreamllm_jax.data import images
+from dreamllm_jax.data.batch import Batch, RowShape
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.packing import Item
 

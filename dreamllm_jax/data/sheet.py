@@ -5,8 +5,8 @@ import html
 import os
 from pathlib import Path
 
-from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import images, storage
+from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import Encoded, Mode, encode_document

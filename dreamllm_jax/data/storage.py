@@ -18,11 +18,11 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from dreamllm_jax.common.directories import building, make_folder, read_json, write_whole
 from dreamllm_jax.data.document import Document, from_record, to_record, with_stored
 from dreamllm_jax.data.stored import Stored
 from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.directories import building, make_folder, read_json, write_whole
 
 VERSION = "1.0.0"
 SUMMARY = "dataset.json"

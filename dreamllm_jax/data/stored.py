@@ -19,7 +19,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from dreamllm_jax.directories import local_folder, read_json, write_whole
+from dreamllm_jax.common.directories import local_folder, read_json, write_whole
 
 NAMES = ("moments", "features")
 DTYPES = ("bfloat16", "float32")

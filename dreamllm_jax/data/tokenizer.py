@@ -1,7 +1,7 @@
 """The tokenizer: SentencePiece's results from the `tokenizers` library, and the special tokens of documents.
 
 A SentencePiece BPE model is converted once (`from_sentencepiece`) and equals SentencePiece on every text; the tokens of
-`dreamllm_jax.vocabulary` are appended. Text is always encoded literally: `"<image>"` inside a user's text is seven
+`dreamllm_jax.data.vocabulary` are appended. Text is always encoded literally: `"<image>"` inside a user's text is seven
 characters, never a special token.
 """
 
@@ -21,10 +21,10 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
-from dreamllm_jax import gguf_reader
+from dreamllm_jax.common import gguf_reader
+from dreamllm_jax.common.directories import NO_POINTER, is_lfs_pointer, write_whole
 from dreamllm_jax.data.told import LLAMA_NAMES, Told, read_json
-from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer, write_whole
-from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
+from dreamllm_jax.data.vocabulary import ADDED_TOKENS, SpecialTokens
 
 _logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from dreamllm_jax.batch import RowShape
+from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from etils import epath
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from dreamllm_jax.vocabulary import ADDED_TOKENS
+from dreamllm_jax.data.vocabulary import ADDED_TOKENS
 
 LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 _LISTS = ("additional_special_tokens", "extra_special_tokens")  # of special tokens without a role

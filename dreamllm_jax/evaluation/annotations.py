@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamllm_jax.common.directories import read_text
 from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora.records import spellings
-from dreamllm_jax.directories import read_text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dreamllm_jax.evaluation import anls, annotations, pope, scores, vqa_accurac
 from dreamllm_jax.evaluation.annotations import Question
 from dreamllm_jax.evaluation.hosts import compute
 from dreamllm_jax.generation.texts import generate_texts
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.model import DreamLLM
 
 TEMPLATE = "vicuna_v1"
 BEAMS, MAX_TOKENS = 5, 1024  # the original's

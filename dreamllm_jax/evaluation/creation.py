@@ -18,18 +18,18 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from dreamllm_jax.configuration import changes
+from dreamllm_jax.common.configuration import changes
+from dreamllm_jax.common.directories import read_text, remove_unfinished, write_whole
 from dreamllm_jax.data import images, lines
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.directories import read_text, remove_unfinished, write_whole
-from dreamllm_jax.distributed import gather
 from dreamllm_jax.evaluation import fid, scores
 from dreamllm_jax.evaluation.features import Features, Similarity, of_files
 from dreamllm_jax.generation.documents import png
 from dreamllm_jax.generation.images import generate_images
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.parallel.distributed import gather
 
 SETTINGS, CAPTIONS = "settings.json", "captions.json"
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 from tqdm import tqdm
 
-from dreamllm_jax.distributed import gather
+from dreamllm_jax.parallel.distributed import gather
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from dreamllm_jax.evaluation.hosts import compute
 from dreamllm_jax.generation.prompts import bucket
 from dreamllm_jax.generation.text import Sampling
 from dreamllm_jax.generation.texts import generate_texts
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.model import DreamLLM
 
 # The paper's tasks under lm-eval's names, and the shots it gives (section A.1).
 PAPER = {"boolq": 0, "piqa": 0, "social_iqa": 0, "hellaswag": 0, "winogrande": 0, "mmlu": 5}

@@ -14,7 +14,7 @@ from dreamllm_jax.evaluation import scores
 from dreamllm_jax.generation.documents import png
 from dreamllm_jax.generation.images import generate_images
 from dreamllm_jax.generation.texts import generate_texts
-from dreamllm_jax.runs import Trained
+from dreamllm_jax.runs.load import Trained
 
 MAX_TOKENS = 32  # of the text written for a picture
 

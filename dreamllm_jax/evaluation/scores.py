@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from dreamllm_jax.directories import write_whole
-from dreamllm_jax.training.saved import AVERAGE, find
+from dreamllm_jax.checkpoints.saved import AVERAGE, find
+from dreamllm_jax.common.directories import write_whole
 
 FOLDER = "evaluation"
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from dreamllm_jax.directories import read_json
+from dreamllm_jax.common.directories import read_json
 from dreamllm_jax.evaluation.scores import FOLDER, Checkpoint, Score
 
 # DreamLLM-7B (not the one tuned with LLaVA-1.5's data) in arXiv 2309.11499, in the units of our metrics. Only what two

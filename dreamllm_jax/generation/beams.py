@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dreamllm_jax.generation.text import Reading, read_tokens
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.models.llama import KVCache
-from dreamllm_jax.sharding import whole
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.parallel.collectives import replicate
+from dreamllm_jax.towers.language_models.llama import KVCache
 
 _NEVER = -1e9
 
@@ -81,7 +81,7 @@ def search(
     tokens = tokens[:, 0]
     ends = jnp.isin(tokens, stops)
     count = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1) + 1, max_tokens)
-    return whole((tokens, count, scores[:, 0]))
+    return replicate((tokens, count, scores[:, 0]))
 
 
 def _rows(reading: Reading, index: Int[Array, " R"]) -> Reading:

@@ -13,15 +13,15 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
+from dreamllm_jax.common.directories import read_json
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.directories import read_json
 from dreamllm_jax.generation.images import DEFAULT, paint, require_size
 from dreamllm_jax.generation.prompts import Painted, Written, bucket
 from dreamllm_jax.generation.text import STRETCH, Reading, Sampling, begin, read_image, read_queries, write
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.model import DreamLLM
 
 
 @dataclasses.dataclass(frozen=True)

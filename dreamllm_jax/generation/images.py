@@ -14,8 +14,8 @@ from dreamllm_jax.data.document import Segment
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig, guided, sample
 from dreamllm_jax.generation.text import begin, read_queries
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.sharding import whole
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.parallel.collectives import replicate
 
 DEFAULT = SamplerConfig()
 
@@ -36,7 +36,7 @@ def _paint(model, params, hidden, null_hidden, seeds, guidance, rescale, size: t
     keys = jax.vmap(jax.random.key)(seeds)
     latents = sample(denoiser, keys, model.config.latent_shape(*size), model.config.schedule, sampler)
     pixels = apply(latents, method="paint").astype(jnp.float32)
-    return whole(jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8))
+    return replicate(jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8))
 
 
 @functools.partial(jax.jit, static_argnames="model")

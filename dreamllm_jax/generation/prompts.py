@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dreamllm_jax.batch import Batch, RowShape, empty_batch
+from dreamllm_jax.data.batch import Batch, RowShape, empty_batch
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.packing import Item
 from dreamllm_jax.data.rows import Pixels, fill_row
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import Encoded, encode_document
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
+from dreamllm_jax.model import DreamLLMConfig
 
 
 @dataclasses.dataclass(frozen=True)

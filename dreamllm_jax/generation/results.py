@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamllm_jax.common.directories import is_remote, require_free
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Segment, Text
-from dreamllm_jax.directories import is_remote, require_free
 
 RESULTS, INDEX = "results.jsonl", "index.html"
 _STYLE = """

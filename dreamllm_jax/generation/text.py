@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
-from dreamllm_jax.batch import Batch
+from dreamllm_jax.data.batch import Batch
 from dreamllm_jax.data.document import Segment
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.generation.prompts import bucket, encode_prompts, require_fits
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.models.llama import KVCache
-from dreamllm_jax.sharding import whole
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.parallel.collectives import replicate
+from dreamllm_jax.towers.language_models.llama import KVCache
 
 STRETCH = 32  # tokens that all rows write before anything else is looked at: one program for budgets of any size
 
@@ -204,7 +204,7 @@ def write(
     done = jnp.zeros(rows, bool) if active is None else ~active
     start = (0, tokens, jnp.zeros(rows, jnp.int32), done, reading)
     _, tokens, count, _, reading = jax.lax.while_loop(unfinished, body, start)
-    return *whole((tokens, count)), reading
+    return *replicate((tokens, count)), reading
 
 
 def read_tokens(

@@ -10,7 +10,7 @@ from dreamllm_jax.data.document import Segment
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.generation.beams import search
 from dreamllm_jax.generation.text import STRETCH, Sampling, begin, write
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.model import DreamLLM
 
 
 def generate_texts(

@@ -7,14 +7,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from dreamllm_jax.data.vocabulary import SpecialTokens
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.llama import grow
 from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.interop.source import Part, Source, join
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
-from dreamllm_jax.models.projectors import DreamQueries, Projector, ProjectorConfig
-from dreamllm_jax.vocabulary import SpecialTokens
+from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers.connectors.projector import DreamQueries, Projector, ProjectorConfig
 
 
 def assemble(

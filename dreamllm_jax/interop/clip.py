@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.interop import files, recognise
+from dreamllm_jax.common import recognise
+from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
-from dreamllm_jax.models.clip import NOT_IN_HF, ClipVisionConfig, clip_config_from_hf
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
+from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers.vision_encoders.clip import NOT_IN_HF, ClipVisionConfig, clip_config_from_hf
 
 # What a CLIP checkpoint holds beside the vision tower.
 _OTHERS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from dreamllm_jax.common import recognise
 from dreamllm_jax.diffusion.schedule import ScheduleConfig, schedule_config_from_diffusers, schedule_config_to_diffusers
-from dreamllm_jax.interop import files, recognise
+from dreamllm_jax.interop import files
 from dreamllm_jax.interop.source import Part
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
-from dreamllm_jax.models.unet import UNetConfig, unet_config_from_diffusers
-from dreamllm_jax.models.vae import AutoencoderConfig, autoencoder_config_from_diffusers
+from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig, autoencoder_config_from_diffusers
+from dreamllm_jax.towers.image_decoders.unet import UNetConfig, unet_config_from_diffusers
 
 SCHEDULER = "scheduler/scheduler_config.json"
 _CONFIGS = "unet/config.json", "vae/config.json", SCHEDULER

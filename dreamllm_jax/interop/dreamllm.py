@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.interop import files, recognise
+from dreamllm_jax.common import recognise
+from dreamllm_jax.data.vocabulary import ADDED_TOKENS, SpecialTokens
+from dreamllm_jax.interop import files
 from dreamllm_jax.interop.clip import PREFIX, clip_part, open_clip, read_clip_config, write_clip
 from dreamllm_jax.interop.diffusion import (
     open_diffusion,
@@ -26,10 +28,9 @@ from dreamllm_jax.interop.diffusion import (
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.llama import hf_settings, hf_tensors, llama_part, write_hf
 from dreamllm_jax.interop.source import Source, join, split
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
-from dreamllm_jax.models.llama import llama_config_from_hf
-from dreamllm_jax.models.projectors import ProjectorConfig
-from dreamllm_jax.vocabulary import ADDED_TOKENS, SpecialTokens
+from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.language_models.llama import llama_config_from_hf
 
 _logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dreamllm_jax.interop import recognise
+from dreamllm_jax.common import recognise
 
 _logger = logging.getLogger(__name__)
 

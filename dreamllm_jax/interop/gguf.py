@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamllm_jax import gguf_reader
+from dreamllm_jax.common import gguf_reader
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
-from dreamllm_jax.models.llama import LlamaConfig
+from dreamllm_jax.towers.language_models.llama import LlamaConfig
 
 _MODULES = {
     "attn_norm": "input_layernorm",

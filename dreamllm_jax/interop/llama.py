@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.interop import files, recognise
+from dreamllm_jax.common import recognise
+from dreamllm_jax.data.vocabulary import SpecialTokens
+from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.source import Part
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
-from dreamllm_jax.models.llama import LlamaConfig, llama_config_from_hf
-from dreamllm_jax.vocabulary import SpecialTokens
+from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers.language_models.llama import LlamaConfig, llama_config_from_hf
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _BUFFER = "rotary_emb.inv_freq"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dreamllm_jax.interop import recognise
+from dreamllm_jax.common import recognise
 from dreamllm_jax.interop.files import Tensor, is_float, require_finite
 
 SCANNED = "layers"

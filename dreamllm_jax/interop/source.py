@@ -9,10 +9,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from dreamllm_jax.interop import recognise
+from dreamllm_jax.common import recognise
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.names import Leaf, arrange
-from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
+from dreamllm_jax.model import DreamLLMConfig, abstract_params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dreamllm_jax.common.recognise import looks
 from dreamllm_jax.interop.diffusion import SCHEDULER, STEM
 from dreamllm_jax.interop.dreamllm import HEAD, QUERIES, VISION, tower_directory
 from dreamllm_jax.interop.files import find_model, open_model, read_config, require_beside
-from dreamllm_jax.interop.recognise import looks
-from dreamllm_jax.models.dreamllm import DreamLLMConfig
-from dreamllm_jax.models.projectors import ProjectorConfig
+from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,7 +21,7 @@ import numpy as np
 from dreamllm_jax.interop import torch_modules
 from dreamllm_jax.interop.files import import_torch
 from dreamllm_jax.interop.sampling import compare_sampling
-from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig, take
+from dreamllm_jax.model import DreamLLM, DreamLLMConfig, take
 
 if TYPE_CHECKING:
     import torch

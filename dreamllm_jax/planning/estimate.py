@@ -12,9 +12,9 @@ So a step will hardly be faster, and where its collectives do not overlap it wil
 import dataclasses
 from typing import Any
 
-from dreamllm_jax.flops import PARTS, Flops, step_flops
+from dreamllm_jax.experiment.flops import PARTS, Flops, step_flops
+from dreamllm_jax.parallel.feeding import row_shards
 from dreamllm_jax.planning.step import CompiledStep
-from dreamllm_jax.sharding import row_shards
 from dreamllm_jax.training.parameters import parameter_lines
 
 KERNEL_UTILISATION = 0.5  # share of the peak that Pallas kernels are taken to reach

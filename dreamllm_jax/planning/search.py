@@ -3,10 +3,11 @@
 import dataclasses
 import logging
 
-from dreamllm_jax.chips import Topology
-from dreamllm_jax.experiment import Experiment
+from dreamllm_jax.experiment.experiment import Experiment
+from dreamllm_jax.parallel.chips import Topology
+from dreamllm_jax.parallel.feeding import row_shards
+from dreamllm_jax.parallel.mesh import make_mesh
 from dreamllm_jax.planning.step import CompiledStep, Effort, compile_step
-from dreamllm_jax.sharding import make_mesh, row_shards
 
 _logger = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dreamllm_jax.batch import Batch, empty_batch
-from dreamllm_jax.chips import Topology
-from dreamllm_jax.experiment import Experiment, require_mesh_fits
+from dreamllm_jax.data.batch import Batch, empty_batch
+from dreamllm_jax.experiment.experiment import Experiment, require_mesh_fits
+from dreamllm_jax.parallel.chips import Topology
+from dreamllm_jax.parallel.feeding import rows_sharding
+from dreamllm_jax.parallel.mesh import make_mesh, use
 from dreamllm_jax.planning.program import Program, read_program
-from dreamllm_jax.sharding import make_mesh, rows_sharding, use
 from dreamllm_jax.training.parameters import Parameters, count_parameters
 from dreamllm_jax.training.state import TrainState, abstract_state
 from dreamllm_jax.training.step import IN_FLIGHT, train_step_of

@@ -38,7 +38,7 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.generation.documents import Event, generate_documents
 from dreamllm_jax.generation.text import Sampling
-from dreamllm_jax.models.dreamllm import DreamLLM
+from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.serving.conversation import (
     MAX_BYTES,
     MAX_TOKENS,

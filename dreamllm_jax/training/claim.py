@@ -20,9 +20,9 @@ import jax
 import tensorstore
 from etils import epath
 
-from dreamllm_jax.configuration import read
-from dreamllm_jax.directories import absolute, is_remote
-from dreamllm_jax.distributed import gather
+from dreamllm_jax.common.configuration import read
+from dreamllm_jax.common.directories import absolute, is_remote
+from dreamllm_jax.parallel.distributed import gather
 from dreamllm_jax.training.watchdog import end_all
 
 _logger = logging.getLogger(__name__)

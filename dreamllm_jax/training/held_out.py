@@ -5,11 +5,11 @@ import contextlib
 import jax
 from jax.sharding import NamedSharding
 
-from dreamllm_jax.data.pipeline import Loader
+from dreamllm_jax.data.loader import Loader
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.experiment import Experiment
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.sharding import local_rows, to_mesh
+from dreamllm_jax.experiment.experiment import Experiment
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.parallel.feeding import local_rows, to_mesh
 from dreamllm_jax.training.metrics import MetricsLog
 from dreamllm_jax.training.samples import answer, find_questions
 from dreamllm_jax.training.state import TrainState, merge_params

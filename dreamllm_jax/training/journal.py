@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from dreamllm_jax.data.pipeline import Loader, joined_states
-from dreamllm_jax.distributed import gather
+from dreamllm_jax.data.loader import Loader, joined_states
+from dreamllm_jax.parallel.distributed import gather
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.step import IN_FLIGHT
 

@@ -8,30 +8,33 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from dreamllm_jax.chips import chip_of
-from dreamllm_jax.configuration import ConfigError
-from dreamllm_jax.data.pipeline import Loader
+from dreamllm_jax.checkpoints.steps import Checkpoints
+from dreamllm_jax.common.configuration import ConfigError
+from dreamllm_jax.common.exits import Preempted
+from dreamllm_jax.data.loader import Loader
 from dreamllm_jax.data.storage import read_summary
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.distributed import gather
-from dreamllm_jax.exits import Preempted
-from dreamllm_jax.experiment import Experiment, require_mesh_fits
-from dreamllm_jax.flops import model_flops
-from dreamllm_jax.precompute import require_frozen, require_same_towers
-from dreamllm_jax.sharding import local_rows, make_mesh, rows_sharding, to_mesh, use
-from dreamllm_jax.training.checkpoints import Checkpoints
+from dreamllm_jax.experiment.experiment import Experiment, require_mesh_fits
+from dreamllm_jax.experiment.flops import model_flops
+from dreamllm_jax.parallel.chips import chip_of
+from dreamllm_jax.parallel.distributed import gather
+from dreamllm_jax.parallel.feeding import local_rows, rows_sharding, to_mesh
+from dreamllm_jax.parallel.mesh import make_mesh, use
+from dreamllm_jax.runs.precompute import require_frozen, require_same_towers
 from dreamllm_jax.training.held_out import HeldOut
-from dreamllm_jax.training.initial import restore_initial
 from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN, count_and_bytes
 from dreamllm_jax.training.preemption import watch_for_preemption
 from dreamllm_jax.training.state import (
+    Leaves,
     TrainState,
     abstract_state,
+    from_items,
     init_leaves,
     state_from_leaves,
+    to_items,
 )
 from dreamllm_jax.training.step import train_step_of
 from dreamllm_jax.training.watchdog import Watchdog
@@ -40,13 +43,19 @@ _logger = logging.getLogger(__name__)
 
 
 def train(
-    experiment: Experiment, tokenizer: Tokenizer, workdir: epath.Path, begun: Callable[[], None] = lambda: None
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    workdir: epath.Path,
+    initial: Callable[[Leaves], Leaves] | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains, or continues a run that was interrupted, until `experiment.steps` are done.
 
     Args:
       experiment: the checked configuration, its data prepared and its special tokens those of `tokenizer`.
       workdir: receives checkpoints, `metrics.jsonl` and TensorBoard files.
+      initial: gives the parameters that a new run begins with, laid out as abstract ones ask, by path; those that it
+        does not give, or all if there is none, begin at random.
       begun: called when the state is there and fits the configuration.
 
     Raises:
@@ -80,9 +89,9 @@ def train(
         contextlib.closing(batches),
     ):
         if checkpoints.latest_step is None:
-            state = _begin(experiment, abstract, init_key)
+            state = _begin(experiment, abstract, initial, init_key)
         else:
-            state = checkpoints.restore(abstract, batches)
+            state = from_items(*checkpoints.restore(to_items(abstract), abstract.frozen, batches))
             _logger.info("continuing %s from step %d", workdir, int(state.step))
         _require_frozen(experiment, state)
         watchdog.alive()
@@ -128,7 +137,8 @@ def train(
                     due = due or 0 < experiment.checkpoint.minutes < minutes
                     averages = journal.write(step, due)
                     if due:
-                        checkpoints.save(step, state, batches, averages if experiment.checkpoint.keep_best else None)
+                        best = averages if experiment.checkpoint.keep_best else None
+                        checkpoints.save(step, to_items(state), state.frozen, batches, best)
                         saved = time.monotonic()
                 watchdog.alive()
                 if stopping:
@@ -143,12 +153,13 @@ def train(
     return state
 
 
-def _begin(experiment: Experiment, abstract: TrainState, key: jax.Array) -> TrainState:
-    """The state of a new run: parameters from `parameters.init_from`, and random ones for what is not there."""
-    wanted, leaves = {**abstract.trainable, **abstract.frozen}, {}
-    if experiment.parameters.init_from:
-        leaves = restore_initial(experiment.parameters.init_from, experiment.model, wanted)
-    elif abstract.frozen:
+def _begin(
+    experiment: Experiment, abstract: TrainState, initial: Callable[[Leaves], Leaves] | None, key: jax.Array
+) -> TrainState:
+    """The state of a new run."""
+    wanted = {**abstract.trainable, **abstract.frozen}
+    leaves = {} if initial is None else initial(wanted)
+    if initial is None and abstract.frozen:
         _logger.warning(RANDOM_AND_FROZEN)
     missing = {path: leaf for path, leaf in wanted.items() if path not in leaves}  # all, or adapters
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)

@@ -13,9 +13,9 @@ from typing import Any
 
 from etils import epath
 
-from dreamllm_jax.directories import is_remote, write_whole
+from dreamllm_jax.common.directories import is_remote, write_whole
+from dreamllm_jax.common.upload import Upload
 from dreamllm_jax.training.samples import Sample
-from dreamllm_jax.training.upload import Upload
 
 _logger = logging.getLogger(__name__)
 Scalars = Mapping[str, float]
@@ -220,7 +220,7 @@ class Progress:
 
     Args:
       steps: of the whole run.
-      flops_per_chip: model FLOPs of one step, divided among the chips (see `dreamllm_jax.flops`).
+      flops_per_chip: model FLOPs of one step, divided among the chips (see `dreamllm_jax.experiment.flops`).
       peak_flops: FLOP/s that a chip is capable of; None where that is not known: then there is no MFU.
     """
 

@@ -1,70 +1,13 @@
 """AdamW with warm-up and cosine decay, as DreamLLM trains (arXiv 2309.11499, appendix)."""
 
-import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
 
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW's settings.
-
-    Attributes:
-      learning_rate: its peak, reached after the warm-up.
-      warmup_ratio: share of the run's steps over which the learning rate rises linearly from 0.
-      end_value: learning rate at the last step, as a share of the peak.
-      clip_norm: gradients of a larger global norm are scaled down to it; 0 for no clipping.
-      skip_norm: a step whose gradient has a larger global norm is left out; 0 for none.
-      ema_decay: keep an average of the trained parameters that decays so a step, such as 0.9999; 0 for none.
-      learning_rates: (regular expression, factor) pairs; the learning rate of the parameters whose whole path an
-        expression matches is multiplied by the factor of the first that does.
-      layer_decays: (regular expression, decay) pairs, for stacks of layers such as `llama/layers/.*`: of N layers the
-        learning rate of layer i, from 1, is multiplied by decay^(N - i) as well.
-      mu_dtype, nu_dtype: storage types of the first and second moments; bfloat16 is rounded to at random (`rounding`).
-    """
-
-    learning_rate: float = 2e-5
-    warmup_ratio: float = 0.003
-    end_value: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    skip_norm: float = 0.0
-    ema_decay: float = 0.0
-    learning_rates: tuple[tuple[str, float], ...] = ()
-    layer_decays: tuple[tuple[str, float], ...] = ()
-    mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    nu_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self):
-        if self.learning_rate <= 0 or self.eps <= 0:
-            raise ValueError(f"learning_rate and eps must be positive, got {self.learning_rate} and {self.eps}")
-        for name in ("warmup_ratio", "end_value", "b1", "b2", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("b1", "b2", "ema_decay"):
-            if getattr(self, name) == 1:
-                raise ValueError(f"{name} must be below 1, or nothing is ever learnt or averaged")
-        for name in ("weight_decay", "clip_norm", "skip_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rates", "layer_decays"):
-            for pattern, factor in getattr(self, name):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
-                if factor <= 0:
-                    raise ValueError(
-                        f"{name}: {pattern!r} has {factor}, which must be positive; to freeze parameters, "
-                        "say so in parameters.trainable"
-                    )
+from dreamllm_jax.experiment.settings import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

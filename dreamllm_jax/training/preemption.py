@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from dreamllm_jax.exits import PREEMPTED
+from dreamllm_jax.common.exits import PREEMPTED
 
 
 class Preemption:

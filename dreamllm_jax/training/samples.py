@@ -8,37 +8,17 @@ import numpy as np
 
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Document, Image, Segment, Text
-from dreamllm_jax.data.mixture import CorpusConfig
+from dreamllm_jax.data.settings import CorpusConfig
 from dreamllm_jax.data.storage import Corpus, read_summary
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.experiment.settings import SamplesConfig
 from dreamllm_jax.generation.images import generate_images
 from dreamllm_jax.generation.prompts import encode_prompts, require_fits
 from dreamllm_jax.generation.texts import generate_texts
-from dreamllm_jax.models.dreamllm import DreamLLM, DreamLLMConfig
+from dreamllm_jax.model import DreamLLM, DreamLLMConfig
 
 _SEARCHED = 1000  # documents of a corpus that are looked at for some that can be asked
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplesConfig:
-    """What to let the model make at each look at held-out documents.
-
-    Attributes:
-      documents: of each corpus, the first ones with a picture and words, or with a question; 0 for none.
-      max_tokens: longest text to write.
-      steps, guidance: of painting.
-    """
-
-    documents: int = 0
-    max_tokens: int = 64
-    steps: int = 25
-    guidance: float = 3.5
-
-    def __post_init__(self):
-        for name, least in (("documents", 0), ("max_tokens", 1), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """The training state: what is trained, what is frozen, and how both lie on the mesh."""
 
-import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,37 +14,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from dreamllm_jax.models.dreamllm import DreamLLMConfig, abstract_params
-from dreamllm_jax.models.weights import draw
-from dreamllm_jax.sharding import ShardingConfig, param_shardings
-from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from dreamllm_jax.checkpoints.saved import AVERAGE, PARAMS
+from dreamllm_jax.checkpoints.steps import OPTIMIZER
+from dreamllm_jax.experiment.settings import OptimizerConfig, ParametersConfig
+from dreamllm_jax.layers.weights import draw
+from dreamllm_jax.model import DreamLLMConfig, abstract_params
+from dreamllm_jax.parallel.mesh import ShardingConfig, param_shardings
+from dreamllm_jax.training.optimizer import join_average, make_optimizer, split_average
 
 Leaves = dict[str, jax.Array]  # parameter path, such as "queries/dream_queries" -> array
-
-
-@dataclasses.dataclass(frozen=True)
-class ParametersConfig:
-    """Which parameters are trained, how they are stored, and where they come from.
-
-    Attributes:
-      trainable: (regular expression, trained?) pairs; a parameter follows the first that matches its whole path, such
-        as `llama/layers/mlp/up_proj/kernel`, and every parameter must match one.
-      dtype, frozen_dtype: storage types of trained and of frozen parameters.
-      init_from: the model to begin with, empty for random parameters: the --to of `convert import`, another run's
-        directory (`DIR` or `DIR@STEP`), or a checkpoint of the original program.
-    """
-
-    trainable: tuple[tuple[str, bool], ...] = ((".*", True),)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    init_from: str = ""
-
-    def __post_init__(self):
-        for pattern, _ in self.trainable:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"trainable: {pattern!r} is not a regular expression: {error}") from None
 
 
 @struct.dataclass
@@ -138,3 +115,16 @@ def state_from_leaves(abstract: TrainState, leaves: Leaves, optimizer: optax.Gra
     opt_state = jax.jit(fresh, out_shardings=_shardings(abstract.opt_state))(trainable)
     step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
     return TrainState(step, trainable, opt_state, frozen)
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state at each checkpoint; averages apart, so that they can be loaded like parameters."""
+    rest, average = split_average(state.opt_state)
+    items = {PARAMS: state.trainable, OPTIMIZER: {"step": state.step, "state": rest}}
+    return items if average is None else items | {AVERAGE: average}
+
+
+def from_items(items: Mapping[str, Any], frozen: Leaves) -> TrainState:
+    """The inverse of `to_items`."""
+    opt_state = join_average(items[OPTIMIZER]["state"], items.get(AVERAGE))
+    return TrainState(items[OPTIMIZER]["step"], items[PARAMS], opt_state, frozen)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dreamllm_jax.batch import Batch
-from dreamllm_jax.compilation import compiler_options
-from dreamllm_jax.experiment import Experiment
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.objectives import Draws, ObjectiveConfig, Totals, draw, joint_loss
-from dreamllm_jax.sharding import constrain
+from dreamllm_jax.data.batch import Batch
+from dreamllm_jax.experiment.experiment import Experiment
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.objectives.joint import Draws, ObjectiveConfig, Totals, draw, joint_loss
+from dreamllm_jax.parallel.compilation import compiler_options
+from dreamllm_jax.parallel.mesh import constrain
 from dreamllm_jax.training.optimizer import make_optimizer
 from dreamllm_jax.training.rounding import narrow, widen
 from dreamllm_jax.training.state import Leaves, TrainState, merge_params

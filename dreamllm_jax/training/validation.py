@@ -2,47 +2,15 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 
-from dreamllm_jax.batch import Batch
-from dreamllm_jax.data.mixture import CorpusConfig
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.objectives import Draws, ObjectiveConfig, denoising_loss, draw, hidden_states, next_token_loss
-from dreamllm_jax.training.samples import SamplesConfig
+from dreamllm_jax.data.batch import Batch
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.objectives.joint import Draws, ObjectiveConfig, denoising_loss, draw, hidden_states, next_token_loss
 from dreamllm_jax.training.state import TrainState, merge_params
-
-
-@dataclasses.dataclass(frozen=True)
-class ValidationConfig:
-    """When to look at held-out documents, and at which.
-
-    Attributes:
-      every: steps between two looks; 0 for never.
-      path: their data set's directory, as `python -m dreamllm_jax.data` leaves it.
-      corpora: which of its corpora, and how; empty for those that are trained on.
-      batches: of `rows.per_step` rows, always the same ones.
-      buckets: equal ranges of timesteps, each of which has its own denoising loss.
-      samples: what the model is to write and paint at each look, too.
-    """
-
-    every: int = 0
-    path: str = ""
-    corpora: Mapping[str, CorpusConfig] = dataclasses.field(default_factory=dict)
-    batches: int = 1
-    buckets: int = 4
-    samples: SamplesConfig = SamplesConfig()
-
-    def __post_init__(self):
-        for name, least in (("every", 0), ("batches", 1), ("buckets", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.every and not self.path:
-            raise ValueError("every needs path, a data set of documents that are not trained on")
-        if self.samples.documents and not self.every:
-            raise ValueError("samples.documents needs every, the steps between two looks")
 
 
 def in_bucket(draws: Draws, bucket: int, buckets: int, num_timesteps: int) -> Draws:

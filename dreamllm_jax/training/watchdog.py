@@ -11,7 +11,7 @@ import traceback
 import jax
 from jax._src import distributed as jax_distributed
 
-from dreamllm_jax.exits import HUNG
+from dreamllm_jax.common.exits import HUNG
 
 _ALIVE, _ENDED = "dreamllm_jax/alive/", "dreamllm_jax/ended/"
 _SERVES = "*"  # marks the sign of the host that runs the service

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from dreamllm_jax import convert
-from dreamllm_jax.training import saved
+from dreamllm_jax.checkpoints import saved
 
 
 def run(command: str, **flags) -> None:

@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM  # noqa: E402
 
-from dreamllm_jax import conversion  # noqa: E402
+from dreamllm_jax.checkpoints import saved  # noqa: E402
 from dreamllm_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from dreamllm_jax.interop import conversion  # noqa: E402
 from dreamllm_jax.interop.dreamllm import open_dreamllm  # noqa: E402
-from dreamllm_jax.training import saved  # noqa: E402
 from tests import public_models  # noqa: E402
 from tests.conversion.helpers import assert_identical, run, tensors, towers  # noqa: E402
 

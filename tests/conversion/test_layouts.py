@@ -13,13 +13,13 @@ torch = pytest.importorskip("torch")
 from diffusers import EulerDiscreteScheduler  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from dreamllm_jax.checkpoints import saved  # noqa: E402
 from dreamllm_jax.interop import torch_modules  # noqa: E402
 from dreamllm_jax.interop.clip import open_clip  # noqa: E402
 from dreamllm_jax.interop.diffusion import open_diffusion  # noqa: E402
 from dreamllm_jax.interop.files import find_model, open_model  # noqa: E402
 from dreamllm_jax.interop.llama import open_llama  # noqa: E402
 from dreamllm_jax.interop.verify import compare  # noqa: E402
-from dreamllm_jax.training import saved  # noqa: E402
 from tests import public_models  # noqa: E402
 from tests.conversion.helpers import run  # noqa: E402
 from tests.conversion.helpers import towers as towers_of  # noqa: E402

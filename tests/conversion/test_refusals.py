@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from dreamllm_jax.conversion import export_model  # noqa: E402
-from dreamllm_jax.models.vae import PixelAutoencoderConfig  # noqa: E402
-from dreamllm_jax.training import saved  # noqa: E402
+from dreamllm_jax.checkpoints import saved  # noqa: E402
+from dreamllm_jax.interop.conversion import export_model  # noqa: E402
+from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig  # noqa: E402
 from tests.conversion.helpers import run  # noqa: E402
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import storage, tokenizer
+from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.corpora import compose
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import storage
+from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.document import Document, Image, Text, to_record
-from dreamllm_jax.data.mixture import CorpusConfig
+from dreamllm_jax.data.settings import CorpusConfig
 from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress, read_metrics
 from tests.data.conftest import assert_sound, bomb, encode, png, write
-from tests.data.test_pipeline import loader
+from tests.data.test_loader import loader
 
 BAD = 500
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from dreamllm_jax.batch import empty_batch
+from dreamllm_jax.data.batch import empty_batch
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import ImageError, to_png
 from dreamllm_jax.data.packing import Item, RowStream

@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from dreamllm_jax.batch import RowShape
 from dreamllm_jax.data import images, preparation, storage
+from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.corpora import compose, folder, openmoji, photographs
 from dreamllm_jax.data.document import KINDS
-from dreamllm_jax.data.pipeline import DataConfig, Loader
+from dreamllm_jax.data.loader import Loader
+from dreamllm_jax.data.settings import DataConfig
 from tests.data.conftest import PAIRS, assert_sound
 
 SHAPE = RowShape(length=160, see_slots=4, dream_slots=4, num_patches=4, num_queries=4, see_size=16, dream_size=16)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
 from dreamllm_jax.data import tokenizer
-from dreamllm_jax.vocabulary import ADDED_TOKENS
+from dreamllm_jax.data.vocabulary import ADDED_TOKENS
 
 STRANGE = ["", " ", "  two  spaces ", "tab\tnewline\n", "▁ literal", "漢字 é 🙂", "12345", "\x00\u200b", "<0x41>"]
 SPECIAL = ["<s>", "</s>", "<unk>", "a<s>b", *ADDED_TOKENS, "x<im_patch>y", "</s><dream_start>"]

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM, encode_document
-from dreamllm_jax.vocabulary import ADDED_TOKENS
+from dreamllm_jax.data.vocabulary import ADDED_TOKENS
 
 A, B = Image(b"A"), Image(b"B")
 

@@ -5,8 +5,8 @@ import dataclasses
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from dreamllm_jax.checkpoints.saved import write_description, write_params
 from dreamllm_jax.data.tokenizer import train_tokenizer
-from dreamllm_jax.training.saved import write_description, write_params
 from tests.tiny import tiny_config, tiny_params
 
 SENTENCE = "a red fox sat on the blue barn while ten small birds sang about rain and snow"

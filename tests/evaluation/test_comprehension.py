@@ -9,12 +9,12 @@ import pytest
 from openpyxl import load_workbook
 from PIL import Image as PillowImage
 
-from dreamllm_jax import runs
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.evaluate import make_parser
 from dreamllm_jax.evaluation import annotations, comprehension, vqa_accuracy
 from dreamllm_jax.evaluation.scores import Checkpoint
+from dreamllm_jax.runs.load import load_model
 from tests.evaluation.models import WORDS, save
 
 QUESTIONS = ["what is red?", "how many birds?", "is it snow?"]
@@ -263,7 +263,7 @@ def test_a_benchmark_from_the_command_line(folder, tmp_path_factory, tmp_path, n
     assert score["settings"]["annotations"] == ANNOTATIONS[name]
     assert score["metrics"] == comprehension.score(name, answers, questions, Checkpoint("x", 0, False), {}).metrics
     if name == "vqav2":
-        alone, params, tokenizer = runs.load_model(model)
+        alone, params, tokenizer = load_model(model)
         settings = {"batch": 1, "beams": 2, "max_tokens": 8}
         task = comprehension.TASKS[name]
         assert comprehension.answer(alone, params, tokenizer, task, questions, **settings) == answers

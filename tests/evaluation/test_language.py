@@ -17,8 +17,8 @@ from lm_eval.api.instance import Instance
 
 from dreamllm_jax.evaluate import make_parser
 from dreamllm_jax.evaluation.scores import Checkpoint
-from dreamllm_jax.models.dreamllm import DreamLLM, abstract_params
-from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings, use
+from dreamllm_jax.model import DreamLLM, abstract_params
+from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, param_shardings, use
 from tests.evaluation.models import CONFIG, PARAMS, TOKENIZER, WORDS, save
 from tests.torch_reference import TorchDreamLLM
 

@@ -11,18 +11,11 @@ from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation import images as painting
-from dreamllm_jax.generation.documents import (
-    DOCUMENT,
-    PAGE,
-    generate_documents,
-    load_document,
-    png,
-    save_document,
-)
+from dreamllm_jax.generation.documents import DOCUMENT, PAGE, generate_documents, load_document, png, save_document
 from dreamllm_jax.generation.images import paint
 from dreamllm_jax.generation.prompts import Painted, Written, encode_prompts, require_fits
 from dreamllm_jax.generation.text import Sampling
-from dreamllm_jax.models.rope import RopeScaling
+from dreamllm_jax.layers.rope import RopeScaling
 from tests.painter import TOKENIZER, model_that_paints
 from tests.tiny import DREAM_SIZE
 

@@ -8,8 +8,8 @@ from dreamllm_jax.data.document import Text
 from dreamllm_jax.generation import images, text
 from dreamllm_jax.generation.prompts import Painted
 from dreamllm_jax.generation.text import Sampling
-from dreamllm_jax.models.dreamllm import abstract_params
-from dreamllm_jax.sharding import ShardingConfig, make_mesh, param_shardings, use
+from dreamllm_jax.model import abstract_params
+from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, param_shardings, use
 from tests.generation import test_documents
 from tests.generation.test_documents import MODEL, PARAMS, PROMPTS, assert_same, told
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
-from dreamllm_jax import runs
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.tokenizer import load_tokenizer
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.llama import open_llama
+from dreamllm_jax.runs.load import load_model
 from tests import public_models
 from tests.conversion.helpers import run
 
@@ -135,7 +135,7 @@ def smollm2(tmp_path_factory) -> Path:
 def test_a_real_model_knows_the_capital_of_france(smollm2, tmp_path):
     clip, diffusion = public_models.save_clip(tmp_path / "clip"), public_models.save_diffusion(tmp_path / "diffusion")
     run("import", llama=smollm2, clip=clip, diffusion=diffusion, to=tmp_path / "ours", num_queries=4)
-    model, params, tokenizer = runs.load_model(tmp_path / "ours")
+    model, params, tokenizer = load_model(tmp_path / "ours")
     assert tokenizer.decode(tokenizer.encode_text("It's 1234 ¥, naïve 🙂!")) == "It's 1234 ¥, naïve 🙂!"
     assert len(tokenizer.encode_text("1234")) == 4  # its digits stand alone
     (written,) = generate_texts(model, params, tokenizer, [[Text("The capital of France is")]], max_tokens=4)

@@ -6,7 +6,7 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.names import Leaf, from_torch, to_torch, torch_name
-from dreamllm_jax.models.projectors import ProjectorConfig
+from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from tests.tiny import MLP, tiny_config, tiny_params
 
 PARAMS = tiny_params(tiny_config(visual_projector=MLP, condition_projector=ProjectorConfig(kind="mlp", depth=2)))

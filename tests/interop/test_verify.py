@@ -13,9 +13,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.interop.verify import ROUNDING_FACTOR, Difference, compare, table
-from dreamllm_jax.models.projectors import ProjectorConfig
-from dreamllm_jax.models.rope import RopeScaling
-from dreamllm_jax.models.vae import PixelAutoencoderConfig
+from dreamllm_jax.layers.rope import RopeScaling
+from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig
+from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from tests.tiny import MLP, tiny_config, tiny_params
 
 torch = pytest.importorskip("torch")

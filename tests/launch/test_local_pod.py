@@ -15,7 +15,7 @@ from launch import shell
 ROOT = Path(__file__).parent.parent.parent
 MEETS = """
 import jax
-from dreamllm_jax import distributed
+from dreamllm_jax.parallel import distributed
 distributed.start()
 print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} of {jax.device_count()}")
 """

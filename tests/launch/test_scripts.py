@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dreamllm_jax.compilation import TPU_OPTIONS
-from dreamllm_jax.exits import HUNG, PREEMPTED
+from dreamllm_jax.common.exits import HUNG, PREEMPTED
+from dreamllm_jax.parallel.compilation import TPU_OPTIONS
 
 ROOT = Path(__file__).parent.parent.parent
 HOST = ROOT / "launch" / "host"

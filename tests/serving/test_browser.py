@@ -17,13 +17,13 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
+from dreamllm_jax.checkpoints.saved import write_description, write_params
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.generation.documents import png
 from dreamllm_jax.generation.prompts import Painted, Written
 from dreamllm_jax.serving.conversation import read_settings
 from dreamllm_jax.serving.server import make_reply
-from dreamllm_jax.training.saved import write_description, write_params
 from tests.painter import TOKENIZER, model_that_paints
 from tests.tiny import DREAM_SIZE
 

@@ -22,6 +22,7 @@ from dreamllm_jax import generate
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.generation.documents import Event, png
 from dreamllm_jax.generation.prompts import Painted, Written
+from dreamllm_jax.parallel.mesh import use
 from dreamllm_jax.serving import server
 from dreamllm_jax.serving.conversation import (
     KEPT_SIZE,
@@ -32,7 +33,6 @@ from dreamllm_jax.serving.conversation import (
     MAX_TOKENS,
     read_settings,
 )
-from dreamllm_jax.sharding import use
 from tests.painter import TOKENIZER, model_that_paints
 from tests.tiny import DREAM_SIZE
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from dreamllm_jax import runs
+from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.interop import verify
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.models.lora import is_adapter
-from dreamllm_jax.training import saved
+from dreamllm_jax.layers.lora import is_adapter
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.runs.load import load_model, load_run
 from dreamllm_jax.training.metrics import read_metrics
 from tests.conversion.helpers import run as convert
 from tests.lives import Life, micro
@@ -90,7 +90,7 @@ def test_what_is_exported_is_merged_and_verified(trained, tmp_path):
 
 def test_the_merged_model_says_the_same(trained):
     name = str(trained / "adapted")
-    model, params, tokenizer = runs.load_model(name)
+    model, params, tokenizer = load_model(name)
     merged = saved.find(name).merged()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for path, x in merged.leaves().items()}
@@ -119,4 +119,4 @@ def test_a_run_without_adapters_begins_with_the_merged_model(trained, data, tmp_
     run(data, tmp_path / "same", LORA, trained / "adapted")
     assert first_loss(tmp_path / "plain") == pytest.approx(first_loss(tmp_path / "same"), rel=1e-5)
     assert first_loss(tmp_path / "same") != pytest.approx(first_loss(trained / "adapted"), rel=1e-4)
-    assert runs.load(tmp_path / "plain").model.config.llama.lora is None
+    assert load_run(tmp_path / "plain").model.config.llama.lora is None

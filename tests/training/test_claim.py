@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dreamllm_jax.directories import write_whole
+from dreamllm_jax.common.directories import write_whole
 from dreamllm_jax.training import claim
 from dreamllm_jax.training.claim import FILE, Claim, Writer
 from tests.lives import Life, micro, together

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreamllm_jax.exits import HUNG, PREEMPTED
+from dreamllm_jax.common.exits import HUNG, PREEMPTED
 from dreamllm_jax.training.metrics import read_metrics
 from tests.lives import Life, micro, together
 from tests.training.test_kills import assert_ended_as

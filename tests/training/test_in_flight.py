@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamllm_jax import runs
+from dreamllm_jax.runs.start import start_run
 from dreamllm_jax.training import loop, validation
 from dreamllm_jax.training.step import IN_FLIGHT
 from tests.lives import micro
@@ -53,8 +53,8 @@ def test_memory_does_not_depend_on_how_often_is_logged(data, tmp_path, monkeypat
     monkeypatch.setattr(
         loop, "train_step_of", lambda *given: functools.partial(chips.compute, compiled(*given), "loss")
     )
-    run = runs.start(micro(data, steps=20, log_every=log_every, checkpoint={"every": 100}), tmp_path)
-    loop.train(run.experiment, run.tokenizer, run.workdir, run.record)
+    run = start_run(micro(data, steps=20, log_every=log_every, checkpoint={"every": 100}), tmp_path)
+    loop.train(run.experiment, run.tokenizer, run.workdir, run.initial, run.record)
     assert max(chips.counts) == (1 if log_every == 1 else IN_FLIGHT), chips.counts
 
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from dreamllm_jax.training import saved
+from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.training.metrics import read_metrics
 from tests.lives import PHASES, Life, micro, together
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.training import metrics
-from dreamllm_jax.training.metrics import MetricsLog, Sample, read_metrics
+from dreamllm_jax.training.metrics import MetricsLog, read_metrics
+from dreamllm_jax.training.samples import Sample
 
 
 def write(workdir, first: int, last: int) -> None:

@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from dreamllm_jax.training.optimizer import OptimizerConfig, join_average, make_optimizer, split_average
+from dreamllm_jax.experiment.settings import OptimizerConfig
+from dreamllm_jax.training.optimizer import join_average, make_optimizer, split_average
 
 
 def test_averages_follow_the_parameters_and_leave_the_updates_alone():

@@ -10,14 +10,15 @@ import PIL.Image
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from dreamllm_jax import runs
-from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.data.document import Document, Image, Text
-from dreamllm_jax.data.mixture import CorpusConfig
+from dreamllm_jax.data.settings import CorpusConfig
 from dreamllm_jax.data.storage import Corpus, open_tokenizer
-from dreamllm_jax.experiment import read_experiment
+from dreamllm_jax.experiment.experiment import read_experiment
 from dreamllm_jax.generation.texts import generate_texts
-from dreamllm_jax.sharding import make_mesh, rows_sharding
+from dreamllm_jax.parallel.feeding import rows_sharding
+from dreamllm_jax.parallel.mesh import make_mesh
+from dreamllm_jax.runs.load import load_run
 from dreamllm_jax.training.held_out import HeldOut
 from dreamllm_jax.training.samples import questions
 from tests.lives import Life, micro, together
@@ -87,7 +88,7 @@ def test_samples_are_what_the_model_says(data, tmp_path):
             np.testing.assert_allclose(value.astype(int), two[key], atol=1)
             np.testing.assert_array_equal(value[:, :8], two[key][:, :8])
 
-    trained = runs.load(tmp_path / "one", None)
+    trained = load_run(tmp_path / "one", None)
     pair = Corpus(data, "pairs")[0]
     (text,) = generate_texts(
         trained.model, trained.params, trained.tokenizer, [[Image(pair.images[0].data)]], max_tokens=8

@@ -8,11 +8,13 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.objectives import ObjectiveConfig
-from dreamllm_jax.sharding import ShardingConfig, make_mesh, rows_sharding, to_mesh, use
-from dreamllm_jax.training.optimizer import OptimizerConfig, make_optimizer
-from dreamllm_jax.training.state import ParametersConfig, abstract_state, state_from_leaves
+from dreamllm_jax.experiment.settings import OptimizerConfig, ParametersConfig
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.objectives.joint import ObjectiveConfig
+from dreamllm_jax.parallel.feeding import rows_sharding, to_mesh
+from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
+from dreamllm_jax.training.optimizer import make_optimizer
+from dreamllm_jax.training.state import abstract_state, state_from_leaves
 from dreamllm_jax.training.step import jit_train_step, make_train_step
 from tests.parity import assert_same
 from tests.tiny import DREAM_SIZE, make_batch, random_rows, tiny_config, tiny_params

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from dreamllm_jax.comparison import compare, write_comparison
+from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.evaluation import scores
 from dreamllm_jax.evaluation.scores import Checkpoint, Score
-from dreamllm_jax.training import saved
+from dreamllm_jax.runs.comparison import compare, write_comparison
 from dreamllm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 8
 CONFIG = """
 from ml_collections import ConfigDict
-from dreamllm_jax import recipes
+from dreamllm_jax.experiment import recipes
 from tests.lives import micro
 
 SWEEP = [

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from dreamllm_jax import runs
-from dreamllm_jax.configuration import ConfigError
+from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.data import storage
-from dreamllm_jax.experiment import read_experiment
-from dreamllm_jax.models.dreamllm import DreamLLM
-from dreamllm_jax.objectives import ObjectiveConfig, draw, joint_loss
-from dreamllm_jax.sharding import make_mesh, rows_sharding
+from dreamllm_jax.experiment.experiment import read_experiment
+from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.objectives.joint import ObjectiveConfig, draw, joint_loss
+from dreamllm_jax.parallel.feeding import rows_sharding
+from dreamllm_jax.parallel.mesh import make_mesh
+from dreamllm_jax.runs.start import start_run
 from dreamllm_jax.training import held_out, loop, validation
 from dreamllm_jax.training.state import TrainState
 from tests.lives import micro
@@ -67,7 +68,7 @@ def test_a_continued_run_validates_alike(data, tmp_path, monkeypatch):
     settings = {"steps": 8, "checkpoint": {"every": 4}, "validation": {"every": 4, "path": data, "buckets": 1}}
 
     def train() -> list[dict]:
-        run = runs.start(micro(data, **settings), tmp_path)
+        run = start_run(micro(data, **settings), tmp_path)
         loop.train(run.experiment, run.tokenizer, run.workdir)
         return [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
 
@@ -107,7 +108,7 @@ def test_held_out_documents_are_read_together(data, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "KEPT_BYTES", 0)
     monkeypatch.setattr(storage.Corpus, "_read", slowly)
     documents = {"path": data, "corpora": {"pairs": {}}, "window": 16}
-    run = runs.start(micro(data, data=documents, validation={"every": 4, "path": data}), tmp_path)
+    run = start_run(micro(data, data=documents, validation={"every": 4, "path": data}), tmp_path)
     rows = rows_sharding(make_mesh(run.experiment.sharding), run.experiment.sharding, run.experiment.rows.per_step)
     assert len(held_out.HeldOut(run.experiment, run.tokenizer, rows).batches) == 1
     assert max(most) > 8  # which are tried together

@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from dreamllm_jax.common.directories import NO_POINTER, is_lfs_pointer
 from dreamllm_jax.data.corpora.records import Dropped, Format, Part, find, has_field, is_hidden
-from dreamllm_jax.directories import NO_POINTER, is_lfs_pointer
 
 COMPRESSED = (".gz", ".zst", ".zip")
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")

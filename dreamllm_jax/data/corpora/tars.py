@@ -17,8 +17,8 @@ from typing import IO
 import pyarrow as pa
 from etils import epath
 
+from dreamllm_jax.common.directories import is_lfs_pointer
 from dreamllm_jax.data.corpora.records import Dropped, inside, is_hidden
-from dreamllm_jax.directories import is_lfs_pointer
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 PICKLES = ("pkl", "pickle", "pyd", "pt", "pth", "npy", "npz")

@@ -1,0 +1,237 @@
+"""Checkpoints from PyTorch to ours and back, one tensor in memory at a time."""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from dreamllm_jax.checkpoints.saved import SavedModel, write_description, write_params
+from dreamllm_jax.common.directories import building, is_remote, require_free, require_room
+from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.interop import verify
+from dreamllm_jax.interop.clip import write_clip
+from dreamllm_jax.interop.diffusion import write_diffusion
+from dreamllm_jax.interop.dreamllm import require_expressible, write_dreamllm
+from dreamllm_jax.interop.files import Scratch, import_torch
+from dreamllm_jax.interop.llama import write_llama
+from dreamllm_jax.interop.model_card import model_card
+from dreamllm_jax.interop.names import torch_tensors
+from dreamllm_jax.interop.source import Source
+from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
+
+_logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+PARTS = {
+    "dreamllm": ("llama", "queries", "clip", "visual_projector", "vae", "unet", "condition_projector"),
+    "hf": ("llama",),
+    "diffusers": ("clip", "vae", "unet"),
+}
+_GROUP_BYTES = 256 << 20  # parameters that are read from our checkpoint together, unless one alone is larger
+
+
+def import_model(source: Source, tokenizer: Tokenizer | None, to: str, dtypes: Mapping[str, str]) -> None:
+    """Writes a model read from PyTorch as a checkpoint of ours, whole or not at all.
+
+    Args:
+      tokenizer: None for a checkpoint that came without.
+      to: local directory or gs://.
+      dtypes: part of the parameter tree -> type to store it in; parts that are not named stay as they are.
+
+    Raises:
+      FileExistsError: there is something at `to`.
+      OSError: the disk is too small, before anything is written.
+    """
+    types = {
+        path: np.dtype(DTYPES.get(dtypes.get(_part(path), ""), leaf.dtype)) for path, leaf in source.leaves.items()
+    }
+    size = sum(int(np.prod(leaf.shape)) * types[path].itemsize for path, leaf in source.leaves.items())
+    if remote := is_remote(to):
+        if epath.Path(to).exists():
+            raise FileExistsError(f"{to} exists already; choose another name or remove it")
+        scratch_folder = Path(tempfile.gettempdir())
+        require_room(scratch_folder, size, "to gather the tensors")
+    else:
+        require_free(to)
+        require_room(Path(to), 2 * size, "for the checkpoint, half of it while importing")
+
+    def write(directory: epath.Path, folder: Path) -> None:
+        with Scratch(folder / ".scratch") as scratch, _progress(size, "importing") as progress:
+            arrays = {}
+            for path, leaf in source.leaves.items():
+                parts = _counted(leaf.parts(), types[path].itemsize, progress)
+                arrays[path] = scratch.keep(parts, leaf.shape, types[path], path)
+            progress.set_description("writing")
+            write_params(directory, arrays)
+        write_description(directory, source.config, tokenizer)
+
+    if remote:
+        with tempfile.TemporaryDirectory(dir=scratch_folder) as folder:
+            write(epath.Path(to), Path(folder))
+    else:
+        with _naming_a_full_disk(to), building(to) as folder:
+            write(epath.Path(folder), folder)
+    count = sum(int(np.prod(leaf.shape)) for leaf in source.leaves.values())
+    _logger.info("%s: %s parameters, %.2f GiB", to, f"{count:,}", size / 2**30)
+    if source.left_out:
+        groups = sorted({name.split(".")[0] for name in source.left_out})
+        _logger.info("left out, for DreamLLM has no use for them: %d tensors of %s", len(source.left_out), groups)
+
+
+def export_model(
+    saved: SavedModel,
+    to: str | os.PathLike,
+    formats: Sequence[str],
+    dtype: str = "",
+    max_shard_size: int = 5 * 10**9,
+    location: str = "",
+    check: bool = True,
+) -> bool:
+    """Writes a checkpoint of ours in PyTorch's formats, whole or not at all, and checks what was written.
+
+    Args:
+      to: the directory; of several formats, each has a folder of its name in it.
+      formats: of `PARTS`.
+      dtype: type of all tensors; empty to keep each as it is stored.
+      location: where the export will be used if not at `to` (see `write_dreamllm`).
+      check: compare with torch (`interop.verify`), and tell the figures in the model card.
+
+    Returns:
+      Whether every comparison passed (or none was made).
+
+    Raises:
+      FileExistsError, OSError, ImportError, ValueError: before anything is written: a target that exists, a disk that
+        is too small, a format that needs torch, a model that the format cannot express.
+    """
+    if is_remote(to):
+        raise ValueError(f"PyTorch's files are written to a local directory, which can then be copied to {to}")
+    to = Path(to)
+    require_free(to)
+    for kind in formats:
+        _require_expressible(saved.config, kind)
+    tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer.exists() else None
+    _warn_of_tokenizer(tokenizer, formats)
+    parts = {part for kind in formats for part in PARTS[kind]}
+    leaves = {path: leaf for path, leaf in saved.leaves().items() if _part(path) in parts}
+    types = {path: np.dtype(DTYPES[dtype] if dtype else leaf.dtype) for path, leaf in leaves.items()}
+    sizes = {path: int(np.prod(leaf.shape)) * types[path].itemsize for path, leaf in leaves.items()}
+    require_room(to, _export_size(sizes, formats), "for the export, part of it while exporting")
+
+    passed = True
+    with _naming_a_full_disk(to), building(to) as directory:
+        folders = {kind: directory if len(formats) == 1 else directory / kind for kind in formats}
+        with Scratch(directory / ".scratch") as scratch:
+            tensors: dict[str, dict[str, np.ndarray]] = {part: {} for part in parts}
+            for path, name, tensor in _torch_tensors(saved, sizes):
+                tensors[_part(path)][name] = scratch.keep([tensor], tensor.shape, types[path], name)
+                del tensor  # a view, which would keep its parameter while the next is read
+            for kind, folder in folders.items():
+                folder.mkdir(exist_ok=True)
+                place = Path(location or to.absolute(), *folder.relative_to(directory).parts)
+                if kind == "hf":
+                    write_llama(folder, saved.config, tensors, max_shard_size)
+                elif kind == "diffusers":
+                    write_diffusion(folder, saved.config, tensors, max_shard_size)
+                    write_clip(folder / "clip", saved.config, tensors, max_shard_size)
+                else:
+                    write_dreamllm(folder, saved.config, tensors, max_shard_size, str(place))
+                if tokenizer is not None and kind != "diffusers":
+                    tokenizer.save(folder)
+        for kind, folder in folders.items():
+            differences = _check(saved, folder) if check else None
+            passed = passed and all(difference.passed for difference in differences or ())
+            (folder / "README.md").write_text(model_card(saved, kind, differences))
+    return passed
+
+
+def _warn_of_tokenizer(tokenizer: Tokenizer | None, formats: Sequence[str]) -> None:
+    if tokenizer is None:
+        _logger.warning("the checkpoint has no tokenizer, and neither has the export")
+    elif "dreamllm" in formats and tokenizer.sentencepiece_model is None:
+        _logger.warning(
+            "the tokenizer is not SentencePiece's: the original program's scripts miss their tokenizer.model"
+        )
+
+
+def _require_expressible(config: DreamLLMConfig, kind: str) -> None:
+    if kind == "dreamllm":
+        import_torch("--format=dreamllm")
+        require_expressible(config)
+    if kind != "hf" and not isinstance(config.vae, AutoencoderConfig):
+        raise ValueError("a model that paints pixels without an autoencoder has no PyTorch format: only --format=hf")
+
+
+def _part(path: str) -> str:
+    return path.split("/")[0]
+
+
+def _torch_tensors(saved: SavedModel, sizes: Mapping[str, int]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(path, torch name, tensor) of the parameters in `sizes`, read a group at a time."""
+    groups: list[list[str]] = [[]]
+    for path, size in sizes.items():
+        if sum(sizes[other] for other in groups[-1]) + size > _GROUP_BYTES:
+            groups.append([])
+        groups[-1].append(path)
+    with _progress(sum(sizes.values()), "exporting") as progress:
+        for group in groups:
+            arrays = saved.read(group)
+            while arrays:  # popped, so that nothing of one group is kept while the next is read
+                path, array = arrays.popitem()
+                for name, tensor in torch_tensors(path.split("/", 1)[1], array):
+                    yield path, name, tensor
+                    progress.update(tensor.size * sizes[path] // array.size)
+                del array, tensor
+
+
+def _export_size(sizes: Mapping[str, int], formats: Sequence[str]) -> int:
+    """Bytes of all files and of the scratch file; `dreamllm` holds the towers of `diffusers` twice."""
+    written = [part for kind in formats for part in PARTS[kind]]
+    written += PARTS["diffusers"] if "dreamllm" in formats else ()
+    return sum(size * (1 + written.count(_part(path))) for path, size in sizes.items())
+
+
+@contextlib.contextmanager
+def _naming_a_full_disk(to: str | Path) -> Iterator[None]:
+    """The libraries that write have as many ways to say so; some say it only in the error's context."""
+    try:
+        yield
+    except Exception as error:
+        chain = [error]
+        while chain[-1].__context__ is not None:
+            chain.append(chain[-1].__context__)
+        if not any("No space left on device" in str(link) for link in chain):
+            raise
+        raise OSError(
+            f"the disk of {to} is full; nothing was kept there: free some space, or choose another --to"
+        ) from error
+
+
+def _progress(size: int, description: str) -> tqdm:
+    every = 1 if sys.stderr.isatty() else 30
+    return tqdm(total=size, desc=description, unit="B", unit_scale=True, unit_divisor=1024, mininterval=every)
+
+
+def _counted(parts: Iterable[np.ndarray], itemsize: int, progress: tqdm) -> Iterator[np.ndarray]:
+    for part in parts:
+        yield part
+        progress.update(part.size * itemsize)
+
+
+def _check(saved: SavedModel, folder: Path) -> list[verify.Difference] | None:
+    try:
+        import_torch("checking the export")
+    except ImportError as error:
+        _logger.warning("not checked: %s", error)
+        return None
+    differences = verify.compare(saved.config, saved.part, folder)
+    print(verify.table(differences))
+    return differences

@@ -1,0 +1,123 @@
+"""Attention: one function for every tower, behind which a device's own kernels stand.
+
+Packed rows go through the splash attention kernel on TPU; half precision goes through cuDNN on GPU; all else, and every
+CPU, through plain XLA, in chunks of queries.
+
+What a query may see is told by segments and indices; where there is no kernel for them a mask is made, bool[B, T, S].
+
+Legend: B rows, T queries, S keys, H query heads, K key heads, D head dimension.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dreamllm_jax.layers import splash
+from dreamllm_jax.parallel.collectives import on_shards
+from dreamllm_jax.parallel.mesh import constrain, mesh_spec, platform
+
+Array = jax.Array
+
+# Scores (T x S, of one head) held at once; longer rows of queries are taken in chunks.
+MAX_SCORES = 2**20
+
+
+def _visible(
+    q_segments: Array | None, k_segments: Array | None, q_index: Array, keys: int, causal: bool
+) -> Array | None:
+    """bool[B or 1, T, S], or None where every query sees every key."""
+    parts = []
+    if q_segments is not None:
+        parts.append((q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0))
+    if causal:
+        parts.append(jnp.arange(keys) <= q_index[:, :, None])
+    return (parts[0] & parts[1]) if len(parts) == 2 else (parts[0] if parts else None)
+
+
+def _attend(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
+    rows, queries, heads, dim = q.shape
+    q = q.reshape(rows, queries, k.shape[2], -1, dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+    if visible is None:
+        weights = jax.nn.softmax(scores)
+    else:
+        visible = visible[:, None, None]
+        # A finite fill, and zeros after the softmax: a query that sees nothing gives 0, and 0 gradient, not NaN.
+        weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min))
+        weights = jnp.where(visible, weights, 0.0)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.reshape(rows, queries, heads, -1).astype(q.dtype)
+
+
+def _cudnn(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
+    """cuDNN's fused attention (GPU, half precision): scores never leave the chip, what is visible does."""
+    if visible is None:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    out = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], implementation="cudnn")
+    return jnp.where(visible.any(-1)[..., None, None], out, 0)
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    q_segments: Array | None = None,
+    k_segments: Array | None = None,
+    q_index: Array | None = None,
+    causal: bool,
+) -> Array:
+    """Scaled dot-product attention with grouped queries (arXiv 2305.13245) and a float32 softmax.
+
+    A query sees the keys of its own segment, and if `causal` only those up to its own index. Segment 0
+    is padding: it sees nothing and is not seen; a query that sees nothing gives zeros. Exact for every length: many
+    queries are taken in chunks, recomputed in the backward pass.
+
+    Args:
+      q: f[B, T, H, D] queries; H is a multiple of K, and head h reads key head h // (H / K).
+      k: f[B, S, K, D] keys.
+      v: f[B, S, K, D] values.
+      q_segments: i32[B, T] segments of the queries; None (with `k_segments`) is one segment.
+      k_segments: i32[B, S] segments of the keys.
+      q_index: i32[B, T] places of the queries among the keys; None counts from 0.
+      causal: whether a query sees only keys up to its own index.
+
+    Returns:
+      f[B, T, H, D] in the type of `q`.
+
+    Raises:
+      ValueError: the heads do not divide, or segments are given for one side only.
+    """
+    queries, keys, dim = q.shape[1], k.shape[1], q.shape[3]
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
+    if (q_segments is None) != (k_segments is None):
+        raise ValueError("attention needs the segments of queries and keys, or of neither")
+    packed_rows = causal and q_segments is not None and q_index is None
+    if packed_rows and platform() == "tpu" and splash.supports(queries, keys):
+        heads = ("rows", None, "attention_heads", None)
+        if mesh_spec(heads, q.shape) != mesh_spec(heads, k.shape):  # a query's head must find its key's on its device
+            groups = q.shape[2] // k.shape[2]
+            k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
+        q, k, v = (constrain(x, heads) for x in (q, k, v))
+        return on_shards(splash.causal_attention, (heads, heads, heads, ("rows", None)), q, k, v, q_segments)
+    q_index = jnp.arange(queries)[None] if q_index is None else q_index
+
+    if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= 128:
+        return _cudnn(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
+
+    size = max(1, MAX_SCORES // keys)
+    if queries <= size:
+        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
+
+    wide = k.astype(jnp.float32), v.astype(jnp.float32)  # what is added up over the chunks are their gradients
+
+    def part(q, q_segments, q_index):
+        k, v = (x.astype(q.dtype) for x in wide)
+        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
+
+    def split(x):  # [B, T, ...] -> [chunks, B, size, ...]
+        x = jnp.pad(x, [(0, 0), (0, -queries % size)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    out = jax.lax.map(lambda chunk: jax.checkpoint(part)(*chunk), jax.tree.map(split, (q, q_segments, q_index)))
+    return out.swapaxes(0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :queries]

@@ -1,0 +1,112 @@
+"""The small trainable parts between the towers: projectors and dream queries.
+
+Legend: N images, T tokens (patches or queries) of an image, I width in, O width out, Q dream queries, E llama width.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dreamllm_jax.layers.linear import Conv, Dense
+from dreamllm_jax.layers.weights import normal, weight
+
+_INIT = normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorConfig:
+    """A map from one tower's width to another's.
+
+    Attributes:
+      kind: "linear" (one layer), "mlp" (`depth` layers with exact GELU between), or "conv" (one 3x3 convolution, always
+        with bias, over the tokens as a square).
+      depth: number of linear layers; 1 but for "mlp".
+      post_layernorm: a LayerNorm after the last layer.
+      layer_norm_eps: its epsilon (the original takes it from the CLIP tower).
+    """
+
+    kind: Literal["linear", "mlp", "conv"] = "linear"
+    depth: int = 1
+    post_layernorm: bool = False
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps must be positive, got {self.layer_norm_eps}")
+        if self.kind not in ("linear", "mlp", "conv"):
+            raise ValueError(f"kind must be linear, mlp or conv, got {self.kind!r}")
+        if (self.kind == "mlp") != (self.depth > 1) or self.depth < 1:
+            raise ValueError(f"an mlp projector has a depth of 2 or more, the others 1: {self.kind=}, {self.depth=}")
+
+
+class Projector(nn.Module):
+    """DreamLLM, section 3; `LinearProjector`, `MLPProjector` and `ConvProjector` of the original.
+
+    Raises:
+      ValueError: "conv" for a number of tokens that is no square.
+    """
+
+    config: ProjectorConfig
+    features: int
+    use_bias: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N T I"]) -> Float[Array, "N T O"]:
+        x = self._convolve(x) if self.config.kind == "conv" else self._multiply(x)
+        if self.config.post_layernorm:
+            x = nn.LayerNorm(
+                epsilon=self.config.layer_norm_eps,
+                dtype=self.dtype,
+                use_fast_variance=False,  # which cancels where means are large
+                scale_init=weight(nn.initializers.ones, "tower_norm"),
+                bias_init=weight(nn.initializers.zeros, "tower_norm"),
+                name="post_layernorm",
+            )(x)
+        return x
+
+    def _multiply(self, x: Float[Array, "N T I"]) -> Float[Array, "N T O"]:
+        for i in range(self.config.depth):
+            # Numbered as torch counts a Sequential, where every second entry is the activation.
+            name = "projector" if self.config.kind == "linear" else f"projector_{2 * i}"
+            x = nn.gelu(x, approximate=False) if i else x
+            x = Dense(
+                self.features,
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                kernel_init=weight(_INIT, "tower_in", "tower_out"),
+                bias_init=weight(nn.initializers.zeros, "tower_norm"),
+                name=name,
+            )(x)
+        return x
+
+    def _convolve(self, x: Float[Array, "N T I"]) -> Float[Array, "N T O"]:
+        side = math.isqrt(x.shape[1])
+        if side**2 != x.shape[1]:
+            raise ValueError(f"a conv projector needs a square number of tokens, got {x.shape[1]}")
+        grid = Conv(
+            self.features,
+            (3, 3),
+            padding=1,
+            dtype=self.dtype,
+            kernel_init=weight(_INIT, None, None, "tower_in", "tower_out"),
+            bias_init=weight(nn.initializers.zeros, "tower_norm"),
+            name="projector",
+        )(x.reshape(x.shape[0], side, side, -1))
+        return grid.reshape(*x.shape[:2], -1)
+
+
+class DreamQueries(nn.Module):
+    """The learned queries fed after every `<dream_start>`."""
+
+    num_queries: int
+    features: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "Q E"]:
+        init = weight(_INIT, None, "embed")
+        return self.param("dream_queries", init, (self.num_queries, self.features))

@@ -1,0 +1,377 @@
+"""The denoising U-Net of Stable Diffusion 1.x and 2.x (diffusers' `UNet2DConditionModel`), Rombach et al. 2112.10752.
+
+Parameters are named as in diffusers, so that `dreamllm_jax.interop.names` maps its checkpoints. Legend: N images,
+h,w,c latent height, width and channels, Q condition tokens, C condition width, T time embedding width.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamllm_jax.layers.blocks import (
+    Attention,
+    Conv,
+    Dense,
+    Downsample2D,
+    GroupNorm,
+    LayerNorm,
+    ResnetBlock2D,
+    Upsample2D,
+    shard_images,
+)
+from dreamllm_jax.layers.linear import spread
+from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
+
+PerBlock = int | tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The settings of diffusers' `UNet2DConditionModel` that vary among Stable Diffusion 1.x and 2.x models.
+
+    `PerBlock` values are one number, or one for each level from the finest to the coarsest. `attention_head_dim` is the
+    *number* of heads unless `num_attention_heads` is given: the name is a historical slip of diffusers that every
+    published config keeps. `upcast_attention` has no effect, for the softmax is always float32.
+    """
+
+    sample_size: int | None = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: PerBlock = 2
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    transformer_layers_per_block: PerBlock = 1
+    cross_attention_dim: int = 1280
+    attention_head_dim: PerBlock = 8
+    num_attention_heads: PerBlock | None = None
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    act_fn: str = "silu"
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    upcast_attention: bool = False
+
+    def __post_init__(self) -> None:
+        levels = self.levels
+        for key in ("in_channels", "out_channels", "norm_num_groups", "norm_eps"):
+            require(getattr(self, key) > 0, f"{key} must be positive, got {getattr(self, key)}")
+        require(
+            min(self.block_out_channels, default=0) > 0, f"block_out_channels={self.block_out_channels} has no size"
+        )
+        require(
+            self.sample_size is None or self.sample_size > 0, f"sample_size must be positive, got {self.sample_size}"
+        )
+        require(self.freq_shift in (0, 1), f"freq_shift must be 0 or 1, got {self.freq_shift}")
+        for key, choices in (
+            ("down_block_types", ("CrossAttnDownBlock2D", "DownBlock2D")),
+            ("up_block_types", ("CrossAttnUpBlock2D", "UpBlock2D")),
+        ):
+            types = getattr(self, key)
+            require(len(types) == levels, f"{key}={types!r} must have {levels} entries, as block_out_channels has")
+            for kind in types:
+                require(kind in choices, f"{key} has {kind!r}: only {' and '.join(choices)} are implemented")
+        for key in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads"):
+            value = getattr(self, key)
+            counts = (value,) if isinstance(value, int) else value or ()
+            require(
+                all(isinstance(count, int) and count > 0 for count in counts) and len(counts) in (0, 1, levels),
+                f"{key}={value!r} must be a positive integer or {levels} of them",
+            )
+        require(
+            isinstance(self.cross_attention_dim, int) and self.cross_attention_dim > 0,
+            f"cross_attention_dim={self.cross_attention_dim!r} must be one positive integer",
+        )
+        require(self.act_fn == "silu", f"act_fn={self.act_fn!r}: only 'silu' is implemented")
+        for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
+            require(channels % heads == 0, f"block_out_channels: {channels} cannot be split into {heads} heads")
+            groups = self.norm_num_groups
+            require(channels % groups == 0, f"block_out_channels: {channels} cannot be split into {groups} norm groups")
+
+    @property
+    def levels(self) -> int:
+        """Number of resolutions."""
+        return len(self.block_out_channels)
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of attention heads at each level."""
+        return self.per_block(self.num_attention_heads or self.attention_head_dim)
+
+    def per_block(self, value: PerBlock) -> tuple[int, ...]:
+        """A `PerBlock` value spelt out for each level."""
+        return (value,) * self.levels if isinstance(value, int) else value
+
+
+_FIXED = {
+    "center_input_sample": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "cross_attention_norm": None,
+    "attention_type": "default",
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "num_class_embeds": None,
+    "projection_class_embeddings_input_dim": None,
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+}
+
+
+def unet_config_from_diffusers(settings: Mapping[str, Any]) -> UNetConfig:
+    """Reads the `config.json` of a diffusers `UNet2DConditionModel`.
+
+    Raises:
+      ValueError: naming every setting that is not implemented.
+    """
+    return read_diffusers_config(UNetConfig, settings, _FIXED)
+
+
+def timestep_embedding(
+    timesteps: jax.Array, width: int, flip_sin_to_cos: bool = True, freq_shift: float = 0
+) -> jax.Array:
+    """Sinusoidal embedding of the timesteps, i32[N] -> f32[N,width] (diffusers' `get_timestep_embedding`).
+
+    The frequencies are float32 constants made on the host: at timestep 1000 the last bit of one is worth 6e-5 radians,
+    so they must not depend on the device's exponential.
+    """
+    half = width // 2
+    exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
+    angles = timesteps[:, None].astype(jnp.float32) * np.exp(exponents)
+    waves = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, width % 2)))
+
+
+class TimestepEmbedding(nn.Module):
+    """The two-layer perceptron on the sinusoidal embedding; float32, for bfloat16 cannot tell near timesteps apart."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[N,c] -> f[N,T]."""
+        return Dense(self.width, name="linear_2")(nn.silu(Dense(self.width, name="linear_1")(x)))
+
+
+class _Halves(Dense):
+    """A linear layer whose output comes in two halves: made apart, neither they nor their gradients are copied."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param("bias", self.bias_init, (self.features,))
+
+        def half(weights: jax.Array, offset: jax.Array) -> jax.Array:
+            y = x @ weights
+            return y + spread(offset, y.shape, y.dtype)
+
+        return tuple(map(half, jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2)))
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the exact GELU of another (Shazeer 2002.05202)."""
+
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        values, gates = _Halves(2 * self.width, dtype=self.dtype, name="proj")(x)
+        gates = gates.astype(jnp.float32)
+        gates = 0.5 * gates * (1 + jax.lax.erf(gates * 0.5**0.5))  # half the work of erfc
+        return (values * gates).astype(self.dtype)
+
+
+class FeedForward(nn.Module):
+    """GEGLU four times as wide, and back."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
+        return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the condition and a feed-forward, each after a norm and with a residual."""
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """f[N,h*w,c], f[N,Q,C] -> f[N,h*w,c]."""
+        x += Attention(self.heads, dtype=self.dtype, name="attn1")(LayerNorm(dtype=self.dtype, name="norm1")(x))
+        x += Attention(self.heads, dtype=self.dtype, name="attn2")(
+            LayerNorm(dtype=self.dtype, name="norm2")(x), condition
+        )
+        return x + FeedForward(self.dtype, name="ff")(LayerNorm(dtype=self.dtype, name="norm3")(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the positions of a feature map, between two projections, with a residual."""
+
+    heads: int
+    layers: int
+    norm_num_groups: int
+    use_linear_projection: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """f[N,h,w,c], f[N,Q,C] -> f[N,h,w,c]."""
+        n, height, width, channels = x.shape
+
+        def project(name: str, h: jax.Array) -> jax.Array:
+            if self.use_linear_projection:
+                return Dense(channels, dtype=self.dtype, name=name)(h)
+            conv = Conv(channels, kernel_size=(1, 1), padding=0, dtype=self.dtype, name=name)
+            return conv(h.reshape(x.shape)).reshape(h.shape)
+
+        h = GroupNorm(num_groups=self.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        # Only positions from here on: the projections change the layout on their way, where a reshape would be a copy.
+        h = project("proj_in", h.reshape(n, height * width, channels))
+        for i in range(self.layers):
+            h = BasicTransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{i}")(h, condition)
+        return shard_images(x + project("proj_out", h).reshape(x.shape))
+
+
+class _Level(nn.Module):
+    """What the blocks of one resolution have in common; `level` counts from the finest."""
+
+    config: UNetConfig
+    level: int
+    cross_attention: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def layers(self) -> int:
+        return self.config.per_block(self.config.layers_per_block)[self.level]
+
+    def layer(self, i: int, x: jax.Array, temb: jax.Array, condition: jax.Array) -> jax.Array:
+        """The i-th resnet and, where the block has cross-attention, its transformer."""
+        x = self.resnet(i, x, temb)
+        return self.transformer(i, x, condition) if self.cross_attention else x
+
+    def resnet(self, i: int, x: jax.Array, temb: jax.Array) -> jax.Array:
+        config = self.config
+        channels = config.block_out_channels[self.level]
+        return ResnetBlock2D(channels, config.norm_num_groups, config.norm_eps, self.dtype, name=f"resnets_{i}")(
+            x, temb
+        )
+
+    def transformer(self, i: int, x: jax.Array, condition: jax.Array) -> jax.Array:
+        config = self.config
+        return Transformer2DModel(
+            heads=config.heads[self.level],
+            layers=config.per_block(config.transformer_layers_per_block)[self.level],
+            norm_num_groups=config.norm_num_groups,
+            use_linear_projection=config.use_linear_projection,
+            dtype=self.dtype,
+            name=f"attentions_{i}",
+        )(x, condition)
+
+
+class DownBlock(_Level):
+    """`CrossAttnDownBlock2D` or `DownBlock2D`; all but the coarsest level end by halving the resolution."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, temb: jax.Array, condition: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Returns the output and every intermediate that the upward path takes as a skip connection."""
+        skips = []
+        for i in range(self.layers):
+            x = self.layer(i, x, temb, condition)
+            skips.append(x)
+        if self.level < self.config.levels - 1:
+            x = Downsample2D(dtype=self.dtype, name="downsamplers_0")(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(_Level):
+    """`UNetMidBlock2DCrossAttn`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, temb: jax.Array, condition: jax.Array) -> jax.Array:
+        return self.resnet(1, self.layer(0, x, temb, condition), temb)
+
+
+class UpBlock(_Level):
+    """`CrossAttnUpBlock2D` or `UpBlock2D`; all but the finest level end by doubling the resolution."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, condition: jax.Array) -> jax.Array:
+        """Takes its skip connections from the end of `skips`; upsamples to the size of the one left last."""
+        for i in range(self.layers + 1):
+            x = self.layer(i, jnp.concatenate([x, skips.pop()], axis=-1), temb, condition)
+        if self.level > 0:
+            x = Upsample2D(self.dtype, name="upsamplers_0")(x, skips[-1].shape[1:3])
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or the velocity: the network is the same) in noisy latents, under a condition."""
+
+    config: UNetConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, condition: jax.Array) -> jax.Array:
+        """f[N,h,w,c], i32[N], f[N,Q,C] -> f32[N,h,w,c'].
+
+        Raises:
+          ValueError: if the latents' or the condition's channels are not those of the config.
+        """
+        config = self.config
+        for name, got, want in (
+            ("latents", latents.shape[-1], config.in_channels),
+            ("condition", condition.shape[-1], config.cross_attention_dim),
+        ):
+            require(got == want, f"the {name} have {got} channels where the U-Net's config says {want}")
+        finest = config.block_out_channels[0]
+        temb = timestep_embedding(timesteps, finest, config.flip_sin_to_cos, config.freq_shift)
+        temb = TimestepEmbedding(4 * finest, name="time_embedding")(temb)
+        condition = shard_images(condition.astype(self.dtype))
+
+        def block(cls: type[_Level], level: int, name: str, kind: str = "CrossAttn") -> _Level:
+            return cls(config, level, kind.startswith("CrossAttn"), self.dtype, name=name)
+
+        x = Conv(finest, dtype=self.dtype, name="conv_in")(shard_images(latents.astype(self.dtype)))
+        skips = [x]
+        for level, kind in enumerate(config.down_block_types):
+            x, more = block(DownBlock, level, f"down_blocks_{level}", kind)(x, temb, condition)
+            skips += more
+        x = block(MidBlock, config.levels - 1, "mid_block")(x, temb, condition)
+        for i, kind in enumerate(config.up_block_types):
+            x = block(UpBlock, config.levels - 1 - i, f"up_blocks_{i}", kind)(x, skips, temb, condition)
+        norm = GroupNorm(
+            num_groups=config.norm_num_groups, epsilon=config.norm_eps, dtype=self.dtype, name="conv_norm_out"
+        )
+        return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(norm(x))).astype(jnp.float32)

@@ -1,0 +1,217 @@
+"""The U-Net against diffusers' `UNet2DConditionModel` on the same random weights."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from dreamllm_jax.interop.names import from_torch, to_torch
+from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig, timestep_embedding, unet_config_from_diffusers
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from tests.parity import assert_same, gradients, randomised, relative_error, tensors  # noqa: E402
+
+TINY = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 12,
+    "norm_num_groups": 4,
+}
+FAMILIES = {
+    "1.5": TINY | {"attention_head_dim": 2, "use_linear_projection": False},
+    "2.x": TINY | {"attention_head_dim": (4, 2), "use_linear_projection": True, "transformer_layers_per_block": (1, 2)},
+}
+
+# Compilation is nearly all the time these tests take, and half of it goes without the optimiser.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def make_inputs(config, size=(4, 6), n=2, q=5):
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(n, *size, config.in_channels)).astype(np.float32)
+    condition = rng.normal(size=(n, q, config.cross_attention_dim)).astype(np.float32)
+    return latents, np.array([999, 3][:n], np.int32), condition
+
+
+def nchw(x):
+    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+
+
+def nhwc(x):
+    return x.detach().movedim(1, -1).numpy()
+
+
+def shapes_of(model, inputs):
+    return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+
+
+def run_torch(model, latents, timesteps, condition, cotangent):
+    model.zero_grad()
+    latents, condition = nchw(latents).requires_grad_(), torch.tensor(condition, requires_grad=True)
+    out = model(latents, torch.tensor(timesteps), condition).sample
+    out.backward(nchw(cotangent))
+    return {"output": nhwc(out), "latents": nhwc(latents.grad), "condition": condition.grad.numpy(), **gradients(model)}
+
+
+@functools.partial(compiled, static_argnums=0)
+def run(model, params, latents, timesteps, condition, cotangent):
+    """Output, and gradients with respect to latents, condition and weights."""
+
+    def forward(params, latents, condition):
+        return model.apply({"params": params}, latents, timesteps, condition)
+
+    out, pull = jax.vjp(forward, params, latents, condition)
+    weights, latents, condition = pull(cotangent)
+    return {"output": out, "latents": latents, "condition": condition}, weights
+
+
+@pytest.fixture(scope="module", params=["1.5", "2.x"])
+def case(request):
+    """A torch U-Net, ours with its weights, inputs, and what ours makes of them."""
+    reference = randomised(diffusers.UNet2DConditionModel(**FAMILIES[request.param]))
+    config = unet_config_from_diffusers(dict(reference.config))
+    model, inputs = UNet(config), make_inputs(config)
+    params = from_torch(shapes_of(model, inputs), tensors(reference))
+    cotangent = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
+    return reference, model, params, (*inputs, cotangent), run(model, params, *inputs, cotangent)
+
+
+def test_output_and_gradients_equal_diffusers(case):
+    reference, _, _, inputs, (got, weights) = case
+    assert got["output"].dtype == jnp.float32
+    error = assert_same(got | to_torch(weights), run_torch(reference, *inputs))
+    print(f"largest relative error {error:.1e}")
+
+
+def test_state_dict_round_trip(case):
+    reference, _, params, *_ = case
+    assert_same(to_torch(params), tensors(reference), tolerance=0)
+
+
+def test_bfloat16_is_near_float32(case):
+    _, model, params, (*inputs, _), (want, _) = case
+    got = compiled(model.clone(dtype=jnp.bfloat16).apply)({"params": params}, *inputs)
+    assert got.dtype == jnp.float32
+    assert relative_error(got, want["output"]) < 0.03
+
+
+def test_odd_sizes_upsample_to_the_skip_connection(case):
+    reference, model, params, *_ = case
+    latents, timesteps, condition = make_inputs(model.config, size=(7, 10))
+    got = compiled(model.apply)({"params": params}, latents, timesteps, condition)
+    with torch.no_grad():
+        want = reference(nchw(latents), torch.tensor(timesteps), torch.tensor(condition)).sample
+    assert relative_error(got, nhwc(want)) <= 1e-5
+
+
+@pytest.mark.parametrize(("width", "flip", "shift"), [(8, True, 0), (8, False, 1), (7, True, 0)])
+def test_timestep_embedding_equals_diffusers(width, flip, shift):
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    timesteps = np.arange(1000)
+    got = timestep_embedding(jnp.asarray(timesteps), width, flip, shift)
+    want = get_timestep_embedding(torch.tensor(timesteps), width, flip, shift).numpy()
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_every_weight_has_logical_axes():
+    config = UNetConfig(**FAMILIES["2.x"])
+    params = jax.eval_shape(UNet(config).init, jax.random.key(0), *make_inputs(config))["params"]
+    leaves = flatten_dict(nn.get_partition_spec(params), sep="/")
+    shapes = flatten_dict(nn.unbox(params), sep="/")
+    for name, axes in leaves.items():
+        want = {1: ("tower_norm",), 2: ("tower_in", "tower_out"), 4: (None, None, "tower_in", "tower_out")}
+        assert tuple(axes) == want[len(shapes[name].shape)], name
+
+
+def test_wrong_channels_are_named():
+    config = UNetConfig(**TINY, attention_head_dim=2)
+    latents, timesteps, condition = make_inputs(config)
+    with pytest.raises(ValueError, match=r"condition have 11 channels.*12"):
+        jax.eval_shape(UNet(config).init, jax.random.key(0), latents, timesteps, condition[..., :11])
+    with pytest.raises(ValueError, match=r"latents have 3 channels.*4"):
+        jax.eval_shape(UNet(config).init, jax.random.key(0), latents[..., :3], timesteps, condition)
+
+
+def test_config_reads_what_diffusers_writes():
+    settings = dict(diffusers.UNet2DConditionModel(**FAMILIES["2.x"]).config)
+    config = unet_config_from_diffusers(settings)
+    assert config.heads == (4, 2) and config.use_linear_projection
+    as_json = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    assert unet_config_from_diffusers(as_json) == config
+    assert hash(config) is not None
+
+
+def test_num_attention_heads_wins():
+    assert UNetConfig(**TINY, attention_head_dim=8, num_attention_heads=(1, 2)).heads == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("class_embed_type", "timestep"),
+        ("addition_embed_type", "text_time"),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("dual_cross_attention", True),
+        ("time_cond_proj_dim", 256),
+        ("mid_block_type", "UNetMidBlock2D"),
+        ("down_block_types", ["AttnDownBlock2D", "DownBlock2D"]),
+        ("up_block_types", ["UpBlock2D", "AttnUpBlock2D"]),
+        ("cross_attention_dim", [12, 12]),
+        ("act_fn", "gelu"),
+        ("attention_head_dim", [2, 2, 2]),
+        ("attention_head_dim", 3),
+        ("norm_num_groups", 5),
+        ("a_setting_of_tomorrow", 1),
+    ],
+)
+def test_unsupported_setting_is_named(key, value):
+    named = "block_out_channels" if value in (3, 5) else key
+    with pytest.raises(ValueError, match=named):
+        unet_config_from_diffusers(TINY | {"attention_head_dim": 2, key: value})
+
+
+def test_switched_off_settings_are_accepted():
+    off = {"class_embed_type": None, "mid_block_only_cross_attention": False, "_class_name": "UNet2DConditionModel"}
+    settings = FAMILIES["1.5"]
+    assert unet_config_from_diffusers(settings | off) == UNetConfig(**settings)
+
+
+@pytest.mark.slow
+def test_stable_diffusion_2_1_at_true_width():
+    """All 866 million weights on small latents: the output and the gradient to the condition."""
+    config = UNetConfig(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
+    torch.manual_seed(0)
+    reference = diffusers.UNet2DConditionModel(**dataclasses.asdict(config) | {"num_attention_heads": None}).eval()
+    reference.requires_grad_(False)
+    assert sum(parameter.numel() for parameter in reference.parameters()) == 865_910_724
+    latents, timesteps, condition = make_inputs(config, size=(16, 16), n=1, q=64)
+    cotangent = np.random.default_rng(1).normal(size=latents.shape).astype(np.float32)
+
+    leaf = torch.tensor(condition, requires_grad=True)
+    out = reference(nchw(latents), torch.tensor(timesteps), leaf).sample
+    out.backward(nchw(cotangent))
+
+    model = UNet(config)
+    params = from_torch(shapes_of(model, (latents, timesteps, condition)), tensors(reference))
+    params, want = jax.tree.map(jnp.array, params), {"output": nhwc(out), "condition": leaf.grad.numpy()}
+    del reference, out, leaf  # 3.5 GB
+
+    @jax.jit
+    def output_and_gradient(params, condition):
+        got, pull = jax.vjp(lambda c: model.apply({"params": params}, latents, timesteps, c), condition)
+        return got, pull(jnp.asarray(cotangent))[0]
+
+    got, gradient = output_and_gradient(params, condition)
+    error = assert_same({"output": got, "condition": gradient}, want)
+    print(f"largest relative error {error:.1e}")
