@@ -27,13 +27,13 @@ def get_config(arg: str = "") -> ConfigDict:
             "interleaved": {"mode": "joint", "weight": 1.0},
         },
     }
-    document = model.clip.num_patches + model.num_queries + 32
+    document = model.vision_encoder.num_patches + model.num_queries + 32
     config.rows = {
         "per_step": 8,
-        "length": min(4 * document, model.llama.max_position_embeddings),
+        "length": min(4 * document, model.language_model.max_position_embeddings),
         "see_slots": 4,
         "dream_slots": 4,
-        "dream_size": (model.unet.sample_size or 64) * model.vae.downscale,
+        "dream_size": model.image_decoder.default_size,
     }
     config.checkpoint.keep = 2
     return config

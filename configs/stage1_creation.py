@@ -23,7 +23,7 @@ from dreamllm_jax.experiment import published
 def get_config(arg: str = "") -> ConfigDict:
     config = published.alignment(arg)
     config.steps = 24_000
-    config.parameters.trainable = (("(queries|condition_projector)/.*", True), (".*", False))
+    config.parameters.trainable = (("(dream_queries|connector)/.*", True), (".*", False))
     config.data = {"path": "", "corpora": {"pairs": {"mode": "creation", "weight": 1.0}}}
     config.rows.see_slots, config.rows.dream_slots = 0, 20  # pairs with short captions fill 2048 tokens
     config.objective.lm_weight, config.objective.dm_weight = 0.0, 1.0

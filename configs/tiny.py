@@ -24,7 +24,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.log_every = 50
 
     config.model = {
-        "llama": {
+        "language_model": {
+            "kind": "llama",
             "vocab_size": 512,  # 8 special tokens included
             "hidden_size": 128,
             "intermediate_size": 256,
@@ -33,7 +34,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "num_key_value_heads": 4,
             "max_position_embeddings": 512,
         },
-        "clip": {
+        "vision_encoder": {
+            "kind": "clip",
             "hidden_size": 64,
             "intermediate_size": 256,
             "num_hidden_layers": 3,
@@ -41,22 +43,25 @@ def get_config(arg: str = "") -> ConfigDict:
             "image_size": PICTURE,
             "patch_size": 8,
         },
-        "vae": {"patch_size": 4},
-        "unet": {
-            "sample_size": PICTURE // 4,
-            "in_channels": 48,
-            "out_channels": 48,
-            "block_out_channels": (128, 64),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "cross_attention_dim": 64,
-            "attention_head_dim": 4,
-            "norm_num_groups": 8,
-            "use_linear_projection": True,
+        "image_decoder": {
+            "kind": "stable_diffusion",
+            "denoiser": {
+                "sample_size": PICTURE // 4,
+                "in_channels": 48,
+                "out_channels": 48,
+                "block_out_channels": (128, 64),
+                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+                "layers_per_block": 1,
+                "cross_attention_dim": 64,
+                "attention_head_dim": 4,
+                "norm_num_groups": 8,
+                "use_linear_projection": True,
+            },
+            "autoencoder": {"kind": "pixel", "patch_size": 4},
+            # Velocity: a small model's errors in epsilon would be blown up at the noisiest timesteps.
+            "schedule": {"prediction_type": "v_prediction"},
         },
-        # Velocity: a small model's errors in epsilon would be blown up at the noisiest timesteps.
-        "schedule": {"prediction_type": "v_prediction"},
         "num_queries": given.queries,
         "remat": "none",
     }

@@ -1,14 +1,15 @@
-"""DreamLLM (arXiv 2309.11499): a causal language model that reads images and conditions a diffusion model.
+"""DreamLLM (arXiv 2309.11499): a causal language model that reads images and conditions an image decoder.
 
-Legend: B rows, L tokens in a row, K see slots, D dream slots, N images, P patches, Q dream queries, E llama width,
-V vocabulary, F width of CLIP's features, C condition width, h x w x c latents.
+Its towers are arguments: a language model, a vision encoder, an image decoder, and what joins them.
+
+Legend: B rows, L tokens in a row, S slots of a group, N images, P patches, Q dream queries, E language model's width,
+V vocabulary, F width of the vision encoder's features.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -16,17 +17,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from dreamllm_jax.data.vocabulary import NULL_SLOT, SpecialTokens
-from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.layers import remat
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.weights import Weight
 from dreamllm_jax.parallel.mesh import constrain
-from dreamllm_jax.towers.autoencoders.kl import Autoencoder, AutoencoderConfig
-from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoder, PixelAutoencoderConfig
-from dreamllm_jax.towers.connectors.projector import DreamQueries, Projector, ProjectorConfig
-from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig
-from dreamllm_jax.towers.language_models.llama import KVCache, Llama, LlamaConfig
-from dreamllm_jax.towers.vision_encoders.clip import ClipVision, ClipVisionConfig, normalise_pixels
+from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.queries import DreamQueries
+from dreamllm_jax.towers.registry import (
+    ConnectorConfig,
+    ImageDecoderConfig,
+    LanguageModelConfig,
+    VisionEncoderConfig,
+    VisualProjectorConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +41,15 @@ class DreamLLMConfig:
       num_queries: dream queries an image is painted from.
       special_tokens: ids; None for the last eight of the vocabulary.
       dtype: what the towers compute in; parameters are stored as the training configuration says.
-      remat: what the llama's layers keep for their backward pass: "none" (everything), "dots", "full" (nothing),
-        "offload", or names (see `models.remat`).
+      remat: what the language model's layers keep for their backward pass: "none" (everything), "dots", "full"
+        (nothing), "offload", or names (see `layers.remat`).
     """
 
-    llama: LlamaConfig
-    clip: ClipVisionConfig
-    vae: AutoencoderConfig | PixelAutoencoderConfig
-    unet: UNetConfig
-    visual_projector: ProjectorConfig = ProjectorConfig()
-    condition_projector: ProjectorConfig = ProjectorConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    language_model: LanguageModelConfig
+    vision_encoder: VisionEncoderConfig
+    image_decoder: ImageDecoderConfig
+    visual_projector: VisualProjectorConfig = ProjectorConfig()
+    connector: ConnectorConfig = ProjectorConfig()
     num_queries: int = 64
     special_tokens: SpecialTokens | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -57,20 +59,13 @@ class DreamLLMConfig:
         remat.check(self.remat)
         if self.num_queries < 1:
             raise ValueError(f"num_queries must be positive, got {self.num_queries}")
-        for name, tokens in (("visual", self.clip.num_patches), ("condition", self.num_queries)):
-            if getattr(self, f"{name}_projector").kind == "conv" and math.isqrt(tokens) ** 2 != tokens:
-                raise ValueError(f"{name}_projector: a conv projector needs a square number of tokens, got {tokens}")
-        if self.unet.in_channels != self.vae.latent_channels:
-            raise ValueError(
-                f"unet.in_channels is {self.unet.in_channels}, but the autoencoder's latents have "
-                f"{self.vae.latent_channels} channels"
-            )
+        for name, tokens in (("visual_projector", self.vision_encoder.num_patches), ("connector", self.num_queries)):
+            try:
+                getattr(self, name).require_tokens(tokens)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         if self.special_tokens is None:
-            object.__setattr__(self, "special_tokens", SpecialTokens.last_of(self.llama.vocab_size))
-
-    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of an image of so many pixels; a square one if no width is given."""
-        return height // self.vae.downscale, (width or height) // self.vae.downscale, self.vae.latent_channels
+            object.__setattr__(self, "special_tokens", SpecialTokens.last_of(self.language_model.vocab_size))
 
 
 def splice(
@@ -92,54 +87,52 @@ def take(hidden: Float[Array, "B L E"], slots: Int[Array, "B S"], tokens: int) -
 
 
 class DreamLLM(nn.Module):
-    """All parameters of the model, under `llama, clip, visual_projector, queries, condition_projector, vae, unet`."""
+    """All parameters of the model, by role: `language_model`, `vision_encoder`, `visual_projector`, `dream_queries`,
+    `connector`, `image_decoder`.
+
+    `model.bind({"params": params})` has the methods below and the towers' own, such as `.image_decoder.decode`; of `params`
+    it needs those that a method uses.
+    """
 
     config: DreamLLMConfig
 
     def setup(self):
-        config = self.config
-        dtype = jnp.dtype(config.dtype)
-        towers_remat = "none" if config.remat == "none" else "full"
-        self.llama = Llama(config.llama, dtype=dtype, remat=config.remat)
-        self.clip = ClipVision(config.clip, dtype=dtype, remat=towers_remat)
-        self.visual_projector = Projector(config.visual_projector, config.llama.hidden_size, use_bias=True, dtype=dtype)
-        self.queries = DreamQueries(config.num_queries, config.llama.hidden_size)
-        self.condition_projector = Projector(
-            config.condition_projector, config.unet.cross_attention_dim, use_bias=False, dtype=dtype
-        )
-        pixel = isinstance(config.vae, PixelAutoencoderConfig)
-        self.vae = (PixelAutoencoder if pixel else Autoencoder)(config.vae, dtype=dtype)
-        self.unet = UNet(config.unet, dtype=dtype)
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        width = config.language_model.width
+        self.language_model = config.language_model.make(dtype, config.remat)
+        self.vision_encoder = config.vision_encoder.make(dtype, "none" if config.remat == "none" else "full")
+        self.visual_projector = config.visual_projector.make(width, dtype)
+        self.dream_queries = DreamQueries(config.num_queries, width)
+        self.connector = config.connector.make_connector(config.image_decoder.condition_width, dtype)
+        self.image_decoder = config.image_decoder.make(dtype)
 
-    def see(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P E"]:
-        """What the llama is given for an image: CLIP features through the visual projector."""
-        return self.visual_projector(self.features(images))
+    def see(
+        self, images: UInt8[Array, "N H W 3"] | Float[Array, "N ..."], stored: bool = False
+    ) -> Float[Array, "N P E"]:
+        """What the language model is given for images: the vision encoder's features through the visual projector.
 
-    def features(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P F"]:
-        """CLIP's features of the images' patches."""
-        if images.dtype == jnp.uint8:
-            images = normalise_pixels(images, self.config.clip.image_mean, self.config.clip.image_std)
-        return self.clip(constrain(images, ("images", None, None, None)))
-
-    def project(self, features: Float[Array, "N P F"]) -> Float[Array, "N P E"]:
-        """CLIP features, perhaps stored ones -> what the llama is given."""
-        features = features.astype(jnp.dtype(self.config.dtype))
-        return self.visual_projector(constrain(features, ("images", None, None)))
+        Args:
+          images: pixels, or the features that are `stored` of them.
+        """
+        if stored:
+            features = constrain(images.astype(jnp.dtype(self.config.dtype)), ("images", None, None))
+        else:
+            features = self.vision_encoder(images)
+        return self.visual_projector(features)
 
     def embed(
         self,
         tokens: Int[Array, "B L"],
-        see_features: Float[Array, "B K P E"] | None = None,
-        see_slots: Int[Array, "B K"] | None = None,
-        dream_slots: Int[Array, "B D"] | None = None,
+        seen: Sequence[tuple[Float[Array, "B S P E"], Int[Array, "B S"]]] = (),
+        dream_slots: Sequence[Int[Array, "B S"]] = (),
     ) -> Float[Array, "B L E"]:
-        """Token embeddings with image features and dream queries spliced in at their slots."""
-        x = self.llama.embed(tokens)
-        if see_features is not None:
-            x = splice(x, see_features, see_slots)
-        if dream_slots is not None and dream_slots.shape[1]:
-            queries = self.queries()
-            x = splice(x, spread(queries, (*dream_slots.shape, *queries.shape), x.dtype), dream_slots)
+        """Token embeddings with what is seen and the dream queries spliced in at their slots, group by group."""
+        x = self.language_model.embed(tokens)
+        for features, slots in seen:
+            x = splice(x, features, slots)
+        for slots in dream_slots:
+            queries = self.dream_queries()
+            x = splice(x, spread(queries, (*slots.shape, *queries.shape), x.dtype), slots)
         return constrain(x, ("rows", "tokens", "act_embed"))
 
     def decode(
@@ -147,16 +140,10 @@ class DreamLLM(nn.Module):
         embeddings: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """The llama's hidden states after its final norm."""
-        return self.llama(embeddings, positions, segment_ids, cache)
-
-    def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-        return self.llama.logits(hidden)
-
-    def head_kernel(self) -> Float[Array, "E V"]:
-        return self.llama.head_kernel()
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """The language model's hidden states after its final norm, and its cache."""
+        return self.language_model(embeddings, positions, segment_ids, cache)
 
     def null_hidden(self, with_queries: bool = True) -> Float[Array, "Q E"]:
         """Hidden states at the queries of the document without a prompt, for classifier-free guidance.
@@ -166,57 +153,34 @@ class DreamLLM(nn.Module):
             the original's training code.
         """
         tokens = jnp.asarray([self.config.special_tokens.null_document(self.config.num_queries)], jnp.int32)
-        slots = jnp.full((1, 1), NULL_SLOT) if with_queries else None
-        x = self.embed(tokens, dream_slots=slots)
+        x = self.embed(tokens, dream_slots=[jnp.full((1, 1), NULL_SLOT)] if with_queries else ())
         positions = jnp.arange(tokens.shape[1])[None]
         hidden, _ = self.decode(x, positions, jnp.ones_like(tokens))
         return hidden[0, NULL_SLOT : NULL_SLOT + self.config.num_queries]
 
-    def condition(self, hidden: Float[Array, "N Q E"]) -> Float[Array, "N Q C"]:
-        """Hidden states at the queries -> what the UNet attends to."""
-        return self.condition_projector(constrain(hidden, ("images", None, None)))
-
-    def moments(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N h w 2c"]:
-        """Mean and log-variance of the images' latents, before scaling."""
-        if images.dtype == jnp.uint8:
-            images = images.astype(jnp.float32) / 127.5 - 1.0
-        return self.vae.encode(constrain(images, ("images", None, None, None)))
-
-    def denoise(
-        self, latents: Float[Array, "N h w c"], timesteps: Int[Array, " N"], condition: Float[Array, "N Q C"]
-    ) -> Float[Array, "N h w c"]:
-        """The UNet's prediction (noise or velocity) for scaled noisy latents."""
-        latents = constrain(latents, ("images", None, None, None))
-        return self.unet(latents, timesteps, condition).astype(jnp.float32)
-
-    def paint(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N H W 3"]:
-        """Scaled latents -> pixels in [-1, 1]."""
-        return self.vae.decode(latents / self.config.vae.scaling_factor)
+    def condition(self, hidden: Float[Array, "N Q E"]) -> Condition:
+        """Hidden states at the queries -> what the image decoder paints from."""
+        return self.connector(constrain(hidden, ("images", None, None)))
 
     def __call__(self) -> None:
         """Touches every parameter once, on the smallest inputs: for `init`."""
         config = self.config
-        size = config.clip.image_size
+        size = config.vision_encoder.image_size
         features = self.see(jnp.zeros((1, size, size, 3), jnp.uint8))[None]
-        length = max(config.clip.num_patches, config.num_queries)
+        length = max(config.vision_encoder.num_patches, config.num_queries)
         tokens, slots = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 1), jnp.int32)
-        x = self.embed(tokens, features, slots, slots)
+        x = self.embed(tokens, [(features, slots)], [slots])
         hidden, _ = self.decode(x, jnp.arange(length)[None], jnp.ones_like(tokens))
-        self.logits(hidden)
-        side = 2 ** (len(config.unet.block_out_channels) - 1)
-        moments = self.moments(jnp.zeros((1, side * config.vae.downscale, side * config.vae.downscale, 3), jnp.uint8))
-        latents = moments[..., : config.vae.latent_channels]
-        self.denoise(latents, jnp.zeros(1, jnp.int32), self.condition(hidden[:, : config.num_queries]))
-        self.paint(latents)
+        self.language_model.logits(hidden)
+        self.image_decoder(self.condition(hidden[:, : config.num_queries]))
 
 
 @functools.cache
 def abstract_params(config: DreamLLMConfig) -> dict:
-    """The parameter tree's shapes (`models.weights.Weight`), nothing computed."""
+    """The parameter tree's shapes (`layers.weights.Weight`), nothing computed."""
     return dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
 
 
-def axes_of(config: DreamLLMConfig, names: Sequence[str]) -> dict:
-    """The logical axes of the parameters of towers, in the same tree."""
-    boxed = {"is_leaf": lambda x: isinstance(x, Weight)}
-    return jax.tree.map(lambda weight: weight.names, {name: abstract_params(config)[name] for name in names}, **boxed)
+def axes_of(weights: Any) -> Any:
+    """The logical axes of parameters, in the same tree, from `abstract_params` or a part of it."""
+    return jax.tree.map(lambda weight: weight.names, weights, is_leaf=lambda x: isinstance(x, Weight))

@@ -59,7 +59,7 @@ def main(config: ConfigDict | None) -> None:
 
 def _experiment(config: dict, topology: Topology) -> Experiment:
     """Neither weights nor data are opened, unless only the weights know the model's shape."""
-    if "llama" not in config.get("model", {}):
+    if "language_model" not in config.get("model", {}):
         config, _ = with_initial(config, None)
     if _ROWS.value:
         config = {**config, "rows": {**config.get("rows", {}), "per_step": _ROWS.value * topology.chips}}

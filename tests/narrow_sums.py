@@ -11,8 +11,9 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.data.batch import empty_batch
 from dreamllm_jax.layers.lora import LoraConfig
+from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM, abstract_params
-from dreamllm_jax.objectives.joint import ObjectiveConfig, draw
+from dreamllm_jax.objectives.interface import ObjectiveConfig
 from dreamllm_jax.parallel.chips import find_topology
 from dreamllm_jax.parallel.feeding import rows_sharding
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, param_shardings, use

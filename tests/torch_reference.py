@@ -14,7 +14,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.model import DreamLLMConfig
-from dreamllm_jax.objectives.joint import Draws, ObjectiveConfig
+from dreamllm_jax.objectives.interface import ObjectiveConfig
+from dreamllm_jax.objectives.joint import Draws
 from tests.tiny import TinyDocument
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])

@@ -13,6 +13,6 @@ SWEEP = recipes.grid(gamma=(0.0, 1.0, 5.0, 20.0))
 
 def get_config(arg: str = "") -> ConfigDict:
     given, config = recipes.begin(__file__, arg, parent="stage1_creation", gamma=5.0, velocity="original")
-    config.objective.snr_gamma = given.gamma or None
-    config.objective.snr_velocity = given.velocity
+    training = {"snr_gamma": given.gamma or None, "snr_velocity": given.velocity}
+    config.model.image_decoder.training = training
     return config

@@ -21,12 +21,12 @@ def get_config(arg: str = "") -> ConfigDict:
         __file__,
         arg,
         parent="stage1_joint",
-        choices={"which": ("visual", "condition", "both")},
+        choices={"which": ("visual_projector", "connector", "both")},
         kind="mlp",
         depth=2,
-        which="visual",
+        which="visual_projector",
     )
-    for name in ("visual", "condition"):
+    for name in ("visual_projector", "connector"):
         if given.which in (name, "both"):
-            config.model[f"{name}_projector"] = {"kind": given.kind, "depth": given.depth}
+            config.model[name] = {"kind": given.kind, "depth": given.depth}
     return config

@@ -10,8 +10,8 @@ SWEEP = recipes.grid(trained=(False, True))
 
 def get_config(arg: str = "") -> ConfigDict:
     given, config = recipes.begin(__file__, arg, trained=True)
-    config.parameters.trainable = (("clip/.*", given.trained), *config.parameters.trainable)
+    config.parameters.trainable = (("vision_encoder/.*", given.trained), *config.parameters.trainable)
     if given.trained:
-        config.optimizer.learning_rates = (("clip/encoder/layers/.*", 1.0), ("clip/.*", 0.1))
-        config.optimizer.layer_decays = (("clip/encoder/layers/.*", 0.9),)
+        config.optimizer.learning_rates = (("vision_encoder/encoder/layers/.*", 1.0), ("vision_encoder/.*", 0.1))
+        config.optimizer.layer_decays = (("vision_encoder/encoder/layers/.*", 0.9),)
     return config

@@ -10,5 +10,5 @@ SWEEP = recipes.grid(trained=(False, True))
 
 def get_config(arg: str = "") -> ConfigDict:
     given, config = recipes.begin(__file__, arg, trained=True)
-    config.parameters.trainable = (("unet/.*", given.trained), *config.parameters.trainable)
+    config.parameters.trainable = (("image_decoder/denoiser/.*", given.trained), *config.parameters.trainable)
     return config

@@ -65,10 +65,12 @@ class SavedModel:
 
     def merged(self) -> "SavedModel":
         """The same model without adapters (`models.lora`), which are added to the kernels as these are read."""
-        adapters, llama = self.config.llama.lora, dataclasses.replace(self.config.llama, lora=None)
+        adapters = self.config.language_model.lora
         if adapters is None:
             return self
-        return _Merged(self.directory, dataclasses.replace(self.config, llama=llama), self.stores, self.step, adapters)
+        language_model = dataclasses.replace(self.config.language_model, lora=None)
+        config = dataclasses.replace(self.config, language_model=language_model)
+        return _Merged(self.directory, config, self.stores, self.step, adapters)
 
     @functools.cached_property
     def _shapes(self) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
@@ -92,7 +94,7 @@ class SavedModel:
         return self._restore(wanted, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in wanted})
 
     def part(self, name: str) -> dict[str, Any]:
-        """One part of the parameter tree, such as "llama", as `read` gives it."""
+        """One part of the parameter tree, such as "language_model", as `read` gives it."""
         prefix = f"{name}/"
         found = self.read(path for path in self.leaves() if path.startswith(prefix))
         return unflatten_dict({path.removeprefix(prefix): array for path, array in found.items()}, sep="/")

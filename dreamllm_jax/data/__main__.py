@@ -18,7 +18,7 @@ from etils import epath
 from dreamllm_jax import command_line
 from dreamllm_jax.command_line import finite, not_negative, positive, share
 from dreamllm_jax.data import sheet, storage, stored
-from dreamllm_jax.data.batch import RowShape
+from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.corpora.conversations import Llava
 from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
 from dreamllm_jax.data.corpora.openmoji import OpenMoji
@@ -158,15 +158,8 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    shape = RowShape(
-        arguments.length,
-        arguments.slots,
-        arguments.slots,
-        num_patches=256,  # and so on: the published model's
-        num_queries=64,
-        see_size=224,
-        dream_size=512,
-    )
+    see, dream = SlotGroup(arguments.slots, 256, 224, 224), SlotGroup(arguments.slots, 64, 512, 512)  # as published
+    shape = RowShape(arguments.length, (see,), (dream,))
     sheet.write_sheet(
         arguments.directory, arguments.name, arguments.to, arguments.count, shape, arguments.mode, arguments.tokenizer
     )

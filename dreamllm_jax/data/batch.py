@@ -1,6 +1,9 @@
-"""The batch: what the data pipeline hands to the model, with static shapes.
+"""The batch: what the data hand to the model, with static shapes.
 
-Legend: B rows, L tokens in a row, K see slots, D dream slots, H x W and H' x W' pixels, h x w x c latents.
+Images stand in *groups* of slots, each of one height and width, so that rows can hold images of several sizes and every
+shape stays static.
+
+Legend: B rows, L tokens in a row, S slots of a group, H x W pixels.
 """
 
 import dataclasses
@@ -14,40 +17,83 @@ Array = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
+class SlotGroup:
+    """Room in a row for images of one size.
+
+    Attributes:
+      slots: how many (S).
+      tokens: of the row that each takes: patches of an image that is seen, queries of one that is painted.
+      height, width: pixels.
+      stored: shape of the stored array that stands for an image; empty where its pixels do.
+      dtype: the type of stored arrays.
+    """
+
+    slots: int
+    tokens: int
+    height: int
+    width: int
+    stored: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("slots", "tokens", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} of a group of slots must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class RowShape:
     """The static shape of a row; of text alone, unless told.
 
     Attributes:
       length: tokens in a row (L).
-      see_slots: room for images to read (K).
-      dream_slots: room for images to paint (D).
-      num_patches: tokens of an image that is read (P).
-      num_queries: tokens of an image that is painted (Q).
-      see_size: pixels on a side of an image that is read.
-      dream_size: pixels on a side of an image that is painted.
-      see_features: shape of the stored features that stand for an image to read; empty where its pixels do.
-      dream_moments: shape of the stored moments that stand for an image to paint; empty where its pixels do.
-      stored_dtype: the type of both.
+      see: groups of slots for images that are read.
+      dream: groups of slots for images that are painted.
     """
 
     length: int
-    see_slots: int = 0
-    dream_slots: int = 0
-    num_patches: int = 0
-    num_queries: int = 0
-    see_size: int = 0
-    dream_size: int = 0
-    see_features: tuple[int, ...] = ()
-    dream_moments: tuple[int, ...] = ()
-    stored_dtype: str = "bfloat16"
+    see: tuple[SlotGroup, ...] = ()
+    dream: tuple[SlotGroup, ...] = ()
 
     def __post_init__(self):
-        least = {"length": 1, "see_slots": 0, "dream_slots": 0}
-        least |= {"num_patches": 1, "see_size": 1} if self.see_slots else {}
-        least |= {"num_queries": 1, "dream_size": 1} if self.dream_slots else {}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} of a row must be at least {value}, got {getattr(self, name)}")
+        if self.length < 1:
+            raise ValueError(f"length of a row must be at least 1, got {self.length}")
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """Tokens, then the slots of each group: what documents take of a row."""
+        return (self.length, *(group.slots for group in self.see + self.dream))
+
+    @property
+    def see_slots(self) -> int:
+        """Images that a row has room to read, of all sizes."""
+        return sum(group.slots for group in self.see)
+
+    @property
+    def dream_slots(self) -> int:
+        """Images that a row has room to paint, of all sizes."""
+        return sum(group.slots for group in self.dream)
+
+
+@struct.dataclass
+class Slots:
+    """A group of slots in all rows.
+
+    Attributes:
+      at: i32[B, S] index in the row of an image's first token, -1 for an empty slot.
+      images: u8[B, S, H, W, 3] pixels (floats are taken as normalised for the tower), or f[B, S, ...] what is stored of
+        them; None where images are only painted from, not learned.
+      stored: whether `images` are stored arrays.
+    """
+
+    at: Array
+    images: Array | None
+    stored: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def filled(self) -> Array:
+        """bool[B, S]: which slots have an image."""
+        return self.at >= 0
 
 
 @struct.dataclass
@@ -60,46 +106,33 @@ class Batch:
       positions: i32[B, L] positions, restarting at 0 in each document.
       loss_weights: f32[B, L] weight of predicting `tokens[i]` from its prefix; 0 at the start of a document, on
         padding and on tokens that are not learned.
-      see_images: u8[B, K, H, W, 3] images to read, resized and cropped for CLIP (floats are taken as normalised); None
-        when `see_features` is given.
-      see_slots: i32[B, K] index in the row of the image's first patch token, -1 for an empty slot.
-      dream_images: u8[B, D, H', W', 3] images to paint (floats are taken as already in [-1, 1]); None when
-        `dream_moments` is given.
-      dream_slots: i32[B, D] index in the row of the image's first query, -1 for an empty slot.
-      dream_moments: f[B, D, h, w, 2c] the autoencoder's stored output, instead of `dream_images`.
-      see_features: f[B, K, P, width] the stored features of the frozen CLIP tower, instead of `see_images`.
+      see: images that are read, by group.
+      dream: images that are painted, by group.
     """
 
     tokens: Array
     segment_ids: Array
     positions: Array
     loss_weights: Array
-    see_images: Array | None
-    see_slots: Array
-    dream_images: Array | None
-    dream_slots: Array
-    dream_moments: Array | None = None
-    see_features: Array | None = None
+    see: tuple[Slots, ...] = ()
+    dream: tuple[Slots, ...] = ()
 
 
 def empty_batch(count: int, shape: RowShape, pad: int = 0) -> Batch:
     """A batch of `count` rows in which nothing is filled."""
 
-    def room(slots: int, *stored: int) -> np.ndarray:
-        return np.zeros((count, slots, *stored), jnp.dtype(shape.stored_dtype))
-
-    def pixels(slots: int, size: int) -> np.ndarray:
-        return np.zeros((count, slots, size, size, 3), np.uint8)
+    def room(group: SlotGroup) -> Slots:
+        size, dtype = (group.height, group.width, 3), jnp.uint8
+        if group.stored:
+            size, dtype = group.stored, jnp.dtype(group.dtype)
+        at = np.full((count, group.slots), -1, np.int32)
+        return Slots(at, np.zeros((count, group.slots, *size), dtype), bool(group.stored))
 
     return Batch(
         tokens=np.full((count, shape.length), pad, np.int32),
         segment_ids=np.zeros((count, shape.length), np.int32),
         positions=np.zeros((count, shape.length), np.int32),
         loss_weights=np.zeros((count, shape.length), np.float32),
-        see_images=None if shape.see_features else pixels(shape.see_slots, shape.see_size),
-        see_slots=np.full((count, shape.see_slots), -1, np.int32),
-        dream_images=None if shape.dream_moments else pixels(shape.dream_slots, shape.dream_size),
-        dream_slots=np.full((count, shape.dream_slots), -1, np.int32),
-        see_features=room(shape.see_slots, *shape.see_features) if shape.see_features else None,
-        dream_moments=room(shape.dream_slots, *shape.dream_moments) if shape.dream_moments else None,
+        see=tuple(map(room, shape.see)),
+        dream=tuple(map(room, shape.dream)),
     )

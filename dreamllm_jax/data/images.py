@@ -1,6 +1,6 @@
 """Encoded images to uint8 pixels of the size a model wants.
 
-Normalisation to CLIP's mean and standard deviation, or to [-1, 1], happens on the device. Pictures are decoded here
+Normalisation happens on the device. Pictures are decoded here
 with Pillow alone and with every trap closed: unknown formats, bombs, truncated files, rotation by EXIF, palettes,
 transparency, 16 bits, CMYK, animations.
 """
@@ -69,6 +69,16 @@ def decode(data: bytes, shorter: int = 0) -> Image.Image:
         raise ImageError("broken", str(error)) from error
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """(width, height) of an image as it is seen upright, from its header alone; (1, 1) if that cannot be read."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except Exception:  # Pillow's plugins raise whatever a damaged header leads them to
+        return 1, 1
+
+
 def decode_named(data: bytes, where: object) -> Image.Image:
     """As `decode`; an error says where the image is."""
     try:
@@ -106,28 +116,38 @@ def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
     return image.convert("RGB")
 
 
-def clip_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """Resizes the shorter side to `size` (bicubic) and crops the centre, as `CLIPImageProcessor` does.
+def centre_crop(
+    image: Image.Image, height: int, width: int, resample: Image.Resampling, rounded: bool = False
+) -> np.ndarray:
+    """Shrinks or enlarges the image until it just covers the result, whose shape is kept, and crops its centre.
+
+    Args:
+      rounded: where the centre lies between two pixels, take the even one, as torchvision's `CenterCrop` does; otherwise
+        the first, as transformers' image processors do.
 
     Returns:
-      u8[size, size, 3].
+      u8[height, width, 3].
     """
-    image = _resize_shorter(image, size, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    if height * image.width <= width * image.height:
+        new = width, int(width * image.height / image.width)
+    else:
+        new = int(height * image.width / image.height), height
+    if new != image.size:
+        image = image.resize(new, resample)
+    over = image.width - width, image.height - height
+    left, top = (round(x / 2) if rounded else x // 2 for x in over)
+    return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
-def diffusion_pixels(image: Image.Image, size: int, flip: bool = False) -> np.ndarray:
-    """Resizes the shorter side to `size` (bilinear), crops the centre, and mirrors if told to.
+def paint_pixels(image: Image.Image, height: int, width: int, flip: bool = False) -> np.ndarray:
+    """An image as it is painted: shrunk (bilinear) to cover the size, its centre cropped, mirrored if told to.
 
     As torchvision's `Resize`, `CenterCrop` and `RandomHorizontalFlip` on a Pillow image.
 
     Returns:
-      u8[size, size, 3].
+      u8[height, width, 3].
     """
-    image = _resize_shorter(image, size, Image.Resampling.BILINEAR)
-    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    pixels = centre_crop(image, height, width, Image.Resampling.BILINEAR, rounded=True)
     return pixels[:, ::-1] if flip else pixels
 
 

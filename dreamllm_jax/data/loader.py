@@ -23,7 +23,7 @@ from dreamllm_jax.data.document import Document
 from dreamllm_jax.data.mixture import Mixture, Place
 from dreamllm_jax.data.packing import Get, Item, Need, NothingFits, RowStream
 from dreamllm_jax.data.readers import Readers
-from dreamllm_jax.data.rows import Counts, Pixels, fill_row
+from dreamllm_jax.data.rows import Counts, Crop, Pixels, fill_row
 from dreamllm_jax.data.settings import CorpusConfig, DataConfig
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import Encoded, encode_document
@@ -45,6 +45,7 @@ class Loader:
       config: what is read.
       shape: of the rows; what is stored of images is read where it says so.
       tokenizer: see `storage.open_tokenizer`.
+      see, dream: what makes pixels of images that are read and of those that are painted: see `rows.Pixels`.
       rows_per_step: rows of a step on all hosts.
       seed: of everything random.
       mine: the rows of each step that this host feeds, all if not given; the whole stream is the same, whatever a host
@@ -67,6 +68,8 @@ class Loader:
         config: DataConfig,
         shape: RowShape,
         tokenizer: Tokenizer,
+        see: Crop,
+        dream: Crop,
         *,
         rows_per_step: int,
         seed: int,
@@ -75,8 +78,8 @@ class Loader:
         self._config, self._shape, self._tokenizer = config, shape, tokenizer
         summary = storage.read_summary(config.path)["corpora"]
         self._uses = dict(config.corpora) or {name: CorpusConfig() for name in sorted(summary)}
-        shapes = {"moments": shape.dream_moments, "features": shape.see_features}
-        arrays = {name: (one, shape.stored_dtype) for name, one in shapes.items() if one}
+        groups = {"moments": shape.dream, "features": shape.see}
+        arrays = {name: (g.stored, g.dtype) for name, each in groups.items() for g in each if g.stored}
         corpora = {name: storage.Corpus(config.path, name, arrays) for name in self._uses}
         self._mixture = Mixture(corpora, self._uses, streams=rows_per_step, seed=seed, shuffle=config.shuffle)
         for name, corpus in corpora.items():
@@ -92,7 +95,7 @@ class Loader:
             row: RowStream(self._begin, shape, first=row, step=rows_per_step, window=window)
             for row in (range(rows_per_step) if mine is None else mine)
         }
-        self._pixels = Pixels(shape)
+        self._pixels = Pixels(shape, see, dream)
         self._rows = 0
         self.totals: Counts = collections.Counter()
         self.records: list[list[int]] = []
@@ -167,7 +170,7 @@ class Loader:
         if document.blank or not encoded.learns:
             return leave_out("empty")
         item = Item(record, place.corpus, encoded, flip=not encoded.see and bool(flip < self._config.flip))
-        return item if need in (None, item.need) else leave_out("changed")
+        return item if need in (None, item.need(self._shape)) else leave_out("changed")
 
     def _encode(self, corpus: str, document: Document, draw: float) -> Encoded:
         use = self._uses[corpus]

@@ -24,7 +24,7 @@ class NothingFits(ValueError):
     """So many records one after the other were left out that no row will ever be filled."""
 
 
-Need = tuple[int, int, int]  # what a document needs of a row: tokens, images to read, images to paint
+Need = tuple[int, ...]  # what a document needs of a row: see `RowShape.room`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,13 @@ class Item:
     encoded: Encoded
     flip: bool = False
 
-    @property
-    def need(self) -> Need:
-        return len(self.encoded.tokens), len(self.encoded.see), len(self.encoded.dream)
+    def need(self, shape: RowShape) -> Need:
+        """What it needs of a row of this shape."""
+        see, dream = (
+            [sum(placed.group == group for placed in images) for group in range(len(groups))]
+            for images, groups in ((self.encoded.see, shape.see), (self.encoded.dream, shape.dream))
+        )
+        return len(self.encoded.tokens), *see, *dream
 
 
 Get = Callable[[], Item | None]
@@ -100,14 +104,14 @@ class RowStream:
             item = self._coming.popleft()()
             self._next += self._step
             if item is not None:
-                self._waiting.append(_Waiting(item.record, item.need, lambda item=item: item))
+                self._waiting.append(_Waiting(item.record, item.need(self._shape), lambda item=item: item))
             missed = missed + 1 if item is None else 0
             if missed == MISSES:
                 raise NothingFits(f"{MISSES} documents one after the other had to be left out")
 
     def _split(self) -> tuple[list[_Waiting], list[_Waiting]]:
         """Of the documents that wait, those that the next row takes and the others."""
-        room = [self._shape.length, self._shape.see_slots, self._shape.dream_slots]
+        room = list(self._shape.room)
         taken: list[_Waiting] = []
         left: list[_Waiting] = []
         for waiting in self._waiting:

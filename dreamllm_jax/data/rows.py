@@ -1,6 +1,6 @@
 """Rows of encoded documents to a batch: tokens in their places, images decoded into their slots.
 
-Legend: B rows, L tokens in a row, K see slots, D dream slots.
+Legend: B rows, L tokens in a row, H x W pixels.
 """
 
 import collections
@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 
 from dreamllm_jax.data import images
-from dreamllm_jax.data.batch import Batch, RowShape
+from dreamllm_jax.data.batch import Batch, RowShape, Slots
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.packing import Item
+from dreamllm_jax.data.tokens import Placed
 
 Counts = collections.Counter[tuple[str, str]]  # by corpus and what is counted
+
+
+# Makes u8[height, width, 3] of a Pillow image, given these two; what is painted is mirrored if it is told `flip=True`.
+Crop = Callable[..., np.ndarray]
 
 
 class Pixels:
@@ -24,34 +29,39 @@ class Pixels:
 
     The latest pixels are remembered, up to `memory` bytes: a small data set is then decoded once; a large one pays only
     the memory. Threads may share it. Both methods raise `ImageError` for an image that cannot be used.
+
+    Args:
+      see, dream: the vision encoder's and the image decoder's `preprocess`.
     """
 
-    def __init__(self, shape: RowShape, memory: int = 64 << 20):
-        self._shape, self._memory = shape, memory
+    def __init__(self, shape: RowShape, see: Crop, dream: Crop, memory: int = 64 << 20):
+        self._shape, self._crops, self._memory = shape, {"see": see, "dream": dream}, memory
         self._used = 0
         self._kept: collections.OrderedDict[tuple, np.ndarray] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._decode = functools.lru_cache(maxsize=8)(images.decode)  # what is painted is often read back
 
-    def see(self, image: Image) -> np.ndarray:
-        """u8[H, W, 3] for CLIP, or its stored features."""
-        if self._shape.see_features:
-            return _stored(image, "features")
-        return self._remember(images.clip_pixels, image.data, self._shape.see_size)
+    def see(self, placed: Placed) -> np.ndarray:
+        """u8[H, W, 3] for the vision encoder, or its stored features."""
+        group = self._shape.see[placed.group]
+        if group.stored:
+            return _stored(placed.image, "features")
+        return self._remember("see", placed.image.data, group.height, group.width)
 
-    def dream(self, image: Image, flip: bool = False) -> np.ndarray:
-        """u8[H', W', 3] for the diffusion model, or its stored moments."""
-        if self._shape.dream_moments:
-            return _stored(image, "moments")
-        return self._remember(images.diffusion_pixels, image.data, self._shape.dream_size, flip)
+    def dream(self, placed: Placed, flip: bool = False) -> np.ndarray:
+        """u8[H, W, 3] for the image decoder, or what is stored of it."""
+        group = self._shape.dream[placed.group]
+        if group.stored:
+            return _stored(placed.image, "moments")
+        return self._remember("dream", placed.image.data, group.height, group.width, *([True] if flip else []))
 
-    def _remember(self, crop: Callable[..., np.ndarray], data: bytes, *options: Any) -> np.ndarray:
-        key = (crop, data, *options)
+    def _remember(self, use: str, data: bytes, *options: Any) -> np.ndarray:
+        key = (use, data, *options)
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        pixels = crop(self._decode(data), *options)
+        pixels = self._crops[use](self._decode(data), *options)
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = pixels
@@ -76,8 +86,6 @@ def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, stri
       cannot be decoded.
     """
     counts: Counts = collections.Counter()
-    see_into = batch.see_images if batch.see_features is None else batch.see_features
-    dream_into = batch.dream_images if batch.dream_moments is None else batch.dream_moments
     start = 0
     for segment, item in enumerate(row, 1):
         encoded, corpus = item.encoded, item.corpus
@@ -88,27 +96,30 @@ def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, stri
         counts[corpus, "documents"] += 1
         counts[corpus, "tokens"] += stop - start
         try:
-            see = [pixels.see(image) for image in encoded.see]
-            dream = [pixels.dream(image, item.flip) for image in encoded.dream]
+            see = [pixels.see(placed) for placed in encoded.see]
+            dream = [pixels.dream(placed, item.flip) for placed in encoded.dream]
         except images.ImageError as error:
             if strict:
                 raise
             counts[corpus, f"dropped_{error.reason}"] += 1
         else:
             batch.loss_weights[index, start:stop] = encoded.loss_weights
-            _fill_slots(batch.see_slots[index], see_into[index], start + encoded.see_slots, see)
-            _fill_slots(batch.dream_slots[index], dream_into[index], start + encoded.dream_slots, dream)
+            _fill_slots(batch.see, index, start, encoded.see, see)
+            _fill_slots(batch.dream, index, start, encoded.dream, dream)
             counts[corpus, "see"] += len(see)
             counts[corpus, "dream"] += len(dream)
         start = stop
     return counts
 
 
-def _fill_slots(slots: np.ndarray, into: np.ndarray, places: np.ndarray, images: Sequence[np.ndarray]) -> None:
-    """Puts images and their places into the first empty ones of a row's slots."""
-    first = int((slots >= 0).sum())
-    for slot, (place, image) in enumerate(zip(places, images, strict=True), first):
-        slots[slot], into[slot] = place, image
+def _fill_slots(
+    groups: Sequence[Slots], index: int, start: int, places: Sequence[Placed], images: Sequence[np.ndarray]
+) -> None:
+    """Puts a document's images and their places into the first empty slots of their groups."""
+    for placed, image in zip(places, images, strict=True):
+        slots = groups[placed.group]
+        slot = int((slots.at[index] >= 0).sum())
+        slots.at[index, slot], slots.images[index, slot] = start + placed.at, image
 
 
 def _stored(image: Image, name: str) -> np.ndarray:

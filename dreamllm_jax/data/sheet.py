@@ -71,8 +71,8 @@ def _section(documents: storage.Corpus, index: int, tokenizer: Tokenizer, shape:
 
 
 def _body(encoded: Encoded, tokenizer: Tokenizer) -> str:
-    pictures = dict(zip(encoded.see_slots.tolist(), (("see", image) for image in encoded.see), strict=True))
-    pictures |= dict(zip(encoded.dream_slots.tolist(), (("dream", image) for image in encoded.dream), strict=True))
+    pictures = {placed.at: ("see", placed.image) for placed in encoded.see}
+    pictures |= {placed.at: ("dream", placed.image) for placed in encoded.dream}
     special = {value: name for name, value in vars(tokenizer.special).items()}
     parts = []
     for place, (token, weight) in enumerate(zip(encoded.tokens.tolist(), encoded.loss_weights.tolist(), strict=True)):

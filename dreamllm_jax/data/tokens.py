@@ -17,13 +17,15 @@ SEE is `<im_start> <im_patch>*P <im_end>`, DREAM is `<dream_start> <im_patch>*Q 
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Literal
 
 import numpy as np
 
-from dreamllm_jax.data.batch import RowShape
+from dreamllm_jax.data import images
+from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 
@@ -66,22 +68,28 @@ TEMPLATES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Placed:
+    """An image and its place: the index `at` of its first token, and which `group` of slots it takes one of."""
+
+    image: Image
+    at: int
+    group: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A document as tokens; n of them, with k images to read and d to paint.
+    """A document as tokens, n of them, with images to see and to paint.
 
     Attributes:
       tokens: i32[n].
       loss_weights: f32[n], weight of predicting `tokens[i]` from those before it.
-      see: k images; `see_slots` i32[k] the index of each one's first patch token.
-      dream: d images; `dream_slots` i32[d] the index of each one's first query.
+      see, dream: the images in the order of their places.
     """
 
     tokens: np.ndarray
     loss_weights: np.ndarray
-    see: tuple[Image, ...]
-    see_slots: np.ndarray
-    dream: tuple[Image, ...]
-    dream_slots: np.ndarray
+    see: tuple[Placed, ...] = ()
+    dream: tuple[Placed, ...] = ()
 
     @property
     def learns(self) -> bool:
@@ -143,7 +151,7 @@ def encode_document(
         elif document.kind == "pair":
             _write_pair(row, document.texts[0].text, document.images[0], mode)
         elif document.kind == "image_image":
-            row.require(see=1, dream=1)
+            row.require(document.images[:1], document.images[1:2])
             row.write_image(document.images[0], see=True)
             row.write_image(document.images[1], dream=True)
         elif document.kind == "interleaved":
@@ -153,18 +161,25 @@ def encode_document(
     return row.encoded()
 
 
+def _distance(group: SlotGroup, image: Image) -> float:
+    """How much of its shape an image loses in such a slot: the ratio of the aspect ratios, as a logarithm."""
+    width, height = images.size_of(image.data)
+    return abs(math.log(width * group.height / (height * group.width)))
+
+
 class _Full(Exception):
     """There is no room for what comes next: the document is cut before it."""
 
 
 def _write_pair(row: "_Row", text: str, image: Image, mode: Mode) -> None:
     if mode == "creation":
-        row.require(dream=1)
+        row.require(dream=[image])
         ids = row.tokenizer.encode_text(text)
-        row.write(ids[: row.room - row.shape.num_queries - 2], learn=False)
+        _, (group,) = row.places((), [image])
+        row.write(ids[: row.room - row.shape.dream[group].tokens - 2], learn=False)
         row.write_image(image, dream=True)
     else:
-        row.require(see=1)
+        row.require(see=[image])
         row.write_image(image, see=True)
         row.write_text(text)
 
@@ -237,8 +252,8 @@ class _Row:
         self.limit = shape.length - reserved
         self.tokens: list[int] = []
         self.weights: list[float] = []
-        self.see: list[tuple[int, Image]] = []
-        self.dream: list[tuple[int, Image]] = []
+        self.see: list[Placed] = []
+        self.dream: list[Placed] = []
 
     @property
     def room(self) -> int:
@@ -269,31 +284,55 @@ class _Row:
         self, image: Image, see: bool = False, dream: bool = False, learn_dream_start: bool = False
     ) -> None:
         """Writes DREAM, SEE or both for one image; or nothing, when tokens or slots are lacking."""
-        if not self._fits(see, dream):
-            raise _Full
+        seen, painted = self.places([image] if see else [], [image] if dream else [])
         if see and self.see_first:
-            self._write_see(image)
+            self._write_see(image, seen[0])
         if dream:
             self.write([self.special.dream_start], learn_dream_start)
-            self.dream.append((len(self.tokens), image))
-            self.write([self.special.im_patch] * self.shape.num_queries + [self.special.dream_end], learn=False)
+            self.dream.append(Placed(image, len(self.tokens), painted[0]))
+            queries = self.shape.dream[painted[0]].tokens
+            self.write([self.special.im_patch] * queries + [self.special.dream_end], learn=False)
         if see and not self.see_first:
-            self._write_see(image)
+            self._write_see(image, seen[0])
 
-    def _write_see(self, image: Image) -> None:
+    def _write_see(self, image: Image, group: int) -> None:
         self.write([self.special.im_start], learn=False)
-        self.see.append((len(self.tokens), image))
-        self.write([self.special.im_patch] * self.shape.num_patches + [self.special.im_end], learn=False)
+        self.see.append(Placed(image, len(self.tokens), group))
+        self.write([self.special.im_patch] * self.shape.see[group].tokens + [self.special.im_end], learn=False)
 
-    def require(self, see: int = 0, dream: int = 0) -> None:
-        """Raises ValueError unless so many images fit."""
-        if not self._fits(see, dream):
+    def require(self, see: Sequence[Image] = (), dream: Sequence[Image] = ()) -> None:
+        """Raises ValueError unless these images fit."""
+        try:
+            self.places(see, dream)
+        except _Full:
             shape = self.shape
+            each = [", ".join(str(group.tokens) for group in groups) or "no" for groups in (shape.see, shape.dream)]
             raise ValueError(
                 f"a row of {shape.length} tokens with {shape.see_slots} see slots and {shape.dream_slots} dream slots "
-                f"has no room for {see} images of {shape.num_patches} patches to read and {dream} of "
-                f"{shape.num_queries} queries to paint"
-            )
+                f"has no room for {len(see)} images of {each[0]} patches to read and {len(dream)} of {each[1]} queries "
+                "to paint"
+            ) from None
+
+    def places(self, see: Sequence[Image], dream: Sequence[Image]) -> tuple[list[int], list[int]]:
+        """The groups whose slots these images take.
+
+        Raises:
+          _Full: tokens or slots are lacking.
+        """
+        found: list[list[int]] = []
+        room = self.room
+        for wanted, groups, before in ((see, self.shape.see, self.see), (dream, self.shape.dream, self.dream)):
+            chosen = [placed.group for placed in before]
+            for image in wanted:
+                free = [g for g, group in enumerate(groups) if chosen.count(g) < group.slots]
+                if not free:
+                    raise _Full
+                chosen.append(min(free, key=lambda g: _distance(groups[g], image)) if len(free) > 1 else free[0])
+                room -= groups[chosen[-1]].tokens + 2
+            found.append(chosen[len(before) :])
+        if room < 0:
+            raise _Full
+        return found[0], found[1]
 
     def end(self, learn: bool) -> None:
         """Writes `</s>` in the reserved place."""
@@ -304,16 +343,6 @@ class _Row:
         return Encoded(
             tokens=np.asarray(self.tokens, np.int32),
             loss_weights=np.asarray(self.weights, np.float32),
-            see=tuple(image for _, image in self.see),
-            see_slots=np.asarray([slot for slot, _ in self.see], np.int32),
-            dream=tuple(image for _, image in self.dream),
-            dream_slots=np.asarray([slot for slot, _ in self.dream], np.int32),
-        )
-
-    def _fits(self, see: int, dream: int) -> bool:
-        shape = self.shape
-        return (
-            see * (shape.num_patches + 2) + dream * (shape.num_queries + 2) <= self.room
-            and len(self.see) + see <= shape.see_slots
-            and len(self.dream) + dream <= shape.dream_slots
+            see=tuple(self.see),
+            dream=tuple(self.dream),
         )

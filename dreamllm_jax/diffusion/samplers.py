@@ -5,12 +5,12 @@ stands for, those of the step before, and fresh noise. So a sampler is a table o
 beforehand in float64, and one scanned loop runs them all. diffusers' schedulers are the reference, an oddity included:
 DDIM steps down by the same number of timesteps whatever their spacing.
 
-Legend: N images, h x w x c latents, S sampling steps, T training timesteps, Q queries, C condition width.
+Legend: N images, h x w x c latents, S sampling steps, T training timesteps.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -119,20 +119,20 @@ def sample(
     denoise: Denoiser,
     keys: Key[Array, " N"],
     shape: tuple[int, int, int],
-    schedule: ScheduleConfig,
-    config: SamplerConfig,
+    steps: Steps,
+    start: float,
 ) -> Float[Array, "N h w c"]:
     """Latents from noise.
 
     Args:
-      denoise: predicts noise or velocity, as `schedule.prediction_type` says, from noisy latents at a timestep.
+      denoise: predicts what the table takes for its m, from noisy latents at a timestep.
       keys: one an image, which depends on no other.
       shape: (h, w, c) of the latents.
+      steps, start: a sampler's table, and the scale of the noise it begins with.
 
     Returns:
       Scaled latents.
     """
-    steps, start = make_steps(schedule, config)
 
     def normal(number) -> Float[Array, "N h w c"]:
         return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
@@ -143,24 +143,25 @@ def sample(
         return advance(step, denoise, *carry, noise), None
 
     x = start * normal(0)
-    numbers = jnp.arange(1, config.steps + 1)
+    numbers = jnp.arange(1, len(steps.timestep) + 1)
     return jax.lax.scan(body, (x, jnp.zeros_like(x)), (numbers, jax.tree.map(jnp.asarray, steps)))[0][0]
 
 
 def guided(
-    denoise: Callable[[Array, Array, Array], Array],
-    condition: Float[Array, "N Q C"],
-    null_condition: Float[Array, "N Q C"],
+    denoise: Callable[[Array, Array, Any], Array],
+    condition: Any,
+    null_condition: Any,
     scale: Float[Array, ""] | float,
     rescale: Float[Array, ""] | float = 0.0,
 ) -> Denoiser:
     """Classifier-free guidance (Ho and Salimans 2022): null + scale · (conditioned - null), in one doubled batch.
 
     Args:
+      condition, null_condition: arrays [N, ...] or pytrees of them.
       rescale: how far each image's standard deviation is brought back to that of the conditioned prediction (Lin et al.
         2024, section 3.4): 0 not at all, 1 all the way.
     """
-    both = jnp.concatenate([null_condition, condition])
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), null_condition, condition)
 
     def guided_denoise(latents, timesteps):
         doubled = denoise(jnp.concatenate([latents, latents]), jnp.concatenate([timesteps, timesteps]), both)

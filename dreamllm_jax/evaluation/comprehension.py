@@ -168,7 +168,7 @@ def require_packages(name: str) -> None:
 
 def most_tokens(model: DreamLLM) -> int:
     """How long answers may become: as the original's, but never more than half of what the model reads."""
-    return min(MAX_TOKENS, model.config.llama.max_position_embeddings // 2)
+    return min(MAX_TOKENS, model.config.language_model.max_position_embeddings // 2)
 
 
 def prompt(task: Task, question: Question, template: str = TEMPLATE) -> list[Segment]:

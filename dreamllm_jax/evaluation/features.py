@@ -53,7 +53,7 @@ def of_files(files: Sequence[Path], features: Features, size: int = 0, batch: in
     found = []
     for start in tqdm(range(0, len(files), batch), unit=f"{batch} pictures"):
         pictures = [images.decode_named(file.read_bytes(), file) for file in files[start : start + batch]]
-        pixels = [images.diffusion_pixels(one, size) if size else np.asarray(one) for one in pictures]
+        pixels = [images.paint_pixels(one, size, size) if size else np.asarray(one) for one in pictures]
         if len({one.shape for one in pixels}) > 1:
             raise ValueError(f"{files[start]} and those after it are of different sizes: give --size")
         found.append(features(np.stack(pixels)))

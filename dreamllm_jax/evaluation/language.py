@@ -86,7 +86,7 @@ class LanguageModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self._model.config.llama.max_position_embeddings
+        return self._model.config.language_model.max_position_embeddings
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         begin = [] if add_special_tokens is False else [self._ours.special.bos]

@@ -61,7 +61,7 @@ def recall(
     """
     size = trained.experiment.rows.dream_size
     captions = [pair.texts[0].text for pair in pairs]
-    pictures = np.stack([images.diffusion_pixels(images.decode(pair.images[0].data), size) for pair in pairs])
+    pictures = np.stack([images.paint_pixels(images.decode(pair.images[0].data), size, size) for pair in pairs])
 
     common = trained.model, trained.params, trained.tokenizer
     painted = generate_images(

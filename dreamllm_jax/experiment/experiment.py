@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dreamllm_jax.common.configuration import ConfigError, read
-from dreamllm_jax.data.batch import RowShape
+from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.settings import DataConfig
 from dreamllm_jax.experiment.settings import (
     CheckpointConfig,
@@ -18,10 +18,9 @@ from dreamllm_jax.experiment.settings import (
     ValidationConfig,
 )
 from dreamllm_jax.model import DreamLLMConfig
-from dreamllm_jax.objectives.joint import ObjectiveConfig
+from dreamllm_jax.objectives.interface import ObjectiveConfig
 from dreamllm_jax.parallel.feeding import row_shards
 from dreamllm_jax.parallel.mesh import ShardingConfig
-from dreamllm_jax.runs import precompute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,21 +79,23 @@ class Experiment:
         if rows.see_slots < 0 or rows.dream_slots < 0:
             raise ConfigError("rows.see_slots and rows.dream_slots must not be negative")
         for slots, name, need in (
-            (rows.see_slots, "an image to see", model.clip.num_patches + 2),
+            (rows.see_slots, "an image to see", model.vision_encoder.num_patches + 2),
             (rows.dream_slots, "an image to paint", model.num_queries + 2),
         ):
             if slots and need >= rows.length:
                 raise ConfigError(f"rows.length={rows.length} has no room for {name}, which takes {need} tokens")
-        if rows.length > model.llama.max_length:
-            scaled = "" if model.llama.rope_scaling is None else f", {model.llama.max_length} as rope_scaling has it"
+        language_model, decoder = model.language_model, model.image_decoder
+        if rows.length > (most := language_model.max_length):
+            scaled = "" if language_model.rope_scaling is None else f", {most} as rope_scaling has it"
             raise ConfigError(
-                f"rows.length={rows.length} exceeds model.llama.max_position_embeddings="
-                f"{model.llama.max_position_embeddings}{scaled}: shorten the rows or set model.llama.rope_scaling"
+                f"rows.length={rows.length} exceeds model.language_model.max_position_embeddings="
+                f"{language_model.max_position_embeddings}{scaled}: shorten the rows or set "
+                "model.language_model.rope_scaling"
             )
-        multiple = model.vae.downscale * 2 ** (len(model.unet.block_out_channels) - 1)
+        multiple = decoder.training_size_multiple
         if rows.dream_slots and (rows.dream_size < 1 or rows.dream_size % multiple):
             raise ConfigError(
-                f"rows.dream_size={rows.dream_size} must be a positive multiple of {multiple} for this UNet"
+                f"rows.dream_size={rows.dream_size} must be a positive multiple of {multiple} for this image decoder"
             )
 
     @property
@@ -112,20 +113,14 @@ class Experiment:
 
     @property
     def row_shape(self) -> RowShape:
-        shapes = precompute.shapes(self.model, self.rows.dream_size)
-        stored = {name: shapes[name] for name in self.data.stored}
-        return RowShape(
-            length=self.rows.length,
-            see_slots=self.rows.see_slots,
-            dream_slots=self.rows.dream_slots,
-            num_patches=self.model.clip.num_patches,
-            num_queries=self.model.num_queries,
-            see_size=self.model.clip.image_size,
-            dream_size=self.rows.dream_size,
-            see_features=stored.get("features", ()),
-            dream_moments=stored.get("moments", ()),
-            stored_dtype=self.data.stored_dtype,
-        )
+        rows, data = self.rows, self.data
+        encoder, decoder = self.model.vision_encoder, self.model.image_decoder
+        side, painted = encoder.image_size, rows.dream_size
+        features = encoder.stored_shape(side, side) if "features" in data.stored else ()
+        moments = decoder.stored_shape(painted, painted) if "moments" in data.stored else ()
+        see = SlotGroup(rows.see_slots, encoder.tokens(side, side), side, side, features, data.stored_dtype)
+        dream = SlotGroup(rows.dream_slots, self.model.num_queries, painted, painted, moments, data.stored_dtype)
+        return RowShape(rows.length, (see,) if rows.see_slots else (), (dream,) if rows.dream_slots else ())
 
 
 def require_packages(experiment: Experiment) -> None:
@@ -135,7 +130,7 @@ def require_packages(experiment: Experiment) -> None:
 
 
 def require_mesh_fits(experiment: Experiment, mesh: Mapping[str, int]) -> None:
-    """Refuses a mesh over which the llama or a microbatch's rows cannot be split, and would silently be repeated.
+    """Refuses a mesh over which the language model or rows cannot be split, and would silently be repeated.
 
     Args:
       mesh: sizes of the mesh axes.
@@ -143,13 +138,9 @@ def require_mesh_fits(experiment: Experiment, mesh: Mapping[str, int]) -> None:
     Raises:
       ConfigError: naming the axis and the size that it does not divide.
     """
-    llama = experiment.model.llama
-    for axes, name, size in (
-        (("tensor",), "model.llama.num_attention_heads", llama.num_attention_heads),
-        (("tensor",), "model.llama.intermediate_size", llama.intermediate_size),
-        (("fsdp", "sequence"), "model.llama.hidden_size", llama.hidden_size),
-        (("sequence",), "rows.length", experiment.rows.length),
-    ):
+    tower = experiment.model.language_model
+    divided = [(axes, f"model.language_model.{name}", getattr(tower, name)) for axes, name in tower.divided]
+    for axes, name, size in (*divided, (("sequence",), "rows.length", experiment.rows.length)):
         parts = math.prod(mesh[axis] for axis in axes)
         if size % parts:
             given = " x ".join(f"sharding.{axis}={mesh[axis]}" for axis in axes if mesh[axis] > 1)

@@ -34,7 +34,7 @@ class ParametersConfig:
 
     Attributes:
       trainable: (regular expression, trained?) pairs; a parameter follows the first that matches its whole path, such
-        as `llama/layers/mlp/up_proj/kernel`, and every parameter must match one.
+        as `language_model/layers/mlp/up_proj/kernel`, and every parameter must match one.
       dtype, frozen_dtype: storage types of trained and of frozen parameters.
       init_from: the model to begin with, empty for random parameters: the --to of `convert import`, another run's
         directory (`DIR` or `DIR@STEP`), or a checkpoint of the original program.
@@ -66,7 +66,7 @@ class OptimizerConfig:
       ema_decay: keep an average of the trained parameters that decays so a step, such as 0.9999; 0 for none.
       learning_rates: (regular expression, factor) pairs; the learning rate of the parameters whose whole path an
         expression matches is multiplied by the factor of the first that does.
-      layer_decays: (regular expression, decay) pairs, for stacks of layers such as `llama/layers/.*`: of N layers the
+      layer_decays: (regular expression, decay) pairs, for stacks of layers such as `language_model/layers/.*`: of N layers the
         learning rate of layer i, from 1, is multiplied by decay^(N - i) as well.
       mu_dtype, nu_dtype: storage types of the first and second moments; bfloat16 is rounded to at random (`rounding`).
     """

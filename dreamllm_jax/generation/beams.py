@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from dreamllm_jax.generation.text import Reading, read_tokens
 from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.parallel.collectives import replicate
-from dreamllm_jax.towers.language_models.llama import KVCache
 
 _NEVER = -1e9
 
@@ -86,9 +85,8 @@ def search(
 
 def _rows(reading: Reading, index: Int[Array, " R"]) -> Reading:
     """The readings of rows `index`, which may repeat."""
-    cache = reading.cache
     return Reading(
-        KVCache(cache.k[:, index], cache.v[:, index], cache.segment_ids[index], cache.length[index]),
+        reading.cache.rows(index),
         reading.logits[index],
         reading.seen[index],
     )

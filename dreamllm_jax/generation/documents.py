@@ -72,7 +72,7 @@ def generate_documents(
     """Continues documents, all in one batch, and yields what is new as it comes.
 
     A document's text goes on until `<dream_start>`; then the queries are read, an image is painted from them and read
-    back in by CLIP (DreamLLM, section 3.3); and so on until `</s>` or until a budget is used up. All documents that ask
+    back in by the vision encoder (DreamLLM, section 3.3); and so on until `</s>` or until a budget is used up. All documents that ask
     for an image after the same stretch of tokens are painted together. A document depends on its own prompt and seed
     alone, up to rounding, and continued from where it once was (its segments as a prompt) it goes on as it would have.
 
@@ -95,7 +95,7 @@ def generate_documents(
     if max_tokens < 1 or max_images < 0:
         raise ValueError(f"max_tokens must be positive and max_images not negative, got {max_tokens} and {max_images}")
     ids = tokenizer.special
-    each = model.config.num_queries + model.config.clip.num_patches + 4
+    each = model.config.num_queries + model.config.vision_encoder.num_patches + 4
     reading = begin(model, params, tokenizer, prompts, max_tokens + max_images * each, template, allowed)
     documents = [
         _Document(seed, sum(isinstance(segment, Painted) for segment in prompt), max_tokens, max_images)
@@ -146,11 +146,12 @@ def _paint(
     padded = np.resize(rows, bucket(len(rows)))
     seeds = jnp.asarray([documents[row].seed + documents[row].painted for row in padded], jnp.uint32)
     pixels = paint(model, params, hidden[padded], seeds, **painting)
-    pictures, side = {}, model.config.clip.image_size
+    encoder, pictures = model.config.vision_encoder, {}
+    side = encoder.image_size
     seen = np.zeros((len(documents), side, side, 3), np.uint8)
     for row, picture in zip(rows.tolist(), np.asarray(pixels), strict=False):
         pictures[row] = Painted(png(picture))
-        seen[row] = images.clip_pixels(images.decode(pictures[row].data), side)
+        seen[row] = encoder.preprocess(images.decode(pictures[row].data), side, side)
         document = documents[row]
         document.painted += 1
         document.images_left -= 1

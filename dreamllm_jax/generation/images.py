@@ -1,6 +1,6 @@
 """Painting: hidden states at the dream queries -> pictures.
 
-Legend: N images, Q dream queries, E llama width, H x W pixels.
+Legend: N images, Q dream queries, E language model's width, H x W pixels.
 """
 
 import functools
@@ -22,26 +22,22 @@ DEFAULT = SamplerConfig()
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "sampler"))
 def _paint(model, params, hidden, null_hidden, seeds, guidance, rescale, size: tuple[int, int], sampler: SamplerConfig):
-    apply = functools.partial(model.apply, {"params": params})
-    condition = apply(hidden, method="condition")
-
-    def denoise(latents, timesteps, condition):
-        return apply(latents, timesteps, condition, method="denoise")
-
+    joined, config = model.bind({"params": params}), model.config.image_decoder
+    decoder, condition = joined.image_decoder, joined.condition(hidden)
     if null_hidden is None:
-        denoiser = functools.partial(denoise, condition=condition)
+        denoiser = functools.partial(decoder.denoise, condition=condition)
     else:
-        null = jnp.broadcast_to(apply(null_hidden, method="condition"), condition.shape)
-        denoiser = guided(denoise, condition, null, guidance, rescale)
+        null = jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), joined.condition(null_hidden), condition)
+        denoiser = guided(decoder.denoise, condition, null, guidance, rescale)
     keys = jax.vmap(jax.random.key)(seeds)
-    latents = sample(denoiser, keys, model.config.latent_shape(*size), model.config.schedule, sampler)
-    pixels = apply(latents, method="paint").astype(jnp.float32)
+    latents = sample(denoiser, keys, config.latent_shape(*size), *config.steps(sampler))
+    pixels = decoder.decode(latents).astype(jnp.float32)
     return replicate(jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8))
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _null_hidden(model, params):
-    return model.apply({"params": params}, method="null_hidden")[None]
+    return model.bind({"params": params}).null_hidden()[None]
 
 
 def paint(
@@ -56,18 +52,18 @@ def paint(
     rescale: float = 0.0,
     negative: Float[Array, "N Q E"] | None = None,
 ) -> UInt8[Array, "N H W 3"]:
-    """Paints an image from the llama's hidden states at each image's queries.
+    """Paints an image from the language model's hidden states at each image's queries.
 
     Args:
       hidden: as from `generation.text.read_queries`.
       seeds: u32[N], one an image; an image depends on its own seed and hidden states alone.
-      size: pixels, (height, width) or on both sides; None for the size that the U-Net was made for.
+      size: pixels, (height, width) or on both sides; None for the size that the image decoder was made for.
       guidance: classifier-free guidance scale; 1 leaves it out.
       rescale: of guidance, see `diffusion.samplers.guided`.
       negative: hidden states that guidance leads away from; None for those of the document without a prompt.
 
     Raises:
-      ValueError: a size that is not a multiple of the autoencoder's pixels.
+      ValueError: a size that is not a multiple of the image decoder's.
     """
     size = require_size(model, size)
     if guidance == 1.0:
@@ -119,9 +115,8 @@ def require_size(model: DreamLLM, size: int | tuple[int, int] | None) -> tuple[i
     Raises:
       ValueError: the model cannot paint such a picture.
     """
-    least = model.config.vae.downscale
-    if size is None:
-        size = (model.config.unet.sample_size or 64) * least
+    decoder = model.config.image_decoder
+    least, size = decoder.size_multiple, decoder.default_size if size is None else size
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < least or height % least or width % least:
         raise ValueError(f"the sides of a painted image must be multiples of {least} pixels, got {height} x {width}")

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dreamllm_jax.data.batch import Batch, RowShape, empty_batch
+from dreamllm_jax.data.batch import Batch, RowShape, SlotGroup, Slots, empty_batch
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.packing import Item
 from dreamllm_jax.data.rows import Pixels, fill_row
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import Encoded, encode_document
+from dreamllm_jax.data.tokens import Encoded, Placed, encode_document
 from dreamllm_jax.model import DreamLLMConfig
 
 
@@ -48,17 +48,16 @@ def encode_prompts(
     encoded = [
         _conversation(p, tokenizer, config, template) if template else _open(p, tokenizer, config) for p in prompts
     ]
-    shape = dataclasses.replace(
-        _shape(config),
-        length=bucket(max(len(one.tokens) for one in encoded), 32),
-        see_slots=bucket(max(len(one.see) for one in encoded)),
-        dream_slots=bucket(max(len(one.dream_slots) for one in encoded)),
-    )
-    batch, pixels = empty_batch(len(prompts), shape, tokenizer.special.pad), Pixels(shape)
+    see, dream = (max(len(getattr(one, use)) for one in encoded) for use in ("see", "dream"))
+    shape = _shape(config, bucket(max(len(one.tokens) for one in encoded), 32), bucket(see), bucket(dream))
+    batch = empty_batch(len(prompts), dataclasses.replace(shape, dream=()), tokenizer.special.pad)
+    pixels = Pixels(shape, config.vision_encoder.preprocess, config.image_decoder.preprocess)
+    at = [np.full((len(prompts), group.slots), -1, np.int32) for group in shape.dream]
     for index, one in enumerate(encoded):
-        fill_row(batch, index, [Item(index, "", dataclasses.replace(one, dream_slots=np.zeros(0, int)))], pixels, True)
-        batch.dream_slots[index, : len(one.dream_slots)] = one.dream_slots
-    return batch.replace(dream_images=None)
+        fill_row(batch, index, [Item(index, "", dataclasses.replace(one, dream=()))], pixels, True)
+        for slot, placed in enumerate(one.dream):  # of painted images nothing but their queries is needed
+            at[placed.group][index, slot] = placed.at
+    return batch.replace(dream=tuple(Slots(slots, None) for slots in at))
 
 
 def require_fits(config: DreamLLMConfig, batch: Batch, new: int, allowed: int | None = None) -> int:
@@ -70,7 +69,7 @@ def require_fits(config: DreamLLMConfig, batch: Batch, new: int, allowed: int | 
     Raises:
       ValueError: the model was not trained on so long documents, or they are longer than is allowed.
     """
-    prompt, most = int((batch.segment_ids > 0).sum(axis=1).max()), config.llama.max_length
+    prompt, most = int((batch.segment_ids > 0).sum(axis=1).max()), config.language_model.max_length
     limit, whose = (most, "the model can read") if allowed is None or most <= allowed else (allowed, "are allowed here")
     if prompt + new > limit:
         raise ValueError(
@@ -80,9 +79,14 @@ def require_fits(config: DreamLLMConfig, batch: Batch, new: int, allowed: int | 
     return prompt + new
 
 
-def _shape(config: DreamLLMConfig) -> RowShape:
-    """Room for anything; of painted images nothing but their queries is needed."""
-    return RowShape(1 << 20, 1 << 10, 1 << 10, config.clip.num_patches, config.num_queries, config.clip.image_size, 1)
+def _shape(config: DreamLLMConfig, length: int = 1 << 20, see: int = 1 << 10, dream: int = 1 << 10) -> RowShape:
+    """Room for anything, unless told."""
+    side = config.vision_encoder.image_size
+    return RowShape(
+        length,
+        (SlotGroup(see, config.vision_encoder.tokens(side, side), side, side),) if see else (),
+        (SlotGroup(dream, config.num_queries, 1, 1),) if dream else (),
+    )
 
 
 def _conversation(segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMConfig, template: str) -> Encoded:
@@ -93,7 +97,8 @@ def _conversation(segments: Sequence[Segment], tokenizer: Tokenizer, config: Dre
 
 def _open(segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMConfig) -> Encoded:
     ids = tokenizer.special
-    tokens, see, see_slots, dream_slots = [ids.bos], [], [], []
+    tokens, see, dream = [ids.bos], [], []
+    patches = _shape(config).see[0].tokens
     for segment in segments:
         if isinstance(segment, Written):
             tokens += segment.tokens
@@ -101,12 +106,8 @@ def _open(segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMCon
             tokens += tokenizer.encode_text(segment.text)
         else:
             if isinstance(segment, Painted):
-                dream_slots.append(len(tokens) + 1)
+                dream.append(Placed(segment, len(tokens) + 1))
                 tokens += [ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]
-            see.append(segment)
-            see_slots.append(len(tokens) + 1)
-            tokens += [ids.im_start, *[ids.im_patch] * config.clip.num_patches, ids.im_end]
-    weights = np.zeros(len(tokens), np.float32)
-    return Encoded(
-        np.array(tokens, np.int32), weights, tuple(see), np.array(see_slots, int), (), np.array(dream_slots, int)
-    )
+            see.append(Placed(segment, len(tokens) + 1))
+            tokens += [ids.im_start, *[ids.im_patch] * patches, ids.im_end]
+    return Encoded(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), tuple(see), tuple(dream))

@@ -1,10 +1,11 @@
 """Reading prompts and writing text with a key-value cache.
 
-Legend: B rows, T prompt tokens, S cache entries, E llama width, V vocabulary, M new tokens.
+Legend: B rows, T prompt tokens, S cache entries, E language model's width, V vocabulary, M new tokens.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.generation.prompts import bucket, encode_prompts, require_fits
 from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.parallel.collectives import replicate
-from dreamllm_jax.towers.language_models.llama import KVCache
 
 STRETCH = 32  # tokens that all rows write before anything else is looked at: one program for budgets of any size
 
@@ -26,7 +26,7 @@ STRETCH = 32  # tokens that all rows write before anything else is looked at: on
 class Reading:
     """What the rows have read so far: keys and values, which tokens; and the logits of their next tokens."""
 
-    cache: KVCache
+    cache: Any
     logits: Float[Array, "B V"]
     seen: Bool[Array, "B V"]
 
@@ -113,10 +113,11 @@ def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array,
     """The rows read those embeddings that count (padding is on the right): hidden states and Reading."""
     segment_ids = jnp.broadcast_to(counts, embeddings.shape[:2]).astype(jnp.int32)
     positions = reading.length[:, None] + jnp.arange(segment_ids.shape[1])
-    hidden, cache = model.apply({"params": params}, embeddings, positions, segment_ids, reading.cache, method="decode")
+    joined = model.bind({"params": params})
+    hidden, cache = joined.decode(embeddings, positions, segment_ids, reading.cache)
     count = jnp.sum(segment_ids, axis=1)
     final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
-    logits = model.apply({"params": params}, final, method="logits")[:, 0]
+    logits = joined.language_model.logits(final)[:, 0]
     return hidden, Reading(cache, jnp.where((count > 0)[:, None], logits, reading.logits), reading.seen)
 
 
@@ -128,18 +129,13 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
       prompts: one document a row from position 0, padded on the right with segment 0.
       cache_length: room for prompt and continuation (S).
     """
-    rows, see = prompts.see_slots.shape
-    features = None
-    if see:
-        images = prompts.see_images.reshape(-1, *prompts.see_images.shape[2:])
-        features = model.apply({"params": params}, images, method="see")
-        features = features.reshape(rows, see, *features.shape[1:])
-    dream_slots = prompts.dream_slots if prompts.dream_slots.shape[1] else None
-    embeddings = model.apply(
-        {"params": params}, prompts.tokens, features, prompts.see_slots, dream_slots, method="embed"
-    )
-    vocabulary = model.config.llama.vocab_size
-    cache = KVCache.create(model.config.llama, rows, cache_length, jnp.dtype(model.config.dtype))
+    rows, joined, seen = len(prompts.tokens), model.bind({"params": params}), []
+    for slots in prompts.see:
+        features = joined.see(slots.images.reshape(-1, *slots.images.shape[2:]))
+        seen.append((features.reshape(*slots.at.shape, *features.shape[1:]), slots.at))
+    embeddings = joined.embed(prompts.tokens, seen, [slots.at for slots in prompts.dream])
+    vocabulary = model.config.language_model.vocab_size
+    cache = model.config.language_model.cache(rows, cache_length, jnp.dtype(model.config.dtype))
     ids = model.config.special_tokens
     around = jnp.asarray([ids.im_patch, ids.im_start, ids.im_end, ids.dream_end])  # never written, so never penalised
     within = (prompts.segment_ids != 0) & ~jnp.isin(prompts.tokens, around)
@@ -211,7 +207,7 @@ def read_tokens(
     model: DreamLLM, params: dict, reading: Reading, tokens: Int[Array, " B"], active: Bool[Array, " B"]
 ) -> Reading:
     """The active rows read one token each."""
-    embeddings = model.apply({"params": params}, tokens[:, None], method="embed")
+    embeddings = model.bind({"params": params}).embed(tokens[:, None])
     _, advanced = _advance(model, params, reading, embeddings, active[:, None])
     rows = jnp.arange(len(tokens))
     return advanced.replace(seen=advanced.seen.at[rows, tokens].max(active))
@@ -225,14 +221,13 @@ def read_image(
     images: UInt8[Array, "B H W 3"],
     active: Bool[Array, " B"] | None = None,
 ) -> Reading:
-    """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, resized and cropped for CLIP."""
+    """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, preprocessed for the vision encoder."""
     ids = model.config.special_tokens
-    patches = model.config.clip.num_patches
+    joined, patches = model.bind({"params": params}), model.config.vision_encoder.tokens(*images.shape[1:3])
     tokens = jnp.asarray([ids.im_start, *[ids.im_patch] * patches, ids.im_end], jnp.int32)
     tokens = jnp.broadcast_to(tokens, (images.shape[0], patches + 2))
-    features = model.apply({"params": params}, images, method="see")[:, None]
     slots = jnp.ones((images.shape[0], 1), jnp.int32)
-    embeddings = model.apply({"params": params}, tokens, features, slots, method="embed")
+    embeddings = joined.embed(tokens, [(joined.see(images)[:, None], slots)])
     return _advance(model, params, reading, embeddings, True if active is None else active[:, None])[1]
 
 
@@ -255,6 +250,6 @@ def read_queries(
     tokens = [ids.dream_start, *[ids.im_patch] * queries, ids.dream_end][1 - start :]
     tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (reading.logits.shape[0], len(tokens)))
     slots = jnp.full((tokens.shape[0], 1), start, jnp.int32)
-    embeddings = model.apply({"params": params}, tokens, dream_slots=slots, method="embed")
+    embeddings = model.bind({"params": params}).embed(tokens, dream_slots=[slots])
     hidden, reading = _advance(model, params, reading, embeddings, True if active is None else active[:, None])
     return hidden[:, start : start + queries], reading

@@ -14,7 +14,8 @@ from dreamllm_jax.interop.llama import grow
 from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.interop.source import Part, Source, join
 from dreamllm_jax.model import DreamLLMConfig
-from dreamllm_jax.towers.connectors.projector import DreamQueries, Projector, ProjectorConfig
+from dreamllm_jax.towers.connectors.projector import Projector, ProjectorConfig
+from dreamllm_jax.towers.queries import DreamQueries
 
 
 def assemble(

@@ -37,7 +37,7 @@ class Source:
     """A whole model.
 
     Attributes:
-      leaves: parameter path, such as "queries/dream_queries" -> where it is read from.
+      leaves: parameter path, such as "dream_queries/embedding" -> where it is read from.
       tokenizer: directory of the tokenizer that came with it.
       left_out: see `Part`.
     """

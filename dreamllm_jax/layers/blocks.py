@@ -4,6 +4,7 @@ Every module is the counterpart of the diffusers class of the same name and name
 NHWC. Norms' statistics and the softmax are float32 whatever `dtype` is.
 """
 
+import math
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -12,12 +13,15 @@ import jax.numpy as jnp
 
 from dreamllm_jax.layers import linear
 from dreamllm_jax.layers.attention import attend
+from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.layers.full_attention_tpu import full_attention, supported
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.weights import weight
 from dreamllm_jax.parallel.mesh import constrain, platform
 
 _kernel = nn.initializers.lecun_normal()
+_EXACT_CONV = weight(_kernel, None, None, "tower_in", "tower_out", exact=True)
+EXACT_DENSE = weight(_kernel, "tower_in", "tower_out", exact=True)
 _ONES = weight(nn.initializers.ones, "tower_norm")
 _ZEROS = weight(nn.initializers.zeros, "tower_norm")
 
@@ -114,7 +118,7 @@ class ResnetBlock2D(nn.Module):
         h = Conv(self.out_channels, dtype=self.dtype, name="conv1")(h)
         if temb is not None:
             # In float32, for its gradient is a sum over all pixels.
-            temb = Dense(self.out_channels, name="time_emb_proj")(nn.silu(temb))
+            temb = Dense(self.out_channels, kernel_init=EXACT_DENSE, name="time_emb_proj")(nn.silu(temb))
             h += spread(temb[:, None, None], h.shape, self.dtype)
         h = nn.silu(GroupNorm(**norm, name="norm2")(h))
         h = Conv(self.out_channels, dtype=self.dtype, name="conv2")(h)
@@ -178,7 +182,7 @@ class _DoublingConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
         n, height, width, channels = x.shape
-        kernel = self.param("kernel", Conv.kernel_init, (3, 3, channels, channels)).astype(jnp.float32)
+        kernel = self.param("kernel", _EXACT_CONV, (3, 3, channels, channels)).astype(jnp.float32)
         bias = spread(self.param("bias", Conv.bias_init, (channels,)), (n, *size, channels), self.dtype)
 
         def convolve(x: jax.Array, weights: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
@@ -209,3 +213,31 @@ class Upsample2D(nn.Module):
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         size = size or (2 * x.shape[1], 2 * x.shape[2])
         return _DoublingConv(self.dtype, name="conv")(x.astype(self.dtype), size)
+
+
+def count_resnet(
+    tally: Tally,
+    path: str,
+    images: int,
+    size: tuple[int, int],
+    inputs: int,
+    outputs: int,
+    time: tuple[int, bool] | None = None,
+) -> None:
+    """Adds the FLOPs of a `ResnetBlock2D`; `time` is the width of the time embedding, and whether it is live."""
+    live = tally.live
+    tally.product(f"{path}/conv1/kernel", convolution(images, size, inputs, outputs))
+    if time:
+        tally.product(f"{path}/time_emb_proj/kernel", dense(images, time[0], outputs), live=time[1])
+    tally.product(f"{path}/conv2/kernel", convolution(images, size, outputs, outputs))
+    if inputs != outputs:
+        tally.product(f"{path}/conv_shortcut/kernel", dense(images * math.prod(size), inputs, outputs), live=live)
+
+
+def count_self_attention(tally: Tally, path: str, images: int, tokens: int, width: int, heads: int) -> None:
+    """Adds the FLOPs of an `Attention` of a sequence to itself."""
+    live, product = tally.live, dense(images * tokens, width, width)
+    for name in ("to_q", "to_k", "to_v"):
+        tally.product(f"{path}/{name}/kernel", product, live=live)
+    tally.attention(images, tokens, tokens, width, tally.live, heads=heads)
+    tally.product(f"{path}/to_out_0/kernel", product)

@@ -6,7 +6,6 @@ float32 by itself.) Modules name their parameters as Flax's do.
 """
 
 import functools
-import re
 from typing import Any
 
 import flax.linen as nn
@@ -61,25 +60,6 @@ class Embedding(nn.Module):
 def _promote(inputs: Array, kernel: Array, bias: Array | None, *, dtype: Any) -> tuple[Array, Array, Array | None]:
     """What a product is computed in; a bias stays float32, so that the sum that its gradient is becomes one."""
     return inputs.astype(dtype), kernel.astype(dtype), None if bias is None else bias.astype(jnp.float32)
-
-
-# Modules that compute in float32, whatever the model's type: the U-Net's times, and the kernels that double an image,
-# of which sums are taken first.
-_EXACT = re.compile(r"(^|/)(time_embedding|time_emb_proj|upsamplers_\d+)/")
-
-
-def is_cast(path: str) -> bool:
-    """Whether the module of the parameter at this path casts it to the type of the computation before its use."""
-    return path.endswith(("/kernel", "/embedding")) and not _EXACT.search(path)
-
-
-def cast_early(params: Any, dtype: Any) -> Any:
-    """The parameters of towers as their modules would cast them anyway: before they travel."""
-
-    def one(path, x):
-        return x.astype(dtype) if is_cast(jax.tree_util.keystr(path, simple=True, separator="/")) else x
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 class Dense(nn.Dense):

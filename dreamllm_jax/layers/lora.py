@@ -1,4 +1,4 @@
-"""Low-rank adapters of the llama's products (LoRA, arXiv 2106.09685): W x becomes W x + alpha / rank · B A x.
+"""Low-rank adapters of the language model's products (LoRA, arXiv 2106.09685): W x becomes W x + alpha / rank · B A x.
 
 Beside the `kernel` of each adapted product stand `lora_a` f[N, I, R] and `lora_b` f[N, R, O] of its N layers,
 parameters like all others, which the list `parameters.trainable` chooses. B begins at zero: a model begins as it was.

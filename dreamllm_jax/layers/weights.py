@@ -16,16 +16,20 @@ normal = functools.cache(nn.initializers.normal)  # alike ones are one, for `dra
 
 @struct.dataclass(eq=False)
 class Weight(nn.LogicallyPartitioned):
-    """A parameter (or its shape) with its logical axes and what it begins with, which is told for a single layer."""
+    """A parameter (or its shape) with its logical axes and what it begins with, which is told for a single layer.
+
+    `exact` ones are used in float32, whatever the model computes in.
+    """
 
     init: Initializer | None = struct.field(default=None, pytree_node=False)
+    exact: bool = struct.field(default=False, pytree_node=False)
 
 
-def weight(init: Initializer, *axes: str | None) -> Initializer:
-    """The initializer of a parameter with these logical axes."""
+def weight(init: Initializer, *axes: str | None, exact: bool = False) -> Initializer:
+    """The initializer of a parameter with these logical axes; for `exact` see `Weight`."""
 
     def boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Weight:
-        return Weight(init(key, shape, dtype), axes, init=init)
+        return Weight(init(key, shape, dtype), axes, init=init, exact=exact)
 
     return boxed
 
@@ -55,3 +59,21 @@ def _draw(key: jax.Array, init: Initializer, stacked: bool, shape: tuple[int, ..
     if stacked:
         return jax.vmap(lambda one: init(one, shape[1:], jnp.float32))(jax.random.split(key, shape[0])).astype(dtype)
     return init(key, shape, jnp.float32).astype(dtype)
+
+
+def is_cast(path: str, weight: Weight) -> bool:
+    """Whether the module of the parameter at this path casts it to the type of the computation before its use."""
+    return path.endswith(("/kernel", "/embedding")) and not weight.exact
+
+
+def cast_early(params: Any, weights: Any, dtype: Any) -> Any:
+    """The parameters of towers as their modules would cast them anyway: before they travel.
+
+    Args:
+      weights: the same tree, as from `abstract_params`.
+    """
+
+    def one(path, x, weight):
+        return x.astype(dtype) if is_cast(jax.tree_util.keystr(path, simple=True, separator="/"), weight) else x
+
+    return jax.tree_util.tree_map_with_path(one, params, weights)

@@ -12,7 +12,8 @@ So a step will hardly be faster, and where its collectives do not overlap it wil
 import dataclasses
 from typing import Any
 
-from dreamllm_jax.experiment.flops import PARTS, Flops, step_flops
+from dreamllm_jax.experiment.flops import step_flops
+from dreamllm_jax.layers.flops import Flops
 from dreamllm_jax.parallel.feeding import row_shards
 from dreamllm_jax.planning.step import CompiledStep
 from dreamllm_jax.training.parameters import parameter_lines
@@ -143,7 +144,7 @@ def _flops_lines(step: CompiledStep) -> list[str]:
     flops = step_flops(step.experiment)
     total = sum(flops.values(), Flops())
     lines = ["", "TFLOP a step           executed       model"]
-    for name, part in [*((name, flops[name]) for name in PARTS), ("in all", total)]:
+    for name, part in [*flops.items(), ("in all", total)]:
         if part.executed:
             lines.append(f"  {name:20} {_figure(part.executed / 1e12)}   {_figure(part.model / 1e12)}")
     if total.kernels:

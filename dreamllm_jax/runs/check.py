@@ -46,7 +46,7 @@ def check(config: Mapping[str, Any]) -> tuple[Experiment, Leaves, Leaves]:
         raise ConfigError(f"config.model: no model has these shapes: {' '.join(str(error).split())[:300]}") from None
     trainable, frozen = split_params(shapes, experiment.parameters.trainable)
     jax.eval_shape(make_optimizer(experiment.optimizer, experiment.steps).init, trainable)
-    require_frozen(experiment.data.stored, trainable)
+    require_frozen(experiment.model, experiment.data.stored, trainable)
     _require_data(experiment)
     parameters = experiment.parameters
 

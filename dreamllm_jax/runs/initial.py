@@ -43,7 +43,7 @@ def restore_initial(
     """
     initial = open_initial(name)
     require_same_model(initial.config, model, name)
-    same = initial.config.llama.lora == model.llama.lora
+    same = initial.config.language_model.lora == model.language_model.lora
     if not same:
         initial = initial.merged() if isinstance(initial, SavedModel) else initial
         abstract = {path: leaf for path, leaf in abstract.items() if not is_adapter(path)}

@@ -16,7 +16,7 @@ from dreamllm_jax.common.directories import absolute, read_json
 from dreamllm_jax.data.storage import SUMMARY
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.experiment.experiment import Experiment, read_experiment
-from dreamllm_jax.layers.linear import is_cast
+from dreamllm_jax.layers.weights import is_cast
 from dreamllm_jax.model import DreamLLM, abstract_params
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, param_shardings
 from dreamllm_jax.runs.start import DATA
@@ -84,9 +84,16 @@ def load_model(
             f"{found.config.special_tokens}"
         )
     mesh = make_mesh(SINGLE, jax.local_devices()[:1]) if mesh is None else mesh
+    weights = flatten_dict(abstract_params(found.config), sep="/")
     shardings = flatten_dict(param_shardings(abstract_params(found.config), mesh, sharding), sep="/")
+
+    def needed(path: str, stored: Any) -> np.dtype:
+        """The type in which a parameter is needed that is stored in another one."""
+        stored, computed = np.dtype(stored), np.dtype(found.config.dtype)
+        return computed if is_cast(path, weights[path]) and computed.itemsize < stored.itemsize else stored
+
     wanted = {
-        path: jax.ShapeDtypeStruct(leaf.shape, _needed(path, leaf.dtype, found.config.dtype), sharding=shardings[path])
+        path: jax.ShapeDtypeStruct(leaf.shape, needed(path, leaf.dtype), sharding=shardings[path])
         for path, leaf in found.leaves().items()
     }
     params: dict[str, jax.Array] = {}
@@ -107,9 +114,3 @@ def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> list[list[str]]:
         groups[-1].append(path)
         size += bytes_
     return groups
-
-
-def _needed(path: str, stored: Any, computed: str) -> np.dtype:
-    """The type in which a parameter is needed that is stored in one and computed with in another."""
-    stored, computed = np.dtype(stored), np.dtype(computed)
-    return computed if is_cast(path) and computed.itemsize < stored.itemsize else stored

@@ -26,24 +26,28 @@ from dreamllm_jax.model import DreamLLM, DreamLLMConfig
 
 _GROUP = 64  # documents whose pictures are held at once, beside those that are read ahead
 
-# The tower that makes each of the stored arrays, and the parameters on which they depend.
-TOWERS = {"moments": "vae", "features": "clip"}
-DEPENDS = {"moments": ("vae/encoder", "vae/quant_conv"), "features": ("clip/",)}
+ROLES = {"moments": "image_decoder", "features": "vision_encoder"}  # whose tower makes each of the stored arrays
 _IDLE = ("initializer_range", "sample_size")  # settings of towers that do not change what they compute
 _TOLERANCE = 0.01  # of marks, as a share of the norm: ten times what rounding to bfloat16 does
 
 
-def require_frozen(stored: Iterable[str], trained: Iterable[str]) -> None:
+def _depends(config: DreamLLMConfig, name: str) -> tuple[str, ...]:
+    """How the paths begin of the parameters that a kind of stored array depends on."""
+    role = ROLES[name]
+    return tuple(f"{role}/{path}" for path in getattr(config, role).stored_depends)
+
+
+def require_frozen(config: DreamLLMConfig, stored: Iterable[str], trained: Iterable[str]) -> None:
     """Raises ValueError, naming it, if a trained parameter's tower is replaced by what it made: see `data.stored`."""
     for name in stored:
-        if path := next((path for path in trained if path.startswith(DEPENDS[name])), None):
+        if path := next((path for path in trained if path.startswith(_depends(config, name))), None):
             raise ValueError(f"{path} is trained: leave {name} out of data.stored, or freeze the tower")
 
 
-def marks(name: str, leaves: Mapping[str, jax.Array]) -> dict[str, tuple[float, float]]:
+def marks(config: DreamLLMConfig, name: str, leaves: Mapping[str, jax.Array]) -> dict[str, tuple[float, float]]:
     """Tells apart the weights behind a kind of stored array: of each, its product with a fixed array of random signs,
     and its norm. Every change moves the product, by a share of the norm that is that of the change."""
-    found = _marks({path: x for path, x in leaves.items() if path.startswith(DEPENDS[name])})
+    found = _marks({path: x for path, x in leaves.items() if path.startswith(_depends(config, name))})
     return {path: (float(product), float(norm)) for path, (product, norm) in found.items()}
 
 
@@ -58,7 +62,7 @@ def _marks(leaves: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Ar
 
 
 def _settings(config: DreamLLMConfig, name: str) -> dict[str, Any]:
-    settings = dataclasses.asdict(getattr(config, TOWERS[name]))
+    settings = getattr(config, ROLES[name]).stored_settings
     return json.loads(json.dumps({key: value for key, value in settings.items() if key not in _IDLE}))
 
 
@@ -71,9 +75,9 @@ def require_same_towers(
       ValueError: it was made by another's.
     """
     found = stored.read_description(stored.folder(directory, corpus, name))
-    ours = marks(name, leaves)
+    ours = marks(config, name, leaves)
     changed = [
-        f"{TOWERS[name]}.{key} is {there!r}, and here {here!r}"
+        f"{ROLES[name]}.{key} is {there!r}, and here {here!r}"
         for key, (there, here) in differences(found.tower, _settings(config, name)).items()
     ]
     moved = found.weights.keys() != ours.keys() or any(
@@ -85,12 +89,6 @@ def require_same_towers(
             f"the stored {name} of corpus {corpus!r} were made by {found.model}, whose {difference}: leave {name} out "
             f"of data.stored, or remove {stored.folder(directory, corpus, name)} and compute them with this model"
         )
-
-
-def shapes(config: DreamLLMConfig, size: int) -> dict[str, tuple[int, ...]]:
-    """The shape of what is stored of one image, by name; of painted ones of `size` pixels on a side."""
-    *area, channels = config.latent_shape(size)
-    return {"moments": (*area, 2 * channels), "features": (config.clip.num_patches, config.clip.hidden_size)}
 
 
 def precompute(
@@ -108,9 +106,9 @@ def precompute(
     """Computes and stores the moments or features of all images of a corpus.
 
     Args:
-      params: the parameters of `vae` and `clip` at least.
+      params: the parameters of the image towers at least.
       made_by: the model's name, for messages.
-      size: pixels on a side of the painted images; for features, CLIP's own size is taken.
+      size: pixels on a side of the painted images; for features, the vision encoder's own size is taken.
       batch: images at once on each local device.
 
     Returns:
@@ -121,10 +119,13 @@ def precompute(
     """
     documents = Corpus(directory, corpus)
     target = stored.folder(directory, corpus, name)
-    shape = shapes(model.config, size)[name]
+    tower = getattr(model.config, ROLES[name])
+    if name == "features":
+        size = tower.image_size
+    shape = tower.stored_shape(size, size)
     leaves = flatten_dict(dict(params), sep="/")
     description = stored.Description(
-        shape, dtype, len(documents), made_by, _settings(model.config, name), marks(name, leaves)
+        shape, dtype, len(documents), made_by, _settings(model.config, name), marks(model.config, name, leaves)
     )
     found = stored.read_description(target)
     if found is None:
@@ -141,12 +142,9 @@ def precompute(
     def crop(image: Image) -> np.ndarray | None:
         """The pixels that the tower is given; None if the image cannot be decoded."""
         try:
-            picture = images.decode(image.data)
+            return tower.preprocess(images.decode(image.data), size, size)
         except images.ImageError:
             return None
-        if name == "moments":
-            return images.diffusion_pixels(picture, size)
-        return images.clip_pixels(picture, model.config.clip.image_size)
 
     parts = stored.parts(target, len(documents))
     mine = list(parts)[jax.process_index() :: jax.process_count()]
@@ -177,8 +175,9 @@ def _on_local_devices(
     """A function from pictures to the towers' results, `batch` of them at once on each device of this process."""
     mesh = Mesh(np.array(jax.local_devices()), ("images",))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("images"))
-    tower = jax.device_put({name: params[name] for name in ("vae", "clip") if name in params}, everywhere)
-    apply = jax.jit(lambda tower, x: model.apply({"params": tower}, x, method=name), out_shardings=split)
+    role = ROLES[name]
+    tower = jax.device_put({role: params[role]}, everywhere)
+    apply = jax.jit(lambda tower, x: getattr(model.bind({"params": tower}), role).stored(x), out_shardings=split)
     step = batch * mesh.size
 
     def compute(pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:

@@ -131,8 +131,8 @@ def _prepared(experiment: Experiment, data: DataConfig, target: epath.Path) -> D
                 data.path,
                 target,
                 pairs=data.pairs,
-                size=max(experiment.model.clip.image_size, experiment.rows.dream_size),
-                vocab_size=experiment.model.llama.vocab_size,
+                size=max(experiment.model.vision_encoder.image_size, experiment.rows.dream_size),
+                vocab_size=experiment.model.language_model.vocab_size,
                 text_tokenizer=data.tokenizer,
             )
         except Exception as error:  # the others wait
@@ -147,10 +147,10 @@ def _prepared(experiment: Experiment, data: DataConfig, target: epath.Path) -> D
 
 def require_room(tokenizer: Tokenizer, model: DreamLLMConfig) -> None:
     """Raises ConfigError if the model has fewer embeddings than the tokenizer ids."""
-    room = model.llama.vocab_size
+    room = model.language_model.vocab_size
     if tokenizer.vocab_size > room:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, config.model.llama.vocab_size has room for {room}"
+            f"the tokenizer has {tokenizer.vocab_size} ids, config.model.language_model.vocab_size has room for {room}"
         )
 
 

@@ -37,6 +37,8 @@ class HeldOut:
             same.data,
             same.row_shape,
             tokenizer,
+            experiment.model.vision_encoder.preprocess,
+            experiment.model.image_decoder.preprocess,
             rows_per_step=shape.per_step,
             seed=same.seed,
             mine=local_rows(rows, shape.per_step),
@@ -47,7 +49,7 @@ class HeldOut:
             data = same.data
             self.questions = find_questions(config.samples, data.path, data.corpora, experiment.model, tokenizer)
         self._model = DreamLLM(experiment.model)
-        losses = make_losses(self._model, experiment.objective, shape.dream_size, config.buckets)
+        losses = make_losses(experiment.model, experiment.objective, config.buckets)
         self._losses = jax.jit(losses)
 
     def due(self, step: int) -> bool:
@@ -63,7 +65,7 @@ class HeldOut:
         """
         experiment = self._experiment
         placed = (to_mesh(batch, self._rows, experiment.rows.per_step) for batch in self.batches)
-        means = validate(self._losses, state, placed, key, experiment.model.schedule.num_train_timesteps)
+        means = validate(self._losses, state, placed, key, experiment.model.image_decoder.time_range)
         if self.questions:
             params = merge_params(state.trainable, state.frozen)
             samples, size = experiment.validation.samples, experiment.rows.dream_size

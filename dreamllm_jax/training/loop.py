@@ -71,6 +71,8 @@ def train(
         experiment.data,
         experiment.row_shape,
         tokenizer,
+        experiment.model.vision_encoder.preprocess,
+        experiment.model.image_decoder.preprocess,
         rows_per_step=experiment.rows.per_step,
         seed=experiment.seed,
         mine=local_rows(rows, experiment.rows.per_step),
@@ -168,7 +170,7 @@ def _begin(
 
 def _require_frozen(experiment: Experiment, state: TrainState) -> None:
     """Raises ValueError if stored arrays would stand for towers that are trained, or other ones than made them."""
-    require_frozen(experiment.data.stored, state.trainable)
+    require_frozen(experiment.model, experiment.data.stored, state.trainable)
     for name in experiment.data.stored:
         for corpus in experiment.data.corpora or read_summary(experiment.data.path)["corpora"]:
             require_same_towers(experiment.data.path, corpus, name, experiment.model, state.frozen)

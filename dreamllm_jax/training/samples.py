@@ -125,7 +125,7 @@ def answer(
     """
 
     def pixels(image: Image) -> np.ndarray:
-        return images.diffusion_pixels(images.decode(image.data), size)
+        return model.config.image_decoder.preprocess(images.decode(image.data), size, size)
 
     samples = {}
     if to_paint := [question for question in asked if isinstance(question.answer, Image)]:

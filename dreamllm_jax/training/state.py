@@ -22,7 +22,7 @@ from dreamllm_jax.model import DreamLLMConfig, abstract_params
 from dreamllm_jax.parallel.mesh import ShardingConfig, param_shardings
 from dreamllm_jax.training.optimizer import join_average, make_optimizer, split_average
 
-Leaves = dict[str, jax.Array]  # parameter path, such as "queries/dream_queries" -> array
+Leaves = dict[str, jax.Array]  # parameter path, such as "dream_queries/embedding" -> array
 
 
 @struct.dataclass

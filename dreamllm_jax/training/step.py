@@ -1,6 +1,7 @@
-"""One optimizer step: gradients of the joint loss over the global batch, in microbatches if asked."""
+"""One optimizer step: gradients of the objective over the global batch, in microbatches if asked."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 from dreamllm_jax.data.batch import Batch
 from dreamllm_jax.experiment.experiment import Experiment
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.joint import Draws, ObjectiveConfig, Totals, draw, joint_loss
+from dreamllm_jax.objectives.interface import Objective
 from dreamllm_jax.parallel.compilation import compiler_options
 from dreamllm_jax.parallel.mesh import constrain
 from dreamllm_jax.training.optimizer import make_optimizer
@@ -22,23 +23,22 @@ ROUNDING = 2**32 - 1  # folded into a step's key; draws fold the numbers of thei
 
 
 def loss_and_gradients(
-    model: DreamLLM,
-    objective: ObjectiveConfig,
+    objective: Objective,
     trainable: Leaves,
     frozen: Leaves,
     batch: Batch,
-    draws: Draws | None,
+    draws: Any,
     microbatches: int = 1,
 ) -> tuple[Metrics, Leaves]:
-    """The joint loss of a global batch and its gradients with respect to `trainable`, in float32.
+    """The metrics of a global batch and the loss's gradients with respect to `trainable`, in float32.
 
     Rows are computed in `microbatches` parts one after the other; the numbers do not depend on how many.
     """
-    totals = Totals.of(batch)
+    totals = objective.totals(batch)
 
     def part(batch, draws):
         def loss(trainable):
-            return joint_loss(model, objective, merge_params(trainable, frozen), batch, draws, totals)
+            return objective.loss(merge_params(trainable, frozen), batch, draws, totals)
 
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return metrics, jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
@@ -59,10 +59,8 @@ def loss_and_gradients(
 
 
 def make_train_step(
-    model: DreamLLM,
-    objective: ObjectiveConfig,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    image_size: int,
     microbatches: int = 1,
     skip_norm: float = 0.0,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
@@ -71,19 +69,13 @@ def make_train_step(
     A step whose loss or gradient is not finite changes nothing but the step's number; the metric `skipped` says so.
 
     Args:
-      image_size: side of the painted images in pixels.
       skip_norm: leave out steps whose gradient has a larger norm, too; 0 for none.
     """
-    latent_shape = model.config.latent_shape(image_size)
-    timesteps = model.config.schedule.num_train_timesteps
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        rows, slots = batch.dream_slots.shape
         step_key = jax.random.fold_in(key, state.step)
-        draws = draw(step_key, rows, slots, latent_shape, timesteps, objective) if slots else None
-        metrics, gradients = loss_and_gradients(
-            model, objective, state.trainable, state.frozen, batch, draws, microbatches
-        )
+        draws = objective.draws(step_key, batch)
+        metrics, gradients = loss_and_gradients(objective, state.trainable, state.frozen, batch, draws, microbatches)
         stored = state.trainable, state.opt_state
         params, opt_state = widen(stored)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
@@ -97,7 +89,7 @@ def make_train_step(
             "skipped": 1 - good,
             "updates": optax.tree.get_all_with_path(state.opt_state, "count")[0][1],  # that were made before
             "tokens": jnp.sum(batch.segment_ids > 0),
-            "images": jnp.sum(batch.see_slots >= 0) + jnp.sum(batch.dream_slots >= 0),
+            "images": sum((jnp.sum(slots.filled) for slots in batch.see + batch.dream), jnp.zeros((), jnp.int32)),
         }
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
@@ -115,10 +107,8 @@ def train_step_of(experiment: Experiment, state: TrainState) -> Callable:
     """The jitted step of an experiment; `state` may be abstract."""
     rows, optimizer = experiment.rows, make_optimizer(experiment.optimizer, experiment.steps)
     step = make_train_step(
-        DreamLLM(experiment.model),
-        experiment.objective,
+        experiment.objective.make(DreamLLM(experiment.model)),
         optimizer,
-        rows.dream_size,
         rows.microbatches,
         experiment.optimizer.skip_norm,
     )

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from dreamllm_jax.experiment.experiment import read_experiment
-from dreamllm_jax.experiment.flops import PARTS, model_flops, step_flops
+from dreamllm_jax.experiment.flops import model_flops, step_flops
+from dreamllm_jax.interop.conversion import PARTS
 from dreamllm_jax.layers.lora import LoraConfig
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.planning.step import lower_step

@@ -12,7 +12,7 @@ from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import paint
 from dreamllm_jax.generation.text import read_image, read_prompts, read_queries, write
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.joint import hidden_states
+from dreamllm_jax.objectives.images import hidden_states
 from tests.tiny import DREAM_SIZE, SEE_SIZE, make_batch, random_document, tiny_config, tiny_params
 
 pytestmark = pytest.mark.slow

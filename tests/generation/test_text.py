@@ -17,7 +17,7 @@ from dreamllm_jax.data.batch import Batch
 from dreamllm_jax.generation.beams import search
 from dreamllm_jax.generation.text import Reading, Sampling, choose, read_prompts, write
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.towers.language_models.llama import KVCache
+from dreamllm_jax.towers.language_models.decoder import KVCache
 from tests.tiny import TinyDocument, make_batch, tiny_config, tiny_params
 from tests.torch_reference import TorchDreamLLM
 

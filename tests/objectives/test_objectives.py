@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.interop.names import to_torch
+from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.joint import ObjectiveConfig, draw
+from dreamllm_jax.objectives.interface import ObjectiveConfig
 from dreamllm_jax.training.step import loss_and_gradients
 from tests.parity import assert_same
 from tests.tiny import DREAM_SIZE, DREAM_SLOTS, MLP, make_batch, random_rows, tiny_config, tiny_params

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamllm_jax.objectives.joint import next_token_loss
+from dreamllm_jax.objectives.next_token import next_token_loss
 from dreamllm_jax.parallel import chunks
 
 GROUPS, ITEMS, WIDTH = 3, 12, 5

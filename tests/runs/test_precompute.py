@@ -23,8 +23,10 @@ from dreamllm_jax.data.images import to_png
 from dreamllm_jax.data.loader import Loader
 from dreamllm_jax.data.settings import DataConfig
 from dreamllm_jax.data.tokenizer import train_tokenizer
+from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.joint import ObjectiveConfig, draw, joint_loss
+from dreamllm_jax.objectives.interface import ObjectiveConfig
+from dreamllm_jax.objectives.joint import joint_loss
 from dreamllm_jax.runs.precompute import precompute, require_same_towers, shapes
 from tests import processes
 from tests.tiny import DREAM_SIZE, SEE_SIZE, tiny_config, tiny_params

@@ -15,7 +15,8 @@ from dreamllm_jax.data.vocabulary import SpecialTokens
 from dreamllm_jax.interop.llama import hf_settings
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.layers.rope import RopeScaling
-from dreamllm_jax.towers.language_models.llama import KVCache, Llama, LlamaConfig, llama_config_from_hf
+from dreamllm_jax.towers.language_models.decoder import KVCache
+from dreamllm_jax.towers.language_models.llama import Llama, LlamaConfig, llama_config_from_hf
 from tests.parity import assert_same, gradients, random_weights, randomised, relative_error, tensors
 from tests.tiny import logits_of
 

@@ -11,9 +11,10 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.layers import linear
 from dreamllm_jax.layers.lora import LoraConfig
+from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.joint import ObjectiveConfig, draw
-from dreamllm_jax.towers.language_models.llama import rms_norm
+from dreamllm_jax.objectives.interface import ObjectiveConfig
+from dreamllm_jax.towers.language_models.decoder import rms_norm
 from dreamllm_jax.training.step import loss_and_gradients
 from tests.tiny import DREAM_SIZE, MLP, make_batch, random_document, row_shape, tiny_config, tiny_params
 

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.experiment.settings import OptimizerConfig, ParametersConfig
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.joint import ObjectiveConfig
+from dreamllm_jax.objectives.interface import ObjectiveConfig
 from dreamllm_jax.parallel.feeding import rows_sharding, to_mesh
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
 from dreamllm_jax.training.optimizer import make_optimizer

@@ -12,8 +12,10 @@ from flax.traverse_util import flatten_dict
 from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.data import storage
 from dreamllm_jax.experiment.experiment import read_experiment
+from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.joint import ObjectiveConfig, draw, joint_loss
+from dreamllm_jax.objectives.interface import ObjectiveConfig
+from dreamllm_jax.objectives.joint import joint_loss
 from dreamllm_jax.parallel.feeding import rows_sharding
 from dreamllm_jax.parallel.mesh import make_mesh
 from dreamllm_jax.runs.start import start_run

@@ -1,23 +1,45 @@
-"""Autoencoders between images and the latents that the U-Net denoises.
+"""The variational autoencoder of Stable Diffusion (diffusers' `AutoencoderKL`), Rombach et al. 2112.10752.
 
-`Autoencoder` is that of Stable Diffusion (diffusers' `AutoencoderKL`), Rombach et al. 2112.10752, with its parameter
-names; `PixelAutoencoder` only rearranges pixels, for models small enough to paint them directly. Both take and give
-images in [-1, 1]. Legend: N images, H,W image and h,w,c latent height, width and channels.
+Parameters are named as in diffusers; images are in [-1, 1]. Legend: N images, H,W image and h,w,c latent height, width
+and channels.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamllm_jax.layers.blocks import Attention, Conv, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, shard_images
+from dreamllm_jax.layers.blocks import (
+    Attention,
+    Conv,
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    Upsample2D,
+    count_resnet,
+    count_self_attention,
+    shard_images,
+)
+from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 _EPS = 1e-6
+
+
+# Settings of a config.json with the only value that is implemented.
+_FIXED = {
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +57,7 @@ class AutoencoderConfig:
     act_fn: str = "silu"
     sample_size: int = 512
     scaling_factor: float = 0.18215
+    kind: Literal["kl"] = "kl"
 
     def __post_init__(self) -> None:
         sizes = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "sample_size")
@@ -56,25 +79,43 @@ class AutoencoderConfig:
         """Pixels along one side of the square that a latent stands for."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @classmethod
+    def from_public(cls, settings: Mapping[str, Any]) -> "AutoencoderConfig":
+        """Reads the `config.json` of a diffusers `AutoencoderKL`; `force_upcast` is ours to choose by `dtype`.
 
-_FIXED = {
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-    "mid_block_add_attention": True,
-}
+        Raises:
+          ValueError: naming every setting that is not implemented.
+        """
+        settings = {key: value for key, value in settings.items() if key != "force_upcast"}
+        return read_diffusers_config(cls, settings, _FIXED)
 
+    def to_public(self) -> dict[str, Any]:
+        """The settings of an `AutoencoderKL`'s config.json."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
 
-def autoencoder_config_from_diffusers(settings: Mapping[str, Any]) -> AutoencoderConfig:
-    """Reads the `config.json` of a diffusers `AutoencoderKL`; `force_upcast` is ours to choose by `dtype`.
+    def make(self, dtype: Any) -> "Autoencoder":
+        """The module; see there."""
+        return Autoencoder(self, dtype=dtype)
 
-    Raises:
-      ValueError: naming every setting that is not implemented.
-    """
-    settings = {key: value for key, value in settings.items() if key != "force_upcast"}
-    return read_diffusers_config(AutoencoderConfig, settings, _FIXED)
+    def encoder_flops(self, tally: Tally, images: int, height: int, width: int) -> None:
+        """Adds the way from so many images to their moments."""
+        widths, moments, size, path = self.block_out_channels, 2 * self.latent_channels, (height, width), "encoder"
+        tally.product(f"{path}/conv_in/kernel", convolution(images, size, self.in_channels, widths[0]))
+        inputs = widths[0]
+        for level, channels in enumerate(widths):
+            block = f"{path}/down_blocks_{level}"
+            for i in range(self.layers_per_block):
+                count_resnet(tally, f"{block}/resnets_{i}", images, size, inputs, channels)
+                inputs = channels
+            if level < len(widths) - 1:
+                halved = convolution(images, size, channels, channels, stride=2, padding=(0, 1))
+                tally.product(f"{block}/downsamplers_0/conv/kernel", halved)
+                size = size[0] // 2, size[1] // 2
+        count_resnet(tally, f"{path}/mid_block/resnets_0", images, size, inputs, inputs)
+        count_self_attention(tally, f"{path}/mid_block/attentions_0", images, math.prod(size), inputs, heads=1)
+        count_resnet(tally, f"{path}/mid_block/resnets_1", images, size, inputs, inputs)
+        tally.product(f"{path}/conv_out/kernel", convolution(images, size, inputs, moments))
+        tally.product("quant_conv/kernel", dense(images * math.prod(size), moments, moments))
 
 
 def sample_moments(moments: jax.Array, noise: jax.Array) -> jax.Array:

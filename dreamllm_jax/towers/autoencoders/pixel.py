@@ -1,12 +1,14 @@
 """An autoencoder without parameters or loss, in pixel space: for models trained from scratch on small pictures."""
 
 import dataclasses
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dreamllm_jax.layers.blocks import shard_images
+from dreamllm_jax.layers.flops import Tally
 from dreamllm_jax.towers.autoencoders.kl import LOGVAR_MIN, require_multiple
 from dreamllm_jax.towers.diffusers_config import require
 
@@ -17,6 +19,7 @@ class PixelAutoencoderConfig:
 
     patch_size: int = 1
     scaling_factor: float = 1.0
+    kind: Literal["pixel"] = "pixel"
 
     def __post_init__(self) -> None:
         require(self.patch_size > 0, f"patch_size={self.patch_size!r} must be a positive integer")
@@ -31,6 +34,13 @@ class PixelAutoencoderConfig:
     def downscale(self) -> int:
         """Pixels along one side of the square that a latent stands for."""
         return self.patch_size
+
+    def make(self, dtype: Any) -> "PixelAutoencoder":
+        """The module; see there."""
+        return PixelAutoencoder(self, dtype=dtype)
+
+    def encoder_flops(self, tally: Tally, images: int, height: int, width: int) -> None:
+        """Nothing is multiplied."""
 
 
 class PixelAutoencoder(nn.Module):

@@ -1,6 +1,7 @@
-"""The small trainable parts between the towers: projectors and dream queries.
+"""Projectors, the small trainable maps between towers: of what is seen to the language model (visual projector), and of
+its hidden states to the image decoder (connector).
 
-Legend: N images, T tokens (patches or queries) of an image, I width in, O width out, Q dream queries, E llama width.
+Legend: N images, T tokens (patches or queries) of an image, I width in, O width out.
 """
 
 import dataclasses
@@ -11,8 +12,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.layers.linear import Conv, Dense
 from dreamllm_jax.layers.weights import normal, weight
+from dreamllm_jax.towers.condition import Condition
 
 _INIT = normal(0.02)
 
@@ -41,6 +44,28 @@ class ProjectorConfig:
             raise ValueError(f"kind must be linear, mlp or conv, got {self.kind!r}")
         if (self.kind == "mlp") != (self.depth > 1) or self.depth < 1:
             raise ValueError(f"an mlp projector has a depth of 2 or more, the others 1: {self.kind=}, {self.depth=}")
+
+    def require_tokens(self, tokens: int) -> None:
+        """Raises ValueError if images of so many tokens cannot be mapped."""
+        if self.kind == "conv" and math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(f"a conv projector needs a square number of tokens, got {tokens}")
+
+    def make(self, features: int, dtype: jnp.dtype, **names: str) -> "Projector":
+        """The visual projector, to vectors of the language model."""
+        return Projector(self, features, use_bias=True, dtype=dtype, **names)
+
+    def make_connector(self, features: int, dtype: jnp.dtype, **names: str) -> "ProjectorConnector":
+        """The connector, to a condition of this width."""
+        return ProjectorConnector(self, features, use_bias=False, dtype=dtype, **names)
+
+    def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int) -> None:
+        """Adds the products of `images` of so many tokens."""
+        if self.kind == "conv":
+            tally.product("projector/kernel", convolution(images, (math.isqrt(tokens),) * 2, inputs, outputs))
+            return
+        for i in range(self.depth):
+            name = "projector" if self.kind == "linear" else f"projector_{2 * i}"
+            tally.product(f"{name}/kernel", dense(images * tokens, outputs if i else inputs, outputs))
 
 
 class Projector(nn.Module):
@@ -85,9 +110,8 @@ class Projector(nn.Module):
         return x
 
     def _convolve(self, x: Float[Array, "N T I"]) -> Float[Array, "N T O"]:
+        self.config.require_tokens(x.shape[1])
         side = math.isqrt(x.shape[1])
-        if side**2 != x.shape[1]:
-            raise ValueError(f"a conv projector needs a square number of tokens, got {x.shape[1]}")
         grid = Conv(
             self.features,
             (3, 3),
@@ -100,13 +124,11 @@ class Projector(nn.Module):
         return grid.reshape(*x.shape[:2], -1)
 
 
-class DreamQueries(nn.Module):
-    """The learned queries fed after every `<dream_start>`."""
+class ProjectorConnector(Projector):
+    """A projector of the hidden states at the dream queries."""
 
-    num_queries: int
-    features: int
+    def __call__(self, hidden: Float[Array, "N T I"]) -> Condition:
+        return Condition(super().__call__(hidden))
 
-    @nn.compact
-    def __call__(self) -> Float[Array, "Q E"]:
-        init = weight(_INIT, None, "embed")
-        return self.param("dream_queries", init, (self.num_queries, self.features))
+
+PUBLISHED = {"linear": {"kind": "linear"}, "mlp": {"kind": "mlp", "depth": 2}, "conv": {"kind": "conv"}}

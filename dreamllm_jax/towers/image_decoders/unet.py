@@ -5,9 +5,10 @@ h,w,c latent height, width and channels, Q condition tokens, C condition width, 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dreamllm_jax.layers.blocks import (
+    EXACT_DENSE,
     Attention,
     Conv,
     Dense,
@@ -23,12 +25,50 @@ from dreamllm_jax.layers.blocks import (
     LayerNorm,
     ResnetBlock2D,
     Upsample2D,
+    count_resnet,
+    count_self_attention,
     shard_images,
 )
+from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 
 PerBlock = int | tuple[int, ...]
+
+
+# Settings of a config.json with the only value that is implemented.
+_FIXED = {
+    "center_input_sample": False,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "only_cross_attention": False,
+    "dual_cross_attention": False,
+    "cross_attention_norm": None,
+    "attention_type": "default",
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "reverse_transformer_layers_per_block": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "num_class_embeds": None,
+    "projection_class_embeddings_input_dim": None,
+    "addition_embed_type": None,
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": None,
+    "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +98,7 @@ class UNetConfig:
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     upcast_attention: bool = False
+    kind: Literal["unet"] = "unet"
 
     def __post_init__(self) -> None:
         levels = self.levels
@@ -109,48 +150,84 @@ class UNetConfig:
         """A `PerBlock` value spelt out for each level."""
         return (value,) * self.levels if isinstance(value, int) else value
 
+    @classmethod
+    def from_public(cls, settings: Mapping[str, Any]) -> "UNetConfig":
+        """Reads the `config.json` of a diffusers `UNet2DConditionModel`.
 
-_FIXED = {
-    "center_input_sample": False,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "mid_block_only_cross_attention": None,
-    "mid_block_scale_factor": 1,
-    "only_cross_attention": False,
-    "dual_cross_attention": False,
-    "cross_attention_norm": None,
-    "attention_type": "default",
-    "downsample_padding": 1,
-    "dropout": 0.0,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "reverse_transformer_layers_per_block": None,
-    "encoder_hid_dim": None,
-    "encoder_hid_dim_type": None,
-    "class_embed_type": None,
-    "class_embeddings_concat": False,
-    "num_class_embeds": None,
-    "projection_class_embeddings_input_dim": None,
-    "addition_embed_type": None,
-    "addition_embed_type_num_heads": 64,
-    "addition_time_embed_dim": None,
-    "resnet_time_scale_shift": "default",
-    "resnet_skip_time_act": False,
-    "resnet_out_scale_factor": 1,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "time_embedding_act_fn": None,
-    "timestep_post_act": None,
-    "time_cond_proj_dim": None,
-}
+        Raises:
+          ValueError: naming every setting that is not implemented.
+        """
+        return read_diffusers_config(cls, settings, _FIXED)
 
+    def make(self, dtype: Any) -> "UNet":
+        """The module; see there."""
+        return UNet(self, dtype=dtype)
 
-def unet_config_from_diffusers(settings: Mapping[str, Any]) -> UNetConfig:
-    """Reads the `config.json` of a diffusers `UNet2DConditionModel`.
+    def flops(self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool) -> None:
+        """Adds one prediction for latents of this height and width, under conditions of so many tokens; `condition_live`
+        says whether gradients go back to these."""
+        widths = self.block_out_channels
+        layers = self.per_block(self.layers_per_block)
+        depths = self.per_block(self.transformer_layers_per_block)
 
-    Raises:
-      ValueError: naming every setting that is not implemented.
-    """
-    return read_diffusers_config(UNetConfig, settings, _FIXED)
+        clock = tally.beside()
+        clock.product("time_embedding/linear_1/kernel", dense(images, widths[0], 4 * widths[0]))
+        clock.product("time_embedding/linear_2/kernel", dense(images, 4 * widths[0], 4 * widths[0]))
+        time = (4 * widths[0], clock.live)
+        tally.total += clock.total
+
+        def resnet(name: str, inputs: int, outputs: int) -> None:
+            count_resnet(tally, name, images, size, inputs, outputs, time)
+
+        def transformer(name: str, level: int) -> None:
+            width, tokens = widths[level], images * math.prod(size)
+            tally.product(f"{name}/proj_in/kernel", dense(tokens, width, width))
+            for i in range(depths[level]):
+                block = f"{name}/transformer_blocks_{i}"
+                count_self_attention(tally, f"{block}/attn1", images, math.prod(size), width, self.heads[level])
+                tally.product(f"{block}/attn2/to_q/kernel", dense(tokens, width, width))
+                context = tally.beside(condition_live)
+                for projection in ("to_k", "to_v"):
+                    product = dense(images * queries, self.cross_attention_dim, width)
+                    context.product(f"{block}/attn2/{projection}/kernel", product, live=condition_live)
+                tally.total += context.total
+                tally.attention(images, math.prod(size), queries, width, context.live, heads=self.heads[level])
+                tally.product(f"{block}/attn2/to_out_0/kernel", dense(tokens, width, width))
+                tally.product(f"{block}/ff/net_0/proj/kernel", dense(tokens, width, 8 * width))
+                tally.product(f"{block}/ff/net_2/kernel", dense(tokens, 4 * width, width))
+            tally.product(f"{name}/proj_out/kernel", dense(tokens, width, width))
+
+        tally.product("conv_in/kernel", convolution(images, size, self.in_channels, widths[0]))
+        width, skips = widths[0], [widths[0]]
+        for level, kind in enumerate(self.down_block_types):
+            for i in range(layers[level]):
+                resnet(f"down_blocks_{level}/resnets_{i}", width, widths[level])
+                width = widths[level]
+                if kind.startswith("CrossAttn"):
+                    transformer(f"down_blocks_{level}/attentions_{i}", level)
+                skips.append(width)
+            if level < self.levels - 1:
+                halved = convolution(images, size, width, width, stride=2)
+                tally.product(f"down_blocks_{level}/downsamplers_0/conv/kernel", halved)
+                size = size[0] // 2, size[1] // 2  # exactly, in training
+                skips.append(width)
+
+        resnet("mid_block/resnets_0", width, width)
+        transformer("mid_block/attentions_0", self.levels - 1)
+        resnet("mid_block/resnets_1", width, width)
+
+        for block, kind in enumerate(self.up_block_types):
+            level = self.levels - 1 - block
+            for i in range(layers[level] + 1):
+                resnet(f"up_blocks_{block}/resnets_{i}", width + skips.pop(), widths[level])
+                width = widths[level]
+                if kind.startswith("CrossAttn"):
+                    transformer(f"up_blocks_{block}/attentions_{i}", level)
+            if level:  # even and odd rows and columns: four convolutions of 2x2
+                doubled = 4 * convolution(images, size, width, width, kernel=2, padding=(1, 0))
+                size = 2 * size[0], 2 * size[1]
+                tally.product(f"up_blocks_{block}/upsamplers_0/conv/kernel", doubled)
+        tally.product("conv_out/kernel", convolution(images, size, width, self.out_channels))
 
 
 def timestep_embedding(
@@ -176,7 +253,8 @@ class TimestepEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[N,c] -> f[N,T]."""
-        return Dense(self.width, name="linear_2")(nn.silu(Dense(self.width, name="linear_1")(x)))
+        linear = functools.partial(Dense, self.width, kernel_init=EXACT_DENSE)
+        return linear(name="linear_2")(nn.silu(linear(name="linear_1")(x)))
 
 
 class _Halves(Dense):

@@ -5,13 +5,17 @@ Legend: N images, S image size, P patches, E width.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
+from dreamllm_jax.data.images import centre_crop
 from dreamllm_jax.layers.attention import attend
+from dreamllm_jax.layers.flops import Tally, dense
 from dreamllm_jax.layers.linear import Conv, Dense, Embedding, spread
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
@@ -28,6 +32,12 @@ ACTIVATIONS = {
 }
 
 
+# Settings of a config.json that would change the function computed here: name -> the one value that is supported.
+_SUPPORTED = {"num_channels": 3, "attention_dropout": 0.0, "dropout": 0.0}
+_MODEL_TYPES = ("clip_vision_model", "clip")
+_OURS = ("kind", "select_layer", "image_mean", "image_std")  # that no config.json has
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipVisionConfig:
     """The tower's shape; names and defaults as in transformers' `CLIPVisionConfig`.
@@ -37,6 +47,7 @@ class ClipVisionConfig:
     `image_mean` and `image_std` normalise pixels in [0, 1], as in transformers' `CLIPImageProcessor`.
     """
 
+    kind: Literal["clip"] = "clip"
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -71,38 +82,94 @@ class ClipVisionConfig:
             raise ValueError(f"patch_size {self.patch_size} does not fit image_size {self.image_size}")
 
     @property
+    def width(self) -> int:
+        """Of its features (F)."""
+        return self.hidden_size
+
+    def tokens(self, height: int, width: int) -> int:
+        """Features of an image of so many pixels (P).
+
+        Raises:
+          ValueError: the tower takes images of `image_size` alone.
+        """
+        if (height, width) != (self.image_size,) * 2:
+            raise ValueError(
+                f"CLIP takes images of {self.image_size} x {self.image_size} pixels, not {height} x {width}"
+            )
+        return self.num_patches
+
+    @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    # What can be stored of an image: its features. They depend on all parameters and settings.
+    stored_depends = ("",)
+
+    @property
+    def stored_settings(self) -> dict[str, Any]:
+        """The settings that what is stored depends on."""
+        return dataclasses.asdict(self)
+
+    def stored_shape(self, height: int, width: int) -> tuple[int, int]:
+        """Shape of what is stored of an image: its features."""
+        return self.tokens(height, width), self.width
+
+    def preprocess(self, image: Image.Image, height: int, width: int) -> np.ndarray:
+        """u8[height, width, 3]: the shorter side resized to that of the result (bicubic), the centre cropped, as
+        `CLIPImageProcessor` does."""
+        return centre_crop(image, height, width, Image.Resampling.BICUBIC)
+
+    def make(self, dtype: Any, remat: str = "full") -> "ClipVision":
+        """The module; see there."""
+        return ClipVision(self, dtype=dtype, remat=remat)
+
+    def flops(self, tally: Tally, images: int, height: int, width: int, remat: bool) -> None:
+        """Adds the way to the features of so many images."""
+        size, inner, patches = self.hidden_size, self.intermediate_size, self.tokens(height, width)
+        tokens = images * (patches + 1)
+        tally.live |= any(tally.trained(f"embeddings/{name}") for name in ("class_embedding", "position_embedding"))
+        flat = dense(images * patches, 3 * self.patch_size**2, size)
+        tally.product("embeddings/patch_embedding/kernel", flat, live=False)
+        path = "encoder/layers"
+        tally.live |= any(tally.trained(f"{path}/{name}/kernel") for name in ("self_attn/q_proj", "mlp/fc2"))
+        layer = tally.beside(tally.live)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layer.product(f"{path}/self_attn/{name}/kernel", dense(tokens, size, size))
+        layer.attention(images, patches + 1, patches + 1, size, layer.live)
+        layer.product(f"{path}/mlp/fc1/kernel", dense(tokens, size, inner))
+        before_last = layer.forward
+        layer.product(f"{path}/mlp/fc2/kernel", dense(tokens, inner, size))
+        if remat:
+            layer.recompute(before_last)
+        tally.total += layer.total * self.depth
 
     @property
     def depth(self) -> int:
         """Layers that have to run to reach the selected hidden state."""
         return self.select_layer % (self.num_hidden_layers + 1)
 
+    @classmethod
+    def from_public(cls, config: Mapping[str, Any], select_layer: int = -2) -> "ClipVisionConfig":
+        """Reads the config.json of a whole CLIP model (its `vision_config`) or of the vision tower alone.
 
-# Settings of a config.json that would change the function computed here: name -> the one value that is supported.
-_SUPPORTED = {"num_channels": 3, "attention_dropout": 0.0, "dropout": 0.0}
-_MODEL_TYPES = ("clip_vision_model", "clip")
-NOT_IN_HF = ("select_layer", "image_mean", "image_std")  # our settings that no config.json has
+        Raises:
+          ValueError: naming a setting that is not supported.
+        """
+        config = config.get("vision_config") or config
+        if config.get("model_type", "clip_vision_model") not in _MODEL_TYPES:
+            raise ValueError(f"model_type {config['model_type']!r} is not supported: expected one of {_MODEL_TYPES}")
+        for name, value in _SUPPORTED.items():
+            if config.get(name, value) not in (value, None):
+                raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
+        for name in ("image_size", "patch_size"):
+            if not isinstance(config.get(name, 1), int):
+                raise ValueError(f"{name} = {config[name]!r} is not supported: only a single number is")
+        names = {field.name for field in dataclasses.fields(cls)} - set(_OURS)
+        return cls(**{name: config[name] for name in names if name in config}, select_layer=select_layer)
 
-
-def clip_config_from_hf(config: Mapping[str, Any], select_layer: int = -2) -> ClipVisionConfig:
-    """Reads the config.json of a whole CLIP model (its `vision_config`) or of the vision tower alone.
-
-    Raises:
-      ValueError: naming a setting that is not supported.
-    """
-    config = config.get("vision_config") or config
-    if config.get("model_type", "clip_vision_model") not in _MODEL_TYPES:
-        raise ValueError(f"model_type {config['model_type']!r} is not supported: expected one of {_MODEL_TYPES}")
-    for name, value in _SUPPORTED.items():
-        if config.get(name, value) not in (value, None):
-            raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
-    for name in ("image_size", "patch_size"):
-        if not isinstance(config.get(name, 1), int):
-            raise ValueError(f"{name} = {config[name]!r} is not supported: only a single number is")
-    names = {field.name for field in dataclasses.fields(ClipVisionConfig)} - set(NOT_IN_HF)
-    return ClipVisionConfig(**{name: config[name] for name in names if name in config}, select_layer=select_layer)
+    def to_public(self) -> dict[str, Any]:
+        """The settings of a `CLIPVisionModel`'s config.json."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OURS}
 
 
 def normalise_pixels(pixels: Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Array:
@@ -232,7 +299,8 @@ class ClipVision(_Part):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """f[N, S, S, 3] normalised images -> f[N, P, E] hidden states of the patches, row by row, no class token.
+        """u8[N, S, S, 3] pixels, or f[N, S, S, 3] normalised ones -> f[N, P, E] hidden states of the patches, row by row,
+        no class token.
 
         Raises:
           ValueError: the images are not of the tower's size.
@@ -240,6 +308,9 @@ class ClipVision(_Part):
         config = self.config
         if images.shape[1:] != (config.image_size, config.image_size, 3):
             raise ValueError(f"images are {images.shape[1:]} where the tower takes {(config.image_size,) * 2 + (3,)}")
+        if images.dtype == jnp.uint8:
+            images = normalise_pixels(images, config.image_mean, config.image_std)
+        images = constrain(images, ("images", None, None, None))
         part = (config, self.dtype)
         x = Embeddings(*part, name="embeddings")(images.astype(self.dtype))
         x = constrain(x, ("images", None, None))
@@ -248,3 +319,20 @@ class ClipVision(_Part):
         if self.is_initializing():
             self.norm("post_layernorm")(x)  # not on the way to any hidden state, but in every checkpoint
         return x[:, 1:]
+
+    def stored(self, images: Array) -> Array:
+        """What can be stored of images: their features."""
+        return self(images)
+
+
+PUBLISHED = {
+    "clip-l-224": {
+        "kind": "clip",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+    },
+}

@@ -1,0 +1,129 @@
+"""FLOPs of a tower, counted along its forward pass: what `experiment.flops` adds up.
+
+A matrix product or convolution counts 2 FLOPs a multiply-accumulate; a convolution's taps on padding do not count.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from dreamllm_jax.layers import full_attention_tpu
+from dreamllm_jax.layers.attention import MAX_SCORES
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of a part of a step.
+
+    Attributes:
+      model: forward and backward.
+      masked: the part of `model` whose attention scores a causal mask throws away.
+      products: executed by XLA's own products and convolutions.
+      kernels: executed by attention kernels, which XLA cannot look into.
+    """
+
+    model: float = 0.0
+    masked: float = 0.0
+    products: float = 0.0
+    kernels: float = 0.0
+
+    @property
+    def executed(self) -> float:
+        return self.products + self.kernels
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> "Flops":
+        return Flops(*(value * times for value in dataclasses.astuple(self)))
+
+
+class Tally:
+    """Adds up the products along a tower.
+
+    `live` says whether what has been computed so far depends on a trained weight, so that gradients go back to it;
+    `forward` is what the forward pass has executed.
+
+    Args:
+      trained: whether the tower's parameter at a path is.
+      platform, dtype: what the program is compiled for and computes in: whether there are attention kernels.
+    """
+
+    def __init__(
+        self, trained: Callable[[str], bool], live: bool = False, platform: str = "tpu", dtype: str = "bfloat16"
+    ):
+        self.trained, self.live, self.platform, self.dtype = trained, live, platform, dtype
+        self.forward, self.total = 0.0, Flops()
+
+    def part(self, name: str, live: bool = False) -> "Tally":
+        """An empty tally of a part of the tower, whose parameters' paths begin with its name."""
+        return Tally(lambda path: self.trained(f"{name}/{path}"), live, self.platform, self.dtype)
+
+    def beside(self, live: bool = False) -> "Tally":
+        """An empty tally of the same tower, for what runs beside its way."""
+        return Tally(self.trained, live, self.platform, self.dtype)
+
+    def product(self, path: str, flops: float, live: bool | None = None) -> None:
+        """A product of activations (of the tower so far, or as `live` says) with the weight at `path`."""
+        live, trained = self.live if live is None else live, self.trained(path)
+        self.forward += flops
+        self.total += Flops(model=flops * (1 + live + trained), products=flops * (1 + live + trained))
+        self.live |= live or trained
+
+    def attention(
+        self, batch: int, queries: int, keys: int, width: int, keys_live: bool, causal: bool = False, heads: int = 0
+    ) -> None:
+        """Scores and their product with the values.
+
+        The backward pass has four products: towards weights, values, queries and keys. A kernel, if there is one (for
+        `heads`, in bfloat16), computes all of them and the scores again. Without a kernel many scores are taken in
+        chunks, computed again in the backward pass.
+        """
+        one = 2.0 * batch * queries * keys * width
+        flops = one * (2 + (self.live or keys_live) + 2 * keys_live + self.live)
+        self.live |= keys_live
+        self.forward += 2 * one
+        masked = flops * (1 - 1 / queries) / 2 if causal else 0.0
+        q, k = (jax.ShapeDtypeStruct((batch, length, width), "bfloat16") for length in (queries, keys))
+        kernels = self.platform == "tpu" and self.dtype == "bfloat16"
+        if kernels and heads and full_attention_tpu.supported(q, k, heads):
+            self.total += Flops(flops, masked, kernels=one * (2 + 5 * self.live))
+        else:
+            self.total += Flops(flops, masked, flops)
+            self.recompute(one * (queries * keys > MAX_SCORES))
+
+    def causal_kernel(self, batch: float, length: int, width: int, share: float) -> None:
+        """The same by `layers.splash`, which computes a `share` of it.
+
+        Its backward pass computes the scores again, as a fifth product.
+        """
+        square = 2.0 * batch * length**2 * width
+        flops = square * (2 + 4 * self.live)
+        self.total += Flops(flops, flops * (1 - 1 / length) / 2, kernels=share * square * (2 + 5 * self.live))
+
+    def recompute(self, flops: float) -> None:
+        """Executes products again, if there is a backward pass."""
+        self.total += Flops(products=flops * self.live)
+
+
+def dense(tokens: float, inputs: int, outputs: int) -> float:
+    """Of a product of so many vectors with a matrix."""
+    return 2.0 * tokens * inputs * outputs
+
+
+def convolution(
+    images: int,
+    size: tuple[int, int],
+    inputs: int,
+    outputs: int,
+    kernel: int = 3,
+    stride: int = 1,
+    padding: tuple[int, int] = (1, 1),
+) -> float:
+    """Of images of this height and width: pairs of an output and a tap on the input, in either dimension."""
+    pairs = 1
+    for side in size:
+        positions = range(0, side + sum(padding) - kernel + 1, stride)
+        pairs *= sum(padding[0] <= start + tap < padding[0] + side for start in positions for tap in range(kernel))
+    return 2.0 * images * pairs * inputs * outputs

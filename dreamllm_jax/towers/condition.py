@@ -1,0 +1,26 @@
+"""What an image decoder is given to paint from.
+
+Legend: N images, Q tokens, C their width, P pooled width.
+"""
+
+from collections.abc import Mapping
+
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+
+@struct.dataclass
+class Condition:
+    """A connector's result, one for each image.
+
+    Attributes:
+      sequence: what the denoiser attends to.
+      mask: which of its tokens count; None for all.
+      pooled: one vector an image, of decoders that want one.
+      extra: arrays [N, ...] under the names that a decoder knows, such as sizes or source latents.
+    """
+
+    sequence: Float[Array, "N Q C"]
+    mask: Bool[Array, "N Q"] | None = None
+    pooled: Float[Array, "N P"] | None = None
+    extra: Mapping[str, Array] = struct.field(default_factory=dict)

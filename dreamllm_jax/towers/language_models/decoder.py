@@ -1,0 +1,591 @@
+"""The causal decoder that language models of today are settings of, over embeddings.
+
+LLaMA (arXiv 2302.13971, 2307.09288, 2407.21783) and what grew out of it: pre-norm layers of rotary attention with grouped
+queries and a gated feed-forward. A family (`llama.py`) says what its public `config.json` means in these settings.
+
+It takes embeddings rather than tokens, because images and dream queries are spliced in between, and gives hidden states
+rather than logits, because the loss computes those in pieces.
+
+Legend: B rows, T tokens of this call, S keys, E width, H query heads, K key heads, D head dimension, V vocabulary,
+N layers.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dreamllm_jax.layers import splash
+from dreamllm_jax.layers.attention import attend
+from dreamllm_jax.layers.flops import Flops, Tally, dense
+from dreamllm_jax.layers.linear import Embedding, spread
+from dreamllm_jax.layers.lora import LORA_A, LORA_B, LoraConfig, adapt, initial_a
+from dreamllm_jax.layers.remat import keep, kept_by, rematerialised
+from dreamllm_jax.layers.rope import RopeScaling, apply_rope, rope_frequencies
+from dreamllm_jax.layers.weights import LAYERS, normal, weight
+from dreamllm_jax.parallel.collectives import gather_weight
+from dreamllm_jax.parallel.mesh import constrain
+
+Array = jax.Array
+
+
+ACTIVATIONS = {
+    "silu": nn.silu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What a layer of a pattern has of its own.
+
+    Attributes:
+      window: tokens that a token sees, itself and those before it; 0 for all.
+      rope_theta: the base of its rotations; None for the model's.
+    """
+
+    window: int = 0
+    rope_theta: float | None = None
+
+    def __post_init__(self):
+        if self.window < 0:
+            raise ValueError(f"window must not be negative, got {self.window}")
+        if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be positive, got {self.rope_theta}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of the model; names and defaults as in transformers' `LlamaConfig`, where it has them.
+
+    Attributes:
+      num_key_value_heads: None for as many as query heads.
+      head_dim: None for hidden_size / num_attention_heads.
+      attention_bias: of the projections to queries, keys and values.
+      attention_out_bias: of the projection from the heads; None for as those.
+      qk_norm: normalise each head's queries and keys before they are rotated (Qwen3).
+      norm_unit_offset: norms multiply by 1 + scale (Gemma).
+      embedding_scale: what embeddings are multiplied by (Gemma: the root of the width).
+      pattern: the kinds of the layers, repeated until there are `num_hidden_layers`.
+      lora: low-rank adapters of the layers' products, None for none.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_unit_offset: bool = False
+    embedding_scale: float = 1.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)
+    lora: LoraConfig | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:  # nor NaN
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.attention_out_bias is None:
+            object.__setattr__(self, "attention_out_bias", self.attention_bias)
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported: choose from {', '.join(ACTIVATIONS)}")
+        if not self.pattern or self.num_hidden_layers % len(self.pattern):
+            raise ValueError(
+                f"pattern has {len(self.pattern)} kinds of layers, of which num_hidden_layers={self.num_hidden_layers} "
+                "is no multiple"
+            )
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range must not be negative, got {self.initializer_range}")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}: set head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2 or self.head_dim < 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd or not positive: rotary embedding turns pairs")
+
+    @property
+    def width(self) -> int:
+        """Of embeddings and hidden states (E)."""
+        return self.hidden_size
+
+    @property
+    def divided(self) -> tuple[tuple[tuple[str, ...], str], ...]:
+        """Mesh axes, and the setting that they must divide: arrays would silently be repeated."""
+        return (
+            (("tensor",), "num_attention_heads"),
+            (("tensor",), "intermediate_size"),
+            (("fsdp", "sequence"), "hidden_size"),
+        )
+
+    def make(self, dtype: Any, remat: str = "full") -> "Decoder":
+        """The module; see there."""
+        return Decoder(self, dtype=dtype, remat=remat)
+
+    def cache(self, rows: int, length: int, dtype: Any = jnp.float32) -> "KVCache":
+        """An empty cache for so many rows of at most `length` tokens; what exceeds it would be dropped."""
+        return KVCache.create(self, rows, length, dtype)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document that it can read: what it was made for, stretched as `rope_scaling` says.
+
+        "linear" and "dynamic" scaling stretch `max_position_embeddings`; with "llama3" that is the stretched length.
+        """
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        return self.rope_scaling.stretched(self.max_position_embeddings)
+
+    def rope_frequencies(self, length: int | Array, theta: float | None = None) -> np.ndarray | Array:
+        """Radians per position in rows of this length, see `rope.rope_frequencies`."""
+        theta = self.rope_theta if theta is None else theta
+        return rope_frequencies(self.head_dim, theta, self.rope_scaling, length, self.max_position_embeddings)
+
+    def flops(self, tally: Tally, rows: int, length: int, remat: str, reached: bool) -> None:
+        """Adds the layers for so many rows; `reached` says whether a gradient comes from above."""
+        _count(self, tally, rows, length, remat, reached)
+
+    def head_flops(self, tally: Tally, tokens: int) -> None:
+        """Adds the product with the vocabulary."""
+        path = "embed_tokens/embedding" if self.tie_word_embeddings else "lm_head/kernel"
+        tally.product(path, dense(tokens, self.hidden_size, self.vocab_size))
+
+
+def rms_norm(x: Array, scale: Array, eps: float, unit_offset: bool = False) -> Array:
+    """Root mean square normalisation (arXiv 1910.07467), its statistics in float32.
+
+    Args:
+      x: f[..., E].
+      scale: f[E].
+      eps: added to the mean square.
+      unit_offset: multiply by 1 + scale, in float32 (Gemma).
+
+    Returns:
+      f[..., E] in the type of `x`.
+    """
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    if unit_offset:
+        return (x32 * (1 + spread(scale, x.shape, jnp.float32))).astype(x.dtype)
+    return x32.astype(x.dtype) * spread(scale, x.shape, x.dtype)
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of what each row has read; rows fill at their own pace, without gaps.
+
+    Attributes:
+      k: f[N, B, S, K, D] rotated keys.
+      v: f[N, B, S, K, D] values.
+      segment_ids: i32[B, S] segment of each entry, 0 where empty.
+      length: i32[B] filled entries of each row.
+    """
+
+    k: Array
+    v: Array
+    segment_ids: Array
+    length: Array
+
+    @classmethod
+    def create(cls, config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32) -> "KVCache":
+        """See `DecoderConfig.cache`."""
+        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+        axes = ("layers", "rows", None, "kv_heads", None)
+        return cls(
+            k=constrain(jnp.zeros(shape, dtype), axes),
+            v=constrain(jnp.zeros(shape, dtype), axes),
+            segment_ids=jnp.zeros((batch, length), jnp.int32),
+            length=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def rows(self, index: Array) -> "KVCache":
+        """The caches of rows `index` i32[R], which may repeat."""
+        return KVCache(self.k[:, index], self.v[:, index], self.segment_ids[index], self.length[index])
+
+
+@struct.dataclass
+class _Context:
+    """What the layers share: segments, and where this call's tokens go in the cache.
+
+    `rotations` has cosines and sines f32[B, T, D / 2], one for each kind of layer.
+    """
+
+    rotations: tuple[tuple[Array, Array], ...]
+    segment_ids: Array
+    k_segment_ids: Array | None = None
+    q_index: Array | None = None
+    slots: Array | None = None
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` and its scale."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        init = weight(nn.initializers.zeros if config.norm_unit_offset else nn.initializers.ones, "norm")
+        scale = self.param("scale", init, (x.shape[-1],))
+        return rms_norm(x, scale, config.rms_norm_eps, config.norm_unit_offset)
+
+
+class LayerNorm(RMSNorm):
+    """The norm before a part of a layer."""
+
+    def __call__(self, x: Array) -> Array:
+        # Fused into the products that follow, the norm would be computed for each, and its gradient slow them down.
+        return jax.lax.optimization_barrier(super().__call__(x))
+
+
+class Linear(nn.Module):
+    """A product with a kernel that is stored as a matrix and gathered where it is used.
+
+    Inputs and outputs may have several axes, heads and their dimension: on TPU, reshaping the kernel instead of them
+    spares copies of activations.
+    """
+
+    inputs: tuple[int, ...]
+    features: tuple[int, ...]
+    use_bias: bool
+    axes: tuple[str, str]
+    std: float
+    dtype: Any
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = math.prod(self.inputs), math.prod(self.features)
+        kernel = self.param("kernel", weight(normal(self.std), *self.axes), shape)
+        kernel = kernel.astype(self.dtype)
+        if x.size >= kernel.size:  # of a few tokens, as while generating, the products travel instead
+            kernel = gather_weight(kernel, self.axes)
+        kernel = kernel.reshape(*self.inputs, *self.features)
+        out = jnp.tensordot(x, kernel, axes=len(self.inputs))
+        if self.use_bias:
+            zeros = weight(nn.initializers.zeros, self.axes[1])
+            bias = self.param("bias", zeros, shape[1:])
+            out = out + spread(bias.reshape(self.features), out.shape, self.dtype)
+        if self.lora is not None:
+            a, b = self._adapter(*shape)
+            out = out + adapt(x, a, b, self.lora.scale, axes=len(self.inputs))
+        return out
+
+    def _adapter(self, width_in: int, width_out: int) -> tuple[Array, Array]:
+        rank, (axis_in, axis_out) = self.lora.rank, self.axes
+        first = weight(initial_a, axis_in, "lora")
+        zeros = weight(nn.initializers.zeros, "lora", axis_out)
+        a = self.param(LORA_A, first, (width_in, rank)).astype(self.dtype)
+        b = self.param(LORA_B, zeros, (rank, width_out)).astype(self.dtype)
+        a, b = gather_weight(a, (axis_in, "lora")), gather_weight(b, ("lora", axis_out))
+        return a.reshape(*self.inputs, rank), b.reshape(rank, *self.features)
+
+
+class _Part(nn.Module):
+    """What the layers' parts share: configuration, types, and the linear layer."""
+
+    config: DecoderConfig
+    dtype: Any
+
+    def linear(
+        self, inputs: tuple[int, ...], features: tuple[int, ...], name: str, axes: tuple[str, str], bias: bool
+    ) -> Linear:
+        std, adapters = self.config.initializer_range, self.config.lora
+        adapters = adapters if adapters is not None and name in adapters.targets else None
+        return Linear(inputs, features, bias, axes, std, self.dtype, adapters, name=name)
+
+
+class Attention(_Part):
+    """Rotary self-attention with grouped queries; the cache is the whole stack's, of which it fills layer `layer`.
+
+    Attributes:
+      kind: its place in the pattern.
+    """
+
+    kind: int
+
+    @nn.compact
+    def __call__(self, x: Array, cache: tuple[Array, Array] | None, layer: Array, context: _Context):
+        config, window = self.config, self.config.pattern[self.kind].window
+        width, bias = (config.hidden_size,), config.attention_bias
+        cos, sin = context.rotations[self.kind]
+        q_heads = config.num_attention_heads, config.head_dim
+        kv_heads = config.num_key_value_heads, config.head_dim
+        q = self.linear(width, q_heads, "q_proj", ("embed", "heads"), bias)(x)
+        k = self.linear(width, kv_heads, "k_proj", ("embed", "kv_heads"), bias)(x)
+        v = self.linear(width, kv_heads, "v_proj", ("embed", "kv_heads"), bias)(x)
+        if config.qk_norm:
+            q, k = RMSNorm(config, name="q_norm")(q), RMSNorm(config, name="k_norm")(k)
+        q, k = jax.lax.optimization_barrier((q, k))  # so that the products write the layout that attention reads
+        q = constrain(q, ("rows", "tokens", "act_heads", None))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is None:
+            q, k, v = (keep(x, "attention") for x in (q, k, v))
+            segments = context.segment_ids
+            out = attend(q, k, v, q_segments=segments, k_segments=segments, causal=True, window=window)
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = tuple(
+                stack.at[layer, rows, context.slots].set(new.astype(stack.dtype), mode="drop")
+                for stack, new in zip(cache, (k, v), strict=True)
+            )
+            out = attend(
+                q,
+                *(stack[layer].astype(q.dtype) for stack in cache),
+                q_segments=context.segment_ids,
+                k_segments=context.k_segment_ids,
+                q_index=context.q_index,
+                causal=True,
+                window=window,
+            )
+        out = constrain(out, ("rows", "tokens", "act_heads", None))
+        return self.linear(q_heads, width, "o_proj", ("heads", "embed"), config.attention_out_bias)(out), cache
+
+
+class MLP(_Part):
+    """A gated linear unit (arXiv 2002.05202)."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        width, inner_width = (config.hidden_size,), (config.intermediate_size,)
+        gate = self.linear(width, inner_width, "gate_proj", ("embed", "mlp"), config.mlp_bias)(x)
+        up = self.linear(width, inner_width, "up_proj", ("embed", "mlp"), config.mlp_bias)(x)
+        gate, up = keep(gate, "gate"), keep(up, "up")
+        up = jax.lax.optimization_barrier(up)  # fused into the products, what follows would slow them down
+        inner = jax.lax.optimization_barrier(ACTIVATIONS[config.hidden_act](gate) * up)
+        inner = constrain(inner, ("rows", "tokens", "act_mlp"))
+        return self.linear(inner_width, width, "down_proj", ("mlp", "embed"), config.mlp_bias)(inner)
+
+
+class Block(_Part):
+    """One layer, as the body of a scan: the carry is (hidden f[B, T, E], the cache's k and v or None)."""
+
+    kind: int = 0
+
+    @nn.compact
+    def __call__(self, carry, layer: Array, context: _Context):
+        (x, cache), config = carry, self.config
+        residual = ("rows", "tokens", "act_embed")
+        normed = LayerNorm(config, name="input_layernorm")(x)
+        attended, cache = Attention(config, self.dtype, self.kind, name="self_attn")(normed, cache, layer, context)
+        x = keep(constrain(x + attended, residual), "attention")
+        normed = LayerNorm(config, name="post_attention_layernorm")(x)
+        x = constrain(x + MLP(config, self.dtype, name="mlp")(normed), residual)
+        return (x, cache), None
+
+
+class Pattern(_Part):
+    """The layers of one repeat of the pattern, as the body of a scan; each can be computed again by itself."""
+
+    remat: str
+
+    @nn.compact
+    def __call__(self, carry, first: Array, context: _Context):
+        kinds = len(self.config.pattern)
+        for kind in range(kinds):
+            block = rematerialised(Block, self.remat)
+            name = f"{kind}_of_{kinds}"  # from which `interop.names` knows the layer
+            carry, _ = block(self.config, self.dtype, kind, name=name)(carry, first + kind, context)
+        return carry, None
+
+
+class Head(nn.Module):
+    """The output matrix, held apart from its product so that the loss can take it in pieces."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        self.kernel = self.param("kernel", weight(normal(self.config.initializer_range), "embed", "vocab"), shape)
+
+
+class Decoder(nn.Module):
+    """The decoder; parameters are named as in transformers' `LlamaForCausalLM`, layers stacked: those of one kind.
+
+    Attributes:
+      config: the model's shape.
+      dtype: type of the computation; norms' statistics, rotations and softmax are float32 in any case.
+      remat: what a layer keeps for the backward pass (see `remat`).
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    remat: str = "full"
+
+    def setup(self):
+        config = self.config
+        init = weight(normal(config.initializer_range), "vocab", "embed")
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, init, self.dtype)
+        alike = len(config.pattern) == 1
+        stack = nn.scan(
+            rematerialised(Block, self.remat) if alike else Pattern,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=config.num_hidden_layers // len(config.pattern),
+            metadata_params={nn.PARTITION_NAME: LAYERS},
+        )
+        self.layers = stack(config, self.dtype, *(() if alike else (self.remat,)))
+        self.norm = LayerNorm(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = Head(config)
+
+    def embed(self, tokens: Array) -> Array:
+        """i32[B, T] token ids -> f[B, T, E] embeddings."""
+        x = self.embed_tokens(tokens)
+        if self.config.embedding_scale != 1.0:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return constrain(x, ("rows", "tokens", "act_embed"))
+
+    def __call__(
+        self, embeddings: Array, positions: Array, segment_ids: Array, cache: KVCache | None = None
+    ) -> tuple[Array, KVCache | None]:
+        """Runs the decoder.
+
+        With a cache, each row's tokens continue what that row has read: they are written at its own next entries and
+        see the entries of their segment up to themselves. A row's tokens stand first and its padding (segment 0)
+        after them, so what a row gives does not depend on the rows beside it.
+
+        Args:
+          embeddings: f[B, T, E].
+          positions: i32[B, T] position of each token in its document, for the rotary embedding.
+          segment_ids: i32[B, T] document of each token, 0 for padding.
+          cache: what the rows have read before.
+
+        Returns:
+          f[B, T, E] hidden states after the final norm (meaningless on padding), and the cache with this call's tokens.
+        """
+        config = self.config
+        length = embeddings.shape[1]
+        if cache is not None:
+            valid = segment_ids != 0
+            filled = cache.length + valid.sum(axis=1, dtype=jnp.int32)
+            length = filled[:, None]
+        turns = {}  # by base, for kinds of layers may share it
+        for theta in dict.fromkeys(kind.rope_theta for kind in config.pattern):
+            angles = positions[..., None].astype(jnp.float32) * config.rope_frequencies(length, theta)
+            turns[theta] = jnp.cos(angles), jnp.sin(angles)
+        context = _Context(tuple(turns[kind.rope_theta] for kind in config.pattern), segment_ids)
+        if cache is not None:
+            index = cache.length[:, None] + jnp.arange(segment_ids.shape[1])
+            slots = jnp.where(valid, index, cache.segment_ids.shape[1])  # past the end: padding is dropped, not written
+            rows = jnp.arange(segment_ids.shape[0])[:, None]
+            k_segment_ids = cache.segment_ids.at[rows, slots].set(segment_ids, mode="drop")
+            context = context.replace(k_segment_ids=k_segment_ids, q_index=index, slots=slots)
+        carry = (embeddings.astype(self.dtype), None if cache is None else (cache.k, cache.v))
+        (hidden, stacks), _ = self.layers(carry, jnp.arange(0, config.num_hidden_layers, len(config.pattern)), context)
+        if cache is not None:
+            k, v = stacks
+            cache = KVCache(k=k, v=v, segment_ids=k_segment_ids, length=filled)
+        return self.norm(hidden), cache
+
+    def head_kernel(self) -> Array:
+        """f[E, V] output matrix: of its own, or the embedding transposed."""
+        return self.embed_tokens.embedding.T if self.config.tie_word_embeddings else self.lm_head.kernel
+
+    def logits(self, hidden: Array) -> Array:
+        """f[B, T, E] hidden states -> f32[B, T, V]."""
+        kernel = self.head_kernel().astype(self.dtype)
+        return jnp.einsum("bte,ev->btv", hidden.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+
+
+def _splash_share(length: int, head_dim: int, window: int) -> float:
+    """What the causal kernel computes of all scores: tiles that are not wholly masked, and padding."""
+    block = splash.block_of(length)
+    tiles = splash.padded(length) // block
+    seen = sum(i + 1 - max(0, (i * block - window + 1) // block if window else 0) for i in range(tiles))
+    padding = (splash.padded(length) / length) ** 2 * splash.padded(head_dim) / head_dim
+    return padding * seen / tiles**2
+
+
+def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Widths in and out of a layer's products."""
+    width, inner = config.hidden_size, config.intermediate_size
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    return {
+        "self_attn/q_proj": (width, queries),
+        "self_attn/k_proj": (width, keys),
+        "self_attn/v_proj": (width, keys),
+        "self_attn/o_proj": (queries, width),
+        "mlp/gate_proj": (width, inner),
+        "mlp/up_proj": (width, inner),
+        "mlp/down_proj": (inner, width),
+    }
+
+
+def _count(config: DecoderConfig, tally: Tally, rows: int, length: int, remat: str, reached: bool) -> None:
+    """See `DecoderConfig.flops`."""
+    tokens, dim, kinds = rows * length, config.head_dim, len(config.pattern)
+    query_width, key_width = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    shapes = _layer_shapes(config)
+    products = {f"{name}/kernel": dense(tokens, *shape) for name, shape in shapes.items()}
+    if config.lora is not None:
+        for name, (inputs, outputs) in shapes.items():
+            if name.split("/")[1] in config.lora.targets:
+                products[f"{name}/{LORA_A}"] = dense(tokens, inputs, config.lora.rank)
+                products[f"{name}/{LORA_B}"] = dense(tokens, config.lora.rank, outputs)
+    paths = ["layers"] if kinds == 1 else [f"layers/{kind}_of_{kinds}" for kind in range(kinds)]
+    # The layers are one scan: what is live in one is live in all.
+    names = [*products, "input_layernorm/scale", "post_attention_layernorm/scale"]
+    tally.live |= any(tally.trained(f"{path}/{name}") for path in paths for name in names)
+    rotation = dense(tokens, dim, query_width + key_width)  # halves swapped by a permutation matrix
+    scores, kept = 2.0 * rows * length**2 * query_width, kept_by(remat)
+    has_kernel = tally.platform == "tpu" and splash.supports(length, length)
+    for path, kind in zip(paths, config.pattern, strict=True):
+        layer = tally.beside(tally.live and reached)
+        layer.trained = tally.trained if reached else lambda _: False
+        for name, flops in products.items():
+            layer.product(f"{path}/{name}", flops)
+        layer.total += Flops(products=rotation * (1 + layer.live))
+        share = _splash_share(length, dim, kind.window)
+        if has_kernel:
+            layer.causal_kernel(rows, length, query_width, share)
+        else:
+            layer.attention(rows, length, length, query_width, layer.live, causal=True)
+        if remat != "none":
+            if "attention" not in kept:
+                layer.recompute(sum(flops for name, flops in products.items() if name.startswith("self_attn")))
+                layer.recompute(rotation)
+                if has_kernel:
+                    layer.total += Flops(kernels=share * 2 * scores * layer.live)
+                else:
+                    layer.recompute(2 * scores)
+            elif not has_kernel:  # its queries, keys and values are kept, its output is not
+                layer.recompute(scores * (1 + layer.trained(f"{path}/self_attn/o_proj/kernel")))
+            for part in ("gate", "up"):
+                if part not in kept:
+                    again = (flops for name, flops in products.items() if name.startswith(f"mlp/{part}_proj"))
+                    layer.recompute(sum(again))
+        tally.total += layer.total * (config.num_hidden_layers // kinds)
+    tally.live |= tally.trained("norm/scale")
