@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x as an image decoder (Rombach et al., arXiv 2112.10752): a U-Net that denoises the latents of
+"""Stable Diffusion 1.x and 2.x as an image decoder (Rombach et al., arXiv 2112.10752): a U-Net that denoises latents of
 an autoencoder, over DDPM's noise process.
 
 Legend: N images, H x W pixels, h x w x c latents, T training timesteps.
@@ -229,7 +229,7 @@ class StableDiffusion(nn.Module):
         return self.autoencoder.decode(latents / self.config.autoencoder.scaling_factor)
 
     def compare(self, condition: Condition, latents: Float[Array, "N h w c"], draws: Draws) -> Prediction:
-        """The denoising error of each image under its condition (DreamLLM, eq. 5), weighted by min-SNR if configured."""
+        """The denoising error of each image under its condition (DreamLLM, eq. 5), weighted as `training` says."""
         training, process = self.config.training, self.config.schedule
         alphas = schedule.alphas_cumprod(process)
         noise = draws.noise

@@ -64,7 +64,7 @@ class LlamaConfig(DecoderConfig):
         for field in dataclasses.fields(self):
             if field.name in _NOT_ITS_OWN and getattr(self, field.name) != field.default:
                 raise ValueError(f"LlamaForCausalLM has no {field.name}={getattr(self, field.name)!r}")
-        if self.attention_out_bias != self.attention_bias:
+        if self.attention_out_bias not in (None, self.attention_bias):
             raise ValueError("LlamaForCausalLM has biases at all projections of its attention or at none")
         left_out = _OURS - {"rope_theta"}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}

@@ -299,8 +299,8 @@ class ClipVision(_Part):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """u8[N, S, S, 3] pixels, or f[N, S, S, 3] normalised ones -> f[N, P, E] hidden states of the patches, row by row,
-        no class token.
+        """u8[N, S, S, 3] pixels, or f[N, S, S, 3] normalised ones -> f[N, P, E] hidden states of the patches, row by
+        row, no class token.
 
         Raises:
           ValueError: the images are not of the tower's size.
