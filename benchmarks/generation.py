@@ -60,7 +60,7 @@ def seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def prompts(config: DreamLLMConfig, rows: int) -> Batch:
-    tokens = np.random.default_rng(0).integers(3, config.llama.vocab_size - 8, (rows, PROMPT)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(3, config.language_model.vocab_size - 8, (rows, PROMPT)).astype(np.int32)
     ones = np.ones((rows, PROMPT), np.int32)
     positions = np.cumsum(ones, axis=1, dtype=np.int32) - 1
     return empty_batch(rows, RowShape(PROMPT)).replace(tokens=tokens, segment_ids=ones, positions=positions)
@@ -87,7 +87,7 @@ def main() -> None:
     params = unflatten_dict(init_leaves(config, wanted, jax.random.key(0)), sep="/")
 
     # Floors: how fast this device reads weights, and how fast it multiplies.
-    llama = sum(leaf.nbytes for leaf in jax.tree.leaves(params["llama"]))
+    llama = sum(leaf.nbytes for leaf in jax.tree.leaves(params["language_model"]))
     block = jnp.ones((max(llama // 4, 1 << 26),), jnp.float32)
     total = jax.jit(jnp.sum)
     reading = block.nbytes / seconds(lambda: total(block).block_until_ready(), arguments.repeats)
@@ -105,7 +105,7 @@ def main() -> None:
 
         def ours(batch=batch, new=NEW):
             read = read_prompts(model, params, batch, PROMPT + NEW)
-            return jax.block_until_ready(write(model, params, read, new, (config.llama.vocab_size,)))
+            return jax.block_until_ready(write(model, params, read, new, (config.language_model.vocab_size,)))
 
         each = (seconds(ours, arguments.repeats) - seconds(lambda: ours(new=1), arguments.repeats)) / (NEW - 1)
         line = f"{rows:2} rows: {1e3 * each:.2f} ms a token ({each * reading / llama:.2f} x the floor)"
@@ -114,14 +114,16 @@ def main() -> None:
         print(line)
     del reference
 
-    size = config.unet.sample_size * config.vae.downscale
-    hidden = jnp.ones((1, config.num_queries, config.llama.hidden_size), jnp.dtype(config.dtype))
+    size = config.image_decoder.denoiser.sample_size * config.image_decoder.autoencoder.downscale
+    hidden = jnp.ones((1, config.num_queries, config.language_model.hidden_size), jnp.dtype(config.dtype))
     sampler = SamplerConfig("ddim", steps)
     each = seconds(
         lambda: paint(model, params, hidden, [0], size=size, sampler=sampler).block_until_ready(), arguments.repeats
     )
     latents = jax.ShapeDtypeStruct((2, *config.latent_shape(size)), jnp.dtype(config.dtype))
-    condition = jax.ShapeDtypeStruct((2, config.num_queries, config.unet.cross_attention_dim), latents.dtype)
+    condition = jax.ShapeDtypeStruct(
+        (2, config.num_queries, config.image_decoder.denoiser.cross_attention_dim), latents.dtype
+    )
     denoise = jax.jit(lambda p, x, c: model.apply({"params": p}, x, jnp.zeros(2), c, method="denoise"))
     flops = denoise.lower(params, latents, condition).compile().cost_analysis()["flops"]
     floor = steps * flops / multiplying
@@ -136,7 +138,7 @@ def torch_llama(config: DreamLLMConfig):
 
     from benchmarks import torch_models
 
-    return torch_models.llama(config.llama).to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+    return torch_models.llama(config.language_model).to(getattr(torch, config.dtype)).eval().requires_grad_(False)
 
 
 def torch_seconds(model, batch: Batch, repeats: int) -> float:
@@ -162,11 +164,15 @@ def torch_picture(config: DreamLLMConfig, steps: int, repeats: int) -> float:
 
     from benchmarks import torch_models
 
-    unet = torch_models.unet(config.unet).to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+    unet = (
+        torch_models.unet(config.image_decoder.denoiser).to(getattr(torch, config.dtype)).eval().requires_grad_(False)
+    )
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
-    height, width, channels = config.latent_shape(config.unet.sample_size * config.vae.downscale)
+    height, width, channels = config.latent_shape(
+        config.image_decoder.denoiser.sample_size * config.image_decoder.autoencoder.downscale
+    )
     placed = {"device": unet.device, "dtype": unet.dtype}
-    condition = torch.ones(2, config.num_queries, config.unet.cross_attention_dim, **placed)
+    condition = torch.ones(2, config.num_queries, config.image_decoder.denoiser.cross_attention_dim, **placed)
 
     def run() -> None:
         scheduler.set_timesteps(steps)

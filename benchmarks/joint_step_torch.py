@@ -23,15 +23,20 @@ class JointStep(torch.nn.Module):
     def __init__(self, settings, batch):
         super().__init__()
         model, self.rows = settings.model, settings.rows
-        llama, clip, unet, vae = model.llama, model.clip, model.unet, model.vae
+        llama, clip, unet, vae = (
+            model.language_model,
+            model.vision_encoder,
+            model.image_decoder.denoiser,
+            model.image_decoder.autoencoder,
+        )
         self.llama = torch_models.llama(llama)
         self.llama.config.use_cache = False
         self.llama.gradient_checkpointing_enable()
         self.visual_projector = torch.nn.Linear(clip.hidden_size, llama.hidden_size)
-        self.condition_projector = torch.nn.Linear(llama.hidden_size, unet.cross_attention_dim, bias=False)
+        self.connector = torch.nn.Linear(llama.hidden_size, unet.cross_attention_dim, bias=False)
         self.queries = torch.nn.Parameter(0.02 * torch.randn(model.num_queries, llama.hidden_size))
         frozen = torch.nn.ModuleDict()
-        frozen["clip"] = transformers.CLIPVisionModel(
+        frozen["vision_encoder"] = transformers.CLIPVisionModel(
             transformers.CLIPVisionConfig(
                 hidden_size=clip.hidden_size,
                 intermediate_size=clip.intermediate_size,
@@ -54,9 +59,9 @@ class JointStep(torch.nn.Module):
         self.frozen = frozen.to(torch.bfloat16).requires_grad_(False).eval()
         self.scaling = vae.scaling_factor
         alphas = diffusers.DDPMScheduler(
-            num_train_timesteps=model.schedule.num_train_timesteps,
-            beta_start=model.schedule.beta_start,
-            beta_end=model.schedule.beta_end,
+            num_train_timesteps=model.image_decoder.schedule.num_train_timesteps,
+            beta_start=model.image_decoder.schedule.beta_start,
+            beta_end=model.image_decoder.schedule.beta_end,
             beta_schedule="scaled_linear",
         ).alphas_cumprod
         self.register_buffer("alphas", alphas)
@@ -69,7 +74,7 @@ class JointStep(torch.nn.Module):
 
     def features(self, images):
         pixels = (images.permute(0, 3, 1, 2) / 255 - self.mean) / self.std
-        return self.frozen["clip"](pixels.to(torch.bfloat16)).last_hidden_state[:, 1:]
+        return self.frozen["vision_encoder"](pixels.to(torch.bfloat16)).last_hidden_state[:, 1:]
 
     def latents(self, images):
         pixels = (images.permute(0, 3, 1, 2) / 127.5 - 1).to(torch.bfloat16)
@@ -89,7 +94,7 @@ class JointStep(torch.nn.Module):
         lm_loss = (nll * weights[:, 1:].flatten()).sum() / weights.sum()
 
         condition = hidden[:, self.dream_index].reshape(len(dream_images), -1, hidden.shape[-1])
-        condition = self.condition_projector(condition)
+        condition = self.connector(condition)
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, len(self.alphas), (len(latents),), device=latents.device)
         alphas = self.alphas[timesteps][:, None, None, None]

@@ -89,7 +89,12 @@ def experiment(arguments: argparse.Namespace) -> Experiment:
     model = published.model("1b" if tiny else arguments.size)
     if tiny:
         model |= {"llama": _TINY_LLAMA, "unet": _TINY_UNET, "vae": _TINY_VAE}
-        model["clip"] |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+        model["vision_encoder"] |= {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+        }
     return read_experiment(
         {
             "model": model | {"remat": arguments.remat},
@@ -103,7 +108,7 @@ def experiment(arguments: argparse.Namespace) -> Experiment:
                 "dream_size": 64 if tiny else 512,
             },
             "parameters": {
-                "trainable": (("(llama|visual_projector|queries|condition_projector)/.*", True), (".*", False)),
+                "trainable": (("(language_model|visual_projector|dream_queries|connector)/.*", True), (".*", False)),
             },
             "objective": {"lm_weight": 1.0, "dm_weight": 10.0, "image_chunk": arguments.image_chunk},
             "optimizer": {"learning_rate": 1e-5, "warmup_ratio": 0.0},
@@ -115,14 +120,14 @@ def random_batch(experiment: Experiment, seed: int = 0) -> Batch:
     """One document fills each row: pictures to read, then pictures to paint, then text; every slot is filled."""
     rng, rows, model = np.random.default_rng(seed), experiment.rows, experiment.model
     shape = rows.per_step, rows.length
-    see = 2 + np.arange(rows.see_slots) * (model.clip.num_patches + 2)
-    painted_from = 2 + rows.see_slots * (model.clip.num_patches + 2)
+    see = 2 + np.arange(rows.see_slots) * (model.vision_encoder.num_patches + 2)
+    painted_from = 2 + rows.see_slots * (model.vision_encoder.num_patches + 2)
     dream = painted_from + np.arange(rows.dream_slots) * (model.num_queries + 2)
     weights = np.ones(shape, np.float32)
     weights[:, : painted_from + rows.dream_slots * (model.num_queries + 2)] = 0
     batch = empty_batch(rows.per_step, experiment.row_shape)
     return batch.replace(
-        tokens=rng.integers(3, model.llama.vocab_size - 8, shape).astype(np.int32),
+        tokens=rng.integers(3, model.language_model.vocab_size - 8, shape).astype(np.int32),
         segment_ids=np.ones(shape, np.int32),
         positions=np.broadcast_to(np.arange(rows.length, dtype=np.int32), shape).copy(),
         loss_weights=weights,

@@ -33,7 +33,8 @@ def micro(path: str, **changes) -> dict:
     """A configuration whose steps take milliseconds, for the data set at `path`."""
     settings = {
         "model": {
-            "llama": {
+            "language_model": {
+                "kind": "llama",
                 "vocab_size": 400,
                 "hidden_size": 16,
                 "intermediate_size": 16,
@@ -42,7 +43,8 @@ def micro(path: str, **changes) -> dict:
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 64,
             },
-            "clip": {
+            "vision_encoder": {
+                "kind": "clip",
                 "hidden_size": 8,
                 "intermediate_size": 8,
                 "num_hidden_layers": 2,
@@ -50,24 +52,28 @@ def micro(path: str, **changes) -> dict:
                 "image_size": 8,
                 "patch_size": 4,
             },
-            "vae": {"patch_size": 2},
-            "unet": {
-                "sample_size": 4,
-                "in_channels": 12,
-                "out_channels": 12,
-                "block_out_channels": [8],
-                "down_block_types": ["CrossAttnDownBlock2D"],
-                "up_block_types": ["CrossAttnUpBlock2D"],
-                "layers_per_block": 1,
-                "cross_attention_dim": 8,
-                "attention_head_dim": 1,
-                "norm_num_groups": 4,
-                "use_linear_projection": True,
+            "image_decoder": {
+                "denoiser": {
+                    "sample_size": 4,
+                    "in_channels": 12,
+                    "out_channels": 12,
+                    "block_out_channels": [8],
+                    "down_block_types": ["CrossAttnDownBlock2D"],
+                    "up_block_types": ["CrossAttnUpBlock2D"],
+                    "layers_per_block": 1,
+                    "cross_attention_dim": 8,
+                    "attention_head_dim": 1,
+                    "norm_num_groups": 4,
+                    "use_linear_projection": True,
+                },
+                "autoencoder": {"kind": "pixel", "patch_size": 2},
             },
             "num_queries": 2,
             "remat": "none",
         },
-        "parameters": {"trainable": [["(llama|queries|.*projector)/.*", True], [".*", False]]},
+        "parameters": {
+            "trainable": [["(language_model|dream_queries|visual_projector|connector)/.*", True], [".*", False]]
+        },
         "data": {"path": path, "corpora": {"pairs": {}, "interleaved": {}}, "window": 4, "workers": 2},
         "rows": {"per_step": 8, "length": 32, "see_slots": 2, "dream_slots": 2, "dream_size": 8},
         "objective": {"drop_prob": 0.2, "image_chunk": 0},

@@ -13,7 +13,7 @@ from dreamllm_jax.data.batch import empty_batch
 from dreamllm_jax.layers.lora import LoraConfig
 from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM, abstract_params
-from dreamllm_jax.objectives.interface import ObjectiveConfig
+from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.parallel.chips import find_topology
 from dreamllm_jax.parallel.feeding import rows_sharding
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, param_shardings, use
@@ -30,11 +30,11 @@ def compiled() -> str:
     """The text of the compiled joint loss with the gradients of everything, two chunks of tokens and of images."""
     sharding = ShardingConfig()
     mesh = make_mesh(sharding, find_topology("v5p-16").devices())
-    config = tiny_config(dtype="bfloat16", visual_projector=MLP, condition_projector=MLP)
+    config = tiny_config(dtype="bfloat16", visual_projector=MLP, connector=MLP)
     biased = {"attention_bias": True, "mlp_bias": True, "lora": LoraConfig(rank=4, alpha=8.0)}
-    llama = dataclasses.replace(config.llama, hidden_size=256, vocab_size=VOCABULARY, **biased)
-    config = dataclasses.replace(config, llama=llama, special_tokens=None)
-    objective = ObjectiveConfig(drop_prob=0.5, loss_chunk=LENGTH // 2, image_chunk=SLOTS)
+    llama = dataclasses.replace(config.language_model, hidden_size=256, vocab_size=VOCABULARY, **biased)
+    config = dataclasses.replace(config, language_model=llama, special_tokens=None)
+    objective = JointConfig(drop_prob=0.5, loss_chunk=LENGTH // 2, image_chunk=SLOTS)
     rows, weights = rows_sharding(mesh, sharding, ROWS), abstract_params(config)
 
     def given(tree):

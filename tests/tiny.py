@@ -1,6 +1,6 @@
 """A DreamLLM small enough to compile in seconds, random documents for it, and the batches they make.
 
-Legend: B rows, L tokens in a row, K see slots, D dream slots.
+Legend: B rows, L tokens in a row.
 """
 
 import dataclasses
@@ -9,13 +9,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from dreamllm_jax.data.batch import Batch, RowShape, empty_batch
-from dreamllm_jax.diffusion.schedule import ScheduleConfig
+from dreamllm_jax.data.batch import Batch, RowShape, SlotGroup, empty_batch
 from dreamllm_jax.model import DreamLLMConfig, abstract_params
 from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
 from dreamllm_jax.towers.image_decoders.unet import UNetConfig
-from dreamllm_jax.towers.language_models.llama import Llama, LlamaConfig
+from dreamllm_jax.towers.language_models.decoder import Decoder
+from dreamllm_jax.towers.language_models.llama import LlamaConfig
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 from tests.parity import random_weights
 
@@ -23,16 +24,39 @@ SEE_SIZE, DREAM_SIZE = 16, 16
 LENGTH, SEE_SLOTS, DREAM_SLOTS = 32, 2, 2
 
 
-def logits_of(llama: Llama, tokens):
+def logits_of(decoder: Decoder, tokens):
     """Logits of one plain document a row, i32[B, L] -> f32[B, L, V]; as the `method` of `init`, all its parameters."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = llama(llama.embed(tokens), positions, jnp.ones_like(tokens))
-    return llama.logits(hidden)
+    hidden, _ = decoder(decoder.embed(tokens), positions, jnp.ones_like(tokens))
+    return decoder.logits(hidden)
+
+
+DECODER = StableDiffusionConfig(
+    autoencoder=AutoencoderConfig(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+    ),
+    denoiser=UNetConfig(
+        sample_size=DREAM_SIZE // 2,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        use_linear_projection=True,
+    ),
+)
 
 
 def tiny_config(**changes) -> DreamLLMConfig:
+    """The configuration with some of its fields changed."""
     config = DreamLLMConfig(
-        llama=LlamaConfig(
+        language_model=LlamaConfig(
             vocab_size=64,
             hidden_size=32,
             intermediate_size=48,
@@ -41,7 +65,7 @@ def tiny_config(**changes) -> DreamLLMConfig:
             num_key_value_heads=2,
             max_position_embeddings=128,
         ),
-        clip=ClipVisionConfig(
+        vision_encoder=ClipVisionConfig(
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=3,
@@ -49,26 +73,8 @@ def tiny_config(**changes) -> DreamLLMConfig:
             image_size=SEE_SIZE,
             patch_size=8,
         ),
-        vae=AutoencoderConfig(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            norm_num_groups=4,
-        ),
-        unet=UNetConfig(
-            sample_size=DREAM_SIZE // 2,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=24,
-            attention_head_dim=2,
-            norm_num_groups=4,
-            use_linear_projection=True,
-        ),
+        image_decoder=DECODER,
         num_queries=3,
-        schedule=ScheduleConfig(),
         remat="none",
     )
     return dataclasses.replace(config, **changes)
@@ -105,9 +111,9 @@ def random_document(rng: np.random.Generator, config: DreamLLMConfig, parts: str
             tokens += [*text]
             weights += [*rng.choice([0.5, 1.0], len(text))]
         elif part == "s":
-            tokens += [ids.im_start, *[ids.im_patch] * config.clip.num_patches, ids.im_end]
-            weights += [0.0] * (config.clip.num_patches + 2)
-            see.append((len(tokens) - config.clip.num_patches - 1, pixels(SEE_SIZE)))
+            tokens += [ids.im_start, *[ids.im_patch] * config.vision_encoder.num_patches, ids.im_end]
+            weights += [0.0] * (config.vision_encoder.num_patches + 2)
+            see.append((len(tokens) - config.vision_encoder.num_patches - 1, pixels(SEE_SIZE)))
         else:
             tokens += [ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]
             weights += [1.0] + [0.0] * (config.num_queries + 1)
@@ -128,8 +134,9 @@ def random_rows(config: DreamLLMConfig, seed: int = 0) -> list[list[TinyDocument
 def row_shape(
     config: DreamLLMConfig, length: int = LENGTH, see_slots: int = SEE_SLOTS, dream_slots: int = DREAM_SLOTS
 ) -> RowShape:
-    patches, queries = config.clip.num_patches, config.num_queries
-    return RowShape(length, see_slots, dream_slots, patches, queries, SEE_SIZE, DREAM_SIZE)
+    see = SlotGroup(see_slots, config.vision_encoder.num_patches, SEE_SIZE, SEE_SIZE) if see_slots else None
+    dream = SlotGroup(dream_slots, config.num_queries, DREAM_SIZE, DREAM_SIZE) if dream_slots else None
+    return RowShape(length, (see,) if see else (), (dream,) if dream else ())
 
 
 def make_batch(
@@ -146,8 +153,8 @@ def make_batch(
             batch.positions[b, where] = np.arange(len(document.tokens))
             batch.loss_weights[b, where] = document.weights
             for slot, image in document.see:
-                batch.see_slots[b, k], batch.see_images[b, k], k = start + slot, image, k + 1
+                batch.see[0].at[b, k], batch.see[0].images[b, k], k = start + slot, image, k + 1
             for slot, image in document.dream:
-                batch.dream_slots[b, d], batch.dream_images[b, d], d = start + slot, image, d + 1
+                batch.dream[0].at[b, d], batch.dream[0].images[b, d], d = start + slot, image, d + 1
             start += len(document.tokens)
     return batch

@@ -14,8 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.model import DreamLLMConfig
-from dreamllm_jax.objectives.interface import ObjectiveConfig
-from dreamllm_jax.objectives.joint import Draws
+from dreamllm_jax.objectives.joint import Draws, JointConfig
 from tests.tiny import TinyDocument
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -40,7 +39,8 @@ def _project(projector: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
 
 def _ours(name: str) -> str:
     """A public class's parameter name without the inner module that our tree does not have."""
-    return name.replace("llama.model.", "llama.").replace("clip.vision_model.", "clip.")
+    name = name.replace("language_model.model.", "language_model.").replace("encoder.vision_model.", "encoder.")
+    return name.replace("dream_queries.embedding", "dream_queries.weight")
 
 
 class TorchDreamLLM(nn.Module):
@@ -49,9 +49,10 @@ class TorchDreamLLM(nn.Module):
     def __init__(self, config: DreamLLMConfig, params: dict):
         super().__init__()
         self.config = config
-        llama, clip, vae, unet = config.llama, config.clip, config.vae, config.unet
+        llama, clip, decoder = config.language_model, config.vision_encoder, config.image_decoder
+        vae, unet = decoder.autoencoder, decoder.denoiser
         width = llama.hidden_size
-        self.llama = LlamaForCausalLM(
+        self.language_model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=llama.vocab_size,
                 hidden_size=width,
@@ -64,7 +65,7 @@ class TorchDreamLLM(nn.Module):
                 attn_implementation="eager",
             )
         )
-        self.clip = CLIPVisionModel(
+        self.vision_encoder = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=clip.hidden_size,
                 intermediate_size=clip.intermediate_size,
@@ -77,9 +78,9 @@ class TorchDreamLLM(nn.Module):
             )
         )
         self.visual_projector = _projector(config.visual_projector, clip.hidden_size, width, bias=True)
-        self.queries = nn.ParameterDict({"dream_queries": torch.zeros(config.num_queries, width)})
-        self.condition_projector = _projector(config.condition_projector, width, unet.cross_attention_dim, bias=False)
-        self.vae = AutoencoderKL(
+        self.dream_queries = nn.ParameterDict({"embedding": torch.zeros(config.num_queries, width)})
+        self.connector = _projector(config.connector, width, unet.cross_attention_dim, bias=False)
+        autoencoder = AutoencoderKL(
             block_out_channels=vae.block_out_channels,
             down_block_types=vae.down_block_types,
             up_block_types=vae.up_block_types,
@@ -87,7 +88,7 @@ class TorchDreamLLM(nn.Module):
             norm_num_groups=vae.norm_num_groups,
             latent_channels=vae.latent_channels,
         )
-        self.unet = UNet2DConditionModel(
+        denoiser = UNet2DConditionModel(
             sample_size=unet.sample_size,
             block_out_channels=unet.block_out_channels,
             down_block_types=unet.down_block_types,
@@ -98,7 +99,8 @@ class TorchDreamLLM(nn.Module):
             norm_num_groups=unet.norm_num_groups,
             use_linear_projection=unet.use_linear_projection,
         )
-        schedule = config.schedule
+        self.image_decoder = nn.ModuleDict({"autoencoder": autoencoder, "denoiser": denoiser})
+        schedule = config.image_decoder.schedule
         self.scheduler = DDPMScheduler(
             num_train_timesteps=schedule.num_train_timesteps,
             beta_start=schedule.beta_start,
@@ -122,32 +124,32 @@ class TorchDreamLLM(nn.Module):
         }
 
     def _hidden(self, tokens: torch.Tensor, inserts: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        x = self.llama.get_input_embeddings()(tokens)
+        x = self.language_model.get_input_embeddings()(tokens)
         for slot, features in inserts:
             x = torch.cat([x[:slot], features, x[slot + len(features) :]])
-        return self.llama.model(inputs_embeds=x[None]).last_hidden_state[0]
+        return self.language_model.model(inputs_embeds=x[None]).last_hidden_state[0]
 
     def _see(self, image: np.ndarray) -> torch.Tensor:
         pixels = (torch.tensor(image).float() / 255 - CLIP_MEAN) / CLIP_STD
-        states = self.clip(pixels.permute(2, 0, 1)[None], output_hidden_states=True).hidden_states
-        return _project(self.visual_projector, states[self.config.clip.select_layer][0, 1:])
+        states = self.vision_encoder(pixels.permute(2, 0, 1)[None], output_hidden_states=True).hidden_states
+        return _project(self.visual_projector, states[self.config.vision_encoder.select_layer][0, 1:])
 
-    def _null(self, objective: ObjectiveConfig) -> torch.Tensor:
+    def _null(self, objective: JointConfig) -> torch.Tensor:
         tokens = torch.tensor(self.config.special_tokens.null_document(self.config.num_queries))
-        inserts = [(2, self.queries["dream_queries"])] if objective.null_condition == "queries" else []
+        inserts = [(2, self.dream_queries["embedding"])] if objective.null_condition == "queries" else []
         return self._hidden(tokens, inserts)[2 : 2 + self.config.num_queries]
 
-    def joint_loss(self, objective: ObjectiveConfig, documents: Sequence[TinyDocument], draws: Sequence[Draws]):
+    def joint_loss(self, objective: JointConfig, documents: Sequence[TinyDocument], draws: Sequence[Draws]):
         """The joint loss of documents; `draws` has one entry an image to dream, in order."""
         draws = iter(draws)
         nll, weight, errors = torch.zeros(()), 0.0, []
         for document in documents:
-            queries = self.queries["dream_queries"]
+            queries = self.dream_queries["embedding"]
             inserts = [(slot, self._see(image)) for slot, image in document.see]
             inserts += [(slot, queries) for slot, _ in document.dream]
             tokens = torch.tensor(document.tokens).long()
             hidden = self._hidden(tokens, inserts)
-            losses = F.cross_entropy(self.llama.lm_head(hidden[:-1]), tokens[1:], reduction="none")
+            losses = F.cross_entropy(self.language_model.lm_head(hidden[:-1]), tokens[1:], reduction="none")
             weights = torch.tensor(document.weights)[1:]
             nll, weight = nll + (losses * weights).sum(), weight + weights.sum()
             for slot, image in document.dream:
@@ -162,32 +164,35 @@ class TorchDreamLLM(nn.Module):
         }[objective.scaling]
         return total / scale, lm_loss, dm_loss
 
-    def _error(self, objective: ObjectiveConfig, condition: torch.Tensor, image: np.ndarray, draw: Draws):
+    def _error(self, objective: JointConfig, condition: torch.Tensor, image: np.ndarray, draw: Draws):
         def latent(array) -> torch.Tensor:
             return torch.tensor(np.asarray(array)).permute(2, 0, 1)[None]
 
+        training, drawn = self.config.image_decoder.training, draw.decoder
         if draw.drop is not None and bool(draw.drop):
             condition = self._null(objective)
         if objective.detach_condition:
             condition = condition.detach()
-        condition = _project(self.condition_projector, condition)[None]
+        condition = _project(self.connector, condition)[None]
         pixels = (torch.tensor(image).float() / 127.5 - 1).permute(2, 0, 1)[None]
-        posterior = self.vae.encode(pixels).latent_dist
-        latents = (posterior.mean + posterior.std * latent(draw.posterior_noise)) * self.config.vae.scaling_factor
-        timestep = torch.tensor([int(draw.timesteps)])
-        noise = latent(draw.noise)
-        if objective.noise_offset:
-            noise = noise + objective.noise_offset * latent(draw.offset_noise)
+        posterior = self.image_decoder["autoencoder"].encode(pixels).latent_dist
+        latents = (
+            posterior.mean + posterior.std * latent(drawn.posterior_noise)
+        ) * self.config.image_decoder.autoencoder.scaling_factor
+        timestep = torch.tensor([int(drawn.timesteps)])
+        noise = latent(drawn.noise)
+        if training.noise_offset:
+            noise = noise + training.noise_offset * latent(drawn.offset_noise)
         given = noise
-        if objective.input_perturbation:
-            given = noise + objective.input_perturbation * latent(draw.perturbation)
+        if training.input_perturbation:
+            given = noise + training.input_perturbation * latent(drawn.perturbation)
         noisy = self.scheduler.add_noise(latents, given, timestep)
-        velocity = self.config.schedule.prediction_type == "v_prediction"
+        velocity = self.config.image_decoder.schedule.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timestep) if velocity else noise
-        predicted = self.unet(noisy, timestep, condition).sample
+        predicted = self.image_decoder["denoiser"](noisy, timestep, condition).sample
         error = F.mse_loss(predicted, target)
-        if objective.snr_gamma is not None:
+        if training.snr_gamma is not None:
             alpha = self.scheduler.alphas_cumprod[timestep]
             snr = alpha / (1 - alpha) + (1 if velocity else 0)
-            error = error * (torch.clamp(snr, max=objective.snr_gamma) / snr)[0]
+            error = error * (torch.clamp(snr, max=training.snr_gamma) / snr)[0]
         return error

@@ -110,24 +110,30 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 def _union(args: tuple, value: Any, path: str) -> Any:
     if value is None and type(None) in args:
         return None
-    kinds = [arg for arg in args if arg is not type(None)]
-    if len(kinds) > 1 and hasattr(value, "items"):  # dataclasses are told apart by their fields
-        fitting = [
-            k
-            for k in kinds
-            if dataclasses.is_dataclass(k) and set(value.keys()) <= {f.name for f in dataclasses.fields(k)}
-        ]
-        if not fitting:
-            known = [f.name for kind in kinds if dataclasses.is_dataclass(kind) for f in dataclasses.fields(kind)]
-            unknown = next((name for name in value if name not in known), None)
-            if unknown is not None:
-                raise ConfigError(_unknown(path, unknown, known))
-            raise ConfigError(f"{path}: these settings do not belong together: {', '.join(value.keys())}")
-        return _value(fitting[0], value, path)
+    choices = [arg for arg in args if arg is not type(None)]
+    if all(map(dataclasses.is_dataclass, choices)):
+        return _tagged(choices, value, path)
     errors = []
-    for kind in kinds:
+    for kind in choices:
         try:
             return _value(kind, value, path)
         except ConfigError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _tagged(choices: list[type], value: Any, path: str) -> Any:
+    """Reads settings as that of several classes whose `kind` they name; where there is one alone, they need not."""
+    if any(isinstance(value, choice) for choice in choices):
+        return value
+    if len(choices) == 1 or not hasattr(value, "items"):
+        return read(choices[0], value, path)
+    kinds = {kind: choice for choice in choices for kind in typing.get_args(typing.get_type_hints(choice)["kind"])}
+    named = ", ".join(map(repr, kinds))
+    if "kind" not in value:
+        raise ConfigError(f"{path}.kind is missing: it is one of {named}")
+    if value["kind"] not in kinds:
+        near = difflib.get_close_matches(str(value["kind"]), kinds, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{path}.kind must be one of {named}, got {value['kind']!r}{hint}")
+    return read(kinds[value["kind"]], value, path)

@@ -306,11 +306,13 @@ class _Row:
             self.places(see, dream)
         except _Full:
             shape = self.shape
-            each = [", ".join(str(group.tokens) for group in groups) or "no" for groups in (shape.see, shape.dream)]
+            room = [
+                f"{sum(g.slots for g in groups)} {name} slots" + "".join(f" of {g.tokens} tokens" for g in groups[:1])
+                for name, groups in (("see", shape.see), ("dream", shape.dream))
+            ]
             raise ValueError(
-                f"a row of {shape.length} tokens with {shape.see_slots} see slots and {shape.dream_slots} dream slots "
-                f"has no room for {len(see)} images of {each[0]} patches to read and {len(dream)} of {each[1]} queries "
-                "to paint"
+                f"a row of {shape.length} tokens with {room[0]} and {room[1]} has no room for {len(see)} images to read "
+                f"and {len(dream)} to paint"
             ) from None
 
     def places(self, see: Sequence[Image], dream: Sequence[Image]) -> tuple[list[int], list[int]]:

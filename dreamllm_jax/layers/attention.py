@@ -8,6 +8,8 @@ What a query may see is told by segments and indices; where there is no kernel f
 Legend: B rows, T queries, S keys, H query heads, K key heads, D head dimension.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +24,7 @@ MAX_SCORES = 2**20
 
 
 def _visible(
-    q_segments: Array | None, k_segments: Array | None, q_index: Array, keys: int, causal: bool
+    q_segments: Array | None, k_segments: Array | None, q_index: Array, keys: int, causal: bool, window: int
 ) -> Array | None:
     """bool[B or 1, T, S], or None where every query sees every key."""
     parts = []
@@ -30,7 +32,9 @@ def _visible(
         parts.append((q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0))
     if causal:
         parts.append(jnp.arange(keys) <= q_index[:, :, None])
-    return (parts[0] & parts[1]) if len(parts) == 2 else (parts[0] if parts else None)
+    if window:
+        parts.append(jnp.arange(keys) > q_index[:, :, None] - window)
+    return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
 def _attend(q: Array, k: Array, v: Array, visible: Array | None) -> Array:
@@ -65,6 +69,7 @@ def attend(
     k_segments: Array | None = None,
     q_index: Array | None = None,
     causal: bool,
+    window: int = 0,
 ) -> Array:
     """Scaled dot-product attention with grouped queries (arXiv 2305.13245) and a float32 softmax.
 
@@ -80,6 +85,7 @@ def attend(
       k_segments: i32[B, S] segments of the keys.
       q_index: i32[B, T] places of the queries among the keys; None counts from 0.
       causal: whether a query sees only keys up to its own index.
+      window: of how many of these, the last ones; 0 for all.
 
     Returns:
       f[B, T, H, D] in the type of `q`.
@@ -99,21 +105,22 @@ def attend(
             groups = q.shape[2] // k.shape[2]
             k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
         q, k, v = (constrain(x, heads) for x in (q, k, v))
-        return on_shards(splash.causal_attention, (heads, heads, heads, ("rows", None)), q, k, v, q_segments)
+        attention = functools.partial(splash.causal_attention, window=window)
+        return on_shards(attention, (heads, heads, heads, ("rows", None)), q, k, v, q_segments)
     q_index = jnp.arange(queries)[None] if q_index is None else q_index
 
     if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and dim % 8 == 0 and dim <= 128:
-        return _cudnn(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
+        return _cudnn(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal, window))
 
     size = max(1, MAX_SCORES // keys)
     if queries <= size:
-        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
+        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal, window))
 
     wide = k.astype(jnp.float32), v.astype(jnp.float32)  # what is added up over the chunks are their gradients
 
     def part(q, q_segments, q_index):
         k, v = (x.astype(q.dtype) for x in wide)
-        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal))
+        return _attend(q, k, v, _visible(q_segments, k_segments, q_index, keys, causal, window))
 
     def split(x):  # [B, T, ...] -> [chunks, B, size, ...]
         x = jnp.pad(x, [(0, 0), (0, -queries % size)] + [(0, 0)] * (x.ndim - 2))

@@ -28,7 +28,7 @@ def block_of(length: int) -> int:
     return next(size for size in (_BLOCK, _BLOCK // 2, _BLOCK // 4, _TILE) if padded(length) % size == 0)
 
 
-def causal_attention(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
+def causal_attention(q: Array, k: Array, v: Array, segments: Array, window: int = 0, interpret: bool = False) -> Array:
     """Each token attends to its segment up to itself; see `attention.attend`.
 
     Args:
@@ -36,6 +36,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array, interpret: b
       k: f[B, T, K, D] keys.
       v: f[B, T, K, D] values.
       segments: i32[B, T]; the output on padding (segment 0) is zero.
+      window: how many tokens each attends to at most, the last ones; 0 for all.
       interpret: run the kernel step by step in Python, on any device.
 
     Returns:
@@ -47,8 +48,10 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array, interpret: b
     q, k, v = (jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1]))) for x in (scaled, k, v))
     ids = jnp.pad(segments, ((0, 0), (0, more[0])))
     block = block_of(length)
+    square = (padded(length),) * 2
+    mask = splash.LocalMask(square, (window - 1, 0), offset=0) if window else splash.CausalMask(square)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((padded(length),) * 2)] * heads),
+        splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,

@@ -58,10 +58,12 @@ def state_at(step: int) -> TrainState:
     rng = np.random.default_rng(step)
     split, whole = (NamedSharding(mesh(), spec) for spec in (PartitionSpec("fsdp"), PartitionSpec()))
     trainable = {
-        "llama/kernel": jax.device_put(rng.normal(size=(16, 24)).astype(np.float32), split),
-        "llama/scale": jax.device_put(rng.normal(size=24).astype(ml_dtypes.bfloat16), whole),
+        "language_model/kernel": jax.device_put(rng.normal(size=(16, 24)).astype(np.float32), split),
+        "language_model/scale": jax.device_put(rng.normal(size=24).astype(ml_dtypes.bfloat16), whole),
     }
-    frozen = {"clip/kernel": jax.device_put(np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32), split)}
+    frozen = {
+        "vision_encoder/kernel": jax.device_put(np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32), split)
+    }
     optimizer = make_optimizer(OptimizerConfig(ema_decay=0.9), 10)
     state = jax.tree.map(lambda x: jax.device_put(x, whole), optimizer.init(trainable))
     return TrainState(jax.device_put(jnp.int32(step), whole), trainable, state, frozen)
@@ -162,17 +164,22 @@ def test_no_whole_checkpoint_or_damaged_frozen_weights_stop_the_run(saved, tmp_p
     shutil.copytree(saved, workdir)
     sums = json.loads((workdir / "frozen.json").read_text())
     (workdir / "frozen.json").write_text(json.dumps({path: value ^ 1 for path, value in sums.items()}))
-    with pytest.raises(ValueError, match=r"frozen parameters in .* are damaged .*such as \['clip/kernel'\]"):
+    with pytest.raises(ValueError, match=r"frozen parameters in .* are damaged .*such as \['vision_encoder/kernel'\]"):
         restore(workdir)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.replace(frozen={}), r"holds frozen\['clip/kernel'\] as float32\[8, 8\], .* it nothing"),
         (
-            lambda state: state.replace(trainable=state.trainable | {"llama/more": state.trainable["llama/scale"]}),
-            r"holds params\['llama/more'\] as nothing, this configuration makes it bfloat16\[24\]: restore what was",
+            lambda state: state.replace(frozen={}),
+            r"holds frozen\['vision_encoder/kernel'\] as float32\[8, 8\], .* it nothing",
+        ),
+        (
+            lambda state: state.replace(
+                trainable=state.trainable | {"language_model/more": state.trainable["language_model/scale"]}
+            ),
+            r"holds params\['language_model/more'\] as nothing, this configuration makes it bfloat16\[24\]: restore what was",
         ),
         (
             lambda state: state.replace(opt_state=jax.tree.map(halved, state.opt_state)),

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import zlib
 
@@ -5,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamllm_jax.data import storage, tokenizer
-from dreamllm_jax.data.batch import RowShape
+from dreamllm_jax.data import images, storage, tokenizer
+from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.corpora import compose
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM
+from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 
 COLOURS = {
     "a red square": (250, 10, 20),
@@ -45,9 +47,31 @@ def text_tokenizer() -> tokenizer.Tokenizer:
     return tokenizer.train_tokenizer(sentences * 20, 420)
 
 
+# What makes pixels of images that are read, and of those that are painted.
+CROPS = ClipVisionConfig().preprocess, images.paint_pixels
+
+
+def row_shape(length: int, see: int, dream: int, queries: int = 3, see_size: int = 8) -> RowShape:
+    """A row with so many slots for images of 8 or so and of 16 pixels."""
+    groups = (
+        (SlotGroup(see, 4, see_size, see_size),) if see else (),
+        (SlotGroup(dream, queries, 16, 16),) if dream else (),
+    )
+    return RowShape(length, *groups)
+
+
+def with_slots(shape: RowShape, **counts: int) -> RowShape:
+    """The shape with so many slots to `see` or to `dream`."""
+    groups = {
+        name: tuple(dataclasses.replace(group, slots=count) for group in getattr(shape, name)) if count else ()
+        for name, count in counts.items()
+    }
+    return dataclasses.replace(shape, **groups)
+
+
 @pytest.fixture(scope="session")
 def shape() -> RowShape:
-    return RowShape(length=128, see_slots=4, dream_slots=3, num_patches=4, num_queries=3, see_size=8, dream_size=16)
+    return row_shape(128, 4, 3)
 
 
 @pytest.fixture(scope="session")
@@ -78,8 +102,14 @@ def assert_sound(batch, shape: RowShape, special) -> None:
         assert not weights[placeholders].any()
         covered = np.zeros(shape.length, bool)
         for slots, start, end, length in (
-            (batch.see_slots[row], special.im_start, special.im_end, shape.num_patches),
-            (batch.dream_slots[row], special.dream_start, special.dream_end, shape.num_queries),
+            (slots.at[row], *around, group.tokens)
+            for slots, group, around in (
+                *((s, g, (special.im_start, special.im_end)) for s, g in zip(batch.see, shape.see, strict=True)),
+                *(
+                    (s, g, (special.dream_start, special.dream_end))
+                    for s, g in zip(batch.dream, shape.dream, strict=True)
+                ),
+            )
         ):
             for slot in slots[slots >= 0]:
                 assert tokens[slot - 1] == start and tokens[slot + length] == end

@@ -11,12 +11,11 @@ import pytest
 from PIL import Image as Picture
 
 from dreamllm_jax.data import storage
-from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.document import Document, Image, Text, to_record
 from dreamllm_jax.data.settings import CorpusConfig
 from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress, read_metrics
-from tests.data.conftest import assert_sound, bomb, encode, png, write
+from tests.data.conftest import assert_sound, bomb, encode, png, row_shape, write
 from tests.data.test_loader import loader
 
 BAD = 500
@@ -83,7 +82,7 @@ def damaged(tmp_path, text_tokenizer, monkeypatch):
     return path, collections.Counter(reason for reason in map(DAMAGE.get, sorts) if reason)
 
 
-SHAPE = RowShape(length=48, see_slots=1, dream_slots=1, num_patches=4, num_queries=3, see_size=8, dream_size=16)
+SHAPE = row_shape(48, 1, 1)
 
 
 @pytest.mark.parametrize("workers", [0, 3])
@@ -102,11 +101,11 @@ def test_nothing_stops_or_confuses_a_run(workers, damaged, text_tokenizer, tmp_p
                 assert_sound(batch, SHAPE, text_tokenizer.special)
                 text = text_tokenizer.decode(batch.tokens[0, batch.segment_ids[0] > 0].tolist())
                 i = int(re.search(r"number (\d+)", text)[1])
-                assert batch.see_slots[0, 0] >= 0
-                assert np.abs(batch.see_images[0, 0, 4, 4].astype(int) - colour(i)).max() <= 8, text
+                assert batch.see[0].filled[0, 0]
+                assert np.abs(batch.see[0].images[0, 0, 4, 4].astype(int) - colour(i)).max() <= 8, text
                 learned.append(i)
             else:
-                assert (batch.see_slots == -1).all() and (batch.dream_slots == -1).all()
+                assert not batch.see[0].filled.any() and not batch.dream[0].filled.any()
         journal = Journal(tmp_path, log, Progress(1, 1.0, None), stream, lambda step: 0.0, 1)
         journal.add(
             {"tokens": 1.0, "images": 1.0, "skipped": 0.0, "updates": 0, "loss": 1.0, "lm_loss": 1.0, "dm_loss": 1.0}

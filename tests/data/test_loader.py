@@ -16,12 +16,12 @@ from dreamllm_jax.data.images import to_png
 from dreamllm_jax.data.loader import Loader, joined_states
 from dreamllm_jax.data.mixture import Mixture
 from dreamllm_jax.data.settings import CorpusConfig, DataConfig
-from tests.data.conftest import PAIRS, assert_sound, write
+from tests.data.conftest import CROPS, PAIRS, assert_sound, with_slots, write
 
 
 def loader(dataset, shape, tokenizer, rows=8, seed=0, mine=None, **options):
     config = DataConfig(path=str(dataset), **{"window": 8, **options})
-    return Loader(config, shape, tokenizer, rows_per_step=rows, seed=seed, mine=mine)
+    return Loader(config, shape, tokenizer, *CROPS, rows_per_step=rows, seed=seed, mine=mine)
 
 
 def hosts_loaders(count, *arguments, **options):
@@ -44,9 +44,10 @@ def test_batches_keep_the_contract(dataset, shape):
     for _ in range(10):
         batch = next(stream)
         assert_sound(batch, shape, tokenizer.special)
-        assert batch.see_images.shape == (8, 4, 8, 8, 3) and batch.see_images.dtype == np.uint8
-        assert batch.dream_images.shape == (8, 3, 16, 16, 3) and batch.dream_moments is None
-        assert all(getattr(batch, n).dtype == np.int32 for n in ("tokens", "segment_ids", "positions", "see_slots"))
+        (see,), (dream,) = batch.see, batch.dream
+        assert see.images.shape == (8, 4, 8, 8, 3) and see.images.dtype == np.uint8
+        assert dream.images.shape == (8, 3, 16, 16, 3) and not dream.stored
+        assert all(x.dtype == np.int32 for x in (batch.tokens, batch.segment_ids, batch.positions, see.at, dream.at))
     assert set(stream.fill()) == {"tokens", "see", "dream"} and all(0 < share <= 1 for share in stream.fill().values())
     tokens = sum(counts["tokens"] for counts in stream.counts().values())
     assert stream.fill()["tokens"] == tokens / (80 * shape.length) and set(stream.counts()) == set(compose.compose([]))
@@ -267,8 +268,8 @@ def test_epochs_weigh_corpora_by_their_size(tmp_path, shape, text_tokenizer):
 def test_modes(dataset, shape, text_tokenizer):
     for mode in ("comprehension", "creation", "joint"):
         batch = next(loader(dataset, shape, text_tokenizer, rows=32, corpora={"pairs": CorpusConfig(mode=mode)}))
-        assert (batch.see_slots >= 0).any() == (mode != "creation")
-        assert (batch.dream_slots >= 0).any() == (mode != "comprehension")
+        assert batch.see[0].filled.any() == (mode != "creation")
+        assert batch.dream[0].filled.any() == (mode != "comprehension")
 
 
 def test_only_what_is_just_painted_is_mirrored(tmp_path, shape, text_tokenizer):
@@ -283,7 +284,7 @@ def test_only_what_is_just_painted_is_mirrored(tmp_path, shape, text_tokenizer):
             corpora = {name: CorpusConfig(mode=mode)}
             batch = next(loader(path, shape, text_tokenizer, rows=4, corpora=corpora, flip=flip))
             expected = stripes[:, ::-1] if flip and moves else stripes
-            assert (batch.dream_images[batch.dream_slots >= 0] == expected).all()
+            assert (batch.dream[0].images[batch.dream[0].filled] == expected).all()
 
 
 def test_too_many_bad_documents_end_the_run(tmp_path, shape, text_tokenizer, monkeypatch):
@@ -347,7 +348,7 @@ def test_a_damaged_first_record_is_one_of_many(dataset, shape, text_tokenizer, m
 
 def test_mistakes_are_named(dataset, shape, text_tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"corpus 'pairs' in mode 'creation': .*0 dream slots has no room"):
-        no_dreams = dataclasses.replace(shape, dream_slots=0)
+        no_dreams = with_slots(shape, dream=0)
         loader(dataset, no_dreams, text_tokenizer, corpora={"pairs": CorpusConfig(mode="creation")})
     with pytest.raises(FileNotFoundError, match="no corpus 'pears'"):
         loader(dataset, shape, text_tokenizer, corpora={"pears": CorpusConfig()})

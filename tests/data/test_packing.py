@@ -2,17 +2,18 @@ import collections
 import dataclasses
 import random
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image as Picture
 
-from dreamllm_jax.data.batch import empty_batch
+from dreamllm_jax.data.batch import RowShape, SlotGroup, empty_batch
 from dreamllm_jax.data.document import Document, Image, Text
-from dreamllm_jax.data.images import ImageError, to_png
+from dreamllm_jax.data.images import ImageError, size_of, to_png
 from dreamllm_jax.data.packing import Item, RowStream
 from dreamllm_jax.data.rows import Pixels, fill_row
-from dreamllm_jax.data.tokens import encode_document
-from tests.data.conftest import COLOURS, PAIRS, assert_sound, png
+from dreamllm_jax.data.tokens import Placed, encode_document
+from tests.data.conftest import COLOURS, CROPS, PAIRS, assert_sound, encode, png, with_slots
 
 
 def read_from(items):
@@ -30,7 +31,7 @@ def packed(documents, tokenizer, shape, window=64, mode="joint", strict=False):
         left = [item for item in left if item.record not in taken]
     batch, held = empty_batch(len(rows), shape, tokenizer.special.pad), collections.Counter(rows=len(rows))
     for index, row in enumerate(rows):
-        held.update({what: n for (_, what), n in fill_row(batch, index, row, Pixels(shape), strict).items()})
+        held.update({what: n for (_, what), n in fill_row(batch, index, row, Pixels(shape, *CROPS), strict).items()})
     return batch, held
 
 
@@ -59,11 +60,11 @@ def test_packed_rows_hold_the_documents_unchanged(text_tokenizer, shape):
             assert batch.loss_weights[row][inside].tolist() == encoded.loss_weights.tolist()
             start = int(np.argmax(inside))
             for slots, pixels, expected in (
-                (batch.see_slots[row], batch.see_images[row], encoded.see_slots),
-                (batch.dream_slots[row], batch.dream_images[row], encoded.dream_slots),
+                (batch.see[0].at[row], batch.see[0].images[row], encoded.see),
+                (batch.dream[0].at[row], batch.dream[0].images[row], encoded.dream),
             ):
                 mine = [i for i, slot in enumerate(slots) if slot >= 0 and inside[slot]]
-                assert (slots[mine] - start).tolist() == expected.tolist()
+                assert (slots[mine] - start).tolist() == [placed.at for placed in expected]
                 told = [COLOURS[s.text] for s in document.texts] if document.images else []
                 assert [colour(pixels[i]) for i in mine] == told
             found.append(document)
@@ -71,55 +72,52 @@ def test_packed_rows_hold_the_documents_unchanged(text_tokenizer, shape):
 
 
 def test_budgets_bind(text_tokenizer, shape):
-    batch, held = packed([story(0)] * 7, text_tokenizer, dataclasses.replace(shape, dream_slots=1))
-    assert held["rows"] == 7 and (batch.dream_slots >= 0).all()
-    without = dataclasses.replace(shape, see_slots=0)
+    batch, held = packed([story(0)] * 7, text_tokenizer, with_slots(shape, dream=1))
+    assert held["rows"] == 7 and batch.dream[0].filled.all()
+    without = with_slots(shape, see=0)
     batch, held = packed([story(0)] * 3, text_tokenizer, without, mode="creation")
-    assert batch.see_slots.shape[1] == 0 and held["dream"] == 3
+    assert batch.see == () and held["dream"] == 3
 
 
 def test_one_document_a_row(text_tokenizer, shape):
     batch, held = packed([story(0)] * 3, text_tokenizer, shape, window=1)
     assert held["rows"] == held["documents"] == 3
     alone, _ = packed([story(0)], text_tokenizer, shape)
-    for field in dataclasses.fields(batch):
-        ours, theirs = getattr(batch, field.name), getattr(alone, field.name)
-        if ours is not None:
-            np.testing.assert_array_equal(ours[1], theirs[0], err_msg=field.name)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_array_equal(ours[1], theirs[0]), batch, alone)
 
 
 def test_a_broken_image_empties_its_document_only(text_tokenizer, shape):
     broken = Document("interleaved", (Text("a"), Image(PAIRS[0][0]), Text("b"), Image(PAIRS[0][0][:-30])))
     with pytest.raises(ImageError):
         packed([broken], text_tokenizer, dataclasses.replace(shape, length=256), strict=True)
-    wide = dataclasses.replace(shape, length=256, see_slots=8, dream_slots=8)
+    wide = with_slots(dataclasses.replace(shape, length=256), see=8, dream=8)
     batch, held = packed([story(1), broken, story(2)], text_tokenizer, wide)
     assert held["dropped_broken"] == 1 and held["rows"] == 1
     assert held["see"] == held["dream"] == 2
+    (see,), (dream,) = batch.see, batch.dream
     for segment, learned in ((1, True), (2, False), (3, True)):
         inside = batch.segment_ids[0] == segment
         assert batch.loss_weights[0][inside].any() == learned
-        assert np.isin(batch.see_slots[0], np.flatnonzero(inside)).any() == learned
-    empty = batch.dream_slots[0] < 0
-    assert not batch.dream_images[0][empty].any() and not batch.see_images[0][batch.see_slots[0] < 0].any()
-    assert [colour(p) for p in batch.dream_images[0][~empty]] == [COLOURS[PAIRS[i][1]] for i in (1, 2)]
+        assert np.isin(see.at[0], np.flatnonzero(inside)).any() == learned
+    assert not any(slots.images[0][~slots.filled[0]].any() for slots in (see, dream))
+    assert [colour(p) for p in dream.images[0][dream.filled[0]]] == [COLOURS[PAIRS[i][1]] for i in (1, 2)]
 
 
 def test_remembered_pixels_are_of_the_right_kind(shape):
     data = to_png(Picture.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)))
-    pixels = Pixels(shape)
+    pixels = Pixels(shape, *CROPS)
     for _ in range(2):
-        plain, mirrored = (pixels.dream(Image(data), flip) for flip in (False, True))
+        plain, mirrored = (pixels.dream(Placed(Image(data), 0), flip) for flip in (False, True))
         np.testing.assert_array_equal(mirrored, plain[:, ::-1])
-        assert (mirrored != plain).any() and pixels.see(Image(data)).shape == (8, 8, 3)
+        assert (mirrored != plain).any() and pixels.see(Placed(Image(data), 0)).shape == (8, 8, 3)
 
 
 def test_remembered_pixels_stay_within_their_memory(shape):
-    few = Pixels(shape, memory=3000)
+    few = Pixels(shape, *CROPS, memory=3000)
     for value in range(40):
         data = png((value, 0, 0))
         for _ in range(2):
-            image, flip = Image(data), bool(value % 2)
+            image, flip = Placed(Image(data), 0), bool(value % 2)
             assert colour(few.dream(image, flip)) == (value, 0, 0) and colour(few.see(image)) == (value, 0, 0)
         assert few._used <= 3000 and few._used == sum(p.nbytes + len(key[1]) for key, p in few._kept.items())
 
@@ -148,8 +146,8 @@ def test_every_row_of_random_documents_keeps_the_contract(length, text_tokenizer
         assert_sound(batch, room, text_tokenizer.special)
         assert held["documents"] == len(documents) and held["rows"] < len(documents)
         # Slots are filled from the first on, and no more tokens are learned than there are.
-        for slots in (batch.see_slots, batch.dream_slots):
-            assert (np.diff((slots < 0).astype(int), axis=1) >= 0).all()
+        for slots in batch.see + batch.dream:
+            assert (np.diff((~slots.filled).astype(int), axis=1) >= 0).all()
 
 
 def test_a_waiting_document_is_not_passed_over_for_ever(text_tokenizer, shape):
@@ -196,3 +194,32 @@ def test_reading_begins_as_soon_as_it_is_known_what_to_read(text_tokenizer, shap
         for expected, state_then in zip(rows[at + 1 :], states[at + 1 :], strict=True):
             assert [item.record for item in next(again)] == expected and again.state == state_then
         assert len(begun) == len(set(begun))
+
+
+def test_images_take_slots_of_their_shape(text_tokenizer):
+    """Three sizes: each image goes where least of it is cropped and there is room, and its pixels have that size."""
+    sizes = (16, 16), (8, 24), (24, 8)  # height, width
+    groups = tuple(SlotGroup(1, 3, height, width) for height, width in sizes)
+    shape = RowShape(96, (SlotGroup(4, 4, 8, 8),), groups)
+    tall, wide, square = (Image(png((250, 10, 20), size=size)) for size in ((10, 30), (30, 10), (20, 20)))
+    document = Document("interleaved", (tall, wide, square, wide))
+    encoded = encode_document(document, text_tokenizer, shape)
+    assert [placed.group for placed in encoded.dream] == [2, 1, 0]  # the second wide one found no room
+    batch, held = packed([document, document], text_tokenizer, shape)
+    assert_sound(batch, shape, text_tokenizer.special)
+    assert held["rows"] == 2 and held["dream"] == 6
+    for slots, (height, width) in zip(batch.dream, sizes, strict=True):
+        assert slots.images.shape == (2, 1, height, width, 3) and slots.filled.all()
+        assert colour(slots.images[0, 0]) == (250, 10, 20)
+
+
+def test_a_photograph_s_shape_is_that_which_is_seen():
+    turned = encode(Picture.new("RGB", (30, 10)), "JPEG", exif=upside(6))
+    assert size_of(turned) == (10, 30) == size_of(encode(Picture.new("RGB", (10, 30)), "JPEG"))
+    assert size_of(b"no image") == (1, 1)
+
+
+def upside(orientation):
+    exif = Picture.Exif()
+    exif[0x0112] = orientation
+    return exif

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.data import images, preparation, storage
-from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.corpora import compose, folder, openmoji, photographs
 from dreamllm_jax.data.document import KINDS
 from dreamllm_jax.data.loader import Loader
 from dreamllm_jax.data.settings import DataConfig
-from tests.data.conftest import PAIRS, assert_sound
+from tests.data.conftest import CROPS, PAIRS, assert_sound, row_shape
 
-SHAPE = RowShape(length=160, see_slots=4, dream_slots=4, num_patches=4, num_queries=4, see_size=16, dream_size=16)
+SHAPE = row_shape(160, 4, 4, queries=4, see_size=16)
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def test_a_folder_becomes_a_data_set(pictures, tmp_path):
     assert set(summary["corpora"]) == set(compose.CORPORA)
     tokenizer = storage.open_tokenizer(tmp_path / "set")
     assert tokenizer.vocab_size == summary["vocab_size"] <= 400
-    stream = Loader(DataConfig(path=str(tmp_path / "set")), SHAPE, tokenizer, rows_per_step=8, seed=0)
+    stream = Loader(DataConfig(path=str(tmp_path / "set")), SHAPE, tokenizer, *CROPS, rows_per_step=8, seed=0)
     for _ in range(3):
         assert_sound(next(stream), SHAPE, tokenizer.special)
     pairs = storage.Corpus(tmp_path / "set", "pairs")

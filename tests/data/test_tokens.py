@@ -9,6 +9,7 @@ from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import VICUNA_SYSTEM, encode_document
 from dreamllm_jax.data.vocabulary import ADDED_TOKENS
+from tests.data.conftest import with_slots
 
 A, B = Image(b"A"), Image(b"B")
 
@@ -65,10 +66,10 @@ def expand(parts, tokenizer, shape):
         text, learn = (part.removesuffix("!"), part.endswith("!")) if isinstance(part, str) else part
         if text == "SEE":
             see.append(len(tokens) + 1)
-            ids = [special.im_start, *[special.im_patch] * shape.num_patches, special.im_end]
+            ids = [special.im_start, *[special.im_patch] * shape.see[0].tokens, special.im_end]
         elif text == "DREAM":
             dream.append(len(tokens) + 1)
-            ids = [special.dream_start, *[special.im_patch] * shape.num_queries, special.dream_end]
+            ids = [special.dream_start, *[special.im_patch] * shape.dream[0].tokens, special.dream_end]
         elif text in ("BOS", "EOS"):
             ids = [special.bos if text == "BOS" else special.eos]
         elif text == "SPACE":
@@ -94,8 +95,7 @@ def test_what_a_document_becomes(case, text_tokenizer, long):
     tokens, weights, see, dream = expand(parts, text_tokenizer, long)
     assert encoded.tokens.tolist() == tokens
     assert encoded.loss_weights.tolist() == weights
-    assert encoded.see_slots.tolist() == see and encoded.dream_slots.tolist() == dream
-    assert len(encoded.see) == len(see) and len(encoded.dream) == len(dream)
+    assert [[placed.at for placed in images] for images in (encoded.see, encoded.dream)] == [see, dream]
     assert encoded.tokens.dtype == np.int32 and encoded.loss_weights.dtype == np.float32
 
 
@@ -122,16 +122,18 @@ def test_an_answer_begins_with_a_space_whatever_the_tokenizer(long):
 
 
 def test_images_keep_their_order(text_tokenizer, long):
-    assert [image.data for image in encode_document(STORY, text_tokenizer, long).see] == [b"A", b"B"]
+    assert [placed.image.data for placed in encode_document(STORY, text_tokenizer, long).see] == [b"A", b"B"]
     chat = encode_document(CHAT, text_tokenizer, long)
-    assert [image.data for image in chat.see] == [b"A", b"B"] and [image.data for image in chat.dream] == [b"B"]
+    assert [placed.image.data for placed in chat.see] == [b"A", b"B"] and [
+        placed.image.data for placed in chat.dream
+    ] == [b"B"]
 
 
 def test_the_decision_to_paint_in_a_conversation_is_an_option(text_tokenizer, long):
     plain = encode_document(CHAT, text_tokenizer, long)
     learned = encode_document(CHAT, text_tokenizer, long, learn_dream_start=True)
     (changed,) = np.nonzero(plain.loss_weights != learned.loss_weights)
-    assert changed.tolist() == [plain.dream_slots[0] - 1]
+    assert changed.tolist() == [plain.dream[0].at - 1]
     assert learned.tokens[changed[0]] == text_tokenizer.special.dream_start
 
 
@@ -152,7 +154,7 @@ def test_llama_2_writes_dialogues_its_own_way(system, text_tokenizer, long):
     parts += ["BOS", "[INST] Why? [/INST]", ("So. ", True), "EOS!"]
     tokens, weights, see, _ = expand(parts, text_tokenizer, long)
     assert encoded.tokens.tolist() == tokens and encoded.loss_weights.tolist() == weights
-    assert encoded.see_slots.tolist() == see
+    assert [placed.at for placed in encoded.see] == see
     asked = Document("conversation", chat.segments[:-1])
     prompt = encode_document(asked, text_tokenizer, long, template="llama_2", complete=False).tokens.tolist()
     assert tokens[: len(prompt)] == prompt and tokens[len(prompt)] == text_tokenizer.encode_text("So. ")[0]
@@ -182,8 +184,9 @@ def test_the_text_of_a_pair_is_cut_and_its_image_kept(text_tokenizer, shape):
 @pytest.mark.parametrize("lacking", ["tokens", "see", "dream"])
 def test_an_interleaved_document_is_cut_before_what_does_not_fit(lacking, text_tokenizer, shape):
     first = expand(["BOS", FIRST, "DREAM!", "SEE"], text_tokenizer, shape)[0]
-    change = {"tokens": {"length": len(first) + 11}, "see": {"see_slots": 1}, "dream": {"dream_slots": 1}}[lacking]
-    encoded = encode_document(STORY, text_tokenizer, dataclasses.replace(shape, **change))
+    change = {"tokens": dataclasses.replace(shape, length=len(first) + 11)}
+    changed = change.get(lacking) or with_slots(shape, **{lacking: 1})
+    encoded = encode_document(STORY, text_tokenizer, changed)
     assert encoded.tokens.tolist() == [*first, text_tokenizer.special.eos]
     assert encoded.loss_weights[-1] == 1 and len(encoded.see) == len(encoded.dream) == 1
 
@@ -200,8 +203,8 @@ def test_a_document_of_which_nothing_fits_teaches_nothing(text_tokenizer, shape)
 
 def test_a_conversation_ends_before_the_image_that_does_not_fit(text_tokenizer, shape, long):
     whole = encode_document(CHAT, text_tokenizer, long)
-    start = int(whole.dream_slots[0]) - 1
-    for length in (start, start + 1, start + shape.num_queries + shape.num_patches + 3):
+    start = whole.dream[0].at - 1
+    for length in (start, start + 1, start + shape.dream[0].tokens + shape.see[0].tokens + 3):
         cut = encode_document(CHAT, text_tokenizer, dataclasses.replace(shape, length=length))
         assert cut.tokens.tolist() == whole.tokens[:start].tolist() and not cut.dream and len(cut.see) == 1
     inside = encode_document(CHAT, text_tokenizer, dataclasses.replace(shape, length=start - 2))
@@ -209,8 +212,10 @@ def test_a_conversation_ends_before_the_image_that_does_not_fit(text_tokenizer, 
 
 
 def test_a_row_without_room_for_the_image_is_an_error(text_tokenizer, shape):
-    for change in ({"length": 7}, {"see_slots": 0}):
-        with pytest.raises(ValueError, match="no room for 1 images of 4 patches to read and 0"):
-            encode_document(PAIR, text_tokenizer, dataclasses.replace(shape, **change), "comprehension")
-    with pytest.raises(ValueError, match="and 1 of 3 queries to paint"):
-        encode_document(PAIR, text_tokenizer, dataclasses.replace(shape, dream_slots=0), "creation")
+    for less in (dataclasses.replace(shape, length=7), with_slots(shape, see=0)):
+        with pytest.raises(ValueError, match="and 3 dream slots of 3 tokens has no room for 1 images to read and 0"):
+            encode_document(PAIR, text_tokenizer, less, "comprehension")
+    with pytest.raises(
+        ValueError, match="with 4 see slots of 4 tokens and 0 dream slots has no room for 0 images to read and 1 "
+    ):
+        encode_document(PAIR, text_tokenizer, with_slots(shape, dream=0), "creation")

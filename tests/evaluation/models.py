@@ -14,14 +14,14 @@ WORDS = SENTENCE.split()
 TOKENIZER = train_tokenizer([SENTENCE] * 4, 320)
 CONFIG = tiny_config(
     special_tokens=TOKENIZER.special,
-    llama=dataclasses.replace(tiny_config().llama, vocab_size=TOKENIZER.vocab_size),
+    language_model=dataclasses.replace(tiny_config().language_model, vocab_size=TOKENIZER.vocab_size),
 )
 PARAMS = tiny_params(CONFIG)
 
 
 def save(directory: epath.PathLike, longest: int = 512) -> str:
     """Writes the model, which then reads so many tokens, as an imported one; its name."""
-    llama = dataclasses.replace(CONFIG.llama, max_position_embeddings=longest)
-    write_description(epath.Path(directory), dataclasses.replace(CONFIG, llama=llama), TOKENIZER)
+    llama = dataclasses.replace(CONFIG.language_model, max_position_embeddings=longest)
+    write_description(epath.Path(directory), dataclasses.replace(CONFIG, language_model=llama), TOKENIZER)
     write_params(epath.Path(directory), flatten_dict(PARAMS, sep="/"))
     return str(directory)

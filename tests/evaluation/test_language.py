@@ -23,7 +23,7 @@ from tests.evaluation.models import CONFIG, PARAMS, TOKENIZER, WORDS, save
 from tests.torch_reference import TorchDreamLLM
 
 MODEL = DreamLLM(CONFIG)
-LONGEST = CONFIG.llama.max_position_embeddings
+LONGEST = CONFIG.language_model.max_position_embeddings
 
 
 def subject(batch: int, params: dict = PARAMS) -> language.LanguageModel:

@@ -14,11 +14,13 @@ from dreamllm_jax.planning.step import lower_step
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from tests.tiny import DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
 
-STAGE_2 = (("(llama|visual_projector|queries|condition_projector)/.*", True), (".*", False))
-ALIGNMENT = (("(visual_projector|queries|condition_projector)/.*", True), (".*", False))
+STAGE_2 = (("(language_model|visual_projector|dream_queries|connector)/.*", True), (".*", False))
+ALIGNMENT = (("(visual_projector|dream_queries|connector)/.*", True), (".*", False))
 EVERYTHING = ((".*", True),)
 ADAPTED = tiny_config(
-    llama=dataclasses.replace(tiny_config().llama, lora=LoraConfig(8, 8.0, ("q_proj", "o_proj", "up_proj"))),
+    language_model=dataclasses.replace(
+        tiny_config().language_model, lora=LoraConfig(8, 8.0, ("q_proj", "o_proj", "up_proj"))
+    ),
     remat="full",
 )
 # Where a compiled multiplication was traced.
@@ -95,7 +97,7 @@ def test_model_flops_follow_from_parameters():
     """PaLM's appendix B: 6 FLOPs a weight and token, and 12 a layer, channel, query and key."""
     rows, model = 4, tiny_config()
     given = experiment(rows={**NO_IMAGES, "per_step": rows})
-    llama, tokens = model.llama, rows * LENGTH
+    llama, tokens = model.language_model, rows * LENGTH
     width, inner = llama.hidden_size, llama.intermediate_size
     weights = llama.num_hidden_layers * (3 * width**2 + 3 * width * inner) + width * llama.vocab_size  # 2 of 4 kv heads
     attention = 12 * llama.num_hidden_layers * width * LENGTH
@@ -113,8 +115,10 @@ def test_recomputation_is_no_model_flops():
 
 def test_a_causal_kernel_skips_what_lies_above_the_diagonal():
     """Of 4096 tokens in tiles of 1024, 10 of 16; two products forward, five backward, two again."""
-    wide = dataclasses.replace(tiny_config().llama, num_attention_heads=2, head_dim=128, max_position_embeddings=4096)
-    model = tiny_config(llama=wide, remat="full")
+    wide = dataclasses.replace(
+        tiny_config().language_model, num_attention_heads=2, head_dim=128, max_position_embeddings=4096
+    )
+    model = tiny_config(language_model=wide, remat="full")
     given = experiment(rows={**NO_IMAGES, "length": 4096}, model=model)
     on_tpu, elsewhere = step_flops(given)["llm"], step_flops(given, "cpu")["llm"]
     square = wide.num_hidden_layers * 2 * 4 * 4096**2 * 256

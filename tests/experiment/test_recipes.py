@@ -27,8 +27,11 @@ def experiment(name: str, argument: str = "") -> Experiment:
 def test_settings_are_the_published_ones(stage):
     given = experiment(stage)
     model, objective = given.model, given.objective
-    assert (model.num_queries, model.clip.num_patches, model.clip.depth) == (64, 256, 23)
-    assert (model.unet.cross_attention_dim, model.schedule.prediction_type) == (1024, "epsilon")
+    assert (model.num_queries, model.vision_encoder.num_patches, model.vision_encoder.depth) == (64, 256, 23)
+    assert (model.image_decoder.denoiser.cross_attention_dim, model.image_decoder.schedule.prediction_type) == (
+        1024,
+        "epsilon",
+    )
     rate = {"stage1": 2e-3, "stage2": 2e-5, "stage3": 4e-5}[stage.split("_")[0]]
     assert (given.optimizer.learning_rate, given.optimizer.warmup_ratio, given.optimizer.weight_decay) == (
         rate,
@@ -53,18 +56,18 @@ def test_settings_are_the_published_ones(stage):
 )
 def test_models_of_a_stage(stage, argument, layers, positions, condition):
     model = experiment(stage, argument).model
-    assert (model.llama.num_hidden_layers, model.llama.max_position_embeddings) == (layers, positions)
-    assert model.unet.cross_attention_dim == condition and model.llama.lora is None
+    assert (model.language_model.num_hidden_layers, model.language_model.max_position_embeddings) == (layers, positions)
+    assert model.image_decoder.denoiser.cross_attention_dim == condition and model.language_model.lora is None
     assert model.num_queries == (128 if "queries" in argument else 64)
     if "llama31" in argument:
-        llama = model.llama
+        llama = model.language_model
         assert (llama.num_key_value_heads, llama.rope_theta, llama.rope_scaling.rope_type) == (8, 5e5, "llama3")
         assert (llama.vocab_size, model.special_tokens.dream_end) == (128264, 128263)
 
 
 def test_with_adapters_the_llama_itself_is_frozen():
     given = experiment("stage3_sft", "llm=7b,lora=16")
-    assert (given.model.llama.lora.rank, given.model.llama.lora.scale) == (16, 2)
+    assert (given.model.language_model.lora.rank, given.model.language_model.lora.scale) == (16, 2)
     assert experiment("stage3_sft").parameters.trainable != given.parameters.trainable
 
 
@@ -115,7 +118,9 @@ def test_their_shapes_groups_and_trained_parameters_are_checked(config):
     file, _, argument = config.partition(":")
     _, trainable, frozen = check(recipes.load(CONFIGS / file, argument).to_dict())
     assert trainable and bool(frozen) == ("tiny" not in config)
-    assert any(path.startswith("unet/") for path in trainable) == ("unet" in config or "tiny" in config)
+    assert any(path.startswith("image_decoder/denoiser/") for path in trainable) == (
+        "unet" in config or "tiny" in config
+    )
 
 
 def test_an_ablation_is_its_difference():
@@ -151,7 +156,7 @@ def test_what_a_check_says():
     assert "learning rate" in told and "step 1,000" in told and "\u2588" in told
     assert all(len(line) < 200 for line in told.splitlines()) and "warning" not in told
     frozen = recipes.override(
-        recipes.load(CONFIGS / "tiny.py"), ["--config.parameters.trainable=(('queries/.*',True),('.*',False))"]
+        recipes.load(CONFIGS / "tiny.py"), ["--config.parameters.trainable=(('dream_queries/.*',True),('.*',False))"]
     )
     assert "warning: what is frozen stays as random as it begins" in describe(frozen.to_dict())
 

@@ -100,7 +100,7 @@ def test_text_comes_as_it_is_written_and_seeds_draw_it(together):
 
 def test_prompts_are_what_training_has():
     batch = encode_prompts([PROMPTS[1], [*PROMPTS[0], Painted(PICTURE.data)]], TOKENIZER, MODEL.config)
-    ids, patches, queries = TOKENIZER.special, MODEL.config.clip.num_patches, MODEL.config.num_queries
+    ids, patches, queries = TOKENIZER.special, MODEL.config.vision_encoder.num_patches, MODEL.config.num_queries
     see = [ids.im_start, *[ids.im_patch] * patches, ids.im_end]
     dream = [ids.dream_start, *[ids.im_patch] * queries, ids.dream_end]
     texts = [TOKENIZER.encode_text(text) for text in ("a red fox", "a blue bird and", "a story")]
@@ -133,8 +133,8 @@ def test_what_the_model_cannot_hold_is_refused():
     ],
 )
 def test_scaled_positions_have_an_end_too(scaling, longest):
-    llama = dataclasses.replace(MODEL.config.llama, rope_scaling=scaling, max_position_embeddings=512)
-    config = dataclasses.replace(MODEL.config, llama=llama)
+    llama = dataclasses.replace(MODEL.config.language_model, rope_scaling=scaling, max_position_embeddings=512)
+    config = dataclasses.replace(MODEL.config, language_model=llama)
     batch = encode_prompts(PROMPTS, TOKENIZER, config)
     prompt = require_fits(config, batch, 0)
     assert require_fits(config, batch, longest - prompt) == longest == llama.max_length
@@ -148,7 +148,7 @@ def test_scaled_positions_have_an_end_too(scaling, longest):
 @pytest.mark.slow
 def test_other_shapes_seeds_and_scales_of_images():
     rng = np.random.default_rng(0)
-    hidden = rng.normal(size=(2, MODEL.config.num_queries, MODEL.config.llama.hidden_size)).astype(np.float32)
+    hidden = rng.normal(size=(2, MODEL.config.num_queries, MODEL.config.language_model.hidden_size)).astype(np.float32)
     common = {"size": (DREAM_SIZE, DREAM_SIZE + 6), "sampler": SamplerConfig("dpmpp_2m", 3)}
 
     def painted(**settings):

@@ -101,14 +101,14 @@ def test_queries_and_images_are_read_as_in_training():
     queried, reading = read_queries(MODEL, PARAMS, reading)
     np.testing.assert_allclose(queried[0], hidden[0, slot : slot + CONFIG.num_queries], rtol=1e-4, atol=1e-5)
     reading = read_image(MODEL, PARAMS, reading, jnp.asarray(whole.see_images[:, 0]))
-    end = int(whole.see_slots[0, 0]) + CONFIG.clip.num_patches
+    end = int(whole.see_slots[0, 0]) + CONFIG.vision_encoder.num_patches
     want = MODEL.apply({"params": PARAMS}, hidden[:, end : end + 1], method="logits")[:, 0]
     np.testing.assert_allclose(reading.logits, want, rtol=1e-4, atol=1e-4)
     assert whole.see_images.shape[2] == SEE_SIZE
 
 
 def test_an_image_depends_on_its_own_prompt_and_seed():
-    hidden = jax.random.normal(jax.random.key(0), (3, CONFIG.num_queries, CONFIG.llama.hidden_size))
+    hidden = jax.random.normal(jax.random.key(0), (3, CONFIG.num_queries, CONFIG.language_model.hidden_size))
     paint_tiny = lambda hidden, seeds: np.asarray(  # noqa: E731
         paint(MODEL, PARAMS, hidden, seeds, size=DREAM_SIZE, sampler=SamplerConfig(steps=4), guidance=2.0)
     )

@@ -24,7 +24,9 @@ def test_eight_devices_tell_the_same_documents_as_one(monkeypatch):
     mesh = make_mesh(config)
     shardings = param_shardings(abstract_params(MODEL.config), mesh, config)
     params = jax.tree.map(jax.device_put, PARAMS, shardings)
-    split = [path for path, leaf in flatten_dict(params["llama"], sep="/").items() if not leaf.is_fully_replicated]
+    split = [
+        path for path, leaf in flatten_dict(params["language_model"], sep="/").items() if not leaf.is_fully_replicated
+    ]
     assert len(split) >= 8, "the llama's weights are split"
     monkeypatch.setattr(test_documents, "PARAMS", params)
     with use(mesh, config):

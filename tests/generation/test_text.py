@@ -82,7 +82,7 @@ def test_equals_transformers(documents, prompts, reference, settings):
 
 
 def reading_of(logits: np.ndarray, seen: np.ndarray) -> Reading:
-    cache = KVCache.create(CONFIG.llama, len(logits), 1)
+    cache = KVCache.create(CONFIG.language_model, len(logits), 1)
     return Reading(cache, jnp.asarray(logits), jnp.asarray(seen))
 
 

@@ -16,7 +16,7 @@ from dreamllm_jax.towers.language_models.llama import Llama
 from tests.parity import random_weights, relative_error
 from tests.tiny import logits_of, tiny_config
 
-PLAIN = dataclasses.replace(tiny_config().llama, num_hidden_layers=3, attention_bias=True)
+PLAIN = dataclasses.replace(tiny_config().language_model, num_hidden_layers=3, attention_bias=True)
 LORA = LoraConfig(rank=4, alpha=6.0)
 ADAPTED = dataclasses.replace(PLAIN, lora=LORA)
 
@@ -80,8 +80,8 @@ def test_the_whole_model_names_their_axes():
     from tests.tiny import tiny_config
 
     config = tiny_config()
-    config = dataclasses.replace(config, llama=dataclasses.replace(config.llama, lora=LORA))
-    leaves = flatten_dict(abstract_params(config)["llama"], sep="/")
+    config = dataclasses.replace(config, language_model=dataclasses.replace(config.language_model, lora=LORA))
+    leaves = flatten_dict(abstract_params(config)["language_model"], sep="/")
     assert leaves["layers/self_attn/q_proj/lora_a"].names == ("layers", "embed", "lora")
     assert leaves["layers/self_attn/k_proj/lora_b"].names == ("layers", "lora", "kv_heads")
     assert leaves["layers/mlp/down_proj/lora_a"].names == ("layers", "mlp", "lora")

@@ -29,8 +29,8 @@ def drawn(config, sharding: ShardingConfig, devices: int, paths=None) -> dict[st
 
 @pytest.mark.slow
 def test_they_are_the_initializers_wherever_they_lie():
-    llama = dataclasses.replace(tiny_config().llama, lora=LoraConfig(rank=4, alpha=6.0))
-    config = tiny_config(llama=llama)
+    llama = dataclasses.replace(tiny_config().language_model, lora=LoraConfig(rank=4, alpha=6.0))
+    config = tiny_config(language_model=llama)
     one = drawn(config, ShardingConfig(fsdp=1), 1)
     split = drawn(config, ShardingConfig(fsdp=4, tensor=2), 8)
     flax = flatten_dict(nn.unbox(jax.jit(DreamLLM(config).init)(jax.random.key(0))["params"]), sep="/")
@@ -49,9 +49,12 @@ def test_they_are_the_initializers_wherever_they_lie():
             assert abs(value.mean()) < five_sigma * value.std(), path
     assert compared > 40
     # Neither two parameters alike nor two layers of one have the same values, and each depends on its own path alone.
-    kernel, other = one["llama/layers/self_attn/k_proj/kernel"], one["llama/layers/self_attn/v_proj/kernel"]
+    kernel, other = (
+        one["language_model/layers/self_attn/k_proj/kernel"],
+        one["language_model/layers/self_attn/v_proj/kernel"],
+    )
     assert (kernel != other).mean() > 0.99
     assert (kernel[0] != kernel[1]).mean() > 0.99
-    few = ["queries/dream_queries", "llama/layers/self_attn/k_proj/kernel"]
+    few = ["dream_queries/embedding", "language_model/layers/self_attn/k_proj/kernel"]
     for path, value in drawn(config, ShardingConfig(fsdp=1), 1, few).items():
         np.testing.assert_array_equal(value, one[path])

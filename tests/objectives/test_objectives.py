@@ -8,40 +8,39 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dreamllm_jax.data.batch import Slots
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.interop.names import to_torch
-from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.interface import ObjectiveConfig
+from dreamllm_jax.objectives.images import hidden_states
+from dreamllm_jax.objectives.joint import JointConfig
+from dreamllm_jax.towers.image_decoders.stable_diffusion import DenoisingConfig
 from dreamllm_jax.training.step import loss_and_gradients
 from tests.parity import assert_same
 from tests.tiny import DREAM_SIZE, DREAM_SLOTS, MLP, make_batch, random_rows, tiny_config, tiny_params
 
-EVERYTHING = ObjectiveConfig(
+EVERYTHING = JointConfig(
     lm_weight=1.0,
     dm_weight=10.0,
     scaling="l1_norm",
     drop_prob=0.4,
     null_condition="queries",
-    noise_offset=0.1,
-    input_perturbation=0.1,
-    snr_gamma=5.0,
 )
-VELOCITY = ObjectiveConfig(
+NOISY = DenoisingConfig(noise_offset=0.1, input_perturbation=0.1, snr_gamma=5.0)
+VELOCITY = JointConfig(
     lm_weight=0.5,
     dm_weight=2.0,
     scaling="l2_norm",
     drop_prob=0.4,
     null_condition="original",
-    snr_gamma=0.5,
     loss_chunk=8,
     image_chunk=1,
 )
 
 
-def make_draws(config, objective, rows=8, seed=1):
-    key = jax.random.key(seed)
-    return draw(key, rows, DREAM_SLOTS, config.latent_shape(DREAM_SIZE), config.schedule.num_train_timesteps, objective)
+def training(**changes):
+    """An image decoder with another noise process, or another training error."""
+    return dataclasses.replace(tiny_config().image_decoder, **changes)
 
 
 @dataclasses.dataclass
@@ -49,17 +48,19 @@ class Case:
     """A model, a batch, and the compiled joint loss with its gradients."""
 
     config: object
-    objective: ObjectiveConfig
+    settings: JointConfig
 
     def __post_init__(self):
         self.model = DreamLLM(self.config)
+        self.objective = self.settings.make(self.model)
         self.params = tiny_params(self.config)
         self.leaves = flatten_dict(self.params, sep="/")
         self.rows = random_rows(self.config)
         self.batch = make_batch(self.config, self.rows)
-        self.draws = make_draws(self.config, self.objective)
+        self.draws = self.objective.draws(jax.random.key(1), self.batch)
+        self.filled = self.batch.dream[0].filled
         self._compiled = jax.jit(
-            lambda leaves, batch, draws: loss_and_gradients(self.model, self.objective, leaves, {}, batch, draws)
+            lambda leaves, batch, draws: loss_and_gradients(self.objective, leaves, {}, batch, draws)
         )
 
     def run(self, batch=None, draws=None):
@@ -69,16 +70,15 @@ class Case:
 
 @pytest.fixture(scope="module")
 def everything():
-    return Case(tiny_config(), EVERYTHING)
+    return Case(tiny_config(image_decoder=training(training=NOISY)), EVERYTHING)
 
 
 def reference(case):
     torch_reference = pytest.importorskip("tests.torch_reference", exc_type=ImportError)
     torch_model = torch_reference.TorchDreamLLM(case.config, case.params)
-    filled = [(b, d) for b, d in np.ndindex(case.batch.dream_slots.shape) if case.batch.dream_slots[b, d] >= 0]
-    draws = [jax.tree.map(lambda x, at=at: np.asarray(x[at]), case.draws) for at in filled]
+    draws = [jax.tree.map(lambda x, at=at: np.asarray(x[tuple(at)]), case.draws[0]) for at in np.argwhere(case.filled)]
     documents = [document for row in case.rows for document in row]
-    losses = torch_model.joint_loss(case.objective, documents, draws)
+    losses = torch_model.joint_loss(case.settings, documents, draws)
     losses[0].backward()
     return [float(loss.detach()) for loss in losses], torch_model.gradients()
 
@@ -88,10 +88,11 @@ def test_joint_loss_and_every_gradient_equal_torch(kind, request):
     if kind == "everything":
         case = request.getfixturevalue("everything")
     else:
-        changes = {"schedule": ScheduleConfig(prediction_type="v_prediction"), "visual_projector": MLP}
-        changes["condition_projector"] = dataclasses.replace(MLP, post_layernorm=False)
+        velocity = ScheduleConfig(prediction_type="v_prediction")
+        changes = {"image_decoder": training(schedule=velocity, training=DenoisingConfig(snr_gamma=0.5))}
+        changes |= {"visual_projector": MLP, "connector": dataclasses.replace(MLP, post_layernorm=False)}
         case = Case(tiny_config(**changes), VELOCITY)
-    assert 0 < np.sum(case.draws.drop[case.batch.dream_slots >= 0]) < np.sum(case.batch.dream_slots >= 0)
+    assert 0 < np.sum(case.draws[0].drop[case.filled]) < np.sum(case.filled)
     (loss, lm_loss, dm_loss), want = reference(case)
     metrics, gradients = case.run()
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
@@ -100,21 +101,23 @@ def test_joint_loss_and_every_gradient_equal_torch(kind, request):
     assert_same(to_torch(unflatten_dict(gradients, sep="/")), want, tolerance=3e-5)
 
 
-def test_draws_depend_on_row_and_slot_alone():
-    config = tiny_config()
-    few, many = make_draws(config, EVERYTHING, rows=3), make_draws(config, EVERYTHING, rows=8)
+def test_draws_depend_on_row_and_slot_alone(everything):
+    key, batch = jax.random.key(1), everything.batch
+    few = jax.tree.map(lambda x: x[:3], batch)
+    (few,), (many,) = everything.objective.draws(key, few), everything.objective.draws(key, batch)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[:3]), few, many)
-    assert len(np.unique(np.asarray(many.noise)[..., 0, 0, 0])) == 8 * DREAM_SLOTS
+    assert len(np.unique(np.asarray(many.decoder.noise)[..., 0, 0, 0])) == 8 * DREAM_SLOTS
 
 
 def test_what_is_empty_contributes_exactly_nothing(everything):
     """Rubbish in empty slots, padding and unlearned draws leaves every bit of loss and gradients as it was."""
     case, rng = everything, np.random.default_rng(5)
     batch = jax.tree.map(np.copy, case.batch)
-    empty_see, empty_dream, padding = batch.see_slots < 0, batch.dream_slots < 0, batch.segment_ids == 0
+    (see,), (dream,) = batch.see, batch.dream
+    empty_see, empty_dream, padding = ~see.filled, ~dream.filled, batch.segment_ids == 0
     assert empty_see.any() and empty_dream.any() and padding.any()
-    batch.see_images[empty_see] = rng.integers(0, 256, batch.see_images[empty_see].shape)
-    batch.dream_images[empty_dream] = rng.integers(0, 256, batch.dream_images[empty_dream].shape)
+    see.images[empty_see] = rng.integers(0, 256, see.images[empty_see].shape)
+    dream.images[empty_dream] = rng.integers(0, 256, dream.images[empty_dream].shape)
     batch.tokens[padding] = rng.integers(0, 60, padding.sum())
     rubbish = lambda x: jnp.where(empty_dream.reshape(empty_dream.shape + (1,) * (x.ndim - 2)), x + 1, x)  # noqa: E731
     draws = jax.tree.map(lambda x: x if x.dtype == bool else rubbish(x), case.draws)
@@ -129,10 +132,10 @@ def test_packed_rows_equal_the_documents_alone(everything):
     alone = [[document] for row in case.rows for document in row]
     batch = make_batch(case.config, alone)
     # Each image keeps its draws, which belong to another row and slot now.
-    flat = jax.tree.map(lambda x: np.asarray(x)[case.batch.dream_slots >= 0], case.draws)
-    shape = batch.dream_slots.shape
+    flat = jax.tree.map(lambda x: np.asarray(x)[case.filled], case.draws)
+    shape, filled = batch.dream[0].at.shape, batch.dream[0].filled
     draws = jax.tree.map(lambda x: np.zeros((*shape, *x.shape[1:]), x.dtype), flat)
-    jax.tree.map(lambda to, values: to.__setitem__(batch.dream_slots >= 0, values), draws, flat)
+    jax.tree.map(lambda to, values: to.__setitem__(filled, values), draws, flat)
     metrics, gradients = case.run(batch, draws)
     want_metrics, want = case.run()
     np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-6)
@@ -141,14 +144,55 @@ def test_packed_rows_equal_the_documents_alone(everything):
 
 def test_stored_moments_equal_images(everything):
     case = everything
-    images = case.batch.dream_images.reshape(-1, DREAM_SIZE, DREAM_SIZE, 3)
-    moments = case.model.apply({"params": case.params}, images, method="moments")
-    moments = np.asarray(moments).reshape(*case.batch.dream_slots.shape, *moments.shape[1:])
-    batch = case.batch.replace(dream_images=None, dream_moments=moments)
-    loss = jax.jit(
-        lambda leaves, batch, draws: loss_and_gradients(case.model, case.objective, {}, leaves, batch, draws)[0]
-    )
+    (slots,), decoder = case.batch.dream, case.model.bind({"params": case.params}).image_decoder
+    moments = decoder.stored(slots.images.reshape(-1, DREAM_SIZE, DREAM_SIZE, 3))
+    moments = np.asarray(moments).reshape(*slots.at.shape, *moments.shape[1:])
+    batch = case.batch.replace(dream=(Slots(slots.at, moments, stored=True),))
+    loss = jax.jit(lambda leaves, batch, draws: loss_and_gradients(case.objective, {}, leaves, batch, draws)[0])
     np.testing.assert_allclose(loss(case.leaves, batch, case.draws)["loss"], case.run()[0]["loss"], rtol=1e-6)
+
+
+def grouped(batch):
+    """The same images, each slot a group of its own."""
+
+    def split(groups):
+        one = groups[0]
+        return tuple(Slots(one.at[:, [i]], one.images[:, [i]]) for i in range(one.at.shape[1]))
+
+    return batch.replace(see=split(batch.see), dream=split(batch.dream))
+
+
+def test_groups_of_slots_equal_one(everything):
+    """Draws, loss and gradients do not depend on how slots are grouped."""
+    case = everything
+    batch = grouped(case.batch)
+    draws = case.objective.draws(jax.random.key(1), batch)
+    for i, one in enumerate(draws):
+        jax.tree.map(lambda got, want, i=i: np.testing.assert_array_equal(got[:, 0], want[:, i]), one, case.draws[0])
+    metrics, gradients = case.run(batch, draws)
+    want_metrics, want = case.run()
+    np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-6)
+    assert_same(gradients, want, tolerance=2e-5)
+
+
+def test_images_of_several_sizes_share_a_row(everything):
+    """A group of upright images adds the errors of its own images."""
+    case, rng = everything, np.random.default_rng(2)
+    key, (square,) = jax.random.key(1), case.batch.dream
+    upright = rng.integers(0, 256, (len(square.at), 1, 2 * DREAM_SIZE, DREAM_SIZE, 3), np.uint8)
+    at = [np.where(np.arange(DREAM_SLOTS) == i, square.at, -1) for i in range(DREAM_SLOTS)]
+    both = case.batch.replace(dream=(Slots(at[0], square.images), Slots(at[1][:, 1:], upright)))
+
+    draws = case.objective.draws(key, both)
+    assert draws[1].decoder.noise.shape[2:4] == (DREAM_SIZE, DREAM_SIZE // 2)  # latents, twice as high as wide
+    (metrics, gradients), hidden = case.run(both, draws), hidden_states(case.model, case.params, both)
+    apart = [
+        case.objective.painting_sum(case.params, hidden, both.replace(dream=(slots,)), (draw,))
+        for slots, draw in zip(both.dream, draws, strict=True)
+    ]
+    images = sum(slots.filled.sum() for slots in both.dream)
+    assert min(apart) > 0 and all(np.isfinite(gradient).all() for gradient in gradients.values())
+    np.testing.assert_allclose(metrics["dm_loss"], sum(apart) / images, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -157,9 +201,10 @@ def test_stored_moments_equal_images(everything):
         ({"lm_weight": -1.0}, "lm_weight must not be negative"),
         ({"lm_weight": 0.0, "dm_weight": 0.0}, "nothing to learn"),
         ({"drop_prob": 1.5}, "drop_prob must lie"),
-        ({"snr_gamma": 0.0}, "snr_gamma must be positive"),
     ],
 )
 def test_impossible_objectives(settings, message):
     with pytest.raises(ValueError, match=message):
-        ObjectiveConfig(**settings)
+        JointConfig(**settings)
+    with pytest.raises(ValueError, match="snr_gamma must be positive"):
+        DenoisingConfig(snr_gamma=0.0)

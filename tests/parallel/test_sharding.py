@@ -35,8 +35,8 @@ def test_every_weight_has_axes_with_rules():
         assert isinstance(leaf, nn.LogicallyPartitioned), jax.tree_util.keystr(path)
         assert {name for name in leaf.names if name} <= DEFAULT_RULES.keys(), jax.tree_util.keystr(path)
     shardings = param_shardings(boxed, make_mesh(ShardingConfig(fsdp=4, tensor=2)), ShardingConfig())
-    assert shardings["llama"]["layers"]["mlp"]["up_proj"]["kernel"].spec == P(None, "fsdp", "tensor")
-    assert shardings["llama"]["lm_head"]["kernel"].spec == P("fsdp", "tensor")
+    assert shardings["language_model"]["layers"]["mlp"]["up_proj"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert shardings["language_model"]["lm_head"]["kernel"].spec == P("fsdp", "tensor")
 
 
 def test_no_large_weight_of_the_published_model_is_replicated():

@@ -265,7 +265,7 @@ from configs import tiny
 
 def get_config(arg=""):
     config = tiny.get_config()
-    config.model.llama.hidden_size = 512  # narrower columns would be padded to the width of a register
+    config.model.language_model.hidden_size = 512  # narrower columns would be padded to the width of a register
     config.rows = {{"per_step": 16, "length": 128, "see_slots": 0, "dream_slots": 0, "dream_size": 32}}
     config.sharding = {{"data": 2, "fsdp": -1, "sequence": 1, "tensor": 1}}
     config.data.path = ""
@@ -308,7 +308,7 @@ def test_a_plan_for_two_slices(tmp_path):
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures.keys() >= KEYS and figures["fits"] and figures["chips"] == 8 and figures["rows_per_chip"] == 2
     assert figures["compiled_flops"] == pytest.approx(figures["flops"]["total"] - figures["kernel_flops"], rel=0.03)
-    assert figures["flops"]["unet"] == figures["flops"]["clip"] == 0 < figures["flops"]["head"]
+    assert figures["flops"]["unet"] == figures["flops"]["vision_encoder"] == 0 < figures["flops"]["head"]
     crossing = [one for one in figures["collectives"] if one["between_slices"]]
     parameters = sum(one["count"] for one in figures["parameters"] if one["part"] == "llama")
     assert {one["axis"] for one in crossing} == {"data"}, "its gradients in float32, each chip's part once"
@@ -332,7 +332,7 @@ def test_what_libtpu_or_the_mesh_refuses_is_one_line(tmp_path):
 def test_what_does_not_fit_ends_with_status_1(tmp_path):
     pytest.importorskip("libtpu")
     flags = ["--effort=low", "--rows_per_chip=2048", "--config.model.remat=none", f"--json={tmp_path}/plan.json"]
-    done = plan(tmp_path, "--topology=v5e-4", "--config.model.llama.num_hidden_layers=64", *flags)
+    done = plan(tmp_path, "--topology=v5e-4", "--config.model.language_model.num_hidden_layers=64", *flags)
     assert done.returncode == 1, done.stdout
     error = done.stderr.splitlines()[-1]
     assert "GiB a chip" in error and "a v5e has 15.8" in error and "model.remat=full" in error

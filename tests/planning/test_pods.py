@@ -106,7 +106,11 @@ def test_stage_two_with_all_towers(tmp_path):
 
 @pytest.mark.slow
 def test_parts_of_heads_and_of_rows(tmp_path):
-    split = ["--config.sharding.tensor=2", "--config.sharding.sequence=2", "--config.model.llama.num_hidden_layers=2"]
+    split = [
+        "--config.sharding.tensor=2",
+        "--config.sharding.sequence=2",
+        "--config.model.language_model.num_hidden_layers=2",
+    ]
     figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=4", *split, *WITHOUT_IMAGES])
     assert figures["mesh"] == {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2}
     for axis in ("fsdp", "sequence", "tensor"):

@@ -15,7 +15,7 @@ CONFIG = tiny_config()
     ("changes", "message"),
     [
         (
-            {"llama": dataclasses.replace(CONFIG.llama, rope_theta=5e5)},
+            {"llama": dataclasses.replace(CONFIG.language_model, rope_theta=5e5)},
             r"^config\.model\.llama\.rope_theta is 500000\.0, but DIR has 10000\.0$",
         ),
         (

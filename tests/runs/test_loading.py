@@ -21,8 +21,8 @@ from tests.tiny import tiny_config, tiny_params
 
 def save(directory, dtype: str, stored: str = "float32"):
     config = tiny_config()
-    llama = dataclasses.replace(config.llama, vocab_size=TOKENIZER.vocab_size)
-    config = dataclasses.replace(config, llama=llama, dtype=dtype, special_tokens=TOKENIZER.special)
+    llama = dataclasses.replace(config.language_model, vocab_size=TOKENIZER.vocab_size)
+    config = dataclasses.replace(config, language_model=llama, dtype=dtype, special_tokens=TOKENIZER.special)
     params = jax.tree.map(lambda x: np.asarray(x).astype(stored), tiny_params(config))
     directory = epath.Path(directory)
     write_params(directory, flatten_dict(params, sep="/"))
@@ -33,14 +33,14 @@ def save(directory, dtype: str, stored: str = "float32"):
 def outputs(model: DreamLLM, params) -> dict:
     """Whatever the model computes with its parameters."""
     config, rng = model.config, np.random.default_rng(0)
-    side = config.clip.image_size
+    side = config.vision_encoder.image_size
     latents = rng.normal(size=(2, *config.latent_shape(16))).astype(np.float32)
-    condition = rng.normal(size=(2, config.num_queries, config.llama.hidden_size)).astype(np.float32)
+    condition = rng.normal(size=(2, config.num_queries, config.language_model.hidden_size)).astype(np.float32)
 
     def run(module: DreamLLM):
         seen = module.see(rng.integers(0, 256, (1, side, side, 3)).astype(np.uint8))
         tokens, slots = jnp.arange(48)[None], jnp.full((1, 1), 2)
-        x = module.embed(tokens, seen[None], slots, slots + config.clip.num_patches)
+        x = module.embed(tokens, seen[None], slots, slots + config.vision_encoder.num_patches)
         hidden, _ = module.decode(x, jnp.arange(48)[None], jnp.ones((1, 48), jnp.int32))
         return {
             "see": seen,
@@ -69,7 +69,9 @@ def test_a_bfloat16_model_is_loaded_in_bfloat16_and_gives_every_bit(tmp_path, mo
     bytes_ = sum(x.nbytes for x in leaves.values())
     assert bytes_ < 0.6 * sum(x.nbytes for x in jax.tree.leaves(trained))
     assert all(
-        leaf.dtype == "bfloat16" for path, leaf in leaves.items() if path.startswith("llama/") and "norm" not in path
+        leaf.dtype == "bfloat16"
+        for path, leaf in leaves.items()
+        if path.startswith("language_model/") and "norm" not in path
     )
     want = outputs(model, trained)
     for name, got in outputs(model, params).items():
@@ -88,7 +90,7 @@ def test_a_mesh_is_given_its_shards_in_the_models_type(tmp_path):
     save(tmp_path / "model", "bfloat16")
     sharding = ShardingConfig(fsdp=4, tensor=2)
     _, params, _ = load_model(tmp_path / "model", make_mesh(sharding), sharding)
-    kernel = params["llama"]["layers"]["mlp"]["up_proj"]["kernel"]
+    kernel = params["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.dtype == "bfloat16" and kernel.addressable_shards[0].data.size * 8 == kernel.size
 
 

@@ -25,8 +25,7 @@ from dreamllm_jax.data.settings import DataConfig
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.interface import ObjectiveConfig
-from dreamllm_jax.objectives.joint import joint_loss
+from dreamllm_jax.objectives.joint import JointConfig, joint_loss
 from dreamllm_jax.runs.precompute import precompute, require_same_towers, shapes
 from tests import processes
 from tests.tiny import DREAM_SIZE, SEE_SIZE, tiny_config, tiny_params
@@ -46,7 +45,7 @@ def case(tmp_path_factory):
     tokenizer = train_tokenizer(["noise broken"] * 20, 300)
     config = tiny_config(
         special_tokens=tokenizer.special,
-        llama=dataclasses.replace(tiny_config().llama, vocab_size=tokenizer.vocab_size),
+        language_model=dataclasses.replace(tiny_config().language_model, vocab_size=tokenizer.vocab_size),
     )
     model, params = DreamLLM(config), tiny_params(config)
     path = tmp_path_factory.mktemp("stored") / "set"
@@ -64,7 +63,7 @@ def compute(path, corpus, name, model, params, **options):
 
 def batches(case, names=(), dtype="float32", count=3, **options) -> list[Batch]:
     path, tokenizer, model, _ = case
-    shape = RowShape(96, 4, 4, model.config.clip.num_patches, model.config.num_queries, SEE_SIZE, DREAM_SIZE)
+    shape = RowShape(96, 4, 4, model.config.vision_encoder.num_patches, model.config.num_queries, SEE_SIZE, DREAM_SIZE)
     fields = {"moments": "dream_moments", "features": "see_features"}
     kept = {fields[name]: shapes(model.config, DREAM_SIZE)[name] for name in names}
     shape = dataclasses.replace(shape, **kept, stored_dtype=dtype)
@@ -77,7 +76,7 @@ def batches(case, names=(), dtype="float32", count=3, **options) -> list[Batch]:
 
 def losses(case, given: list[Batch]) -> list[float]:
     *_, model, params = case
-    objective = ObjectiveConfig()
+    objective = JointConfig()
 
     @jax.jit
     def loss(batch, index):
@@ -160,7 +159,7 @@ def test_other_shapes_types_and_models_are_refused(case):
             ValueError, match=f"stored {name} of corpus 'pairs' were made by the tiny model, whose weights differ"
         ):
             require_same_towers(path, "pairs", name, config, tuned)
-    last = dataclasses.replace(config, clip=dataclasses.replace(config.clip, select_layer=-1))
+    last = dataclasses.replace(config, vision_encoder=dataclasses.replace(config.vision_encoder, select_layer=-1))
     with pytest.raises(ValueError, match=r"whose clip\.select_layer is -2, and here -1: leave features out of"):
         require_same_towers(path, "pairs", "features", last, leaves)
 

@@ -40,11 +40,11 @@ VOCABULARY, STEPS, PAIRS = 400, 6, 6
 
 def settings() -> dict:
     model = tiny_config()
-    llama = dataclasses.replace(model.llama, vocab_size=VOCABULARY)
-    model = dataclasses.replace(model, llama=llama, special_tokens=None)
+    llama = dataclasses.replace(model.language_model, vocab_size=VOCABULARY)
+    model = dataclasses.replace(model, language_model=llama, special_tokens=None)
     return {
         "model": dataclasses.asdict(model) | {"special_tokens": None},
-        "parameters": {"trainable": [["vae/.*", False], [".*", True]]},
+        "parameters": {"trainable": [["image_decoder/autoencoder/.*", False], [".*", True]]},
         "data": {"path": "openmoji", "pairs": PAIRS, "corpora": {"pairs": {}, "interleaved": {"weight": 0.5}}},
         "rows": {"per_step": 8, "length": 48, "see_slots": 2, "dream_slots": 2, "dream_size": 16},
         "objective": {"drop_prob": 0.2},
@@ -140,7 +140,7 @@ def test_a_run_beyond_its_last_step_is_told(finished):
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(finished, tmp_path):
     model = settings()["model"]
-    model["llama"]["vocab_size"] = 300
+    model["language_model"]["vocab_size"] = 300
     with pytest.raises(ConfigError, match=r"the tokenizer has 400 ids, .*\.llama\.vocab_size has room for 300"):
         start_and_train(tmp_path, model=model, data={"path": str(finished[0] / "data")})
 
@@ -148,7 +148,9 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(finished, tmp_path):
 def test_the_model_loads_and_is_asked_for_its_own_pairs(finished, capsys):
     workdir, state = finished
     trained = load_run(workdir)
-    np.testing.assert_array_equal(trained.params["llama"]["norm"]["scale"], state.trainable["llama/norm/scale"])
+    np.testing.assert_array_equal(
+        trained.params["language_model"]["norm"]["scale"], state.trainable["language_model/norm/scale"]
+    )
     arguments = evaluate.make_parser().parse_args(["recall", f"--workdir={workdir}", "--pairs=6", "--sampling_steps=3"])
     arguments.main(arguments)
     corpus = Corpus(trained.experiment.data.path, "pairs")
@@ -261,19 +263,19 @@ def test_a_run_begins_with_another_runs_model(finished, tmp_path):
     changes = {
         "data": settings()["data"] | stored,
         "model": {"remat": "dots"},
-        "parameters": {"trainable": [["queries/.*", True], [".*", False]], "init_from": f"{first}@4"},
+        "parameters": {"trainable": [["dream_queries/.*", True], [".*", False]], "init_from": f"{first}@4"},
         "steps": 2,
     }
     before = saved.find(f"{first}@4").part("llama")
     second = jax.device_get(start_and_train(tmp_path, **changes))
-    assert set(second.trainable) == {"queries/dream_queries"}
-    want = before["layers"]["mlp"]["up_proj"]["kernel"].astype(second.frozen["llama/norm/scale"].dtype)
-    np.testing.assert_array_equal(second.frozen["llama/layers/mlp/up_proj/kernel"], want)
+    assert set(second.trainable) == {"dream_queries/embedding"}
+    want = before["layers"]["mlp"]["up_proj"]["kernel"].astype(second.frozen["language_model/norm/scale"].dtype)
+    np.testing.assert_array_equal(second.frozen["language_model/layers/mlp/up_proj/kernel"], want)
     now = saved.find(str(tmp_path))
     assert now.config == dataclasses.replace(saved.find(str(first)).config, remat="dots") and now.step == 2
     assert start_and_train(tmp_path, **changes).step == 2  # and is continued by the same words
 
-    shape = dataclasses.asdict(now.config.llama) | {"rope_theta": 5e5}
+    shape = dataclasses.asdict(now.config.language_model) | {"rope_theta": 5e5}
     other = changes | {"model": {"llama": shape}}
     with pytest.raises(ValueError, match=r"config\.model\.llama\.rope_theta is 500000\.0, but .*@4 has 10000\.0"):
         start_and_train(tmp_path / "other", **other)
@@ -284,8 +286,10 @@ def test_a_run_begins_with_another_runs_model(finished, tmp_path):
 def test_stage_one_begins_with_any_model(finished):
     config = recipes.load(ROOT / "configs" / "alignment.py", str(finished[0]))
     given, trainable, _ = check(config.to_dict())
-    assert {path.split("/")[0] for path in trainable} == {"visual_projector", "queries", "condition_projector"}
-    assert given.model.llama == saved.find(str(finished[0])).config.llama and given.rows.dream_size == 16
+    assert {path.split("/")[0] for path in trainable} == {"visual_projector", "queries", "connector"}
+    assert (
+        given.model.language_model == saved.find(str(finished[0])).config.language_model and given.rows.dream_size == 16
+    )
 
 
 def test_a_run_goes_to_pytorch_and_back(finished, tmp_path):
@@ -297,7 +301,9 @@ def test_a_run_goes_to_pytorch_and_back(finished, tmp_path):
     assert "trained for 4 steps" in card and "multimodal forward" in card and '"drop_prob": 0.2' in card
     conversion.import_model(open_dreamllm(tmp_path / "out"), None, str(tmp_path / "back"), {})
     back = saved.find(str(tmp_path / "back"))
-    schedule = dataclasses.replace(back.config.schedule, scheduler="")  # the file that was exported, whole
+    schedule = dataclasses.replace(
+        back.config.image_decoder.schedule, scheduler=""
+    )  # the file that was exported, whole
     assert dataclasses.replace(back.config, remat=run.config.remat, schedule=schedule) == run.config
     got, want = (model.read(model.leaves()) for model in (back, run))
     assert got.keys() == want.keys()

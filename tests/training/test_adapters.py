@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("torch")
 
 LORA = {"rank": 2, "alpha": 3.0}
-ADAPTERS = [["llama/.*/lora_.", True], ["queries/.*", True], [".*", False]]
+ADAPTERS = [["language_model/.*/lora_.", True], ["dream_queries/.*", True], [".*", False]]
 
 
 def run(data: str, workdir: Path, lora: dict | None = None, begin: Path | None = None) -> None:
@@ -70,7 +70,7 @@ def test_only_adapters_and_queries_have_moved(trained):
     base, adapted = saved.find(str(trained / "base")), saved.find(str(trained / "adapted"))
     before, after = base.read(base.leaves()), adapted.read(adapted.leaves())
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
-    assert moved == {"queries/dream_queries"}
+    assert moved == {"dream_queries/embedding"}
     adapters = {path: leaf for path, leaf in after.items() if is_adapter(path)}
     assert len(adapters) == 14 and all(np.any(leaf) for leaf in adapters.values())
 
@@ -84,7 +84,7 @@ def test_what_is_exported_is_merged_and_verified(trained, tmp_path):
     assert all(one.passed for one in verify.compare(merged.config, merged.part, tmp_path / "hf"))
 
     base = saved.find(str(trained / "base"))
-    name = "llama/layers/mlp/up_proj/kernel"
+    name = "language_model/layers/mlp/up_proj/kernel"
     assert np.abs(merged.read([name])[name] - base.read([name])[name]).max() > 1e-3
 
 
@@ -119,4 +119,4 @@ def test_a_run_without_adapters_begins_with_the_merged_model(trained, data, tmp_
     run(data, tmp_path / "same", LORA, trained / "adapted")
     assert first_loss(tmp_path / "plain") == pytest.approx(first_loss(tmp_path / "same"), rel=1e-5)
     assert first_loss(tmp_path / "same") != pytest.approx(first_loss(trained / "adapted"), rel=1e-4)
-    assert load_run(tmp_path / "plain").model.config.llama.lora is None
+    assert load_run(tmp_path / "plain").model.config.language_model.lora is None

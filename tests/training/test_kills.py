@@ -49,7 +49,7 @@ def assert_ended_as(workdir, undisturbed) -> None:
         assert got.keys() == want.keys()
         for path in want:
             np.testing.assert_array_equal(got[path], want[path], err_msg=path)
-    assert (parameters(workdir)["queries/dream_queries"] != got["queries/dream_queries"]).any()
+    assert (parameters(workdir)["dream_queries/embedding"] != got["dream_queries/embedding"]).any()
 
 
 def kill(life: Life, phase: str, rng: random.Random) -> str:

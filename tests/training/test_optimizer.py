@@ -32,25 +32,29 @@ GROUPS = OptimizerConfig(
     weight_decay=0.3,
     clip_norm=0.0,
     ema_decay=0.5,
-    learning_rates=(("queries/.*", 5.0), ("llama/.*", 0.5), (".*", 2.0)),
-    layer_decays=(("llama/layers/.*", 0.9),),
+    learning_rates=(("dream_queries/.*", 5.0), ("language_model/.*", 0.5), (".*", 2.0)),
+    layer_decays=(("language_model/layers/.*", 0.9),),
 )
 
 
 def test_groups_have_learning_rates_of_their_own():
     """Each layer's and each group's updates are those of plain AdamW at the learning rate multiplied by hand."""
     rng = np.random.default_rng(0)
-    shapes = {"llama/layers/mlp/up_proj/kernel": (3, 2, 4), "llama/norm/scale": (4,), "queries/dream_queries": (2, 4)}
-    shapes["clip/layers/mlp/fc1/kernel"] = (2, 3, 3)
+    shapes = {
+        "language_model/layers/mlp/up_proj/kernel": (3, 2, 4),
+        "language_model/norm/scale": (4,),
+        "dream_queries/embedding": (2, 4),
+    }
+    shapes["vision_encoder/layers/mlp/fc1/kernel"] = (2, 3, 3)
     params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
     optimizer = make_optimizer(GROUPS, 10)
     state = optimizer.init(params)
 
-    rates = {("llama/layers/mlp/up_proj/kernel", i): 0.5 * 0.9 ** (2 - i) for i in range(3)}
+    rates = {("language_model/layers/mlp/up_proj/kernel", i): 0.5 * 0.9 ** (2 - i) for i in range(3)}
     rates |= {
-        ("llama/norm/scale", ...): 0.5,
-        ("queries/dream_queries", ...): 5.0,
-        ("clip/layers/mlp/fc1/kernel", ...): 2.0,
+        ("language_model/norm/scale", ...): 0.5,
+        ("dream_queries/embedding", ...): 5.0,
+        ("vision_encoder/layers/mlp/fc1/kernel", ...): 2.0,
     }
     alone = {}
     for (path, part), rate in rates.items():
@@ -73,12 +77,18 @@ def test_groups_have_learning_rates_of_their_own():
     ("changes", "message"),
     [
         ({"learning_rates": (("lama/.*", 2.0),)}, r"optimizer\.learning_rates: 'lama/\.\*' decides about no trained"),
-        ({"layer_decays": (("llama/layer/.*", 0.9),)}, r"optimizer\.layer_decays: 'llama/layer/\.\*' decides about no"),
-        ({"layer_decays": (("queries/.*", 0.9),)}, r"layer_decays: queries/dream_queries is matched, but is not of a"),
+        (
+            {"layer_decays": (("language_model/layer/.*", 0.9),)},
+            r"optimizer\.layer_decays: 'language_model/layer/\.\*' decides about no",
+        ),
+        (
+            {"layer_decays": (("dream_queries/.*", 0.9),)},
+            r"layer_decays: dream_queries/embedding is matched, but is not of a",
+        ),
     ],
     ids=str,
 )
 def test_a_group_of_nothing_is_refused(changes, message):
-    params = {"llama/layers/a": jnp.zeros((2, 3)), "queries/dream_queries": jnp.zeros((2, 4))}
+    params = {"language_model/layers/a": jnp.zeros((2, 3)), "dream_queries/embedding": jnp.zeros((2, 4))}
     with pytest.raises(ValueError, match=message):
         make_optimizer(OptimizerConfig(**changes), 10).init(params)

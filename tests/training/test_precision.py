@@ -13,13 +13,13 @@ from dreamllm_jax.layers import linear
 from dreamllm_jax.layers.lora import LoraConfig
 from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.interface import ObjectiveConfig
+from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.towers.language_models.decoder import rms_norm
 from dreamllm_jax.training.step import loss_and_gradients
 from tests.tiny import DREAM_SIZE, MLP, make_batch, random_document, row_shape, tiny_config, tiny_params
 
 ROWS, LENGTH, IMAGES = 2, 2048, 24
-OBJECTIVE = ObjectiveConfig(dm_weight=0.1, drop_prob=0.5, loss_chunk=512, image_chunk=16)
+OBJECTIVE = JointConfig(dm_weight=0.1, drop_prob=0.5, loss_chunk=512, image_chunk=16)
 
 
 def long_batch(config):
@@ -44,7 +44,7 @@ def plausible_params(config):
         name = path.rsplit("/", 1)[-1]
         if name in ("kernel", "lora_a", "lora_b"):
             inputs = np.prod(value.shape[1:-1] if "/layers/" in path else value.shape[:-1])
-            smaller = 0.1 if name == "lora_b" else 0.5 if re.search("clip/.*/[qk]_proj", path) else 1.0
+            smaller = 0.1 if name == "lora_b" else 0.5 if re.search("vision_encoder/.*/[qk]_proj", path) else 1.0
             value = rng.normal(size=value.shape) * inputs**-0.5 * smaller
         elif name == "scale":
             value = np.ones(value.shape)
@@ -56,9 +56,11 @@ def plausible_params(config):
 
 @pytest.mark.slow
 def test_every_gradient_of_the_joint_step_is_near_float32():
-    config = tiny_config(visual_projector=MLP, condition_projector=MLP)
-    llama = dataclasses.replace(config.llama, attention_bias=True, mlp_bias=True, lora=LoraConfig(rank=4, alpha=8.0))
-    config = dataclasses.replace(config, llama=llama)
+    config = tiny_config(visual_projector=MLP, connector=MLP)
+    llama = dataclasses.replace(
+        config.language_model, attention_bias=True, mlp_bias=True, lora=LoraConfig(rank=4, alpha=8.0)
+    )
+    config = dataclasses.replace(config, language_model=llama)
     batch, params = long_batch(config), plausible_params(config)
     draws = draw(jax.random.key(0), *batch.dream_slots.shape, config.latent_shape(DREAM_SIZE), 1000, OBJECTIVE)
 
@@ -69,7 +71,7 @@ def test_every_gradient_of_the_joint_step_is_near_float32():
 
     wide, narrow = gradients("float32"), gradients("bfloat16")
     towers = {name: _stacked(wide, narrow, f"{name}/") for name in ("clip", "unet")}
-    summed = ("llama/", "visual_projector/", "queries/")
+    summed = ("language_model/", "visual_projector/", "dream_queries/")
     errors = {path: _errors(wide[path], narrow[path]) for path in wide if path.startswith(summed)}
     assert not {path: error for path, error in errors.items() if error[0] > 0.02 or error[1] > 0.01}
     # Of the image towers, single small gradients are differences of large ones, which rounding blurs wherever sums are.

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.experiment.settings import OptimizerConfig, ParametersConfig
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.interface import ObjectiveConfig
+from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.parallel.feeding import rows_sharding, to_mesh
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
 from dreamllm_jax.training.optimizer import make_optimizer
@@ -20,9 +20,10 @@ from tests.parity import assert_same
 from tests.tiny import DREAM_SIZE, make_batch, random_rows, tiny_config, tiny_params
 
 CONFIG = tiny_config()
-OBJECTIVE = ObjectiveConfig(drop_prob=0.3, noise_offset=0.1)
+OBJECTIVE = JointConfig(drop_prob=0.3, noise_offset=0.1)
 FROZEN_TOWERS = ParametersConfig(
-    trainable=(("(llama|queries|.*projector)/.*", True), (".*", False)), frozen_dtype="float32"
+    trainable=(("(language_model|dream_queries|visual_projector|connector)/.*", True), (".*", False)),
+    frozen_dtype="float32",
 )
 # With a large epsilon a step is proportional to the gradient; near-signs would blow up the rounding of small ones.
 SETTINGS = OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.0, eps=1.0)

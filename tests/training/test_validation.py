@@ -14,8 +14,7 @@ from dreamllm_jax.data import storage
 from dreamllm_jax.experiment.experiment import read_experiment
 from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.interface import ObjectiveConfig
-from dreamllm_jax.objectives.joint import joint_loss
+from dreamllm_jax.objectives.joint import JointConfig, joint_loss
 from dreamllm_jax.parallel.feeding import rows_sharding
 from dreamllm_jax.parallel.mesh import make_mesh
 from dreamllm_jax.runs.start import start_run
@@ -29,7 +28,7 @@ TIMESTEPS = 1000
 
 def test_buckets_divide_the_timesteps():
     config = tiny_config()
-    draws = draw(jax.random.key(0), 8, 2, config.latent_shape(DREAM_SIZE), TIMESTEPS, ObjectiveConfig())
+    draws = draw(jax.random.key(0), 8, 2, config.latent_shape(DREAM_SIZE), TIMESTEPS, JointConfig())
     for buckets in (1, 3, 4):
         edges = [TIMESTEPS * edge // buckets for edge in range(buckets + 1)]
         moved = [validation.in_bucket(draws, i, buckets, TIMESTEPS).timesteps for i in range(buckets)]
@@ -43,9 +42,9 @@ def test_losses_are_the_objectives():
     config = tiny_config()
     model, params, key = DreamLLM(config), tiny_params(config), jax.random.key(1)
     state = TrainState(0, flatten_dict(params, sep="/"), None, {})
-    objective = ObjectiveConfig(drop_prob=0.5, snr_gamma=5.0, noise_offset=0.1, input_perturbation=0.1)
+    objective = JointConfig(drop_prob=0.5, snr_gamma=5.0, noise_offset=0.1, input_perturbation=0.1)
     batches = [make_batch(config, random_rows(config, seed)) for seed in (0, 1)]
-    plain = ObjectiveConfig()
+    plain = JointConfig()
     shape = config.latent_shape(DREAM_SIZE)
 
     def wanted(batch, number: int, bucket: int, buckets: int) -> dict[str, float]:
