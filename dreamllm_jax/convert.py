@@ -55,7 +55,7 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--to", required=True, help="directory to write, local or gs://")
     add.add_argument("--language-model", type=Path, help="such as Vicuna: a Hugging Face directory, or a .gguf file")
     add.add_argument(
-        "--vision-encoder", type=Path, help="such as CLIP, whole or vision tower only: likewise a directory"
+        "--vision-encoder", type=Path, help="such as CLIP, whole or its vision tower: likewise a directory"
     )
     add.add_argument("--image-decoder", type=Path, help="such as Stable Diffusion: a diffusers directory")
     add.add_argument("--dreamllm", type=Path, help="a checkpoint of the original program, instead of the three")

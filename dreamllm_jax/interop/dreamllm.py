@@ -148,7 +148,7 @@ def open_dreamllm(directory: Path, vision_encoder: Path | None = None, image_dec
     """A checkpoint of the original program.
 
     Args:
-      vision_encoder, image_decoder: directories of the towers, where those that `config.json` names are not to be found.
+      vision_encoder, image_decoder: directories of the towers, where those that `config.json` names are not found.
 
     Raises:
       FileNotFoundError, ValueError: naming every file or tensor that is missing, unexpected or wrongly shaped;
@@ -242,8 +242,8 @@ def write_dreamllm(
     }
     write_hf(directory, settings, hf_tensors(llama, found) | buffers, max_shard_size)
 
-    queries = {QUERIES_NAME: array[None] for array in tensors["dream_queries"].values()}
-    files.write_pickle(directory / f"{QUERIES}.bin", queries)
+    (queries,) = tensors["dream_queries"].values()
+    files.write_pickle(directory / f"{QUERIES}.bin", {QUERIES_NAME: queries[None]})
     for plugin, parts in ((VISION, VISION_PARTS), (HEAD, HEAD_PARTS)):
         named = {
             _name_in_plugin(prefix, config_of(config, part), name): tensor

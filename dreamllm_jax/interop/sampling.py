@@ -1,4 +1,4 @@
-"""Whether a scheduler's file samples as our image decoder says: both by diffusers' own classes, and our noise levels."""
+"""Whether a scheduler's file samples as our decoder says: both by diffusers' own classes, and our noise levels."""
 
 import contextlib
 import inspect

@@ -79,8 +79,8 @@ def compare(
 
     Args:
       config: our model.
-      params: gives one part of the parameter tree, such as "image_decoder/denoiser", as a nested dict of numpy arrays of
-        any float type.
+      params: gives one part of the parameter tree, such as "image_decoder/denoiser", as a nested dict of numpy arrays
+        of any float type.
       directory: a causal language model of transformers; or the folders of an image decoder, perhaps that of a vision
         encoder, of diffusers; or a checkpoint of the original program, whose towers' configurations are found as the
         import finds them.

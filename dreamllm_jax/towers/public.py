@@ -1,8 +1,8 @@
-"""How a tower is stored by the library that published it: a declaration in the tower's own file, which `interop` reads."""
+"""How a tower is stored by the library that published it: declared in the tower's own file, read by `interop`."""
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 # Names of the files of tensors, without their endings.
@@ -54,7 +54,7 @@ class PublicForm:
         return name if name.startswith(self.outside) else self.prefix + name
 
 
-def reader(classes: Sequence[type], settings: dict[str, Any]) -> type:
+def reader(classes: Sequence[type], settings: Mapping[str, Any]) -> type:
     """The configuration class that reads a config.json; the first of them for one that does not say what it is of.
 
     Raises:

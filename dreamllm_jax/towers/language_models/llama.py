@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dreamllm_jax.layers.rope import RopeScaling
 from dreamllm_jax.towers.language_models.decoder import DecoderConfig
-from dreamllm_jax.towers.public import PublicForm
+from dreamllm_jax.towers.public import PublicForm, reader
 
 # Settings of a config.json that would change the function computed here: name -> the one value that is supported.
 _SUPPORTED = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
@@ -43,10 +43,7 @@ class LlamaConfig(DecoderConfig):
         Raises:
           ValueError: naming a setting that is not supported.
         """
-        if config.get("model_type", "llama") not in cls.public.types:
-            raise ValueError(
-                f"model_type {config['model_type']!r} is not supported: expected one of {cls.public.types}"
-            )
+        reader((cls,), config)
         for name, value in _SUPPORTED.items():
             if config.get(name, value) not in (value, None):
                 raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")

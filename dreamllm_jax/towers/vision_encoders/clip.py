@@ -20,7 +20,7 @@ from dreamllm_jax.layers.linear import Conv, Dense, Embedding, spread
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
 from dreamllm_jax.parallel.mesh import constrain
-from dreamllm_jax.towers.public import PublicForm
+from dreamllm_jax.towers.public import PublicForm, reader
 
 Array = jax.Array
 
@@ -170,10 +170,7 @@ class ClipVisionConfig:
           ValueError: naming a setting that is not supported.
         """
         config = config.get("vision_config") or config
-        if config.get("model_type", "clip_vision_model") not in cls.public.types:
-            raise ValueError(
-                f"model_type {config['model_type']!r} is not supported: expected one of {cls.public.types}"
-            )
+        reader((cls,), config)
         for name, value in _SUPPORTED.items():
             if config.get(name, value) not in (value, None):
                 raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
