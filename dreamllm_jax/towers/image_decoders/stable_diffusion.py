@@ -80,7 +80,10 @@ class StableDiffusionConfig:
     kind: Literal["stable_diffusion"] = "stable_diffusion"
 
     # Its public form, a directory of diffusers: the classes whose folders it has, and the scheduler's file.
-    public_parts: ClassVar[Mapping[str, tuple[type, ...]]] = {"denoiser": (UNetConfig,), "autoencoder": (AutoencoderConfig,)}
+    public_parts: ClassVar[Mapping[str, tuple[type, ...]]] = {
+        "denoiser": (UNetConfig,),
+        "autoencoder": (AutoencoderConfig,),
+    }
     public_scheduler = "scheduler/scheduler_config.json"
     public_sampler = "DDIMScheduler"  # a class that samples by that file
     public_trainer = "DDPMScheduler"  # as which programs that train, the original among them, read any such file
