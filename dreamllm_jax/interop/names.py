@@ -26,7 +26,7 @@ _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 def torch_name(path: str, layer: int | None = None) -> str:
-    """`down_blocks_0/conv/kernel` -> `down_blocks.0.conv.weight`; in a scanned stack, `layer` counts those of all kinds."""
+    """`down_blocks_0/conv/kernel` -> `down_blocks.0.conv.weight`; `layer` counts all kinds of a scanned stack."""
     *modules, leaf = path.split("/")
     parts = []
     for module in modules:
