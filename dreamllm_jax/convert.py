@@ -1,6 +1,6 @@
 """Checkpoints from PyTorch to ours and back:
 
-python -m dreamllm_jax.convert import --llama=DIR --clip=DIR --diffusion=DIR --to=DIR
+python -m dreamllm_jax.convert import --language-model=DIR --vision-encoder=DIR --image-decoder=DIR --to=DIR
 python -m dreamllm_jax.convert import --dreamllm=DIR --to=DIR
 python -m dreamllm_jax.convert export --checkpoint=DIR[@STEP] --format=dreamllm --to=DIR
 python -m dreamllm_jax.convert verify --checkpoint=DIR[@STEP] --torch=DIR
@@ -16,25 +16,27 @@ from absl.flags import argparse_flags
 
 from dreamllm_jax import command_line
 from dreamllm_jax.checkpoints import saved
+from dreamllm_jax.common.recognise import FORMER_NAMES
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.assemble import assemble
-from dreamllm_jax.interop.clip import open_clip
-from dreamllm_jax.interop.conversion import DTYPES, PARTS, export_model, import_model
-from dreamllm_jax.interop.diffusion import open_diffusion
+from dreamllm_jax.interop.conversion import DTYPES, FORMATS, export_model, import_model
 from dreamllm_jax.interop.dreamllm import open_dreamllm
-from dreamllm_jax.interop.llama import open_llama
-from dreamllm_jax.interop.source import Source
+from dreamllm_jax.interop.image_decoder import open_image_decoder
+from dreamllm_jax.interop.language_model import open_language_model
+from dreamllm_jax.interop.source import PARTS, Source
+from dreamllm_jax.interop.vision_encoder import open_vision_encoder
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TOWERS = ("language_model", "vision_encoder", "image_decoder")
 
 # What is begun when towers are joined, by flag: the defaults.
 _FRESH = {
     "num_queries": 64,
-    "select_layer": -2,
+    "select_layer": None,
     "visual_projector": ProjectorConfig("linear"),
-    "condition_projector": ProjectorConfig("linear"),
+    "connector": ProjectorConfig("linear"),
     "visual_layernorm": False,
     "new_tokens": "normal",
     "seed": 0,
@@ -51,9 +53,11 @@ def parser() -> argparse_flags.ArgumentParser:
     add = commands.add_parser("import", help="PyTorch checkpoints -> a checkpoint of ours")
     add.set_defaults(main=_import, **_FRESH)
     add.add_argument("--to", required=True, help="directory to write, local or gs://")
-    add.add_argument("--llama", type=Path, help="LLaMA or Vicuna: a Hugging Face directory, or a .gguf file")
-    add.add_argument("--clip", type=Path, help="CLIP: a Hugging Face directory, whole or vision tower only")
-    add.add_argument("--diffusion", type=Path, help="Stable Diffusion: a diffusers directory")
+    add.add_argument("--language-model", type=Path, help="such as Vicuna: a Hugging Face directory, or a .gguf file")
+    add.add_argument(
+        "--vision-encoder", type=Path, help="such as CLIP, whole or its vision tower: likewise a directory"
+    )
+    add.add_argument("--image-decoder", type=Path, help="such as Stable Diffusion: a diffusers directory")
     add.add_argument("--dreamllm", type=Path, help="a checkpoint of the original program, instead of the three")
     add.add_argument("--tokenizer", type=Path, help="tokenizer, if not the one beside the language model")
     add.add_argument(
@@ -61,14 +65,15 @@ def parser() -> argparse_flags.ArgumentParser:
         type=_dtypes,
         default={},
         metavar="TYPE|PART:TYPE,...",
-        help="storage type of everything, or of parts such as llama:float32,unet:bfloat16; default: as it is stored",
+        help="storage type of everything, or of parts such as language_model:float32; default: as it is stored",
     )
+    _refuse_former_names(add, "llama", "clip", "diffusion", "condition_projector")
     add = add.add_argument_group("what is not in the three towers; not with --dreamllm")
     add.add_argument("--num-queries", type=command_line.positive, help="dream queries")
-    add.add_argument("--select-layer", type=int, help="hidden state of CLIP that is read")
+    add.add_argument("--select-layer", type=int, help="hidden state of the vision encoder that is read")
     kinds = {"type": _projector, "metavar": "linear|mlp:DEPTH|conv"}
-    add.add_argument("--visual-projector", **kinds, help="from CLIP to the language model")
-    add.add_argument("--condition-projector", **kinds, help="from the language model to the U-Net")
+    add.add_argument("--visual-projector", **kinds, help="from the vision encoder to the language model")
+    add.add_argument("--connector", **kinds, help="from the language model to the image decoder")
     add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
     add.add_argument("--new-tokens", choices=("normal", "mean"), help="embeddings of new tokens")
     add.add_argument("--seed", type=command_line.seed_number, help="of what begins at random")
@@ -76,7 +81,7 @@ def parser() -> argparse_flags.ArgumentParser:
     add = commands.add_parser("export", help="a checkpoint of ours -> PyTorch's formats")
     add.set_defaults(main=_export)
     add.add_argument("--checkpoint", required=True, metavar="DIR[@STEP]", help="imported model or run's directory")
-    add.add_argument("--format", required=True, choices=(*PARTS, "all"), help="all: a folder for each")
+    add.add_argument("--format", required=True, choices=(*FORMATS, "all"), help="all: a folder for each")
     add.add_argument("--to", required=True, help="local directory to write")
     add.add_argument("--dtype", choices=tuple(DTYPES), default="", help="type of all tensors; default: as stored")
     add.add_argument("--max-shard-size", type=_bytes, default=_bytes("5GB"), help="of one file, such as 5GB")
@@ -87,20 +92,39 @@ def parser() -> argparse_flags.ArgumentParser:
     add.set_defaults(main=_verify)
     add.add_argument("--checkpoint", required=True, metavar="DIR[@STEP]", help="imported model or run's directory")
     add.add_argument("--torch", required=True, type=Path, help="directory in one of the formats of export")
-    add.add_argument("--clip", type=Path, help="of dreamllm: CLIP's directory, if not where its config.json says")
-    add.add_argument("--diffusion", type=Path, help="of dreamllm: the diffusers directory, likewise")
+    add.add_argument("--vision-encoder", type=Path, help="of dreamllm: its directory, if not where config.json says")
+    add.add_argument("--image-decoder", type=Path, help="of dreamllm: the diffusers directory, likewise")
+    _refuse_former_names(add, "clip", "diffusion")
     return top
+
+
+class _Renamed(argparse.Action):
+    """A flag as it was called before."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        sys.exit(f"error: {option_string} is called {self.dest} now")
+
+
+def _refuse_former_names(parser: argparse.ArgumentParser, *names: str) -> None:
+    for name in names:
+        flag, now = (f"--{text.replace('_', '-')}" for text in (name, FORMER_NAMES[name]))
+        parser.add_argument(
+            flag, action=_Renamed, dest=now, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
 
 
 def _dtypes(text: str) -> dict[str, str]:
     chosen = {}
     for item in text.split(","):
         part, _, dtype = item.rpartition(":")
-        if dtype not in DTYPES or part not in ("", *PARTS["dreamllm"]):
+        if part in FORMER_NAMES:
+            raise argparse.ArgumentTypeError(f"{part!r} is called {FORMER_NAMES[part]} now")
+        parts = [name for name in PARTS if not part or f"{name}/".startswith(f"{part}/")]
+        if dtype not in DTYPES or not parts:
             raise argparse.ArgumentTypeError(
-                f"{item!r} is not PART:TYPE; parts are {', '.join(PARTS['dreamllm'])}, types {', '.join(DTYPES)}"
+                f"{item!r} is not PART:TYPE; parts are {', '.join(PARTS)}, types {', '.join(DTYPES)}"
             )
-        chosen |= dict.fromkeys([part] if part else PARTS["dreamllm"], dtype)
+        chosen |= dict.fromkeys(parts, dtype)
     return chosen
 
 
@@ -120,12 +144,12 @@ def _bytes(text: str) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    towers = {"--llama": arguments.llama, "--clip": arguments.clip, "--diffusion": arguments.diffusion}
+    towers = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in _TOWERS}
     missing = [flag for flag, value in towers.items() if value is None]
     if arguments.dreamllm is None and missing:
         raise ValueError(f"give {', '.join(missing)} as well, or --dreamllm=DIR")
-    if arguments.dreamllm is not None and arguments.llama is not None:
-        raise ValueError("--dreamllm has its own language model: leave out --llama")
+    if arguments.dreamllm is not None and arguments.language_model is not None:
+        raise ValueError("--dreamllm has its own language model: leave out --language-model")
     changed = [f"--{name.replace('_', '-')}" for name, value in _FRESH.items() if getattr(arguments, name) != value]
     if arguments.dreamllm is not None and changed:
         raise ValueError(f"--dreamllm has all of its parts: leave out {', '.join(changed)}")
@@ -134,28 +158,27 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
-    llama, clip = open_llama(arguments.llama), open_clip(arguments.clip, arguments.select_layer)
-    unet, vae, schedule = open_diffusion(arguments.diffusion)
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.llama)
-    _tell_of_rows(llama.config.vocab_size, tokenizer)
+    language_model = open_language_model(arguments.language_model)
+    vision_encoder = open_vision_encoder(arguments.vision_encoder, arguments.select_layer)
+    image_decoder = open_image_decoder(arguments.image_decoder)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.language_model)
+    _tell_of_rows(language_model.config.vocab_size, tokenizer)
     visual = dataclasses.replace(
         arguments.visual_projector,
         post_layernorm=arguments.visual_layernorm,
-        layer_norm_eps=clip.config.layer_norm_eps,
+        layer_norm_eps=vision_encoder.config.layer_norm_eps,
     )
     source = assemble(
-        llama,
-        clip,
-        unet,
-        vae,
-        schedule,
+        language_model,
+        vision_encoder,
+        image_decoder,
         special_tokens=tokenizer.special,
         vocab_size=tokenizer.vocab_size,
         new_tokens=tokenizer.new_tokens,
         init=arguments.new_tokens,
         num_queries=arguments.num_queries,
         visual_projector=visual,
-        condition_projector=arguments.condition_projector,
+        connector=arguments.connector,
         seed=arguments.seed,
     )
     return source, tokenizer
@@ -175,7 +198,7 @@ def _tell_of_rows(rows: int, tokenizer: Tokenizer) -> None:
 
 
 def _original(arguments: argparse.Namespace) -> tuple[Source, Tokenizer | None]:
-    source = open_dreamllm(arguments.dreamllm, clip=arguments.clip, diffusion=arguments.diffusion)
+    source = open_dreamllm(arguments.dreamllm, **{name: getattr(arguments, name) for name in _TOWERS[1:]})
     try:
         tokenizer = load_tokenizer(arguments.tokenizer or arguments.dreamllm)
     except FileNotFoundError as error:
@@ -192,7 +215,7 @@ def _original(arguments: argparse.Namespace) -> tuple[Source, Tokenizer | None]:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    formats = tuple(PARTS) if arguments.format == "all" else (arguments.format,)
+    formats = tuple(FORMATS) if arguments.format == "all" else (arguments.format,)
     passed = export_model(
         saved.find(arguments.checkpoint).merged(),
         arguments.to,
@@ -208,7 +231,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     checkpoint = saved.find(arguments.checkpoint).merged()
-    towers = {"clip": arguments.clip, "diffusion": arguments.diffusion}
+    towers = {name: getattr(arguments, name) for name in _TOWERS[1:]}
     differences = verify.compare(checkpoint.config, checkpoint.part, arguments.torch, towers=towers)
     print(verify.table(differences))
     if not all(difference.passed for difference in differences):

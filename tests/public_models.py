@@ -28,12 +28,12 @@ def tokenizer() -> Tokenizer:
 
 
 def save_towers(directory: Path, dtype: torch.dtype = torch.float32, **options: dict) -> dict[str, Path]:
-    """A LLaMA, a CLIP and a Stable Diffusion in folders of these names, and where they are, by the flags of `convert`.
+    """A LLaMA, a CLIP and a Stable Diffusion in folders named by their roles, and where they are, by `convert`'s flags.
 
     Args:
       options: those of one of the towers, by its name.
     """
-    saving = {"llama": save_llama, "clip": save_clip, "diffusion": save_diffusion}
+    saving = {"language_model": save_llama, "vision_encoder": save_clip, "image_decoder": save_diffusion}
     return {name: save(directory / name, dtype, **options.get(name, {})) for name, save in saving.items()}
 
 

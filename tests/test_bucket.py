@@ -182,7 +182,8 @@ def test_a_model_is_imported_into_a_bucket_and_exported_from_it(python, tmp_path
     from tests import public_models
 
     model = f"gs://{bucket.NAME}/model"
-    towers = [f"--{name}={path}" for name, path in public_models.save_towers(tmp_path).items()]
+    towers = public_models.save_towers(tmp_path)
+    towers = [f"--{name.replace('_', '-')}={path}" for name, path in towers.items()]
     come = ["import", *towers, f"--to={model}", "--num-queries=3"]
     go = ["export", f"--checkpoint={model}", f"--to={tmp_path / 'out'}", "--format=hf", "--no-check"]
     told = python("-c", CONVERT, *map(json.dumps, (come, come, go)))

@@ -11,6 +11,16 @@ from pathlib import Path
 from dreamllm_jax.common.directories import is_lfs_pointer
 
 MAX_NAMES = 10  # that a message lists
+# What parts of a model, and the flags that give them, were called by their first towers.
+FORMER_NAMES = {
+    "llama": "language_model",
+    "clip": "vision_encoder",
+    "diffusion": "image_decoder",
+    "unet": "image_decoder/denoiser",
+    "vae": "image_decoder/autoencoder",
+    "queries": "dream_queries",
+    "condition_projector": "connector",
+}
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 _UNQUANTISED = "quantised weights are not read: give the model that it was made from, in float16, bfloat16 or float32"
@@ -125,7 +135,7 @@ def _file(path: Path) -> str:
                 "diffusers' StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR) makes one"
             )
         case ".gguf":
-            return "a llama.cpp model: only --llama reads those"
+            return "a llama.cpp model: only --language-model reads those"
         case ".zip" | ".tar" | ".gz" | ".tgz" | ".7z":
             return "an archive: unpack it"
     return "a file: give the directory that it is in"
@@ -155,7 +165,7 @@ def _directory(path: Path) -> str:
         return _configured(path, _json(config), names)
     if "model_index.json" in names or {"unet", "vae"} <= names:
         kind = _json(path / "model_index.json").get("_class_name", "diffusion")
-        return f"a {kind} directory of diffusers: --diffusion takes Stable Diffusion's"
+        return f"a {kind} directory of diffusers: --image-decoder takes Stable Diffusion's"
     if steps := sorted(name for name in names if re.fullmatch(r"(checkpoint-|global_step)\d+", name)):
         return f"a trainer's directory of checkpoints: give one of them, such as {path / steps[-1]}"
     if files := sorted(path.glob("*.gguf")):

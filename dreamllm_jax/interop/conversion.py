@@ -17,24 +17,24 @@ from dreamllm_jax.checkpoints.saved import SavedModel, write_description, write_
 from dreamllm_jax.common.directories import building, is_remote, require_free, require_room
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.interop import verify
-from dreamllm_jax.interop.clip import write_clip
-from dreamllm_jax.interop.diffusion import write_diffusion
 from dreamllm_jax.interop.dreamllm import require_expressible, write_dreamllm
 from dreamllm_jax.interop.files import Scratch, import_torch
-from dreamllm_jax.interop.llama import write_llama
+from dreamllm_jax.interop.image_decoder import write_image_decoder
+from dreamllm_jax.interop.language_model import write_language_model
 from dreamllm_jax.interop.model_card import model_card
 from dreamllm_jax.interop.names import torch_tensors
-from dreamllm_jax.interop.source import Source
+from dreamllm_jax.interop.source import IMAGE_DECODER, PARTS, Source, config_of, split_path
+from dreamllm_jax.interop.vision_encoder import write_vision_encoder
 from dreamllm_jax.model import DreamLLMConfig
-from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
 
 _logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-PARTS = {
-    "dreamllm": ("llama", "queries", "clip", "visual_projector", "vae", "unet", "condition_projector"),
-    "hf": ("llama",),
-    "diffusers": ("clip", "vae", "unet"),
+# Format -> the parts of the model that it has.
+FORMATS = {
+    "dreamllm": PARTS,
+    "hf": ("language_model",),
+    "diffusers": ("vision_encoder", *(part for part in PARTS if part.startswith(f"{IMAGE_DECODER}/"))),
 }
 _GROUP_BYTES = 256 << 20  # parameters that are read from our checkpoint together, unless one alone is larger
 
@@ -100,7 +100,7 @@ def export_model(
 
     Args:
       to: the directory; of several formats, each has a folder of its name in it.
-      formats: of `PARTS`.
+      formats: of `FORMATS`.
       dtype: type of all tensors; empty to keep each as it is stored.
       location: where the export will be used if not at `to` (see `write_dreamllm`).
       check: compare with torch (`interop.verify`), and tell the figures in the model card.
@@ -120,7 +120,7 @@ def export_model(
         _require_expressible(saved.config, kind)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer.exists() else None
     _warn_of_tokenizer(tokenizer, formats)
-    parts = {part for kind in formats for part in PARTS[kind]}
+    parts = {part for kind in formats for part in FORMATS[kind]}
     leaves = {path: leaf for path, leaf in saved.leaves().items() if _part(path) in parts}
     types = {path: np.dtype(DTYPES[dtype] if dtype else leaf.dtype) for path, leaf in leaves.items()}
     sizes = {path: int(np.prod(leaf.shape)) * types[path].itemsize for path, leaf in leaves.items()}
@@ -138,10 +138,11 @@ def export_model(
                 folder.mkdir(exist_ok=True)
                 place = Path(location or to.absolute(), *folder.relative_to(directory).parts)
                 if kind == "hf":
-                    write_llama(folder, saved.config, tensors, max_shard_size)
+                    write_language_model(folder, saved.config, tensors, max_shard_size)
                 elif kind == "diffusers":
-                    write_diffusion(folder, saved.config, tensors, max_shard_size)
-                    write_clip(folder / "clip", saved.config, tensors, max_shard_size)
+                    write_image_decoder(folder, saved.config, tensors, max_shard_size)
+                    place = folder / saved.config.vision_encoder.public.folder
+                    write_vision_encoder(place, saved.config, tensors, max_shard_size)
                 else:
                     write_dreamllm(folder, saved.config, tensors, max_shard_size, str(place))
                 if tokenizer is not None and kind != "diffusers":
@@ -166,12 +167,18 @@ def _require_expressible(config: DreamLLMConfig, kind: str) -> None:
     if kind == "dreamllm":
         import_torch("--format=dreamllm")
         require_expressible(config)
-    if kind != "hf" and not isinstance(config.vae, AutoencoderConfig):
-        raise ValueError("a model that paints pixels without an autoencoder has no PyTorch format: only --format=hf")
+    for part in FORMATS[kind]:
+        tower = config_of(config, part)
+        if not hasattr(tower, "public"):
+            continue
+        if tower.public is None:
+            name = part.replace("/", ".")
+            raise ValueError(f"{name} of kind {tower.kind!r} has no PyTorch format: only --format=hf")
+        tower.to_public()
 
 
 def _part(path: str) -> str:
-    return path.split("/")[0]
+    return split_path(path)[0]
 
 
 def _torch_tensors(saved: SavedModel, sizes: Mapping[str, int]) -> Iterator[tuple[str, str, np.ndarray]]:
@@ -186,7 +193,7 @@ def _torch_tensors(saved: SavedModel, sizes: Mapping[str, int]) -> Iterator[tupl
             arrays = saved.read(group)
             while arrays:  # popped, so that nothing of one group is kept while the next is read
                 path, array = arrays.popitem()
-                for name, tensor in torch_tensors(path.split("/", 1)[1], array):
+                for name, tensor in torch_tensors(split_path(path)[1], array):
                     yield path, name, tensor
                     progress.update(tensor.size * sizes[path] // array.size)
                 del array, tensor
@@ -194,8 +201,8 @@ def _torch_tensors(saved: SavedModel, sizes: Mapping[str, int]) -> Iterator[tupl
 
 def _export_size(sizes: Mapping[str, int], formats: Sequence[str]) -> int:
     """Bytes of all files and of the scratch file; `dreamllm` holds the towers of `diffusers` twice."""
-    written = [part for kind in formats for part in PARTS[kind]]
-    written += PARTS["diffusers"] if "dreamllm" in formats else ()
+    written = [part for kind in formats for part in FORMATS[kind]]
+    written += FORMATS["diffusers"] if "dreamllm" in formats else ()
     return sum(size * (1 + written.count(_part(path))) for path, size in sizes.items())
 
 

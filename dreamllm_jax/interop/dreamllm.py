@@ -18,24 +18,23 @@ import numpy as np
 from dreamllm_jax.common import recognise
 from dreamllm_jax.data.vocabulary import ADDED_TOKENS, SpecialTokens
 from dreamllm_jax.interop import files
-from dreamllm_jax.interop.clip import PREFIX, clip_part, open_clip, read_clip_config, write_clip
-from dreamllm_jax.interop.diffusion import (
-    open_diffusion,
-    read_diffusion_configs,
-    rename_legacy_attention,
-    write_diffusion,
-)
 from dreamllm_jax.interop.files import Tensor
-from dreamllm_jax.interop.llama import hf_settings, hf_tensors, llama_part, write_hf
-from dreamllm_jax.interop.source import Source, join, split
+from dreamllm_jax.interop.image_decoder import open_image_decoder, read_decoder_config, write_image_decoder
+from dreamllm_jax.interop.language_model import hf_settings, hf_tensors, language_model_part, write_hf
+from dreamllm_jax.interop.source import Part, Source, config_of, join, split
+from dreamllm_jax.interop.vision_encoder import open_vision_encoder, read_vision_config, write_vision_encoder
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
-from dreamllm_jax.towers.language_models.llama import llama_config_from_hf
+from dreamllm_jax.towers.language_models.llama import LlamaConfig
 
 _logger = logging.getLogger(__name__)
 
 VISION, QUERIES, HEAD = "clip_vision_embedding", "dream_embedding", "stable_diffusion_head"
 _OLD = {VISION: "clip_vision_model_projector.pt", QUERIES: "dream_queries.pt", HEAD: "unet_projector.pt"}
+# What a plugin's file holds: beginnings of its names -> parts of ours. A projector's norm stands beside it.
+VISION_PARTS = {"clip_vision_model.": "vision_encoder", "projector.": "visual_projector"}
+HEAD_PARTS = {"vae.": "image_decoder/autoencoder", "unet.": "image_decoder/denoiser", "projector.": "connector"}
+NORM, QUERIES_NAME = "post_layernorm.", "dream_queries"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +44,8 @@ class _Layout:
     directory: Path
     settings: Mapping[str, Any]
     plugins: Mapping[str, Mapping[str, Any]]
-    clip: Path
-    diffusion: Path
+    vision_encoder: Path
+    image_decoder: Path
 
     def plugin(self, name: str) -> tuple[Path | None, Path | None]:
         """A plugin's file and that of older checkpoints: in this one itself, else where its settings name another."""
@@ -60,13 +59,14 @@ class _Layout:
 
 # Towers that a checkpoint refers to: the plugin and its setting that name the directory, and a file inside of it.
 _TOWERS = {
-    "clip": (VISION, "clip_vision_model_name_or_path", "config.json"),
-    "diffusion": (HEAD, "diffusion_name_or_path", "unet/config.json"),
+    "vision_encoder": (VISION, "clip_vision_model_name_or_path", "config.json"),
+    "image_decoder": (HEAD, "diffusion_name_or_path", "unet/config.json"),
 }
 
 
 def tower_directory(directory: Path, plugins: Mapping[str, Mapping], tower: str, given: Path | None = None) -> Path:
-    """The directory of a checkpoint's "clip" or "diffusion": the one that is given, or else what config.json names.
+    """The directory of a checkpoint's "vision_encoder" or "image_decoder": the one that is given, or else what
+    config.json names.
 
     Raises:
       FileNotFoundError: there is none.
@@ -79,7 +79,7 @@ def tower_directory(directory: Path, plugins: Mapping[str, Mapping], tower: str,
             return candidate
     raise FileNotFoundError(
         f"{directory}/config.json refers to {name!r} ({key}), and no {inside} is found in "
-        f"{', '.join(map(str, candidates)) or 'any directory'}: name the directory with --{tower}"
+        f"{', '.join(map(str, candidates)) or 'any directory'}: name the directory with --{tower.replace('_', '-')}"
     )
 
 
@@ -93,7 +93,7 @@ def _places(directory: Path, name: str | None) -> list[Path]:
     return [directory / Path(name).name, directory / name, Path(name), directory.parent / Path(name).name]
 
 
-def _layout(directory: Path, clip: Path | None, diffusion: Path | None) -> _Layout:
+def _layout(directory: Path, given: Mapping[str, Path | None]) -> _Layout:
     recognise.require(directory, "config.json")
     settings = files.read_config(directory / "config.json", dict)
     if settings.get("model_type") != "dreamllm":
@@ -102,29 +102,27 @@ def _layout(directory: Path, clip: Path | None, diffusion: Path | None) -> _Layo
     if missing := [name for name in (VISION, QUERIES, HEAD) if name not in plugins]:
         raise ValueError(f"{directory}/config.json: plugins_init_kwargs has no {', '.join(missing)}")
 
-    towers = [tower_directory(directory, plugins, *one) for one in (("clip", clip), ("diffusion", diffusion))]
-    return _Layout(directory, settings, plugins, *towers)
+    towers = {tower: tower_directory(directory, plugins, tower, given.get(tower)) for tower in _TOWERS}
+    return _Layout(directory, settings, plugins, **towers)
 
 
 def _config(layout: _Layout) -> DreamLLMConfig:
     """The model described by a checkpoint's `config.json` and the towers' configurations it refers to."""
     vision, head, queries = (layout.plugins[name] for name in (VISION, HEAD, QUERIES))
-    clip = read_clip_config(layout.clip, vision.get("select_layer", -2))
-    unet, vae, schedule = read_diffusion_configs(layout.diffusion)
+    encoder = read_vision_config(layout.vision_encoder, vision.get("select_layer"))
+    decoder = read_decoder_config(layout.image_decoder)
     try:
         return DreamLLMConfig(
-            llama=llama_config_from_hf(layout.settings),
-            clip=clip,
-            vae=vae,
-            unet=unet,
-            schedule=schedule,
+            language_model=LlamaConfig.from_public(layout.settings),
+            vision_encoder=encoder,
+            image_decoder=decoder,
             visual_projector=_projector(
                 VISION,
                 vision,
                 post_layernorm=vision.get("use_additional_post_layernorm", False),
-                layer_norm_eps=clip.layer_norm_eps,
+                layer_norm_eps=encoder.layer_norm_eps,
             ),
-            condition_projector=_projector(HEAD, head),
+            connector=_projector(HEAD, head),
             num_queries=queries.get("num_dream_queries", 64),
             special_tokens=_special_tokens(layout.settings.get("special_tokens2ids_dict", {})),
         )
@@ -146,23 +144,29 @@ def _special_tokens(ids: Mapping[str, Any]) -> SpecialTokens:
     return SpecialTokens.of(ids["<s>"], ids["</s>"], ids)
 
 
-def open_dreamllm(directory: Path, clip: Path | None = None, diffusion: Path | None = None) -> Source:
+def open_dreamllm(directory: Path, vision_encoder: Path | None = None, image_decoder: Path | None = None) -> Source:
     """A checkpoint of the original program.
 
     Args:
-      clip, diffusion: directories of the towers, where those that `config.json` names are not to be found.
+      vision_encoder, image_decoder: directories of the towers, where those that `config.json` names are not found.
 
     Raises:
       FileNotFoundError, ValueError: naming every file or tensor that is missing, unexpected or wrongly shaped;
         ImportError without PyTorch, for the plugin files are pickles.
     """
-    layout = _layout(directory, clip, diffusion)
+    layout = _layout(directory, {"vision_encoder": vision_encoder, "image_decoder": image_decoder})
     config = _config(layout)
-    llama = llama_part(config.llama, files.open_model(directory, "model", "pytorch_model"), directory)
+    stems = config.language_model.public.stems
+    language = language_model_part(config.language_model, files.open_model(directory, *stems), directory)
     vision, left_out = _vision(layout, config)
-    parts = {"llama": llama.tensors, "queries": _queries(layout), **vision, **_head(layout)}
+    parts = {
+        "language_model": language.tensors,
+        "dream_queries": _queries(layout),
+        **vision,
+        **_head(layout, config),
+    }
     try:
-        source = join(config, parts, llama.left_out + left_out)
+        source = join(config, parts, language.left_out + left_out)
     except ValueError as error:
         raise ValueError(f"{directory} and its config.json: {error}") from None
     return dataclasses.replace(source, tokenizer=directory)
@@ -180,29 +184,30 @@ def _queries(layout: _Layout) -> dict[str, Tensor]:
         return dataclasses.replace(tensor, shape=tensor.shape[1:], read=lambda: tensor.read()[0])
 
     # In the old file stands the parameter itself, which has no name.
-    return {name or "dream_queries": first(tensor) for name, tensor in files.open_tensors(old or new).items()}
+    found = {name or QUERIES_NAME: first(tensor) for name, tensor in files.open_tensors(old or new).items()}
+    return {"weight" if name == QUERIES_NAME else name: tensor for name, tensor in found.items()}
 
 
 def _vision(layout: _Layout, config: DreamLLMConfig) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
     path, old = layout.plugin(VISION)
     if path:
-        prefixes = {"clip_vision_model.": "clip", "projector.": "projector", "post_layernorm.": "norm"}
-        found = split(files.open_tensors(path), prefixes, path.name)
-        clip = clip_part(config.clip, found["clip"])
-        norm = {f"post_layernorm.{name}": tensor for name, tensor in found["norm"].items()}
-        return {"clip": clip.tensors, "visual_projector": found["projector"] | norm}, clip.left_out
-    clip = open_clip(layout.clip, config.clip.select_layer)
-    return {"clip": clip.tensors, "visual_projector": files.open_tensors(old)}, clip.left_out
+        found = split(files.open_tensors(path), {**VISION_PARTS, NORM: NORM}, path.name)
+        encoder = Part.of(config.vision_encoder, found["vision_encoder"])
+        projector = found["visual_projector"] | {NORM + name: tensor for name, tensor in found[NORM].items()}
+    else:
+        encoder = open_vision_encoder(layout.vision_encoder, config.vision_encoder.select_layer)
+        projector = files.open_tensors(old)
+    return {"vision_encoder": encoder.tensors, "visual_projector": projector}, encoder.left_out
 
 
-def _head(layout: _Layout) -> dict[str, dict[str, Tensor]]:
+def _head(layout: _Layout, config: DreamLLMConfig) -> dict[str, dict[str, Tensor]]:
     path, old = layout.plugin(HEAD)
     if path:
-        prefixes = {"vae.": "vae", "unet.": "unet", "projector.": "condition_projector"}
-        found = split(files.open_tensors(path), prefixes, path.name)
-        return {**found, "vae": rename_legacy_attention(found["vae"])}
-    unet, vae, _ = open_diffusion(layout.diffusion)
-    return {"unet": unet.tensors, "vae": vae.tensors, "condition_projector": files.open_tensors(old)}
+        found = split(files.open_tensors(path), HEAD_PARTS, path.name)
+        towers = {part: Part.of(config_of(config, part), found[part]) for part in found if part != "connector"}
+        return {"connector": found["connector"], **{part: tower.tensors for part, tower in towers.items()}}
+    _, towers = open_image_decoder(layout.image_decoder)
+    return {"connector": files.open_tensors(old), **{part: tower.tensors for part, tower in towers.items()}}
 
 
 def write_dreamllm(
@@ -223,9 +228,8 @@ def write_dreamllm(
       ValueError: naming a setting that the original program does not know.
     """
     require_expressible(config)
-    llama = config.llama
-    dtype = tensors["llama"]["embed_tokens.weight"].dtype
-    settings = hf_settings(llama, config.special_tokens, str(dtype))
+    llama, found = config.language_model, tensors["language_model"]
+    settings = hf_settings(llama, config.special_tokens, str(found["embed_tokens.weight"].dtype))
     del settings["mlp_bias"], settings["head_dim"]
     if llama.rope_scaling is not None:
         settings["rope_scaling"] = {"type": llama.rope_scaling.rope_type, "factor": llama.rope_scaling.factor}
@@ -236,41 +240,53 @@ def write_dreamllm(
         f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": unscaled.rope_frequencies(1)
         for layer in range(llama.num_hidden_layers)
     }
-    write_hf(directory, settings, hf_tensors(tensors["llama"]) | buffers, max_shard_size)
+    write_hf(directory, settings, hf_tensors(llama, found) | buffers, max_shard_size)
 
-    queries = {name: array[None] for name, array in tensors["queries"].items()}
-    files.write_pickle(directory / f"{QUERIES}.bin", queries)
-    vision = {f"clip_vision_model.{PREFIX}{name}": tensor for name, tensor in tensors["clip"].items()}
-    for name, tensor in tensors["visual_projector"].items():
-        vision[name if name.startswith("post_layernorm.") else f"projector.{name}"] = tensor
-    files.write_pickle(directory / f"{VISION}.bin", vision)
-    head = {
-        f"{prefix}.{name}": tensor
-        for prefix, part in (("vae", "vae"), ("unet", "unet"), ("projector", "condition_projector"))
-        for name, tensor in tensors[part].items()
-    }
-    files.write_pickle(directory / f"{HEAD}.bin", head)
+    (queries,) = tensors["dream_queries"].values()
+    files.write_pickle(directory / f"{QUERIES}.bin", {QUERIES_NAME: queries[None]})
+    for plugin, parts in ((VISION, VISION_PARTS), (HEAD, HEAD_PARTS)):
+        named = {
+            _name_in_plugin(prefix, config_of(config, part), name): tensor
+            for prefix, part in parts.items()
+            for name, tensor in tensors[part].items()
+        }
+        files.write_pickle(directory / f"{plugin}.bin", named)
 
-    write_clip(directory / "clip", config, tensors, max_shard_size)
-    write_diffusion(directory / "diffusion", config, tensors, max_shard_size)
+    write_vision_encoder(directory / "clip", config, tensors, max_shard_size)
+    write_image_decoder(directory / "diffusion", config, tensors, max_shard_size)
+
+
+def _name_in_plugin(prefix: str, tower: Any, name: str) -> str:
+    if isinstance(tower, ProjectorConfig):
+        return name if name.startswith(NORM) else prefix + name
+    return prefix + tower.public.theirs(name)
 
 
 def require_expressible(config: DreamLLMConfig) -> None:
     """Raises ValueError naming a setting that the original program does not know."""
-    llama, scaling = config.llama, config.llama.rope_scaling
-    for problem, name in (
-        (llama.mlp_bias, "llama.mlp_bias"),
-        (llama.head_dim * llama.num_attention_heads != llama.hidden_size, f"llama.head_dim={llama.head_dim}"),
-        (scaling and scaling.rope_type not in ("linear", "dynamic"), "llama.rope_scaling of type llama3"),
-        (config.condition_projector.post_layernorm, "condition_projector.post_layernorm"),
-        (
-            config.visual_projector.post_layernorm
-            and config.visual_projector.layer_norm_eps != config.clip.layer_norm_eps,
-            "visual_projector.layer_norm_eps other than clip.layer_norm_eps",
-        ),
-    ):
-        if problem:
-            raise ValueError(f"the original program has no {name}: export with --format=hf or diffusers")
+    llama, encoder, projector = config.language_model, config.vision_encoder, config.visual_projector
+    kinds = {
+        "language_model": (llama, ("llama",)),
+        "vision_encoder": (encoder, ("clip",)),
+        "visual_projector": (projector, ("linear", "mlp", "conv")),
+        "connector": (config.connector, ("linear", "mlp", "conv")),
+        "image_decoder": (config.image_decoder, ("stable_diffusion",)),
+    }
+    problems = [f"{role} of kind {tower.kind!r}" for role, (tower, known) in kinds.items() if tower.kind not in known]
+    if not problems:
+        scaling = llama.rope_scaling
+        checks = {
+            "language_model.mlp_bias": llama.mlp_bias,
+            f"language_model.head_dim={llama.head_dim}": llama.head_dim * llama.num_attention_heads
+            != llama.hidden_size,
+            "language_model.rope_scaling of type llama3": scaling and scaling.rope_type not in ("linear", "dynamic"),
+            "connector.post_layernorm": config.connector.post_layernorm,
+            "visual_projector.layer_norm_eps other than vision_encoder.layer_norm_eps": projector.post_layernorm
+            and projector.layer_norm_eps != encoder.layer_norm_eps,
+        }
+        problems = [name for name, problem in checks.items() if problem]
+    if problems:
+        raise ValueError(f"the original program has no {problems[0]}: export with --format=hf or diffusers")
 
 
 def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
@@ -280,7 +296,7 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
     def plugin(kind: str, **settings) -> dict[str, Any]:
         return {
             "_target_": f"omni.models.dreamllm.modeling_plugins.{kind}",
-            "embed_hidden_size": config.llama.hidden_size,
+            "embed_hidden_size": config.language_model.hidden_size,
             "pretrained_model_name_or_path": None,
             **settings,
         }
@@ -293,7 +309,7 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
             VISION: plugin(
                 "CLIPVisionEmbedding",
                 clip_vision_model_name_or_path=str(Path(location, "clip")),
-                select_layer=config.clip.select_layer,
+                select_layer=config.vision_encoder.select_layer,
                 use_additional_post_layernorm=config.visual_projector.post_layernorm,
                 freeze_clip_vision_model=True,
                 freeze_embedding_layers=True,
@@ -307,7 +323,7 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
                 freeze_unet=True,
                 freeze_vae=True,
                 local_files_only=True,
-                **projector(config.condition_projector),
+                **projector(config.connector),
             ),
         },
         "plugins_type": {VISION: "embedding", QUERIES: "embedding", HEAD: "head"},

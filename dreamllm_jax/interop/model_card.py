@@ -5,29 +5,18 @@ import json
 from dreamllm_jax import __version__
 from dreamllm_jax.checkpoints.saved import CONFIG_FILE, MODEL, SavedModel
 from dreamllm_jax.interop import verify
+from dreamllm_jax.interop.image_decoder import public_parts
+from dreamllm_jax.model import DreamLLMConfig
 
-_LOADING = {
-    "dreamllm": """from transformers import LlamaTokenizer
+_ORIGINAL = """from transformers import LlamaTokenizer
 from omni.models.dreamllm.modeling_dreamllm import DreamLLMForCausalMLM
 
 tokenizer = LlamaTokenizer.from_pretrained(path, padding_side="right")
-model = DreamLLMForCausalMLM.from_pretrained(path, tokenizer=tokenizer, reset_plugin_model_name_or_path=True)""",
-    "hf": """from transformers import AutoTokenizer, LlamaForCausalLM
-
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = LlamaForCausalLM.from_pretrained(path)""",
-    "diffusers": """from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPVisionModel
-
-unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
-vae = AutoencoderKL.from_pretrained(path, subfolder="vae")
-scheduler = DDIMScheduler.from_pretrained(path, subfolder="scheduler")
-image_encoder = CLIPVisionModel.from_pretrained(path + "/clip")""",
-}
+model = DreamLLMForCausalMLM.from_pretrained(path, tokenizer=tokenizer, reset_plugin_model_name_or_path=True)"""
 _WHAT = {
     "dreamllm": "A DreamLLM in the format of the [original program](https://github.com/RunpeiDong/DreamLLM)",
     "hf": "The language model of a DreamLLM",
-    "diffusers": "The diffusion model and the image encoder of a DreamLLM",
+    "diffusers": "The image decoder and the vision encoder of a DreamLLM",
 }
 
 
@@ -56,7 +45,7 @@ tags: [dreamllm]
 {_WHAT[kind]} ([arXiv 2309.11499](https://arxiv.org/abs/2309.11499)), {trained}, written by dreamllm_jax {__version__}.
 
 ```python
-{_LOADING[kind]}
+{_loading(saved.config, kind)}
 ```
 
 ## Checked
@@ -69,3 +58,28 @@ tags: [dreamllm]
 {json.dumps(settings, indent=2)}
 ```
 """
+
+
+def _loading(config: DreamLLMConfig, kind: str) -> str:
+    """How an export is loaded."""
+    if kind == "dreamllm":
+        return _ORIGINAL
+    if kind == "hf":
+        cls = config.language_model.public.torch_class
+        return f"""from transformers import AutoTokenizer, {cls}
+
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = {cls}.from_pretrained(path)"""
+    sampler, vision = config.image_decoder.public_sampler, config.vision_encoder.public
+    forms = [tower.public for tower in public_parts(config.image_decoder).values()]
+    classes = sorted([sampler, *(form.torch_class for form in forms)])
+    loads = [f'{form.folder} = {form.torch_class}.from_pretrained(path, subfolder="{form.folder}")' for form in forms]
+    return "\n".join(
+        [
+            f"from diffusers import {', '.join(classes)}",
+            f"from transformers import {vision.torch_class}\n",
+            *loads,
+            f'scheduler = {sampler}.from_pretrained(path, subfolder="scheduler")',
+            f'vision_encoder = {vision.torch_class}.from_pretrained(path + "/{vision.folder}")',
+        ]
+    )

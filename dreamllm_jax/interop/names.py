@@ -2,7 +2,8 @@
 
 Our modules are named as their PyTorch counterparts, so one mechanical rule serves every tower: dots become slashes, the
 index of a module list is fused with its name (`resnets.1` -> `resnets_1`), a scanned stack drops the index and gains a
-leading layer axis, and `weight` is called `kernel`, `scale` or `embedding` by what it is.
+leading layer axis, and `weight` is called `kernel`, `scale` or `embedding` by what it is. Where layers of several kinds
+alternate, each kind has a stack: entry r of `layers/1_of_6` is layer 6 r + 1.
 """
 
 import dataclasses
@@ -20,16 +21,19 @@ SCANNED = "layers"
 _LISTED = re.compile(
     r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|net|projector)_(\d+)$"
 )
+_KIND = re.compile(r"^(\d+)_of_(\d+)$")
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 def torch_name(path: str, layer: int | None = None) -> str:
-    """`down_blocks_0/conv/kernel` -> `down_blocks.0.conv.weight`; the scanned stack's index is `layer`."""
+    """`down_blocks_0/conv/kernel` -> `down_blocks.0.conv.weight`; `layer` counts all kinds of a scanned stack."""
     *modules, leaf = path.split("/")
     parts = []
     for module in modules:
         if module == SCANNED and layer is not None:
             parts.append(f"{SCANNED}.{layer}")
+        elif _KIND.match(module):
+            continue  # what `_sources` counts by
         elif match := _LISTED.match(module):
             parts.append(f"{match[1]}.{match[2]}")
         else:
@@ -57,7 +61,11 @@ def _is_scanned(path: str) -> bool:
 
 def _sources(path: str, shape: tuple[int, ...]) -> list[str]:
     """The torch tensors one of our leaves is made of: one, or one a layer."""
-    return [torch_name(path, layer) for layer in range(shape[0])] if _is_scanned(path) else [torch_name(path)]
+    if not _is_scanned(path):
+        return [torch_name(path)]
+    match = next(filter(None, map(_KIND.match, path.split("/"))), None)
+    kind, kinds = map(int, match.groups()) if match else (0, 1)
+    return [torch_name(path, repeat * kinds + kind) for repeat in range(shape[0])]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whether a scheduler's file samples as our schedule says: both by diffusers' own classes, and our noise levels."""
+"""Whether a scheduler's file samples as our decoder says: both by diffusers' own classes, and our noise levels."""
 
 import contextlib
 import inspect
@@ -8,33 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from dreamllm_jax.diffusion.schedule import (
-    ScheduleConfig,
-    alphas_cumprod,
-    schedule_config_from_diffusers,
-    schedule_config_to_diffusers,
-)
 from dreamllm_jax.interop.files import read_config, read_json
+from dreamllm_jax.towers.registry import ImageDecoderConfig
 
 STEPS = 20
-_READ_AS = "DDPMScheduler"  # by the original program, whatever the file says
 
 
-def compare_sampling(schedule: ScheduleConfig, file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def compare_sampling(decoder: ImageDecoderConfig, file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What comes of our schedule and of a `scheduler_config.json`.
 
     Returns:
-      Name -> ours, theirs: the noise levels; and of the scheduler's own class and of the one that the original program
-      reads it as, the timesteps and the latents of some steps with a stand-in for a model.
+      Name -> ours, theirs: the noise levels; and of the scheduler's own class and of the one that programs which train
+      read it as, the timesteps and the latents of some steps with a stand-in for a model.
 
     Raises:
       ValueError: the file is of another noise process, naming the setting.
     """
-    read_config(file, schedule_config_from_diffusers)
-    ours, theirs = schedule_config_to_diffusers(schedule), read_json(file)
-    found = {"noise levels": (alphas_cumprod(schedule), _scheduler(theirs, "").alphas_cumprod.numpy())}
-    for kind in dict.fromkeys(("", _READ_AS)):
-        one, other = _trajectory(_scheduler(ours, kind)), _trajectory(_scheduler(theirs, kind))
+    parts, trainer = {part: getattr(decoder, part) for part in decoder.public_parts}, decoder.public_trainer
+    read_config(file, lambda settings: decoder.from_public(parts, settings))
+    ours, theirs = decoder.to_public_scheduler(), read_json(file)
+    own = theirs.get("_class_name", trainer)
+    levels = decoder.public_noise_levels(_scheduler(theirs, own))
+    found = {"noise levels": (decoder.noise_levels, levels)}
+    for kind in ("", trainer):
+        one = _trajectory(_scheduler(ours, kind or ours.get("_class_name", trainer)))
+        other = _trajectory(_scheduler(theirs, kind or own))
         for name in one.keys() & other.keys():
             found[f"{name} {kind}".strip()] = one[name], other[name]
     return found
@@ -47,7 +45,7 @@ def _scheduler(settings: Mapping[str, Any], kind: str):
     verbosity = diffusers.logging.get_verbosity()
     diffusers.logging.set_verbosity_error()
     try:
-        return getattr(diffusers, kind or settings.get("_class_name", _READ_AS)).from_config(dict(settings))
+        return getattr(diffusers, kind).from_config(dict(settings))
     finally:
         diffusers.logging.set_verbosity(verbosity)
 

@@ -10,9 +10,35 @@ import flax.linen as nn
 import jax
 
 from dreamllm_jax.common import recognise
-from dreamllm_jax.interop.files import Tensor
+from dreamllm_jax.interop.files import Tensor, open_model
 from dreamllm_jax.interop.names import Leaf, arrange
 from dreamllm_jax.model import DreamLLMConfig, abstract_params
+
+IMAGE_DECODER = "image_decoder"  # which is of several parts
+# Parts of the parameter tree, each by its path.
+PARTS = (
+    "language_model",
+    "dream_queries",
+    "vision_encoder",
+    "visual_projector",
+    f"{IMAGE_DECODER}/autoencoder",
+    f"{IMAGE_DECODER}/denoiser",
+    "connector",
+)
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """The part that a parameter is of, and its path there."""
+    names = path.split("/")
+    count = 2 if names[0] == IMAGE_DECODER else 1
+    return "/".join(names[:count]), "/".join(names[count:])
+
+
+def config_of(config: DreamLLMConfig, part: str) -> Any:
+    """The configuration of a part of the model; None for dream queries, which have none."""
+    for name in part.split("/"):
+        config = getattr(config, name, None)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +56,18 @@ class Part:
     tensors: dict[str, Tensor]
     left_out: tuple[str, ...] = ()
     where: Path | None = None
+
+    @classmethod
+    def of(cls, config: Any, tensors: Mapping[str, Tensor], where: Path | None = None) -> "Part":
+        """The part of these tensors of its public class."""
+        names = {name: config.public.ours(name) for name in tensors}
+        left_out = tuple(name for name, ours in names.items() if ours is None)
+        return cls(config, {ours: tensors[name] for name, ours in names.items() if ours is not None}, left_out, where)
+
+    @classmethod
+    def open(cls, config: Any, directory: Path) -> "Part":
+        """The part in a directory that its public class wrote; errors as of `files.open_model`."""
+        return cls.of(config, open_model(directory, *config.public.stems), directory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +106,14 @@ def join(
     """Accounts for every tensor of every part of the model.
 
     Args:
-      parts: top-level name of the parameter tree, such as "llama" -> torch name -> tensor.
-      where: the same name -> where it came from, for messages.
+      parts: path of a part of the parameter tree, such as "image_decoder/denoiser" -> torch name -> tensor.
+      where: the same path -> where it came from, for messages.
 
     Raises:
       ValueError: listing what is missing, unexpected or wrongly shaped, part by part.
     """
     leaves, problems = {}, []
-    for name, template in nn.unbox(abstract_params(config)).items():
+    for name, template in _templates(config).items():
         try:
             found = arrange(template, parts.get(name, {}))
         except ValueError as error:
@@ -87,6 +125,13 @@ def join(
     if problems:
         raise ValueError("\n".join(problems))
     return Source(config, leaves, left_out=left_out)
+
+
+def _templates(config: DreamLLMConfig) -> dict[str, Mapping]:
+    """Part -> the shapes of its parameters."""
+    tree = nn.unbox(abstract_params(config))
+    inner = {f"{IMAGE_DECODER}/{name}": part for name, part in tree.pop(IMAGE_DECODER).items()}
+    return tree | inner
 
 
 def split(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str], where: str) -> dict[str, dict[str, Tensor]]:

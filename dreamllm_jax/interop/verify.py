@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from dreamllm_jax.interop import torch_modules
-from dreamllm_jax.interop.files import import_torch
+from dreamllm_jax.interop import dreamllm_modules, torch_modules
+from dreamllm_jax.interop.dreamllm import tower_directory
+from dreamllm_jax.interop.files import import_torch, read_config
 from dreamllm_jax.interop.sampling import compare_sampling
+from dreamllm_jax.interop.source import config_of
 from dreamllm_jax.model import DreamLLM, DreamLLMConfig, take
+from dreamllm_jax.towers.condition import Condition
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 FLOAT32_LIMIT = 1e-5
 ROUNDING_FACTOR, BFLOAT16_LIMIT = 2.0, 1e-3
+
+DENOISER, AUTOENCODER = "image_decoder/denoiser", "image_decoder/autoencoder"
 
 Values = dict[str, np.ndarray]  # the inputs, and "tower/output" as they are computed; float32 or int32
 
@@ -38,7 +44,7 @@ class Difference:
     """How far a tower of ours is from torch's; of several outputs, that of the one nearest to its limit or past it.
 
     Attributes:
-      tower: "language model", "image encoder", "denoiser", "autoencoder", "multimodal forward" or "scheduler".
+      tower: "language model", "vision encoder", "denoiser", "autoencoder", "multimodal forward" or "scheduler".
       dtype: what ours computed in, "float32" or "bfloat16"; "any" of the scheduler, which has no weights.
       largest: largest absolute difference from torch's float32 result (or float64, see `compare`).
       relative: L2 norm of the difference / L2 norm of that result.
@@ -73,11 +79,13 @@ def compare(
 
     Args:
       config: our model.
-      params: gives one part of the parameter tree, such as "llama", as a nested dict of numpy arrays of any float type.
-      directory: `LlamaForCausalLM` of transformers; or the folders `unet` and `vae`, perhaps `clip`, of diffusers; or a
-        checkpoint of the original program, whose towers' configurations are found as the import finds them.
+      params: gives one part of the parameter tree, such as "image_decoder/denoiser", as a nested dict of numpy arrays
+        of any float type.
+      directory: a causal language model of transformers; or the folders of an image decoder, perhaps that of a vision
+        encoder, of diffusers; or a checkpoint of the original program, whose towers' configurations are found as the
+        import finds them.
       dtypes: "float32", "bfloat16" or both.
-      towers: see `torch_modules.loaders`.
+      towers: see `dreamllm_modules.loaders`.
 
     Returns:
       A difference for each tower and type. "multimodal forward" is the logits and the condition for one sequence of
@@ -90,7 +98,7 @@ def compare(
         unexpected or of the wrong shape.
     """
     import_torch("verifying")
-    loaders = torch_modules.loaders(config, Path(directory), towers)
+    loaders, scheduler = _torch_side(config, Path(directory), towers)
     inputs = _inputs(config)
     theirs = {dtype: dict(inputs) for dtype in ("float32", *dtypes)}
     ours = {dtype: dict(inputs) for dtype in dtypes}
@@ -117,11 +125,30 @@ def compare(
         for dtype in dtypes:
             found = [_difference(tower, name, dtype, ours, theirs, exact) for name in names]
             differences.append(_worst(found))
-    if (file := torch_modules.scheduler_file(Path(directory), towers)) is not None:
-        differences.append(
-            _worst([_same("scheduler", *pair) for pair in compare_sampling(config.schedule, file).values()])
-        )
+    if scheduler is not None and scheduler.is_file():
+        found = compare_sampling(config.image_decoder, scheduler)
+        differences.append(_worst([_same("scheduler", *pair) for pair in found.values()]))
     return differences
+
+
+def _torch_side(
+    config: DreamLLMConfig, directory: Path, towers: Mapping[str, Path | None]
+) -> tuple[dict[str, Callable[[], "nn.Module"]], Path | None]:
+    """Part -> what loads its torch module; and where the scheduler's file may be."""
+    path, place = directory / "config.json", directory
+    settings = read_config(path, dict) if path.is_file() else {}
+    if settings.get("model_type") == "dreamllm":
+        loaders = dreamllm_modules.loaders(config, directory, settings, towers)
+        plugins, role = settings.get("plugins_init_kwargs", {}), "image_decoder"
+        try:
+            place = tower_directory(directory, plugins, role, towers.get(role))
+        except FileNotFoundError:
+            return loaders, None
+    elif given := [f"--{name.replace('_', '-')}" for name, where in towers.items() if where]:
+        raise ValueError(f"{directory} is no checkpoint of the original program: leave out {', '.join(given)}")
+    else:
+        loaders = torch_modules.loaders(config, directory, settings)
+    return loaders, place / config.image_decoder.public_scheduler
 
 
 def _worst(found: Sequence[Difference]) -> Difference:
@@ -168,12 +195,12 @@ def _difference(tower: str, name: str, dtype: str, ours: Mapping, theirs: Mappin
 def _inputs(config: DreamLLMConfig) -> Values:
     """What both sides are given, at random; images and latents in our layout."""
     rng, ids = np.random.default_rng(0), config.special_tokens
-    text = rng.integers(config.llama.vocab_size, size=min(32, config.llama.max_position_embeddings))
+    language, encoder, decoder = config.language_model, config.vision_encoder, config.image_decoder
+    text = rng.integers(language.vocab_size, size=min(32, language.max_position_embeddings))
     half = len(text) // 2
-    see = [ids.bos, *text[:half], ids.im_start, *[ids.im_patch] * config.clip.num_patches, ids.im_end]
+    see = [ids.bos, *text[:half], ids.im_start, *[ids.im_patch] * encoder.num_patches, ids.im_end]
     dream = [*text[half:], ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]
-    side, latent_side = config.clip.image_size, 2 * 2 ** (config.unet.levels - 1)
-    picture = latent_side * config.vae.downscale
+    side, picture = encoder.image_size, 2 * decoder.training_size_multiple
     values = {
         "text": [text],
         "document": [see + dream],
@@ -181,9 +208,9 @@ def _inputs(config: DreamLLMConfig) -> Values:
         "dream_slots": [[len(see) + len(text) - half + 1]],
         "pixels": rng.normal(size=(1, side, side, 3)),
         "images": rng.uniform(-1, 1, (1, picture, picture, 3)),
-        "latents": rng.normal(size=(2, latent_side, latent_side, config.unet.in_channels)),
+        "latents": rng.normal(size=(2, *decoder.latent_shape(picture, picture))),
         "timesteps": [17, 801],
-        "conditions": rng.normal(size=(2, config.num_queries, config.unet.cross_attention_dim)),
+        "conditions": rng.normal(size=(2, config.num_queries, decoder.condition_width)),
     }
     arrays = {name: np.asarray(value) for name, value in values.items()}
     return {name: x.astype(np.float32 if x.dtype.kind == "f" else np.int32) for name, x in arrays.items()}
@@ -202,7 +229,8 @@ def _run_ours(run: Callable, config: DreamLLMConfig, params: Callable, stored: M
     for dtype, values in sides.items():
         own = dataclasses.replace(config, dtype=dtype, remat="none")
         with jax.default_matmul_precision(_exact_products()) if dtype == "float32" else contextlib.nullcontext():
-            found = _apply(own, run, jax.tree.map(lambda leaf, to=dtype: leaf.astype(to, copy=False), tree), values)
+            cast = jax.tree.map(lambda leaf, to=dtype: leaf.astype(to, copy=False), tree)
+            found = _apply(own, run, unflatten_dict(cast, sep="/"), values)
         values |= {name: np.asarray(array, np.float32) for name, array in found.items()}
 
 
@@ -217,35 +245,39 @@ def _exact_products() -> str:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(config: DreamLLMConfig, run: Callable, params: Mapping, values: Mapping) -> dict[str, jax.Array]:
-    return DreamLLM(config).apply({"params": params}, values, method=run)
+    return run(DreamLLM(config).bind({"params": params}), values)
 
 
-def _our_image_encoder(model: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
-    return {"image encoder/states": model.clip(values["pixels"])}
+def _our_vision_encoder(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+    return {"vision encoder/states": joined.vision_encoder(values["pixels"])}
 
 
-def _our_language_model(model: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
     def decode(x: jax.Array) -> jax.Array:
-        return model.decode(x, jnp.arange(x.shape[1])[None], jnp.ones(x.shape[:2], jnp.int32))[0]
+        return joined.decode(x, jnp.arange(x.shape[1])[None], jnp.ones(x.shape[:2], jnp.int32))[0]
 
-    outputs = {"language model/logits": model.logits(decode(model.embed(values["text"])))}
-    if "queries" in model.variables["params"]:
-        features = model.visual_projector(values["image encoder/states"])[None]
-        hidden = decode(model.embed(values["document"], features, values["see_slots"], values["dream_slots"]))
-        at_queries = take(hidden, values["dream_slots"], model.config.num_queries)[:, 0]
-        outputs["multimodal forward/logits"] = model.logits(hidden)
-        outputs["multimodal forward/condition"] = model.condition(at_queries)
+    logits = joined.language_model.logits
+    outputs = {"language model/logits": logits(decode(joined.embed(values["text"])))}
+    if "dream_queries" in joined.variables["params"]:
+        seen = joined.visual_projector(values["vision encoder/states"])[None]
+        slots = values["dream_slots"]
+        hidden = decode(joined.embed(values["document"], [(seen, values["see_slots"])], [slots]))
+        at_queries = take(hidden, slots, joined.config.num_queries)[:, 0]
+        outputs["multimodal forward/logits"] = logits(hidden)
+        outputs["multimodal forward/condition"] = joined.condition(at_queries).sequence
     return outputs
 
 
-def _our_denoiser(model: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
-    return {"denoiser/prediction": model.denoise(values["latents"], values["timesteps"], values["conditions"])}
+def _our_denoiser(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+    condition = Condition(values["conditions"])
+    prediction = joined.image_decoder.denoise(values["latents"], values["timesteps"], condition)
+    return {"denoiser/prediction": prediction}
 
 
-def _our_autoencoder(model: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+def _our_autoencoder(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
     return {
-        "autoencoder/moments": model.moments(values["images"]),
-        "autoencoder/images": model.vae.decode(values["latents"]),
+        "autoencoder/stored": joined.image_decoder.stored(values["images"]),
+        "autoencoder/images": joined.image_decoder.autoencoder.decode(values["latents"]),
     }
 
 
@@ -286,60 +318,55 @@ def _collect(stored: Mapping[str, tuple[str, int]]) -> None:
         gc.collect()
 
 
-def _their_image_encoder(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
-    states = modules["clip"](values["pixels"], output_hidden_states=True).hidden_states
-    return {"image encoder/states": states[config.clip.select_layer][:, 1:]}
+def _their_vision_encoder(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
+    states = config.vision_encoder.run_public(modules["vision_encoder"], values["pixels"])
+    return {"vision encoder/states": states}
 
 
 def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
-    llama = modules["llama"]
-    outputs = {"language model/logits": llama(values["text"]).logits}
-    if "queries" in modules:
+    language_model = modules["language_model"]
+    outputs = {"language model/logits": language_model(values["text"]).logits}
+    if "dream_queries" in modules:
         see, dream = int(values["see_slots"]), int(values["dream_slots"])
-        at_patches, at_queries = slice(see, see + config.clip.num_patches), slice(dream, dream + config.num_queries)
-        x = llama.get_input_embeddings()(values["document"])
-        x[:, at_patches] = modules["visual_projector"](values["image encoder/states"])
-        x[:, at_queries] = modules["queries"]["dream_queries"]
-        hidden = llama.model(inputs_embeds=x).last_hidden_state
-        outputs["multimodal forward/logits"] = llama.lm_head(hidden)
-        outputs["multimodal forward/condition"] = modules["condition_projector"](hidden[:, at_queries])
+        at_patches = slice(see, see + config.vision_encoder.num_patches)
+        at_queries = slice(dream, dream + config.num_queries)
+        x = language_model.get_input_embeddings()(values["document"])
+        x[:, at_patches] = modules["visual_projector"](values["vision encoder/states"])
+        (x[:, at_queries],) = modules["dream_queries"].values()
+        hidden = language_model.model(inputs_embeds=x).last_hidden_state
+        outputs["multimodal forward/logits"] = language_model.lm_head(hidden)
+        outputs["multimodal forward/condition"] = modules["connector"](hidden[:, at_queries])
     return outputs
 
 
 def _their_denoiser(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
-    return {"denoiser/prediction": modules["unet"](values["latents"], values["timesteps"], values["conditions"]).sample}
+    given = values["latents"], values["timesteps"], values["conditions"]
+    return {"denoiser/prediction": config.image_decoder.denoiser.run_public(modules[DENOISER], *given)}
 
 
 def _their_autoencoder(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
-    moments = modules["vae"].encode(values["images"]).latent_dist.parameters
-    return {"autoencoder/moments": moments, "autoencoder/images": modules["vae"].decode(values["latents"]).sample}
-
-
-# Settings that both sides name alike.
-_SETTINGS = {
-    "llama": "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim tie_word_embeddings",
-    "clip": "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size hidden_act",
-    "unet": "in_channels out_channels block_out_channels cross_attention_dim",
-    "vae": "latent_channels block_out_channels layers_per_block scaling_factor",
-}
+    run = config.image_decoder.autoencoder.run_public
+    found = run(modules[AUTOENCODER], values["images"], values["latents"])
+    return {f"autoencoder/{name}": tensor for name, tensor in found.items()}
 
 
 def _require_same_settings(part: str, config: DreamLLMConfig, module: "nn.Module") -> None:
-    for name in _SETTINGS.get(part, "").split():
-        ours, theirs = getattr(getattr(config, part), name, None), getattr(module.config, name, None)
+    tower = config_of(config, part)
+    form = getattr(tower, "public", None)
+    for name in form.settings if form else ():
+        ours, theirs = getattr(tower, name, None), getattr(module.config, name, None)
         theirs = tuple(theirs) if isinstance(theirs, list) else theirs
         if ours != theirs:
-            raise ValueError(f"{part}.{name} is {ours} here, but {theirs} there")
+            raise ValueError(f"{part.replace('/', '.')}.{name} is {ours} here, but {theirs} there")
 
 
 # Tower -> its parts, without the first of which there is none; torch's side; ours. The last uses what the first gave.
 _TOWERS = {
-    "image encoder": (["clip"], _their_image_encoder, _our_image_encoder),
-    "denoiser": (["unet"], _their_denoiser, _our_denoiser),
-    "autoencoder": (["vae"], _their_autoencoder, _our_autoencoder),
+    "vision encoder": (["vision_encoder"], _their_vision_encoder, _our_vision_encoder),
+    "denoiser": ([DENOISER], _their_denoiser, _our_denoiser),
+    "autoencoder": ([AUTOENCODER], _their_autoencoder, _our_autoencoder),
     "language model": (
-        ["llama", "visual_projector", "queries", "condition_projector"],
+        ["language_model", "visual_projector", "dream_queries", "connector"],
         _their_language_model,
         _our_language_model,
     ),

@@ -9,6 +9,11 @@ from dreamllm_jax.towers.language_models.llama import LlamaConfig
 from dreamllm_jax.towers.vision_encoders import clip
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 
+# Whose public formats `interop` reads: the first of a role is taken where a file does not say what it is.
+LANGUAGE_MODELS = (LlamaConfig,)
+VISION_ENCODERS = (ClipVisionConfig,)
+IMAGE_DECODERS = (StableDiffusionConfig,)
+
 LanguageModelConfig = LlamaConfig
 VisionEncoderConfig = ClipVisionConfig
 VisualProjectorConfig = ProjectorConfig

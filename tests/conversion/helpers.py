@@ -20,7 +20,7 @@ def run(command: str, **flags) -> None:
 
 def towers(root: Path) -> dict[str, Path]:
     """The three towers in a directory, as flags of the import."""
-    return {name: root / name for name in ("llama", "clip", "diffusion")}
+    return {name: root / name for name in ("language_model", "vision_encoder", "image_decoder")}
 
 
 def tensors(checkpoint) -> dict[str, np.ndarray]:

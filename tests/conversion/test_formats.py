@@ -28,15 +28,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*:FutureWar
 
 LAYOUTS = {
     "safetensors": {},
-    "pickles": {name: {"pickled": True} for name in ("llama", "clip", "diffusion")},
+    "pickles": {name: {"pickled": True} for name in ("language_model", "vision_encoder", "image_decoder")},
     "tied and scaled, whole clip, 1.5": {
-        "llama": {
+        "language_model": {
             "tie_word_embeddings": True,
             "num_key_value_heads": 4,
             "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
         },
-        "clip": {"whole": True},
-        "diffusion": {"version": "1.5"},
+        "vision_encoder": {"whole": True},
+        "image_decoder": {"version": "1.5"},
     },
 }
 
@@ -53,26 +53,28 @@ def imported(request, tmp_path_factory):
         num_queries=3,
         visual_projector="mlp:2",
         visual_layernorm=True,
-        condition_projector="mlp:3",
-        dtype=",".join(f"{part}:{dtype}" for part in ("visual_projector", "queries", "condition_projector")),
+        connector="mlp:3",
+        dtype=",".join(f"{part}:{dtype}" for part in ("visual_projector", "dream_queries", "connector")),
     )
     return SimpleNamespace(root=root, ours=root / "ours", dtype=dtype)
 
 
 def test_import_accounts_for_every_tensor(imported):
-    theirs = LlamaForCausalLM.from_pretrained(imported.root / "llama", dtype="auto").state_dict()
+    theirs = LlamaForCausalLM.from_pretrained(imported.root / "language_model", dtype="auto").state_dict()
     found = saved.find(str(imported.ours))
     leaves = tensors(imported.ours)
     assert {str(leaf.dtype) for leaf in leaves.values()} == {imported.dtype}
     embedding = theirs["model.embed_tokens.weight"].float().numpy()
     new = [*load_tokenizer(found.tokenizer).special.__dict__.values()][2:]
     kept = np.setdiff1d(np.arange(len(embedding)), new)
-    grown = leaves["llama/embed_tokens/embedding"].astype(np.float32)
+    grown = leaves["language_model/embed_tokens/embedding"].astype(np.float32)
     np.testing.assert_array_equal(grown[kept], embedding[kept])
-    assert len(grown) == found.config.llama.vocab_size == max(len(embedding), max(new) + 1)
+    assert len(grown) == found.config.language_model.vocab_size == max(len(embedding), max(new) + 1)
     assert 0.01 < grown[new].std() < 0.03
     query = theirs["model.layers.1.self_attn.q_proj.weight"].float().numpy()
-    np.testing.assert_array_equal(leaves["llama/layers/self_attn/q_proj/kernel"][1].astype(np.float32), query.T)
+    np.testing.assert_array_equal(
+        leaves["language_model/layers/self_attn/q_proj/kernel"][1].astype(np.float32), query.T
+    )
 
 
 @pytest.mark.slow
@@ -84,8 +86,10 @@ def test_out_and_in_again_is_bit_identical(imported, tmp_path):
     assert saved.find(str(tmp_path / "again")).config == saved.find(str(imported.ours)).config
 
     diffusers = tmp_path / "out" / "diffusers"
-    run("import", llama=tmp_path / "out" / "hf", clip=diffusers / "clip", diffusion=diffusers, to=tmp_path / "towers")
-    want = {path: array for path, array in want.items() if path.split("/")[0] in ("llama", "clip", "vae", "unet")}
+    towers = {"vision_encoder": diffusers / "clip", "image_decoder": diffusers}
+    run("import", language_model=tmp_path / "out" / "hf", **towers, to=tmp_path / "towers")
+    roles = ("language_model", "vision_encoder", "image_decoder")
+    want = {path: array for path, array in want.items() if path.split("/")[0] in roles}
     got = tensors(tmp_path / "towers")
     assert_identical({path: got[path] for path in want}, want)
     before, after = (load_tokenizer(saved.find(str(p)).tokenizer) for p in (imported.ours, tmp_path / "towers"))
@@ -113,7 +117,7 @@ def test_the_libraries_load_what_is_exported_and_compute_the_same(imported, tmp_
         _, report = cls.from_pretrained(path, output_loading_info=True, **more)
         assert not any(report.values()), (cls, report)
     scheduler = DDIMScheduler.from_pretrained(diffusers, subfolder="scheduler")
-    assert scheduler.config.prediction_type == checkpoint.config.schedule.prediction_type
+    assert scheduler.config.prediction_type == checkpoint.config.image_decoder.schedule.prediction_type
     assert CLIPImageProcessor.from_pretrained(diffusers / "clip").crop_size["height"] == 16
     tokenizer, ours = AutoTokenizer.from_pretrained(hf), load_tokenizer(checkpoint.tokenizer)
     assert tokenizer("a red bird").input_ids == [ours.special.bos, *ours.encode_text("a red bird")]
@@ -128,7 +132,7 @@ def test_types_are_converted_where_bits_allow_it(tmp_path):
         root, kind = tmp_path / dtype, getattr(torch, dtype)
         flags = public_models.save_towers(root, kind)
         run("import", **flags, to=root / "wide", dtype="float32")
-        run("import", **flags, to=root / "mixed", dtype="clip:float32")
+        run("import", **flags, to=root / "mixed", dtype="vision_encoder:float32")
         run("export", checkpoint=root / "wide", format="hf", to=root / "hf", dtype=dtype, no_check=True)
         run("export", checkpoint=root / "mixed", format="hf", to=root / "direct", no_check=True)
         wide, direct = (
@@ -139,13 +143,16 @@ def test_types_are_converted_where_bits_allow_it(tmp_path):
             if not name.endswith(("embed_tokens.weight", "lm_head.weight")):  # new rows were drawn in either type
                 assert torch.equal(tensor, wide[name]), name
         mixed = tensors(root / "mixed")
-        assert mixed["clip/pre_layrnorm/scale"].dtype == "float32" and mixed["vae/quant_conv/kernel"].dtype == dtype
+        assert (
+            mixed["vision_encoder/pre_layrnorm/scale"].dtype == "float32"
+            and mixed["image_decoder/autoencoder/quant_conv/kernel"].dtype == dtype
+        )
 
 
 def test_embeddings_of_new_tokens_can_begin_as_the_mean(imported, tmp_path):
     run("import", **towers(imported.root), to=tmp_path / "mean", new_tokens="mean", dtype="float32")
     found = saved.find(str(tmp_path / "mean"))
-    rows = tensors(tmp_path / "mean")["llama/embed_tokens/embedding"]
+    rows = tensors(tmp_path / "mean")["language_model/embed_tokens/embedding"]
     new = [*dataclasses.asdict(found.config.special_tokens).values()][2:]
     kept = np.setdiff1d(np.arange(len(rows)), new)
     rounding = 1e-6 if imported.dtype == "float32" else 1e-2
@@ -158,10 +165,10 @@ def test_a_mesh_is_given_its_shards(imported, tmp_path):
     source = open_dreamllm(tmp_path / "out")
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     specs = {
-        "llama/layers/mlp/up_proj/kernel": (None, "a", "b"),
-        "llama/embed_tokens/embedding": (None, "a"),
-        "unet/conv_in/kernel": (None, None, None, "b"),
-        "queries/dream_queries": (None, "b"),
+        "language_model/layers/mlp/up_proj/kernel": (None, "a", "b"),
+        "language_model/embed_tokens/embedding": (None, "a"),
+        "image_decoder/denoiser/conv_in/kernel": (None, None, None, "b"),
+        "dream_queries/embedding": (None, "b"),
     }
     placing = {path: jax.NamedSharding(mesh, jax.P(*spec)) for path, spec in specs.items()}
     abstract = {
@@ -189,11 +196,11 @@ def test_verify_on_the_command_line(original, tmp_path, capsys):
 
 def test_half_precision_variants_and_the_place_of_use(original, tmp_path):
     """Only `fp16` files of Stable Diffusion; and an export whose towers are named where it is going to be."""
-    diffusion = shutil.copytree(original / "diffusion", tmp_path / "diffusion")
+    diffusion = shutil.copytree(original / "image_decoder", tmp_path / "diffusion")
     for part in ("unet", "vae"):
         stem = diffusion / part / "diffusion_pytorch_model"
         stem.with_suffix(".safetensors").rename(stem.with_suffix(".fp16.safetensors"))
-    run("import", **towers(original) | {"diffusion": diffusion}, to=tmp_path / "ours", num_queries=3)
+    run("import", **towers(original) | {"image_decoder": diffusion}, to=tmp_path / "ours", num_queries=3)
     assert_identical(tensors(tmp_path / "ours"), tensors(original / "ours"))
     flags = {"format": "dreamllm", "location": "/mnt/models/mine", "no_check": True}
     run("export", checkpoint=tmp_path / "ours", to=tmp_path / "out", **flags)
@@ -205,7 +212,7 @@ def test_half_precision_variants_and_the_place_of_use(original, tmp_path):
 
 @pytest.mark.slow
 def test_projectors_that_convolve(original, tmp_path):
-    kinds = {"visual_projector": "conv", "condition_projector": "conv"}
+    kinds = {"visual_projector": "conv", "connector": "conv"}
     run("import", **towers(original), **kinds, to=tmp_path / "ours", num_queries=4)
     assert conversion.export_model(saved.find(str(tmp_path / "ours")), tmp_path / "out", ("dreamllm",))
     run("import", dreamllm=tmp_path / "out", to=tmp_path / "again")
@@ -241,7 +248,7 @@ def test_safetensors_need_no_torch(original, tmp_path):
         command = [sys.executable, "-c", program, *flags]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    flags = [f"--{name}={path}" for name, path in towers(original).items()]
+    flags = [f"--{name.replace('_', '-')}={path}" for name, path in towers(original).items()]
     done = without_torch("import", *flags, "--num-queries=3", f"--to={tmp_path / 'to'}")
     assert done.returncode == 0, done.stderr
     assert_identical(tensors(tmp_path / "to"), tensors(original / "ours"))

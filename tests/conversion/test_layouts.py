@@ -15,20 +15,25 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dreamllm_jax.checkpoints import saved  # noqa: E402
 from dreamllm_jax.interop import torch_modules  # noqa: E402
-from dreamllm_jax.interop.clip import open_clip  # noqa: E402
-from dreamllm_jax.interop.diffusion import open_diffusion  # noqa: E402
 from dreamllm_jax.interop.files import find_model, open_model  # noqa: E402
-from dreamllm_jax.interop.llama import open_llama  # noqa: E402
+from dreamllm_jax.interop.image_decoder import open_image_decoder  # noqa: E402
+from dreamllm_jax.interop.language_model import open_language_model  # noqa: E402
 from dreamllm_jax.interop.verify import compare  # noqa: E402
+from dreamllm_jax.interop.vision_encoder import open_vision_encoder  # noqa: E402
+from dreamllm_jax.towers.language_models.llama import LlamaConfig  # noqa: E402
 from tests import public_models  # noqa: E402
 from tests.conversion.helpers import run  # noqa: E402
 from tests.conversion.helpers import towers as towers_of  # noqa: E402
 
-OPEN = {"llama": open_llama, "clip": open_clip, "diffusion": lambda path: open_diffusion(path)[0]}
-INSIDE = {"llama": ".", "clip": ".", "diffusion": "unet"}
+OPEN = {
+    "language_model": open_language_model,
+    "vision_encoder": open_vision_encoder,
+    "image_decoder": lambda path: open_image_decoder(path)[1]["image_decoder/denoiser"],
+}
+INSIDE = {"language_model": ".", "vision_encoder": ".", "image_decoder": "unet"}
 STEMS = {
-    ".safetensors": {"llama": "model", "clip": "model", "diffusion": "diffusion_pytorch_model"},
-    ".bin": {"llama": "pytorch_model", "clip": "pytorch_model", "diffusion": "diffusion_pytorch_model"},
+    ".safetensors": dict(zip(OPEN, ("model", "model", "diffusion_pytorch_model"), strict=True)),
+    ".bin": dict(zip(OPEN, ("pytorch_model", "pytorch_model", "diffusion_pytorch_model"), strict=True)),
 }
 
 
@@ -100,7 +105,7 @@ def test_the_model_itself_comes_before_its_variants(towers, tmp_path):
 
 @pytest.mark.slow
 def test_variants_are_verified_too(original, tmp_path):
-    diffusion = shutil.copytree(original / "diffusion", tmp_path / "diffusion")
+    diffusion = shutil.copytree(original / "image_decoder", tmp_path / "diffusion")
     for part in ("unet", "vae"):
         stem = diffusion / part / "diffusion_pytorch_model"
         stem.with_suffix(".safetensors").rename(stem.with_suffix(".fp16.safetensors"))
@@ -113,12 +118,12 @@ def test_variants_are_verified_too(original, tmp_path):
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")  # diffusers
 def test_a_scheduler_comes_and_goes_and_is_verified(original, tmp_path):
     """Its file as it came; `verify` sees one that samples otherwise, though every weight is the same."""
-    diffusion = shutil.copytree(original / "diffusion", tmp_path / "diffusion")
+    diffusion = shutil.copytree(original / "image_decoder", tmp_path / "diffusion")
     file = diffusion / "scheduler" / "scheduler_config.json"
     noise = {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear", "beta_start": 1e-3, "beta_end": 0.01}
     EulerDiscreteScheduler(**noise, timestep_spacing="trailing", use_karras_sigmas=True).save_pretrained(file.parent)
     came = json.loads(file.read_text())
-    run("import", **towers_of(original) | {"diffusion": diffusion}, to=tmp_path / "ours", num_queries=3)
+    run("import", **towers_of(original) | {"image_decoder": diffusion}, to=tmp_path / "ours", num_queries=3)
     run("export", checkpoint=tmp_path / "ours", format="all", to=tmp_path / "out", no_check=True)
     for place in ("diffusers", "dreamllm/diffusion"):
         assert json.loads((tmp_path / "out" / place / "scheduler" / file.name).read_text()) == came
@@ -138,7 +143,7 @@ def test_a_scheduler_comes_and_goes_and_is_verified(original, tmp_path):
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "..", "sub/a.safetensors", "..\\a", 3, ""])
 def test_an_index_leads_nowhere_else(shard, towers, tmp_path):
-    directory = shutil.copytree(towers["llama"], tmp_path / "llama")
+    directory = shutil.copytree(towers["language_model"], tmp_path / "llama")
     shutil.copy(next(directory.glob("*-00001-*")), tmp_path / "secret.safetensors")
     index = directory / "model.safetensors.index.json"
     weights = json.loads(index.read_text())
@@ -146,9 +151,9 @@ def test_an_index_leads_nowhere_else(shard, towers, tmp_path):
     index.write_text(json.dumps(weights))
     message = re.escape(f"{index} is refused: it names the shard {shard!r}")
     with pytest.raises(ValueError, match=message):
-        open_llama(directory)
+        open_language_model(directory)
     with pytest.raises(ValueError, match=message):  # nor does it lead torch
-        torch_modules.loaders(None, directory, {})["llama"]()
+        torch_modules.pretrained(LlamaConfig.public, directory)
 
 
 def test_weights_that_are_no_numbers_are_named(towers, tmp_path):
@@ -158,31 +163,33 @@ def test_weights_that_are_no_numbers_are_named(towers, tmp_path):
         (lambda x: x / torch.tensor([0.0, *[1.0] * 31]), r"{file}: model\.norm\.weight has 1 values of 32 that are"),
     ):
         root = tmp_path / str(len(list(tmp_path.iterdir())))
-        directory = shutil.copytree(towers["llama"], root / "llama")
+        directory = shutil.copytree(towers["language_model"], root / "llama")
         tensors = stored(directory)
         write(directory / "model.safetensors", tensors | {"model.norm.weight": change(tensors["model.norm.weight"])})
         with pytest.raises(ValueError, match=message.format(file=re.escape(str(directory / "model.safetensors")))):
-            run("import", **towers | {"llama": directory}, to=root / "to", num_queries=2)
+            run("import", **towers | {"language_model": directory}, to=root / "to", num_queries=2)
         assert not (root / "to").exists() and not list(root.glob(".*building"))
 
 
 def test_values_beyond_a_type_are_named(towers, tmp_path):
-    directory = shutil.copytree(towers["llama"], tmp_path / "llama")
+    directory = shutil.copytree(towers["language_model"], tmp_path / "llama")
     tensors = stored(directory)
     write(directory / "model.safetensors", tensors | {"model.norm.weight": 1e5 * torch.ones(32)})
-    flags = towers | {"llama": directory}
-    with pytest.raises(ValueError, match=r"^llama/norm/scale has values that float16 cannot hold: choose a --dtype of"):
+    flags = towers | {"language_model": directory}
+    with pytest.raises(
+        ValueError, match=r"^language_model/norm/scale has values that float16 cannot hold: choose a --dtype of"
+    ):
         run("import", **flags, to=tmp_path / "to", num_queries=2, dtype="float16")
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_quantised_model_is_named(method, towers, tmp_path):
     """By its config.json; by its tensors where that says nothing: ten of them, how many there are, and where."""
-    directory = shutil.copytree(towers["llama"], tmp_path / "llama")
+    directory = shutil.copytree(towers["language_model"], tmp_path / "llama")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(ValueError) as refused:
-        open_llama(directory)
+        open_language_model(directory)
     assert str(refused.value) == (
         f"{directory}/config.json: it has a quantization_config ({method}): quantised weights are not read: give the "
         "model that it was made from, in float16, bfloat16 or float32"
@@ -196,9 +203,9 @@ def test_a_quantised_model_is_named(method, towers, tmp_path):
         tensors[f"{module}scales"] = torch.ones(4)
     write(directory / "model.safetensors", tensors)
     with pytest.raises(ValueError) as refused:
-        run("import", **towers | {"llama": directory}, to=tmp_path / "to", num_queries=2)
+        run("import", **towers | {"language_model": directory}, to=tmp_path / "to", num_queries=2)
     told = str(refused.value).splitlines()
-    assert told[0] == f"llama of {directory}: {5 * 14} tensors do not fit:" and len(told) == 13
+    assert told[0] == f"language_model of {directory}: {5 * 14} tensors do not fit:" and len(told) == 13
     assert told[-2] == "  and 60 more" and told[-1].startswith("  likely cause: the weights are quantised (GPTQ, AWQ")
 
 
@@ -240,7 +247,7 @@ def described(root: Path, **contents: str) -> Path:
 def test_whatever_stands_there_is_told(files, message, tmp_path):
     path = described(tmp_path / "given", **files)
     path.mkdir(exist_ok=True)
-    for open_it in (open_llama, open_clip):
+    for open_it in (open_language_model, open_vision_encoder):
         with pytest.raises((FileNotFoundError, ValueError)) as refused:
             open_it(path)
         assert message.format(path=path) in str(refused.value) and len(str(refused.value).splitlines()) == 1
@@ -248,33 +255,35 @@ def test_whatever_stands_there_is_told(files, message, tmp_path):
 
 def test_two_models_in_a_directory_are_none(towers, tmp_path):
     """A whole file beside an index of shards; an adapter beside its model, with which transformers would load it."""
-    both = shutil.copytree(towers["llama"], tmp_path / "both")
+    both = shutil.copytree(towers["language_model"], tmp_path / "both")
     adapted = shutil.copytree(both, tmp_path / "adapted")
     shards = [load_file(file) for file in both.glob("*.safetensors")]
     write(both / "model.safetensors", {name: 2 * tensor for shard in shards for name, tensor in shard.items()})
     with pytest.raises(ValueError, match=r"model\.safetensors.* are two models: take one of them away"):
-        open_llama(both)
+        open_language_model(both)
     (adapted / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"adapter_config\.json is of an adapter"):
-        open_llama(adapted)
+        open_language_model(adapted)
 
 
 def test_a_diffusion_that_is_none_is_told(towers, tmp_path):
     for path, message in (
         (tmp_path / "no/such", "there is no "),
         (Path("runwayml/stable-diffusion-v1-5"), "is it a name on the Hugging Face Hub? `hf download"),
-        (towers["diffusion"] / "unet", "diffusers' UNet2DConditionModel alone: give the folder above"),
+        (towers["image_decoder"] / "unet", "diffusers' UNet2DConditionModel alone: give the folder above"),
         (described(tmp_path / "single", **{"sd.safetensors": "x"}), "StableDiffusionPipeline.from_single_file(FILE)"),
         (tmp_path / "single" / "sd.safetensors", "a single file of weights: give a directory with config.json"),
-        (towers["llama"], "a model of type 'llama' in Hugging Face's layout"),
+        (towers["language_model"], "a model of type 'llama' in Hugging Face's layout"),
     ):
         with pytest.raises(FileNotFoundError, match=re.escape(message)):
-            open_diffusion(path)
-    with pytest.raises(FileNotFoundError, match=r"a StableDiffusionPipeline directory of diffusers: --diffusion takes"):
+            open_image_decoder(path)
+    with pytest.raises(
+        FileNotFoundError, match=r"a StableDiffusionPipeline directory of diffusers: --image-decoder takes"
+    ):
         index = {"model_index.json": '{"_class_name": "StableDiffusionPipeline"}'}
-        open_llama(described(tmp_path / "pipeline", **index))
+        open_language_model(described(tmp_path / "pipeline", **index))
     with pytest.raises(FileNotFoundError, match=r"has no model\.json: .*; it looks like a model of type 'llama'"):
-        saved.find(str(towers["llama"]))
+        saved.find(str(towers["language_model"]))
     (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)
     (tmp_path / "run" / "model.json").touch()
     with pytest.raises(FileNotFoundError, match=rf"a step of a run: give {tmp_path}/run@7"):
@@ -284,7 +293,7 @@ def test_a_diffusion_that_is_none_is_told(towers, tmp_path):
 @pytest.mark.slow
 def test_rows_of_added_tokens_stay(towers, tmp_path, capsys):
     """As of models tuned to ChatML; rows that no token has, and tokens that have no row, are told."""
-    directory = shutil.copytree(towers["llama"], tmp_path / "llama")
+    directory = shutil.copytree(towers["language_model"], tmp_path / "llama")
     tensors, count = stored(directory), public_models.BASE_VOCABULARY
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = torch.cat([tensors[name], torch.full((3, 32), 7.0)])
@@ -294,7 +303,7 @@ def test_rows_of_added_tokens_stay(towers, tmp_path, capsys):
     added = {"<|im_start|>": count, "<|im_end|>": count + 1}
     (directory / "added_tokens.json").write_text(json.dumps(added))
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    flags = towers | {"llama": directory}
+    flags = towers | {"language_model": directory}
     run("import", **flags, to=tmp_path / "ours", num_queries=2)
     told = capsys.readouterr().err
     assert (
@@ -302,8 +311,8 @@ def test_rows_of_added_tokens_stay(towers, tmp_path, capsys):
         in told
     )
     found = saved.find(str(tmp_path / "ours"))
-    rows = found.read(["llama/embed_tokens/embedding"])["llama/embed_tokens/embedding"]
-    assert (rows[count : count + 2] == 7).all() and len(rows) == found.config.llama.vocab_size == count + 10
+    rows = found.read(["language_model/embed_tokens/embedding"])["language_model/embed_tokens/embedding"]
+    assert (rows[count : count + 2] == 7).all() and len(rows) == found.config.language_model.vocab_size == count + 10
     assert found.config.special_tokens.eos == count + 1 and found.config.special_tokens.pad == count + 2
     run("export", checkpoint=tmp_path / "ours", format="dreamllm", to=tmp_path / "out", no_check=True)
     ids = json.loads((tmp_path / "out" / "added_tokens.json").read_text())

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from dreamllm_jax import convert  # noqa: E402
 from dreamllm_jax.checkpoints import saved  # noqa: E402
 from dreamllm_jax.interop.conversion import export_model  # noqa: E402
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig  # noqa: E402
@@ -56,7 +57,7 @@ def test_a_tied_head_is_left_out_where_it_is_the_embedding(broken):
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     run("import", dreamllm=broken, to=broken.parent / "to")
     found = saved.find(str(broken.parent / "to"))
-    assert found.config.llama.tie_word_embeddings and not any("lm_head" in path for path in found.leaves())
+    assert found.config.language_model.tie_word_embeddings and not any("lm_head" in path for path in found.leaves())
 
 
 def test_an_index_that_names_a_missing_shard(broken):
@@ -83,7 +84,7 @@ def test_an_index_that_names_a_missing_shard(broken):
 )
 def test_a_config_of_another_model(broken, changes, message):
     edit(broken / "config.json", **changes)
-    assert_refused("{path} and its config.json: llama: " + message, broken)
+    assert_refused("{path} and its config.json: language_model: " + message, broken)
 
 
 def test_heads_and_rotary_base_of_another_model(broken):
@@ -141,7 +142,7 @@ def test_a_missing_plugin_or_tower_is_named(broken, tmp_path):
     )
     assert_refused(message, broken, FileNotFoundError)
     message = "{path} has neither dream_embedding.bin nor dream_queries.pt"
-    assert_refused(message, broken, FileNotFoundError, clip=tmp_path / "elsewhere")
+    assert_refused(message, broken, FileNotFoundError, vision_encoder=tmp_path / "elsewhere")
 
 
 def test_targets_that_exist_are_kept(original, tmp_path):
@@ -171,29 +172,47 @@ def test_a_disk_too_small_is_told_beforehand(original, tmp_path, monkeypatch):
 
 def test_what_the_original_does_not_know_is_not_exported(original, tmp_path):
     found = saved.find(str(original / "ours"))
-    llama = dataclasses.replace(found.config.llama, mlp_bias=True)
-    other = dataclasses.replace(found, config=dataclasses.replace(found.config, llama=llama))
-    with pytest.raises(ValueError, match=r"^the original program has no llama\.mlp_bias: export with --format=hf"):
+    llama = dataclasses.replace(found.config.language_model, mlp_bias=True)
+    other = dataclasses.replace(found, config=dataclasses.replace(found.config, language_model=llama))
+    with pytest.raises(
+        ValueError, match=r"^the original program has no language_model\.mlp_bias: export with --format=hf"
+    ):
         export_model(other, tmp_path / "to", ("dreamllm",))
+    decoder = found.config.image_decoder
     pixels = dataclasses.replace(
         found.config,
-        vae=PixelAutoencoderConfig(2),
-        unet=dataclasses.replace(found.config.unet, in_channels=12, out_channels=12),
+        image_decoder=dataclasses.replace(
+            decoder,
+            autoencoder=PixelAutoencoderConfig(2),
+            denoiser=dataclasses.replace(decoder.denoiser, in_channels=12, out_channels=12),
+        ),
     )
-    with pytest.raises(ValueError, match="without an autoencoder has no PyTorch format: only --format=hf"):
-        export_model(dataclasses.replace(found, config=pixels), tmp_path / "to", ("diffusers",))
+    message = r"^image_decoder\.autoencoder of kind 'pixel' has no PyTorch format: only --format=hf"
+    for kind in ("diffusers", "dreamllm"):
+        with pytest.raises(ValueError, match=message):
+            export_model(dataclasses.replace(found, config=pixels), tmp_path / "to", (kind,))
+    llama = dataclasses.replace(found.config.language_model, qk_norm=True)
+    normed = dataclasses.replace(found, config=dataclasses.replace(found.config, language_model=llama))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no qk_norm=True"):
+        export_model(normed, tmp_path / "to", ("hf",))
     assert not list(tmp_path.iterdir())
 
 
 def test_flags_that_do_not_go_together(original, tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"^give --clip, --diffusion as well, or --dreamllm=DIR$"):
-        run("import", llama=original / "llama", to=tmp_path / "to")
-    with pytest.raises(ValueError, match="leave out --llama"):
-        run("import", llama=original / "llama", dreamllm=original / "original", to=tmp_path / "to")
+    with pytest.raises(ValueError, match=r"^give --vision-encoder, --image-decoder as well, or --dreamllm=DIR$"):
+        run("import", language_model=original / "language_model", to=tmp_path / "to")
+    with pytest.raises(ValueError, match="leave out --language-model"):
+        run("import", language_model=original / "language_model", dreamllm=original / "original", to=tmp_path / "to")
     with pytest.raises(ValueError, match="has all of its parts: leave out --num-queries, --visual-layernorm"):
         run("import", dreamllm=original / "original", to=tmp_path / "to", num_queries=8, visual_layernorm=True)
     for command, flags, message in (
-        ("import", {"dtype": "lama:float32"}, "'lama:float32' is not PART:TYPE; parts are llama, queries"),
+        (
+            "import",
+            {"dtype": "lama:float32"},
+            "'lama:float32' is not PART:TYPE; parts are language_model, dream_queries",
+        ),
+        ("import", {"dtype": "unet:float32"}, "'unet' is called image_decoder/denoiser now"),
+        ("import", {"dtype": "queries:float32"}, "'queries' is called dream_queries now"),
         ("import", {"visual_projector": "mlp:1"}, "'mlp:1': an mlp projector has a depth of 2 or more"),
         ("export", {"max_shard_size": "5XB"}, "'5XB' is not a size such as 5GB or 500MB"),
     ):
@@ -206,3 +225,20 @@ def test_flags_that_do_not_go_together(original, tmp_path, capsys):
         run("export", checkpoint=tmp_path, format="hf", to=tmp_path / "to")
     with pytest.raises(FileNotFoundError, match="is an imported model: it has no step 3"):
         run("export", checkpoint=f"{original / 'ours'}@3", format="hf", to=tmp_path / "to")
+
+
+@pytest.mark.parametrize(
+    ("command", "former", "now"),
+    [
+        ("import", "--llama", "--language-model"),
+        ("import", "--clip", "--vision-encoder"),
+        ("import", "--diffusion", "--image-decoder"),
+        ("import", "--condition-projector", "--connector"),
+        ("verify", "--clip", "--vision-encoder"),
+        ("verify", "--diffusion", "--image-decoder"),
+    ],
+)
+def test_a_former_flag_is_refused_by_its_name_of_today(command, former, now):
+    with pytest.raises(SystemExit) as refused:
+        convert.parser().parse_args([command, f"{former}=x"])
+    assert refused.value.code == f"error: {former} is called {now} now"

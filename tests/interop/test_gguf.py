@@ -13,7 +13,7 @@ from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.tokenizer import load_tokenizer
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.interop.gguf import open_gguf
-from dreamllm_jax.interop.llama import open_llama
+from dreamllm_jax.interop.language_model import open_language_model
 from dreamllm_jax.runs.load import load_model
 from tests import public_models
 from tests.conversion.helpers import run
@@ -62,13 +62,13 @@ def write(path: Path, part, tokenizer, quantisation=None, more=lambda writer: No
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    return open_llama(public_models.save_llama(tmp_path_factory.mktemp("llama"), intermediate_size=64))
+    return open_language_model(public_models.save_llama(tmp_path_factory.mktemp("llama"), intermediate_size=64))
 
 
 def test_a_gguf_is_the_directory_it_was_made_of(llama, tmp_path):
     tokenizer = public_models.tokenizer()
     write(tmp_path / "a.gguf", llama, tokenizer)
-    found = open_llama(tmp_path / "a.gguf")
+    found = open_language_model(tmp_path / "a.gguf")
     assert found.config == llama.config
     assert found.tensors.keys() == llama.tensors.keys()
     for name, tensor in llama.tensors.items():
@@ -134,7 +134,14 @@ def smollm2(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_a_real_model_knows_the_capital_of_france(smollm2, tmp_path):
     clip, diffusion = public_models.save_clip(tmp_path / "clip"), public_models.save_diffusion(tmp_path / "diffusion")
-    run("import", llama=smollm2, clip=clip, diffusion=diffusion, to=tmp_path / "ours", num_queries=4)
+    run(
+        "import",
+        language_model=smollm2,
+        vision_encoder=clip,
+        image_decoder=diffusion,
+        to=tmp_path / "ours",
+        num_queries=4,
+    )
     model, params, tokenizer = load_model(tmp_path / "ours")
     assert tokenizer.decode(tokenizer.encode_text("It's 1234 ¥, naïve 🙂!")) == "It's 1234 ¥, naïve 🙂!"
     assert len(tokenizer.encode_text("1234")) == 4  # its digits stand alone

@@ -23,15 +23,15 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 from tests.torch_reference import TorchDreamLLM  # noqa: E402
 
-CONFIG = tiny_config(visual_projector=MLP, condition_projector=ProjectorConfig(kind="mlp", depth=2))
+CONFIG = tiny_config(visual_projector=MLP, connector=ProjectorConfig(kind="mlp", depth=2))
 PARAMS = tiny_params(CONFIG)
-TOWERS = ["image encoder", "denoiser", "autoencoder", "language model", "multimodal forward"]
+TOWERS = ["vision encoder", "denoiser", "autoencoder", "language model", "multimodal forward"]
 PLUGINS = {
     "clip_vision_embedding": {
         "clip_vision_model_name_or_path": "clip",
         "projector_type": "mlp",
         "projector_depth": 2,
-        "select_layer": CONFIG.clip.select_layer,
+        "select_layer": CONFIG.vision_encoder.select_layer,
         "use_additional_post_layernorm": True,
     },
     "dream_embedding": {"num_dream_queries": CONFIG.num_queries},
@@ -46,29 +46,35 @@ PLUGINS = {
 
 def write_dreamllm(model, directory):
     """What the original program's `save_pretrained` and the plugins' `save_model` leave."""
-    model.llama.save_pretrained(directory)
+    model.language_model.save_pretrained(directory)
     path = directory / "config.json"
     settings = json.loads(path.read_text())
     settings["rope_theta"] = settings.pop("rope_parameters")["rope_theta"]
     path.write_text(json.dumps(settings | {"model_type": "dreamllm", "plugins_init_kwargs": PLUGINS}))
-    model.clip.config.save_pretrained(directory / "clip")
-    model.unet.save_config(directory / "diffusion" / "unet")
-    model.vae.save_config(directory / "diffusion" / "vae")
-    clip = {f"clip_vision_model.vision_model.{name}": x for name, x in model.clip.state_dict().items()}
+    model.vision_encoder.config.save_pretrained(directory / "clip")
+    model.image_decoder["denoiser"].save_config(directory / "diffusion" / "unet")
+    model.image_decoder["autoencoder"].save_config(directory / "diffusion" / "vae")
+    clip = {f"clip_vision_model.vision_model.{name}": x for name, x in model.vision_encoder.state_dict().items()}
     projector = {
         name if name.startswith("post_layernorm") else f"projector.{name}": x
         for name, x in model.visual_projector.state_dict().items()
     }
     torch.save(clip | projector, directory / "clip_vision_embedding.bin")
-    torch.save({"dream_queries": model.queries["dream_queries"].data[None]}, directory / "dream_embedding.bin")
-    parts = {"vae": model.vae, "unet": model.unet, "projector": model.condition_projector}
+    torch.save({"dream_queries": model.dream_queries["embedding"].data[None]}, directory / "dream_embedding.bin")
+    parts = {
+        "vae": model.image_decoder["autoencoder"],
+        "unet": model.image_decoder["denoiser"],
+        "projector": model.connector,
+    }
     head = {f"{prefix}.{name}": x for prefix, part in parts.items() for name, x in part.state_dict().items()}
     torch.save(head, directory / "stable_diffusion_head.bin")
 
 
 def write_diffusers(model, directory):
-    for name in ("unet", "vae", "clip"):
-        getattr(model, name).save_pretrained(directory / name)
+    decoder = model.image_decoder
+    parts = {"unet": decoder["denoiser"], "vae": decoder["autoencoder"], "clip": model.vision_encoder}
+    for name, part in parts.items():
+        part.save_pretrained(directory / name)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +84,22 @@ def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("torch")
     write_dreamllm(model, root / "dreamllm")
     write_diffusers(model, root / "diffusers")
-    model.llama.save_pretrained(root / "hf")
+    model.language_model.save_pretrained(root / "hf")
     model.bfloat16()
     write_dreamllm(model, root / "dreamllm_bfloat16")
     write_diffusers(model, root / "diffusers_bfloat16")
     return root
+
+
+def part_of(params):
+    """What gives a part of these parameters by its path."""
+    flat = flatten_dict(params, sep="/")
+
+    def part(name):
+        prefix = f"{name}/"
+        return unflatten_dict({p.removeprefix(prefix): x for p, x in flat.items() if p.startswith(prefix)}, sep="/")
+
+    return part
 
 
 def verdicts(differences):
@@ -94,11 +111,11 @@ def verdicts(differences):
     [
         pytest.param("dreamllm", TOWERS, marks=pytest.mark.slow),
         ("hf", ["language model"]),
-        ("diffusers", ["image encoder", "denoiser", "autoencoder"]),
+        ("diffusers", ["vision encoder", "denoiser", "autoencoder"]),
     ],
 )
 def test_the_same_model_passes(directories, layout, towers):
-    differences = compare(CONFIG, PARAMS.__getitem__, directories / layout)
+    differences = compare(CONFIG, part_of(PARAMS), directories / layout)
     assert [(d.tower, d.dtype) for d in differences] == [(t, d) for t in towers for d in ("float32", "bfloat16")]
     assert all(d.passed for d in differences), table(differences)
     for d in differences:
@@ -109,11 +126,11 @@ def test_the_same_model_passes(directories, layout, towers):
 @pytest.mark.parametrize("layout", [pytest.param("dreamllm_bfloat16", marks=pytest.mark.slow), "diffusers_bfloat16"])
 def test_what_torch_stores_in_fewer_digits_passes(directories, layout):
     """Ours has all digits, and in any type: the comparison takes away those that torch's files do not have."""
-    differences = compare(CONFIG, PARAMS.__getitem__, directories / layout, dtypes=["float32"])
+    differences = compare(CONFIG, part_of(PARAMS), directories / layout, dtypes=["float32"])
     assert all(d.passed for d in differences), table(differences)
 
     def rounded(part):
-        return unflatten_dict({k: x.astype(ml_dtypes.bfloat16) for k, x in flatten_dict(PARAMS[part]).items()})
+        return unflatten_dict({k: x.astype(ml_dtypes.bfloat16) for k, x in flatten_dict(part_of(PARAMS)(part)).items()})
 
     assert compare(CONFIG, rounded, directories / layout, dtypes=["float32"]) == differences
     float32 = directories / layout.removesuffix("_bfloat16")
@@ -123,13 +140,13 @@ def test_what_torch_stores_in_fewer_digits_passes(directories, layout):
 @pytest.mark.parametrize(
     ("path", "differing"),
     [
-        ("llama/layers/mlp/down_proj/kernel", {"language model", "multimodal forward"}),
-        ("clip/encoder/layers/mlp/fc2/kernel", {"image encoder", "multimodal forward"}),
+        ("language_model/layers/mlp/down_proj/kernel", {"language model", "multimodal forward"}),
+        ("vision_encoder/encoder/layers/mlp/fc2/kernel", {"vision encoder", "multimodal forward"}),
         ("visual_projector/post_layernorm/scale", {"multimodal forward"}),
-        ("queries/dream_queries", {"multimodal forward"}),
-        ("condition_projector/projector_2/kernel", {"multimodal forward"}),
-        ("unet/mid_block/attentions_0/transformer_blocks_0/attn2/to_v/kernel", {"denoiser"}),
-        ("vae/decoder/conv_in/kernel", {"autoencoder"}),
+        ("dream_queries/embedding", {"multimodal forward"}),
+        ("connector/projector_2/kernel", {"multimodal forward"}),
+        ("image_decoder/denoiser/mid_block/attentions_0/transformer_blocks_0/attn2/to_v/kernel", {"denoiser"}),
+        ("image_decoder/autoencoder/decoder/conv_in/kernel", {"autoencoder"}),
     ],
 )
 def test_one_weight_that_differs_is_found(directories, path, differing):
@@ -138,7 +155,7 @@ def test_one_weight_that_differs_is_found(directories, path, differing):
     largest = np.abs(weight[: weight.size // len(flat[path])] if "layers" in path else weight).argmax()
     weight[largest] *= 1.01
     params = unflatten_dict(flat, sep="/")
-    differences = compare(CONFIG, params.__getitem__, directories / "dreamllm", dtypes=["float32"])
+    differences = compare(CONFIG, part_of(params), directories / "dreamllm", dtypes=["float32"])
     assert verdicts(differences) == {tower: tower not in differing for tower in TOWERS}, table(differences)
     assert table(differences).count("DIFFERS") == len(differing)
 
@@ -147,11 +164,11 @@ def test_a_model_that_amplifies_rounding_is_judged_by_torchs_own(directories, mo
     """With a limit that float32 cannot keep, ours, its products exact, is nearer to float64 than torch's; wrong weights
     are not as near."""
     monkeypatch.setattr("dreamllm_jax.interop.verify.FLOAT32_LIMIT", 1e-9)
-    (right,) = compare(CONFIG, PARAMS.__getitem__, directories / "hf", dtypes=["float32"])
+    (right,) = compare(CONFIG, part_of(PARAMS), directories / "hf", dtypes=["float32"])
     assert right.passed and 1e-9 < right.relative < right.limit / ROUNDING_FACTOR < 1e-5, right
     wrong = copy.deepcopy(PARAMS)
-    wrong["llama"]["norm"]["scale"] *= 1.00001
-    (differing,) = compare(CONFIG, wrong.__getitem__, directories / "hf", dtypes=["float32"])
+    wrong["language_model"]["norm"]["scale"] *= 1.00001
+    (differing,) = compare(CONFIG, part_of(wrong), directories / "hf", dtypes=["float32"])
     assert not differing.passed and differing.limit == right.limit
 
 
@@ -161,10 +178,10 @@ def test_rotary_scaling_of_old_configurations_is_read(directories, tmp_path):
     path = tmp_path / "config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 2.0}}))
-    llama = dataclasses.replace(CONFIG.llama, rope_theta=5e4, rope_scaling=RopeScaling("linear", 2.0))
-    scaled = dataclasses.replace(CONFIG, llama=llama)
-    assert verdicts(compare(scaled, PARAMS.__getitem__, tmp_path, ["float32"])) == {"language model": True}
-    assert verdicts(compare(CONFIG, PARAMS.__getitem__, tmp_path, ["float32"])) == {"language model": False}
+    llama = dataclasses.replace(CONFIG.language_model, rope_theta=5e4, rope_scaling=RopeScaling("linear", 2.0))
+    scaled = dataclasses.replace(CONFIG, language_model=llama)
+    assert verdicts(compare(scaled, part_of(PARAMS), tmp_path, ["float32"])) == {"language model": True}
+    assert verdicts(compare(CONFIG, part_of(PARAMS), tmp_path, ["float32"])) == {"language model": False}
 
 
 def test_configurations_of_the_towers_are_found(directories, tmp_path):
@@ -172,22 +189,22 @@ def test_configurations_of_the_towers_are_found(directories, tmp_path):
     directory = shutil.copytree(directories / "dreamllm", tmp_path / "dreamllm")
     (directory / "clip").rename(tmp_path / "elsewhere")
     assert error(CONFIG, directory) == (
-        f"{directory}, image encoder: {directory}/config.json refers to 'clip' (clip_vision_model_name_or_path), "
+        f"{directory}, vision encoder: {directory}/config.json refers to 'clip' (clip_vision_model_name_or_path), "
         "and no config.json is found in "
-        f"{directory}/clip, {directory}/clip, clip, {tmp_path}/clip: name the directory with --clip"
+        f"{directory}/clip, {directory}/clip, clip, {tmp_path}/clip: name the directory with --vision-encoder"
     )
-    found = compare(CONFIG, PARAMS.__getitem__, directory, ["float32"], {"clip": tmp_path / "elsewhere"})
+    found = compare(CONFIG, part_of(PARAMS), directory, ["float32"], {"vision_encoder": tmp_path / "elsewhere"})
     assert verdicts(found) == dict.fromkeys(TOWERS, True)
     path = directory / "config.json"
     path.write_text(path.read_text().replace('"clip"', json.dumps(str(tmp_path / "elsewhere"))))
     (directory / "dream_embedding.bin").unlink()  # without which the towers cannot be joined
-    differences = compare(CONFIG, PARAMS.__getitem__, directory, ["float32"])
+    differences = compare(CONFIG, part_of(PARAMS), directory, ["float32"])
     assert verdicts(differences) == dict.fromkeys(TOWERS[:-1], True)
 
 
 def error(config, directory, kind=ValueError):
     with pytest.raises(kind) as refused:
-        compare(config, PARAMS.__getitem__, directory, ["float32"])
+        compare(config, part_of(PARAMS), directory, ["float32"])
     return str(refused.value)
 
 
@@ -233,7 +250,7 @@ def test_tensors_that_do_not_fit_are_named(directories, tmp_path):
     tensors["projector.projector.4.weight"] = tensors.pop("projector.projector.2.weight")
     torch.save(tensors, path)
     assert error(CONFIG, tmp_path / "dreamllm") == (
-        f"{tmp_path}/dreamllm, image encoder: clip_vision_embedding.bin: missing clip_vision_model.post_layernorm.bias,"
+        f"{tmp_path}/dreamllm, vision encoder: clip_vision_embedding.bin: missing clip_vision_model.post_layernorm.bias,"
         " missing projector.projector.2.weight, unexpected projector.projector.4.weight"
     )
 
@@ -243,17 +260,24 @@ def test_another_shape_is_named(directories):
         return dataclasses.replace(CONFIG, **{part: dataclasses.replace(getattr(CONFIG, part), **settings)})
 
     hf, diffusers = directories / "hf", directories / "diffusers"
-    assert error(changed("llama", num_hidden_layers=3), hf) == (
-        f"{hf}, language model: llama.num_hidden_layers is 3 here, but 2 there"
+    assert error(changed("language_model", num_hidden_layers=3), hf) == (
+        f"{hf}, language model: language_model.num_hidden_layers is 3 here, but 2 there"
     )
-    assert error(changed("unet", block_out_channels=(8, 32)), diffusers) == (
-        f"{diffusers}, denoiser: unet.block_out_channels is (8, 32) here, but (8, 16) there"
+    decoder = CONFIG.image_decoder
+    narrow = dataclasses.replace(decoder.denoiser, block_out_channels=(8, 32))
+    assert error(changed("image_decoder", denoiser=narrow), diffusers) == (
+        f"{diffusers}, denoiser: image_decoder.denoiser.block_out_channels is (8, 32) here, but (8, 16) there"
     )
-    pixels = tiny_config(vae=PixelAutoencoderConfig(), unet=dataclasses.replace(CONFIG.unet, in_channels=3))
-    assert error(pixels, diffusers) == f"{diffusers}, denoiser: unet.in_channels is 3 here, but 4 there"
-    clip = {**PARAMS, "clip": {**PARAMS["clip"], "more": np.zeros(5)}}
-    with pytest.raises(ValueError, match=r"image encoder: clip has [\d,]+ parameters here, but [\d,]+ there$"):
-        compare(CONFIG, clip.__getitem__, diffusers, ["float32"])
+    three = dataclasses.replace(decoder.denoiser, in_channels=3)
+    pixels = changed("image_decoder", autoencoder=PixelAutoencoderConfig(), denoiser=three)
+    assert error(pixels, diffusers) == (
+        f"{diffusers}, denoiser: image_decoder.denoiser.in_channels is 3 here, but 4 there"
+    )
+    clip = {**PARAMS, "vision_encoder": {**PARAMS["vision_encoder"], "more": np.zeros(5)}}
+    with pytest.raises(
+        ValueError, match=r"vision encoder: vision_encoder has [\d,]+ parameters here, but [\d,]+ there$"
+    ):
+        compare(CONFIG, part_of(clip), diffusers, ["float32"])
 
 
 def test_the_table_is_aligned():

@@ -26,10 +26,12 @@ from dreamllm_jax.layers.blocks import (
 )
 from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
+from dreamllm_jax.towers.public import PublicForm
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 _EPS = 1e-6
-
+# What the attention's layers were called in older files, where some are 1x1 convolutions.
+_LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # Settings of a config.json with the only value that is implemented.
 _FIXED = {
@@ -58,6 +60,17 @@ class AutoencoderConfig:
     sample_size: int = 512
     scaling_factor: float = 0.18215
     kind: Literal["kl"] = "kl"
+    public = PublicForm(
+        library="diffusers",
+        torch_class="AutoencoderKL",
+        types=("AutoencoderKL",),
+        folder="vae",
+        renamed=tuple(
+            (rf"^(.*\.mid_block\.attentions\.\d+)\.{then}\.(weight|bias)$", rf"\1.{today}.\2")
+            for then, today in _LEGACY.items()
+        ),
+        settings=("latent_channels", "block_out_channels", "layers_per_block", "scaling_factor"),
+    )
 
     def __post_init__(self) -> None:
         sizes = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "sample_size")
@@ -92,6 +105,13 @@ class AutoencoderConfig:
     def to_public(self) -> dict[str, Any]:
         """The settings of an `AutoencoderKL`'s config.json."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
+
+    def run_public(self, module: Any, images: Any, latents: Any) -> dict[str, Any]:
+        """What the public class makes of torch's f[N,3,H,W] images and f[N,c,h,w] unscaled latents."""
+        return {
+            "stored": module.encode(images).latent_dist.parameters,
+            "images": module.decode(latents).sample,
+        }
 
     def make(self, dtype: Any) -> "Autoencoder":
         """The module; see there."""

@@ -20,6 +20,7 @@ class PixelAutoencoderConfig:
     patch_size: int = 1
     scaling_factor: float = 1.0
     kind: Literal["pixel"] = "pixel"
+    public = None
 
     def __post_init__(self) -> None:
         require(self.patch_size > 0, f"patch_size={self.patch_size!r} must be a positive integer")

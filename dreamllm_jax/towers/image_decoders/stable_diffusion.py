@@ -5,7 +5,8 @@ Legend: N images, H x W pixels, h x w x c latents, T training timesteps.
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -78,6 +79,15 @@ class StableDiffusionConfig:
     training: DenoisingConfig = DenoisingConfig()
     kind: Literal["stable_diffusion"] = "stable_diffusion"
 
+    # Its public form, a directory of diffusers: the classes whose folders it has, and the scheduler's file.
+    public_parts: ClassVar[Mapping[str, tuple[type, ...]]] = {
+        "denoiser": (UNetConfig,),
+        "autoencoder": (AutoencoderConfig,),
+    }
+    public_scheduler = "scheduler/scheduler_config.json"
+    public_sampler = "DDIMScheduler"  # a class that samples by that file
+    public_trainer = "DDPMScheduler"  # as which programs that train, the original among them, read any such file
+
     def __post_init__(self):
         if self.denoiser.in_channels != self.autoencoder.latent_channels:
             raise ValueError(
@@ -104,6 +114,29 @@ class StableDiffusionConfig:
     def training_size_multiple(self) -> int:
         """Height and width of what is learned must be multiples of it: no level of the U-Net then has a remainder."""
         return self.autoencoder.downscale * 2 ** (self.denoiser.levels - 1)
+
+    @classmethod
+    def from_public(cls, parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> "StableDiffusionConfig":
+        """The decoder of these parts and the settings of diffusers' scheduler.
+
+        Raises:
+          ValueError: naming the scheduler's setting that is not supported, or parts that do not fit.
+        """
+        return cls(**parts, schedule=schedule.schedule_config_from_diffusers(scheduler))
+
+    def to_public_scheduler(self) -> dict[str, Any]:
+        """The settings of diffusers' scheduler."""
+        return schedule.schedule_config_to_diffusers(self.schedule)
+
+    @property
+    def noise_levels(self) -> np.ndarray:
+        """What `public_noise_levels` are here."""
+        return schedule.alphas_cumprod(self.schedule)
+
+    @staticmethod
+    def public_noise_levels(scheduler: Any) -> np.ndarray:
+        """The signal's share at each training timestep by a scheduler of diffusers, f32[T]."""
+        return scheduler.alphas_cumprod.numpy()
 
     @property
     def plain(self) -> "StableDiffusionConfig":

@@ -32,6 +32,7 @@ from dreamllm_jax.layers.blocks import (
 from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
+from dreamllm_jax.towers.public import PublicForm
 
 PerBlock = int | tuple[int, ...]
 
@@ -99,6 +100,13 @@ class UNetConfig:
     freq_shift: int = 0
     upcast_attention: bool = False
     kind: Literal["unet"] = "unet"
+    public = PublicForm(
+        library="diffusers",
+        torch_class="UNet2DConditionModel",
+        types=("UNet2DConditionModel",),
+        folder="unet",
+        settings=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim"),
+    )
 
     def __post_init__(self) -> None:
         levels = self.levels
@@ -158,6 +166,17 @@ class UNetConfig:
           ValueError: naming every setting that is not implemented.
         """
         return read_diffusers_config(cls, settings, _FIXED)
+
+    def to_public(self) -> dict[str, Any]:
+        """The settings of a `UNet2DConditionModel`'s config.json."""
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
+        if self.num_attention_heads is None:
+            del settings["num_attention_heads"]
+        return settings
+
+    def run_public(self, module: Any, latents: Any, timesteps: Any, condition: Any) -> Any:
+        """The prediction as the public class computes it, f[N,c,h,w], i[N], f[N,Q,C] of torch -> f[N,c',h,w]."""
+        return module(latents, timesteps, condition).sample
 
     def make(self, dtype: Any) -> "UNet":
         """The module; see there."""

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from dreamllm_jax.layers.rope import RopeScaling
 from dreamllm_jax.towers.language_models.decoder import DecoderConfig
+from dreamllm_jax.towers.public import PublicForm, reader
 
 # Settings of a config.json that would change the function computed here: name -> the one value that is supported.
 _SUPPORTED = {"hidden_act": "silu", "attention_dropout": 0.0, "use_sliding_window": False}
-_MODEL_TYPES = ("llama", "dreamllm", "mistral")
 # The decoder's settings that these families do not have, and those that are not read by their names.
 _NOT_ITS_OWN = {"hidden_act", "pattern", "qk_norm", "norm_unit_offset", "embedding_scale"}
 _OURS = {*_NOT_ITS_OWN, "kind", "attention_out_bias", "rope_scaling", "rope_theta", "lora"}
@@ -23,6 +23,18 @@ class LlamaConfig(DecoderConfig):
     """A LLaMA, a Mistral, and their like."""
 
     kind: Literal["llama"] = "llama"
+    public = PublicForm(
+        library="transformers",
+        torch_class="LlamaForCausalLM",
+        types=("llama", "dreamllm", "mistral"),
+        prefix="model.",
+        outside=("lm_head.",),
+        beside=r".*\brotary_emb\.inv_freq$",  # computed
+        settings=(
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "tie_word_embeddings"),
+        ),
+    )
 
     @classmethod
     def from_public(cls, config: Mapping[str, Any]) -> "LlamaConfig":
@@ -31,8 +43,7 @@ class LlamaConfig(DecoderConfig):
         Raises:
           ValueError: naming a setting that is not supported.
         """
-        if config.get("model_type", "llama") not in _MODEL_TYPES:
-            raise ValueError(f"model_type {config['model_type']!r} is not supported: expected one of {_MODEL_TYPES}")
+        reader((cls,), config)
         for name, value in _SUPPORTED.items():
             if config.get(name, value) not in (value, None):
                 raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")

@@ -20,6 +20,7 @@ from dreamllm_jax.layers.linear import Conv, Dense, Embedding, spread
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
 from dreamllm_jax.parallel.mesh import constrain
+from dreamllm_jax.towers.public import PublicForm, reader
 
 Array = jax.Array
 
@@ -34,8 +35,8 @@ ACTIVATIONS = {
 
 # Settings of a config.json that would change the function computed here: name -> the one value that is supported.
 _SUPPORTED = {"num_channels": 3, "attention_dropout": 0.0, "dropout": 0.0}
-_MODEL_TYPES = ("clip_vision_model", "clip")
-_OURS = ("kind", "select_layer", "image_mean", "image_std")  # that no config.json has
+_NORMALISATION = ("image_mean", "image_std")
+_OURS = ("kind", "select_layer", *_NORMALISATION)  # that no config.json has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,19 @@ class ClipVisionConfig:
     select_layer: int = -2
     image_mean: tuple[float, float, float] = MEAN
     image_std: tuple[float, float, float] = STD
+    public = PublicForm(
+        library="transformers",
+        torch_class="CLIPVisionModel",
+        types=("clip_vision_model", "clip"),
+        folder="clip",
+        prefix="vision_model.",
+        # What is computed, and what a whole CLIP has besides.
+        beside=r"(.*\b)?position_ids$|(text_model|(text|visual)_projection|logit_scale)\b",
+        settings=(
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("image_size", "patch_size", "hidden_act"),
+        ),
+    )
 
     def __post_init__(self):
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "layer_norm_eps"):
@@ -156,8 +170,7 @@ class ClipVisionConfig:
           ValueError: naming a setting that is not supported.
         """
         config = config.get("vision_config") or config
-        if config.get("model_type", "clip_vision_model") not in _MODEL_TYPES:
-            raise ValueError(f"model_type {config['model_type']!r} is not supported: expected one of {_MODEL_TYPES}")
+        reader((cls,), config)
         for name, value in _SUPPORTED.items():
             if config.get(name, value) not in (value, None):
                 raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
@@ -170,6 +183,41 @@ class ClipVisionConfig:
     def to_public(self) -> dict[str, Any]:
         """The settings of a `CLIPVisionModel`'s config.json."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OURS}
+
+    def with_processor(self, settings: Mapping[str, Any]) -> "ClipVisionConfig":
+        """The tower, taking pixels as the settings of its `CLIPImageProcessor` say.
+
+        Raises:
+          ValueError: that makes other pixels of an image than `preprocess`.
+        """
+        for name, ours in self.processor().items():
+            size = self.image_size
+            same = (ours, None, *((size,) if name in ("size", "crop_size") else ()))  # sizes were plain numbers once
+            if name not in ("image_processor_type", *_NORMALISATION) and settings.get(name) not in same:
+                raise ValueError(f"{name} = {settings[name]!r} is not supported: only {ours!r} is")
+        found = {name: tuple(settings[name]) for name in _NORMALISATION if settings.get(name)}
+        return dataclasses.replace(self, **found)
+
+    def processor(self) -> dict[str, Any]:
+        """The settings of the `CLIPImageProcessor` that makes the same pixels as we."""
+        size = self.image_size
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": size},
+            "resample": 3,  # bicubic
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            **{name: list(getattr(self, name)) for name in _NORMALISATION},
+        }
+
+    def run_public(self, module: Any, pixels: Any) -> Any:
+        """The features as the public class computes them: torch's f[N, 3, S, S] normalised pixels -> f[N, P, F]."""
+        return module(pixels, output_hidden_states=True).hidden_states[self.select_layer][:, 1:]
 
 
 def normalise_pixels(pixels: Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Array:

@@ -1,4 +1,4 @@
-"""LLaMA in Hugging Face's layout: `config.json` and the tensors of `LlamaForCausalLM`."""
+"""A language model in Hugging Face's layout: `config.json` and the tensors of a causal language model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,15 @@ from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.model import DreamLLMConfig
-from dreamllm_jax.towers.language_models.llama import LlamaConfig, llama_config_from_hf
+from dreamllm_jax.towers.public import reader
+from dreamllm_jax.towers.registry import LANGUAGE_MODELS, LanguageModelConfig
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _BUFFER = "rotary_emb.inv_freq"
 
 
-def open_llama(path: Path) -> Part:
-    """A directory of Hugging Face's layout (also one of Vicuna), or a `.gguf` file.
+def open_language_model(path: Path) -> Part:
+    """A directory of Hugging Face's layout, or a `.gguf` file.
 
     Raises:
       FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
@@ -30,12 +31,14 @@ def open_llama(path: Path) -> Part:
         return dataclasses.replace(open_gguf(path), where=path)
     recognise.require(path, "config.json")
     recognise.require_no_adapter(path)
-    config = files.read_config(path / "config.json", llama_config_from_hf)
-    return llama_part(config, files.open_model(path, "model", "pytorch_model"), path)
+    config = files.read_config(
+        path / "config.json", lambda settings: reader(LANGUAGE_MODELS, settings).from_public(settings)
+    )
+    return language_model_part(config, files.open_model(path, *config.public.stems), path)
 
 
-def llama_part(config: LlamaConfig, tensors: Mapping[str, Tensor], where: Path) -> Part:
-    """The tensors of `LlamaForCausalLM` as our part; rotary frequencies, which are computed, are only checked.
+def language_model_part(config: LanguageModelConfig, tensors: Mapping[str, Tensor], where: Path) -> Part:
+    """The tensors of a causal language model as our part; rotary frequencies, which are computed, are only checked.
 
     Raises:
       ValueError: the frequencies are those of other heads or another base; two output matrices that should be tied.
@@ -51,21 +54,21 @@ def llama_part(config: LlamaConfig, tensors: Mapping[str, Tensor], where: Path) 
         got = tensor.read().astype(np.float32)
         if config.rope_scaling is None and not np.allclose(got, config.rope_frequencies(1), rtol=0.02):
             raise ValueError(f"{where}: {name} does not belong to rope_theta={config.rope_theta} of config.json")
-    rest = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name not in buffers}
-    left_out = tuple(buffers)
-    if config.tie_word_embeddings and HEAD in rest:
-        if EMBEDDING in rest and not np.array_equal(rest[HEAD].read(), rest[EMBEDDING].read()):
-            raise ValueError(f"{where}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
-        del rest[HEAD]
-        left_out += (HEAD,)
-    return Part(config, rest, left_out, where)
+    part = Part.of(config, tensors, where)
+    if not (config.tie_word_embeddings and HEAD in part.tensors):
+        return part
+    rest = dict(part.tensors)
+    head = rest.pop(HEAD)
+    if EMBEDDING in rest and not np.array_equal(head.read(), rest[EMBEDDING].read()):
+        raise ValueError(f"{where}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding")
+    return dataclasses.replace(part, tensors=rest, left_out=(*part.left_out, HEAD))
 
 
 def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed: int) -> Part:
     """Makes room for a larger vocabulary, and initialises the rows of `new_tokens` in embedding and output matrix.
 
     Args:
-      part: as from `open_llama`.
+      part: as from `open_language_model`.
       vocab_size: rows wanted; never fewer than there are.
       new_tokens: ids whose rows are new (also if the matrix had them, unused, before).
       init: "normal" (zero mean, the configuration's `initializer_range`) or "mean" (of all other rows).
@@ -81,7 +84,7 @@ def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed
     def grown(name: str, tensor: Tensor) -> Tensor:
         if tensor.shape != (old, config.hidden_size):
             raise ValueError(
-                f"{name} is of shape {tensor.shape}, but by its config.json the llama has vocab_size={old} and "
+                f"{name} is of shape {tensor.shape}, but by its config.json the model has vocab_size={old} and "
                 f"hidden_size={config.hidden_size}: correct config.json"
             )
 
@@ -101,18 +104,10 @@ def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed
     return dataclasses.replace(part, config=dataclasses.replace(config, vocab_size=vocab_size), tensors=tensors)
 
 
-def hf_settings(config: LlamaConfig, special: SpecialTokens, dtype: str) -> dict[str, Any]:
+def hf_settings(config: LanguageModelConfig, special: SpecialTokens, dtype: str) -> dict[str, Any]:
     """The settings of a `config.json`, understood by transformers 4 and 5 alike."""
-    settings = {
-        name: value for name, value in dataclasses.asdict(config).items() if name not in ("rope_scaling", "lora")
-    }
-    if config.rope_scaling is not None:
-        scaling = {name: value for name, value in dataclasses.asdict(config.rope_scaling).items() if value is not None}
-        settings["rope_scaling"] = {**scaling, "type": config.rope_scaling.rope_type}
     return {
-        **settings,
-        "rope_scaling": settings.get("rope_scaling"),
-        "hidden_act": "silu",
+        **config.to_public(),
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
         "pad_token_id": special.pad,
@@ -121,22 +116,24 @@ def hf_settings(config: LlamaConfig, special: SpecialTokens, dtype: str) -> dict
     }
 
 
-def hf_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Our part's tensors under the names of `LlamaForCausalLM`."""
-    return {name if name == HEAD else f"model.{name}": tensor for name, tensor in tensors.items()}
+def hf_tensors(config: LanguageModelConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Our part's tensors under the names of its public class."""
+    return {config.public.theirs(name): tensor for name, tensor in tensors.items()}
 
 
-def write_llama(
+def write_language_model(
     directory: Path, config: DreamLLMConfig, tensors: Mapping[str, Mapping[str, np.ndarray]], max_shard_size: int
 ) -> None:
-    """Writes a directory that `LlamaForCausalLM.from_pretrained` loads.
+    """Writes a directory that `from_pretrained` of the model's public class loads.
 
     Args:
-      tensors: part of the parameter tree -> torch name -> array; `llama` at least.
+      tensors: part of the parameter tree -> torch name -> array; `language_model` at least.
     """
-    settings = hf_settings(config.llama, config.special_tokens, str(tensors["llama"][EMBEDDING].dtype))
-    settings = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **settings}
-    write_hf(directory, settings, hf_tensors(tensors["llama"]), max_shard_size)
+    tower, found = config.language_model, tensors["language_model"]
+    form = tower.public
+    settings = hf_settings(tower, config.special_tokens, str(found[EMBEDDING].dtype))
+    settings = {"architectures": [form.torch_class], "model_type": form.types[0], **settings}
+    write_hf(directory, settings, hf_tensors(tower, found), max_shard_size)
 
 
 def write_hf(

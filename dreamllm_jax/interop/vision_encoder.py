@@ -1,0 +1,65 @@
+"""A vision encoder in Hugging Face's layout: a whole model or its vision tower alone, and its image processor."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dreamllm_jax.common import recognise
+from dreamllm_jax.interop import files
+from dreamllm_jax.interop.source import Part
+from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers.public import reader
+from dreamllm_jax.towers.registry import VISION_ENCODERS, VisionEncoderConfig
+
+# Of an image processor, and of a processor of text and images as transformers 5 writes it.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def open_vision_encoder(directory: Path, select_layer: int | None = None) -> Part:
+    """The vision tower in a directory.
+
+    Args:
+      select_layer: the hidden state that is read; None for the usual one of the kind.
+
+    Raises:
+      FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
+    """
+    return Part.open(read_vision_config(directory, select_layer), directory)
+
+
+def read_vision_config(directory: Path, select_layer: int | None = None) -> VisionEncoderConfig:
+    """The vision tower's shape, from `config.json`, and the pixels it takes, from its image processor's file, if any;
+    arguments and errors as of `open_vision_encoder`."""
+    recognise.require(directory, "config.json")
+    more = {} if select_layer is None else {"select_layer": select_layer}
+    config = files.read_config(
+        directory / "config.json", lambda settings: reader(VISION_ENCODERS, settings).from_public(settings, **more)
+    )
+    for name in PROCESSORS:
+        if (path := directory / name).is_file():
+            return files.read_config(path, functools.partial(_with_processor, config))
+    return config
+
+
+def _with_processor(config: VisionEncoderConfig, settings: Mapping) -> VisionEncoderConfig:
+    return config.with_processor(settings.get("image_processor", settings))
+
+
+def write_vision_encoder(
+    directory: Path, config: DreamLLMConfig, tensors: Mapping[str, Mapping[str, np.ndarray]], max_shard_size: int
+) -> None:
+    """Writes a directory that the tower's public class and image processor load.
+
+    Args:
+      tensors: part of the parameter tree -> torch name -> array; `vision_encoder` at least.
+    """
+    tower, found = config.vision_encoder, tensors["vision_encoder"]
+    form = tower.public
+    settings = {"architectures": [form.torch_class], "model_type": form.types[0], **tower.to_public()}
+    settings |= {"torch_dtype": str(next(iter(found.values())).dtype), "num_channels": 3}
+    files.write_json(directory / "config.json", settings)
+    files.write_json(directory / PROCESSORS[0], tower.processor())
+    named = {form.theirs(name): tensor for name, tensor in found.items()}
+    files.write_safetensors(directory, form.stems[0], named, max_shard_size)

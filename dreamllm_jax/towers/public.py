@@ -1,0 +1,69 @@
+"""How a tower is stored by the library that published it: declared in the tower's own file, read by `interop`."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+# Names of the files of tensors, without their endings.
+_STEMS = {"transformers": ("model", "pytorch_model"), "diffusers": ("diffusion_pytorch_model",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PublicForm:
+    """The public class of a tower, and what its files hold.
+
+    Attributes:
+      library: whose class it is.
+      torch_class: the class; a config.json names it as `architectures` or, of diffusers, `_class_name`.
+      types: what a config.json that is read may call itself, its `model_type` or `_class_name`; the first is written.
+      folder: where it lies in a directory of several towers.
+      prefix: before the names of its tensors, relative to which ours are.
+      outside: beginnings of names that have no prefix.
+      beside: regular expression, from the beginning of a name, of tensors that may lie there and are nothing of ours.
+      renamed: regular expressions of names in older files, and what they are called today.
+      settings: those under the same name in config.json and here, by which models of other shapes are told apart.
+    """
+
+    library: Literal["transformers", "diffusers"]
+    torch_class: str
+    types: tuple[str, ...]
+    folder: str = ""
+    prefix: str = ""
+    outside: tuple[str, ...] = ()
+    beside: str = r"(?!)"
+    renamed: tuple[tuple[str, str], ...] = ()
+    settings: tuple[str, ...] = ()
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """What its file of tensors may be called, without the ending."""
+        return _STEMS[self.library]
+
+    def ours(self, name: str) -> str | None:
+        """A tensor's name relative to our part of the model; None for what is nothing of ours."""
+        if re.match(self.beside, name):
+            return None
+        name = name.removeprefix(self.prefix)
+        for pattern, today in self.renamed:
+            name = re.sub(pattern, today, name)
+        return name
+
+    def theirs(self, name: str) -> str:
+        """The inverse of `ours`."""
+        return name if name.startswith(self.outside) else self.prefix + name
+
+
+def reader(classes: Sequence[type], settings: Mapping[str, Any]) -> type:
+    """The configuration class that reads a config.json; the first of them for one that does not say what it is of.
+
+    Raises:
+      ValueError: none of them does.
+    """
+    key = "model_type" if classes[0].public.library == "transformers" else "_class_name"
+    name = settings.get(key)
+    for cls in classes:
+        if name is None or name in cls.public.types:
+            return cls
+    known = tuple(known for cls in classes for known in cls.public.types)
+    raise ValueError(f"{key} {name!r} is not supported: expected one of {known}")
