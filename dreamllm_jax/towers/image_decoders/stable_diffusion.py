@@ -73,6 +73,8 @@ class StableDiffusionConfig:
       training: how the training error is made.
     """
 
+    PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
+
     denoiser: UNetConfig
     autoencoder: AutoencoderConfig | PixelAutoencoderConfig = AutoencoderConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -299,7 +301,7 @@ class StableDiffusion(nn.Module):
 
 
 _BLOCKS = (320, 640, 1280, 1280)
-PUBLISHED: dict[str, dict[str, Any]] = {
+StableDiffusionConfig.PUBLISHED = {
     "sd21": {  # 2.1-base
         "kind": "stable_diffusion",
         "denoiser": {
