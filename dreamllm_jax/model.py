@@ -90,8 +90,8 @@ class DreamLLM(nn.Module):
     """All parameters of the model, by role: `language_model`, `vision_encoder`, `visual_projector`, `dream_queries`,
     `connector`, `image_decoder`.
 
-    `model.bind({"params": params})` has the methods below and the towers' own, such as `.image_decoder.decode`; of `params`
-    it needs those that a method uses.
+    `model.bind({"params": params})` has the methods below and the towers' own, such as `.image_decoder.decode`; of
+    `params` it needs those that a method uses.
     """
 
     config: DreamLLMConfig

@@ -11,7 +11,6 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.data.batch import empty_batch
 from dreamllm_jax.layers.lora import LoraConfig
-from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM, abstract_params
 from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.parallel.chips import find_topology
@@ -20,7 +19,7 @@ from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, param_sharding
 from dreamllm_jax.planning import hlo
 from dreamllm_jax.planning.program import COLLECTIVE
 from dreamllm_jax.training.step import loss_and_gradients
-from tests.tiny import DREAM_SIZE, MLP, row_shape, tiny_config
+from tests.tiny import MLP, row_shape, tiny_config
 
 ROWS, LENGTH, SLOTS, VOCABULARY = 16, 1024, 16, 520
 FEW = 64  # so many numbers may be added up in bfloat16
@@ -34,14 +33,12 @@ def compiled() -> str:
     biased = {"attention_bias": True, "mlp_bias": True, "lora": LoraConfig(rank=4, alpha=8.0)}
     llama = dataclasses.replace(config.language_model, hidden_size=256, vocab_size=VOCABULARY, **biased)
     config = dataclasses.replace(config, language_model=llama, special_tokens=None)
-    objective = JointConfig(drop_prob=0.5, loss_chunk=LENGTH // 2, image_chunk=SLOTS)
+    joint = JointConfig(drop_prob=0.5, loss_chunk=LENGTH // 2, image_chunk=SLOTS)
+    objective = joint.make(DreamLLM(config))
     rows, weights = rows_sharding(mesh, sharding, ROWS), abstract_params(config)
 
     def given(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((ROWS, *x.shape[1:]), x.dtype, sharding=rows), tree)
-
-    def drawn():
-        return draw(jax.random.key(0), ROWS, SLOTS, config.latent_shape(DREAM_SIZE), 1000, objective)
 
     shardings = flatten_dict(param_shardings(weights, mesh, sharding), sep="/")
     leaves = {
@@ -49,12 +46,13 @@ def compiled() -> str:
         for path, leaf in flatten_dict(nn.unbox(weights), sep="/").items()
     }
     batch = given(empty_batch(1, row_shape(config, LENGTH, SLOTS, SLOTS)))
+    drawn = jax.eval_shape(objective.draws, jax.random.key(0), batch)
     with use(mesh, sharding):
         step = jax.jit(
-            lambda leaves, batch, draws: loss_and_gradients(DreamLLM(config), objective, leaves, {}, batch, draws),
+            lambda leaves, batch, draws: loss_and_gradients(objective, leaves, {}, batch, draws),
             out_shardings=(None, shardings),
         )
-        lowered = step.lower(leaves, batch, given(jax.eval_shape(drawn)))
+        lowered = step.lower(leaves, batch, given(drawn))
     return lowered.compile(compiler_options={"optimization_level": 9}).as_text()
 
 

@@ -122,8 +122,8 @@ def centre_crop(
     """Shrinks or enlarges the image until it just covers the result, whose shape is kept, and crops its centre.
 
     Args:
-      rounded: where the centre lies between two pixels, take the even one, as torchvision's `CenterCrop` does; otherwise
-        the first, as transformers' image processors do.
+      rounded: where the centre lies between two pixels, take the even one, as torchvision's `CenterCrop` does;
+        otherwise the first, as transformers' image processors do.
 
     Returns:
       u8[height, width, 3].

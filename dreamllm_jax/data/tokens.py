@@ -311,8 +311,8 @@ class _Row:
                 for name, groups in (("see", shape.see), ("dream", shape.dream))
             ]
             raise ValueError(
-                f"a row of {shape.length} tokens with {room[0]} and {room[1]} has no room for {len(see)} images to read "
-                f"and {len(dream)} to paint"
+                f"a row of {shape.length} tokens with {room[0]} and {room[1]} has no room for {len(see)} images to "
+                f"read and {len(dream)} to paint"
             ) from None
 
     def places(self, see: Sequence[Image], dream: Sequence[Image]) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ from dreamllm_jax.experiment.settings import (
     OptimizerConfig,
     ParametersConfig,
     RowsConfig,
+    SlotsConfig,
     ValidationConfig,
 )
 from dreamllm_jax.model import DreamLLMConfig
@@ -64,7 +65,7 @@ class Experiment:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
-        if self.objective.lm_weight == 0 and rows.dream_slots == 0:
+        if self.objective.lm_weight == 0 and not rows.painted:
             raise ConfigError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
         if max(self.timeout, self.host_timeout) > threading.TIMEOUT_MAX:
             raise ConfigError(
@@ -74,17 +75,7 @@ class Experiment:
             raise ConfigError(
                 f"timeout must not be negative and host_timeout positive, got {self.timeout} and {self.host_timeout}"
             )
-        if rows.per_step < 1 or rows.microbatches < 1 or rows.per_step % rows.microbatches:
-            raise ConfigError(f"rows.microbatches={rows.microbatches} does not divide rows.per_step={rows.per_step}")
-        if rows.see_slots < 0 or rows.dream_slots < 0:
-            raise ConfigError("rows.see_slots and rows.dream_slots must not be negative")
-        for slots, name, need in (
-            (rows.see_slots, "an image to see", model.vision_encoder.num_patches + 2),
-            (rows.dream_slots, "an image to paint", model.num_queries + 2),
-        ):
-            if slots and need >= rows.length:
-                raise ConfigError(f"rows.length={rows.length} has no room for {name}, which takes {need} tokens")
-        language_model, decoder = model.language_model, model.image_decoder
+        language_model = model.language_model
         if rows.length > (most := language_model.max_length):
             scaled = "" if language_model.rope_scaling is None else f", {most} as rope_scaling has it"
             raise ConfigError(
@@ -92,11 +83,23 @@ class Experiment:
                 f"{language_model.max_position_embeddings}{scaled}: shorten the rows or set "
                 "model.language_model.rope_scaling"
             )
-        multiple = decoder.training_size_multiple
-        if rows.dream_slots and (rows.dream_size < 1 or rows.dream_size % multiple):
-            raise ConfigError(
-                f"rows.dream_size={rows.dream_size} must be a positive multiple of {multiple} for this image decoder"
-            )
+        multiple = model.image_decoder.training_size_multiple
+        for group in rows.painted:
+            for side in (group.height, group.width):
+                if side < 1 or side % multiple:
+                    name = "rows.dream: side" if rows.dream else "rows.dream_size"
+                    raise ConfigError(f"{name}={side} must be a positive multiple of {multiple} for this image decoder")
+        try:
+            shape = self.row_shape
+        except ValueError as error:
+            raise ConfigError(f"rows: {error}") from None
+        for groups, name in ((shape.see, "an image to see"), (shape.dream, "an image to paint")):
+            for group in groups:
+                if group.tokens + 2 >= rows.length:
+                    need = f"{name}, which takes {group.tokens + 2} tokens"
+                    raise ConfigError(f"rows.length={rows.length} has no room for {need}")
+            if self.data.stored and len(groups) > 1:
+                raise ConfigError("data.stored holds images of one size: leave it empty, or give rows one size")
 
     @property
     def held_out(self) -> "Experiment":
@@ -113,14 +116,20 @@ class Experiment:
 
     @property
     def row_shape(self) -> RowShape:
-        rows, data = self.rows, self.data
+        """The static shape of a row: its groups of slots, and what stands for images in them."""
+        stored, dtype = self.data.stored, self.data.stored_dtype
         encoder, decoder = self.model.vision_encoder, self.model.image_decoder
-        side, painted = encoder.image_size, rows.dream_size
-        features = encoder.stored_shape(side, side) if "features" in data.stored else ()
-        moments = decoder.stored_shape(painted, painted) if "moments" in data.stored else ()
-        see = SlotGroup(rows.see_slots, encoder.tokens(side, side), side, side, features, data.stored_dtype)
-        dream = SlotGroup(rows.dream_slots, self.model.num_queries, painted, painted, moments, data.stored_dtype)
-        return RowShape(rows.length, (see,) if rows.see_slots else (), (dream,) if rows.dream_slots else ())
+
+        def group(given: SlotsConfig, tokens: int, tower: Any, name: str) -> SlotGroup:
+            size = given.height, given.width
+            return SlotGroup(given.slots, tokens, *size, tower.stored_shape(*size) if name in stored else (), dtype)
+
+        seen, painted = self.rows.seen(encoder.image_size), self.rows.painted
+        return RowShape(
+            self.rows.length,
+            tuple(group(given, encoder.tokens(given.height, given.width), encoder, "features") for given in seen),
+            tuple(group(given, self.model.num_queries, decoder, "moments") for given in painted),
+        )
 
 
 def require_packages(experiment: Experiment) -> None:

@@ -3,7 +3,7 @@ common.
 
 Vicuna v1.1 (the LLaMA-1 shapes, arXiv 2302.13971), CLIP ViT-L/14 at 224 pixels (arXiv 2103.00020) read at its last
 layer but one, Stable Diffusion 2.1-base (arXiv 2112.10752), as DreamLLM joins them (arXiv 2309.11499, section 4.1).
-Towers' shapes stand in their files (`towers.registry.PUBLISHED`).
+Towers' shapes stand in their files (`PUBLISHED`).
 """
 
 import copy
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.experiment.recipes import parse
-from dreamllm_jax.towers.registry import PUBLISHED
+from dreamllm_jax.towers import registry
 
 # What is trained, see `ParametersConfig.trainable`: in stage I, in stages II and III, and there with adapters. Adapters
 # alone would not do, for the embeddings of new tokens begin at random.
@@ -24,7 +24,12 @@ ADAPTERS = (("language_model/(embed_tokens|lm_head|.*/lora_.)(/.*)?", True), *AL
 # Arguments of the stages' configurations: the shapes of the towers, and the dream queries an image is painted from; in
 # stages II and III also the rank of adapters (`layers.lora`), 0 to train the whole language model.
 ROLES = {"llm": "language_model", "vision": "vision_encoder", "decoder": "image_decoder", "connector": "connector"}
-CHOICES = {argument: PUBLISHED[role] for argument, role in ROLES.items()}
+CHOICES = {
+    "llm": registry.published(registry.LANGUAGE_MODELS),
+    "vision": registry.published(registry.VISION_ENCODERS),
+    "decoder": registry.published(registry.IMAGE_DECODERS),
+    "connector": registry.published(registry.CONNECTORS),
+}
 ALIGNMENT_ARGUMENTS = {"llm": "7b", "vision": "clip-l-224", "decoder": "sd21", "connector": "linear", "queries": 64}
 TUNING_ARGUMENTS = ALIGNMENT_ARGUMENTS | {"lora": 0}
 

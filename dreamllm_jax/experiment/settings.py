@@ -9,6 +9,15 @@ from dreamllm_jax.data.settings import CorpusConfig
 
 
 @dataclasses.dataclass(frozen=True)
+class SlotsConfig:
+    """Room in a row for images of one size, in pixels."""
+
+    slots: int
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
 class RowsConfig:
     """The shape of a batch.
 
@@ -17,6 +26,8 @@ class RowsConfig:
       length: tokens in a row.
       see_slots, dream_slots: room for images to read and to paint in a row.
       dream_size: side of the painted images in pixels.
+      see, dream: in place of these, groups of slots for images of several sizes; an image goes where least of it is
+        cropped.
       microbatches: parts in which the rows are computed one after the other, to save memory.
     """
 
@@ -25,7 +36,25 @@ class RowsConfig:
     see_slots: int = 4
     dream_slots: int = 4
     dream_size: int = 512
+    see: tuple[SlotsConfig, ...] = ()
+    dream: tuple[SlotsConfig, ...] = ()
     microbatches: int = 1
+
+    def __post_init__(self):
+        if self.see_slots < 0 or self.dream_slots < 0:
+            raise ValueError("see_slots and dream_slots must not be negative")
+        if self.per_step < 1 or self.microbatches < 1 or self.per_step % self.microbatches:
+            raise ValueError(f"microbatches={self.microbatches} does not divide per_step={self.per_step}")
+
+    def seen(self, size: int) -> tuple[SlotsConfig, ...]:
+        """The groups of images to read, of so many pixels on a side unless told otherwise."""
+        return self.see or ((SlotsConfig(self.see_slots, size, size),) if self.see_slots else ())
+
+    @property
+    def painted(self) -> tuple[SlotsConfig, ...]:
+        """The groups of images to paint."""
+        square = SlotsConfig(self.dream_slots, self.dream_size, self.dream_size)
+        return self.dream or ((square,) if self.dream_slots else ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +95,8 @@ class OptimizerConfig:
       ema_decay: keep an average of the trained parameters that decays so a step, such as 0.9999; 0 for none.
       learning_rates: (regular expression, factor) pairs; the learning rate of the parameters whose whole path an
         expression matches is multiplied by the factor of the first that does.
-      layer_decays: (regular expression, decay) pairs, for stacks of layers such as `language_model/layers/.*`: of N layers the
-        learning rate of layer i, from 1, is multiplied by decay^(N - i) as well.
+      layer_decays: (regular expression, decay) pairs, for stacks of layers such as `language_model/layers/.*`: of N
+        layers the learning rate of layer i, from 1, is multiplied by decay^(N - i) as well.
       mu_dtype, nu_dtype: storage types of the first and second moments; bfloat16 is rounded to at random (`rounding`).
     """
 

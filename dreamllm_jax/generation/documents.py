@@ -72,9 +72,10 @@ def generate_documents(
     """Continues documents, all in one batch, and yields what is new as it comes.
 
     A document's text goes on until `<dream_start>`; then the queries are read, an image is painted from them and read
-    back in by the vision encoder (DreamLLM, section 3.3); and so on until `</s>` or until a budget is used up. All documents that ask
-    for an image after the same stretch of tokens are painted together. A document depends on its own prompt and seed
-    alone, up to rounding, and continued from where it once was (its segments as a prompt) it goes on as it would have.
+    back in by the vision encoder (DreamLLM, section 3.3); and so on until `</s>` or until a budget is used up. All
+    documents that ask for an image after the same stretch of tokens are painted together. A document depends on its own
+    prompt and seed alone, up to rounding, and continued from where it once was (its segments as a prompt) it goes on as
+    it would have.
 
     Args:
       prompts: how the documents begin.

@@ -221,7 +221,7 @@ def read_image(
     images: UInt8[Array, "B H W 3"],
     active: Bool[Array, " B"] | None = None,
 ) -> Reading:
-    """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, preprocessed for the vision encoder."""
+    """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, as the encoder preprocesses it."""
     ids = model.config.special_tokens
     joined, patches = model.bind({"params": params}), model.config.vision_encoder.tokens(*images.shape[1:3])
     tokens = jnp.asarray([ids.im_start, *[ids.im_patch] * patches, ids.im_end], jnp.int32)

@@ -1,4 +1,4 @@
-"""DreamLLM's joint objective (arXiv 2309.11499, eq. 6): next-token cross-entropy and the image decoder's training error.
+"""DreamLLM's joint objective (arXiv 2309.11499, eq. 6): next-token cross-entropy and the image decoder's error.
 
 Every random number is an argument (`Draws`), so that a loss is a function of parameters, batch and draws alone.
 
@@ -175,7 +175,7 @@ class Joint:
         return total
 
     def conditions(self, params: dict, hidden: Float[Array, "N Q E"], drop: Bool[Array, " N"] | None) -> Condition:
-        """What the image decoder is given for each image: from the hidden states at its queries, or the null condition's.
+        """What the image decoder is given for each image, from the hidden states at its queries; or the null condition.
 
         Args:
           drop: which images get the null condition.

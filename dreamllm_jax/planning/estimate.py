@@ -43,7 +43,8 @@ def estimate(step: CompiledStep) -> Estimate | None:
     """
     if step.program is None or step.effort == "low":
         return None
-    experiment, program, chip, rows = step.experiment, step.program, step.topology.chip, step.experiment.rows
+    experiment, program, chip = step.experiment, step.program, step.topology.chip
+    rows, shape = experiment.rows, experiment.row_shape
     flops = sum(step_flops(experiment).values(), Flops())
     kernel_flops = max(program.kernel_flops, flops.kernels / step.topology.chips)
     compute = program.cycles / chip.clock + kernel_flops / (KERNEL_UTILISATION * chip.peak_flops)
@@ -58,7 +59,7 @@ def estimate(step: CompiledStep) -> Estimate | None:
         step_seconds=seconds,
         mfu=flops.model / (seconds * step.topology.chips * chip.peak_flops),
         tokens_per_second=rows.per_step * rows.length / seconds,
-        images_per_second=rows.per_step * (rows.see_slots + rows.dream_slots) / seconds,
+        images_per_second=rows.per_step * (shape.see_slots + shape.dream_slots) / seconds,
         days=hours / 24,
         chip_hours=hours * step.topology.chips,
     )
@@ -105,13 +106,14 @@ def as_json(step: CompiledStep) -> dict[str, Any]:
 
 def describe(step: CompiledStep) -> str:
     """The same for people."""
-    topology, rows, program = step.topology, step.experiment.rows, step.program
+    topology, experiment, program = step.topology, step.experiment, step.program
+    rows, shape = experiment.rows, experiment.row_shape
     mesh = " x ".join(f"{axis} {size}" for axis, size in step.mesh.items() if size > 1) or "one chip"
     slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
     lines = [
         f"{topology.name}: {topology.chips} chips of {topology.chip.kind} ({slices}{topology.shape}), mesh {mesh}",
         f"{rows.per_step} rows of {rows.length} tokens a step ({rows.per_step / topology.chips:g} a chip), each with "
-        f"room for {rows.see_slots} images to see and {rows.dream_slots} to paint; remat {step.experiment.model.remat}",
+        f"room for {shape.see_slots} images to see and {shape.dream_slots} to paint; remat {experiment.model.remat}",
         "",
         "parameters",
         *parameter_lines(step.parameters),

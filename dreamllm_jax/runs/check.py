@@ -114,11 +114,11 @@ def _mixture_lines(experiment: Experiment) -> list[str]:
 
 
 def _step_lines(experiment: Experiment) -> list[str]:
-    rows, steps = experiment.rows, experiment.steps
+    rows, shape, steps = experiment.rows, experiment.row_shape, experiment.steps
     amounts = {
         "tokens": rows.per_step * rows.length,
-        "images to read": rows.per_step * rows.see_slots,
-        "images to paint": rows.per_step * rows.dream_slots,
+        "images to read": rows.per_step * shape.see_slots,
+        "images to paint": rows.per_step * shape.dream_slots,
     }
     lines = [f"a step, and all {steps:,} (room for them, filled or not)"]
     return lines + [f"  {name:16} {count:>12,} {count * steps:>18,}" for name, count in amounts.items()]

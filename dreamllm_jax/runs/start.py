@@ -124,14 +124,15 @@ def _prepared(experiment: Experiment, data: DataConfig, target: epath.Path) -> D
         raise ConfigError(f"config.data.path is empty: name a data set, a folder of pictures, or {', '.join(SOURCES)}")
     if is_remote(data.path):
         raise ConfigError(f"config.data.path: there is no {SUMMARY} in {data.path}, so it is no data set")
-    problem: Exception | None = None
+    rows, problem = experiment.rows, None
+    sides = [side for group in rows.see + rows.dream for side in (group.height, group.width)]
     if jax.process_index() == 0:
         try:
             prepare(
                 data.path,
                 target,
                 pairs=data.pairs,
-                size=max(experiment.model.vision_encoder.image_size, experiment.rows.dream_size),
+                size=max(experiment.model.vision_encoder.image_size, rows.dream_size, *sides),
                 vocab_size=experiment.model.language_model.vocab_size,
                 text_tokenizer=data.tokenizer,
             )

@@ -1,29 +1,35 @@
-"""The towers that there are, by role: a line for each. A configuration names one by its `kind`."""
+"""The towers that there are, by role: an import and a word for each. A configuration names one by its `kind`."""
 
-from dreamllm_jax.towers.connectors import projector
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
-from dreamllm_jax.towers.image_decoders import stable_diffusion
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
-from dreamllm_jax.towers.language_models import llama
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
-from dreamllm_jax.towers.vision_encoders import clip
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 
-# Whose public formats `interop` reads: the first of a role is taken where a file does not say what it is.
+# The first of a role is taken where a public file does not say what it is.
 LANGUAGE_MODELS = (LlamaConfig,)
 VISION_ENCODERS = (ClipVisionConfig,)
+VISUAL_PROJECTORS = (ProjectorConfig,)
+CONNECTORS = (ProjectorConfig,)
 IMAGE_DECODERS = (StableDiffusionConfig,)
 
-LanguageModelConfig = LlamaConfig
-VisionEncoderConfig = ClipVisionConfig
-VisualProjectorConfig = ProjectorConfig
-ConnectorConfig = ProjectorConfig
-ImageDecoderConfig = StableDiffusionConfig
 
-# The shapes that were published, by role: name -> settings.
-PUBLISHED = {
-    "language_model": llama.PUBLISHED,
-    "vision_encoder": clip.PUBLISHED,
-    "connector": projector.PUBLISHED,
-    "image_decoder": stable_diffusion.PUBLISHED,
-}
+def _any_of(classes: Sequence[type]) -> Any:
+    """The union of the classes, for annotations."""
+    return functools.reduce(operator.or_, classes)
+
+
+LanguageModelConfig = _any_of(LANGUAGE_MODELS)
+VisionEncoderConfig = _any_of(VISION_ENCODERS)
+VisualProjectorConfig = _any_of(VISUAL_PROJECTORS)
+ConnectorConfig = _any_of(CONNECTORS)
+ImageDecoderConfig = _any_of(IMAGE_DECODERS)
+
+
+def published(classes: Sequence[type]) -> dict[str, dict[str, Any]]:
+    """The settings that were published of these towers, by the names that recipes' arguments give them."""
+    return {name: settings for tower in classes for name, settings in tower.PUBLISHED.items()}

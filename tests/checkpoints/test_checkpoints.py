@@ -179,7 +179,7 @@ def test_no_whole_checkpoint_or_damaged_frozen_weights_stop_the_run(saved, tmp_p
             lambda state: state.replace(
                 trainable=state.trainable | {"language_model/more": state.trainable["language_model/scale"]}
             ),
-            r"holds params\['language_model/more'\] as nothing, this configuration makes it bfloat16\[24\]: restore what was",
+            r"holds params\['language_model/more'\] as nothing, this configuration makes it bfloat16\[24\]: restore",
         ),
         (
             lambda state: state.replace(opt_state=jax.tree.map(halved, state.opt_state)),

@@ -87,28 +87,30 @@ def test_float_pixels_are_refused():
 
 
 @pytest.mark.parametrize("size", [(80, 64), (50, 97), (32, 32), (33, 37), (9, 200), (7, 5)])
-def test_clip_pixels_equal_the_processor_s(size):
+def test_centre_crops_equal_the_processor_s(size):
     picture = noise(*size)
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_rescale=False, do_normalize=False
     )
     expected = processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    np.testing.assert_array_equal(images.clip_pixels(picture, 32), expected.astype(np.uint8))
+    np.testing.assert_array_equal(
+        images.centre_crop(picture, 32, 32, Image.Resampling.BICUBIC), expected.astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize(("size", "left"), [((19, 16), 2), ((21, 16), 2), ((16, 16), 0)])
-def test_diffusion_pixels_crop_like_torchvision(size, left):
+def test_paint_pixels_crop_like_torchvision(size, left):
     # torchvision rounds half of the margin to even: 3 / 2 -> 2, 5 / 2 -> 2
     pixels = np.asarray(noise(*size))
     expected = pixels[:, left : left + 16]
-    np.testing.assert_array_equal(images.diffusion_pixels(Image.fromarray(pixels), 16), expected)
-    np.testing.assert_array_equal(images.diffusion_pixels(Image.fromarray(pixels), 16, flip=True), expected[:, ::-1])
+    np.testing.assert_array_equal(images.paint_pixels(Image.fromarray(pixels), 16, 16), expected)
+    np.testing.assert_array_equal(images.paint_pixels(Image.fromarray(pixels), 16, 16, flip=True), expected[:, ::-1])
 
 
-def test_diffusion_pixels_are_bilinear():
+def test_paint_pixels_are_bilinear():
     picture = noise(64, 48)
     expected = np.asarray(picture.resize((21, 16), Image.Resampling.BILINEAR))[:, 2:18]
-    np.testing.assert_array_equal(images.diffusion_pixels(picture, 16), expected)
+    np.testing.assert_array_equal(images.paint_pixels(picture, 16, 16), expected)
 
 
 def test_jpeg_is_shrunk_only():

@@ -109,14 +109,13 @@ def test_every_step_equals_diffusers(name, prediction_type, spacing, monkeypatch
 
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m"])
 def test_sampling_runs_the_table_and_images_are_independent(name):
-    schedule_config, config = ScheduleConfig(), SamplerConfig(name, 4)
 
     def denoise(x, t):
         return jnp.tanh(x + 0.001 * t[:, None, None, None])
 
     keys = jax.vmap(jax.random.key)(jnp.asarray([3, 4]))
-    both = sample(denoise, keys, (4, 4, 3), schedule_config, config)
-    steps, scale = make_steps(schedule_config, config)
+    steps, scale = make_steps(ScheduleConfig(), SamplerConfig(name, 4))
+    both = sample(denoise, keys, (4, 4, 3), steps, scale)
     noise = [jax.random.normal(jax.random.fold_in(jax.random.key(4), i), (1, 4, 4, 3)) for i in range(5)]
     x, before = scale * noise[0], 0.0
     for i in range(4):

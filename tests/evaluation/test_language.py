@@ -49,7 +49,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def reference():
-    return TorchDreamLLM(CONFIG, PARAMS).llama.eval()
+    return TorchDreamLLM(CONFIG, PARAMS).language_model.eval()
 
 
 def logits(reference, tokens: list[int]) -> torch.Tensor:

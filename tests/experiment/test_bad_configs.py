@@ -68,7 +68,10 @@ BROKEN = [
     ({"objective.lm_weight": -1.0}, "config.objective: lm_weight must not be negative, got -1"),
     ({"objective.drop_prob": 1.5}, "config.objective: drop_prob must lie in [0, 1], got 1.5"),
     ({"objective.image_chunk": -1}, "config.objective: image_chunk must not be negative"),
-    ({"objective.snr_gamma": 0.0}, "config.objective: snr_gamma must be positive"),
+    (
+        {"model.image_decoder.training": {"snr_gamma": 0.0}},
+        "config.model.image_decoder.training: snr_gamma must be positive",
+    ),
     ({"data.corpora.pairs.weight": -1.0}, "config.data.corpora.pairs: the weight of a corpus must be positive"),
     ({"data.flip": 2.0}, "config.data: flip is between 0 and 1, got 2"),
     ({"checkpoint.keep": 0}, "config.checkpoint: every and keep must be positive"),
@@ -150,13 +153,13 @@ BROKEN = [
         {"rows.length": 1536, "model.language_model.rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         "rows.length=1536 exceeds model.language_model.max_position_embeddings=512, 1024 as rope_scaling has it",
     ),
-    ({"rows.microbatches": 3}, "rows.microbatches=3 does not divide rows.per_step=8"),
+    ({"rows.microbatches": 3}, "config.rows: microbatches=3 does not divide per_step=8"),
     ({"rows.dream_size": 30}, "rows.dream_size=30 must be a positive multiple of 8"),
-    ({"rows.see_slots": -1}, "rows.see_slots and rows.dream_slots must not be negative"),
+    ({"rows.see_slots": -1}, "config.rows: see_slots and dream_slots must not be negative"),
     # Shapes that do not go together.
     (
         {"model.image_decoder.denoiser.in_channels": 4},
-        "unet.in_channels is 4, but the autoencoder's latents have 48 channels",
+        "config.model.image_decoder: denoiser.in_channels is 4, but the autoencoder's latents have 48 channels",
     ),
     (
         {"model.image_decoder.denoiser.norm_num_groups": 7},

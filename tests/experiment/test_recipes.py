@@ -152,7 +152,7 @@ def test_what_a_check_says():
     assert "pairs          88.9% of the documents, joint" in told
     assert "tokens                  1,024          1,024,000" in told
     count = next(line for line in told.splitlines() if line.startswith("  queries"))
-    assert count.split() == ["queries", "512", "float32", "trained"]
+    assert count.split() == ["dream_queries", "512", "float32", "trained"]
     assert "learning rate" in told and "step 1,000" in told and "\u2588" in told
     assert all(len(line) < 200 for line in told.splitlines()) and "warning" not in told
     frozen = recipes.override(

@@ -107,8 +107,8 @@ def test_prompts_are_what_training_has():
     for row, tokens in enumerate(([*texts[1], *see, *texts[2]], [*texts[0], *dream, *see])):
         used = batch.tokens[row][batch.segment_ids[row] > 0]
         np.testing.assert_array_equal(used, [ids.bos, *tokens])
-    np.testing.assert_array_equal(batch.dream_slots[:, 0], [-1, len(texts[0]) + 2])
-    assert batch.tokens.shape[1] == 32 and batch.see_slots.shape == (2, 1)
+    np.testing.assert_array_equal(batch.dream[0].at[:, 0], [-1, len(texts[0]) + 2])
+    assert batch.tokens.shape[1] == 32 and batch.see[0].at.shape == (2, 1)
 
 
 def test_what_the_model_cannot_hold_is_refused():

@@ -63,7 +63,7 @@ def test_greedy_text_equals_the_model_without_a_cache(together):
         longer.segment_ids[i, n : n + count[i]] = 1
         longer.positions[i, n : n + count[i]] = np.arange(n, n + count[i])
     hidden = hidden_states(MODEL, PARAMS, longer)
-    best = np.asarray(MODEL.apply({"params": PARAMS}, hidden, method="logits")).argmax(-1)
+    best = np.asarray(MODEL.bind({"params": PARAMS}).language_model.logits(hidden)).argmax(-1)
     for i, n in enumerate(lengths):
         np.testing.assert_array_equal(best[i, n - 1 : n - 1 + count[i]], tokens[i, : count[i]])
 
@@ -93,18 +93,18 @@ def test_queries_and_images_are_read_as_in_training():
     document = random_document(rng, CONFIG, "tds")
     whole = make_batch(CONFIG, [[document]])
     hidden = hidden_states(MODEL, PARAMS, whole)
-    slot = int(whole.dream_slots[0, 0])
+    slot = int(whole.dream[0].at[0, 0])
     prompt = row(whole, 0, slot - 1).replace(
         see_slots=np.full_like(whole.see_slots, -1), dream_slots=np.full_like(whole.dream_slots, -1)
     )
     reading = read_prompts(MODEL, PARAMS, prompt, 64)
     queried, reading = read_queries(MODEL, PARAMS, reading)
     np.testing.assert_allclose(queried[0], hidden[0, slot : slot + CONFIG.num_queries], rtol=1e-4, atol=1e-5)
-    reading = read_image(MODEL, PARAMS, reading, jnp.asarray(whole.see_images[:, 0]))
-    end = int(whole.see_slots[0, 0]) + CONFIG.vision_encoder.num_patches
-    want = MODEL.apply({"params": PARAMS}, hidden[:, end : end + 1], method="logits")[:, 0]
+    reading = read_image(MODEL, PARAMS, reading, jnp.asarray(whole.see[0].images[:, 0]))
+    end = int(whole.see[0].at[0, 0]) + CONFIG.vision_encoder.num_patches
+    want = MODEL.bind({"params": PARAMS}).language_model.logits(hidden[:, end : end + 1])[:, 0]
     np.testing.assert_allclose(reading.logits, want, rtol=1e-4, atol=1e-4)
-    assert whole.see_images.shape[2] == SEE_SIZE
+    assert whole.see[0].images.shape[2] == SEE_SIZE
 
 
 def test_an_image_depends_on_its_own_prompt_and_seed():

@@ -17,7 +17,6 @@ from dreamllm_jax.data.batch import Batch
 from dreamllm_jax.generation.beams import search
 from dreamllm_jax.generation.text import Reading, Sampling, choose, read_prompts, write
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.towers.language_models.decoder import KVCache
 from tests.tiny import TinyDocument, make_batch, tiny_config, tiny_params
 from tests.torch_reference import TorchDreamLLM
 
@@ -36,13 +35,12 @@ def documents() -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def prompts(documents) -> Batch:
     batch = make_batch(CONFIG, [[TinyDocument(tokens, np.ones(len(tokens), np.float32))] for tokens in documents])
-    none = np.zeros((PROMPTS, 0), np.int32)
-    return batch.replace(see_slots=none, see_images=none, dream_slots=none, dream_images=none)
+    return batch.replace(see=(), dream=())
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return TorchDreamLLM(CONFIG, PARAMS).llama.eval()
+    return TorchDreamLLM(CONFIG, PARAMS).language_model.eval()
 
 
 def stop_at(reference, documents) -> int:
@@ -82,7 +80,7 @@ def test_equals_transformers(documents, prompts, reference, settings):
 
 
 def reading_of(logits: np.ndarray, seen: np.ndarray) -> Reading:
-    cache = KVCache.create(CONFIG.language_model, len(logits), 1)
+    cache = CONFIG.language_model.cache(len(logits), 1)
     return Reading(cache, jnp.asarray(logits), jnp.asarray(seen))
 
 

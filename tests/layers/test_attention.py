@@ -60,6 +60,14 @@ def test_segments_and_places_decide_what_is_seen(rng):
     assert not np.asarray(got)[~visible.any(-1)].any()
 
 
+def test_a_window_ends_what_is_seen(rng):
+    q, k, v = arrays(rng)
+    distance = np.arange(T)[:, None] - np.arange(S)
+    visible = np.broadcast_to((distance >= 0) & (distance < 2), (B, T, S))
+    got = attend(q, k, v, causal=True, window=2)
+    np.testing.assert_allclose(got, direct(*map(np.asarray, (q, k, v)), visible), atol=1e-6)
+
+
 def test_queries_that_see_nothing_give_finite_zero_gradients(rng):
     q, k, v = arrays(rng)
     q_segments, k_segments, *_ = some_segments(rng)

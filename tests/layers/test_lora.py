@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.layers.lora import PRODUCTS, LoraConfig, adapters_of, is_adapter, merge
 from dreamllm_jax.model import abstract_params
-from dreamllm_jax.towers.language_models.llama import Llama
+from dreamllm_jax.towers.language_models.decoder import Decoder
 from tests.parity import random_weights, relative_error
 from tests.tiny import logits_of, tiny_config
 
@@ -24,13 +24,13 @@ ADAPTED = dataclasses.replace(PLAIN, lora=LORA)
 def logits(config, params):
     tokens = jax.random.randint(jax.random.key(0), (2, 16), 0, 64)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(Llama(config).apply({"params": params}, tokens, method=logits_of))
+        return np.asarray(Decoder(config).apply({"params": params}, tokens, method=logits_of))
 
 
 def shapes(config):
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     init = jax.eval_shape(
-        lambda key, tokens: Llama(config).init(key, tokens, method=logits_of), jax.random.key(0), tokens
+        lambda key, tokens: Decoder(config).init(key, tokens, method=logits_of), jax.random.key(0), tokens
     )
     return nn.unbox(init["params"])
 
@@ -59,7 +59,9 @@ def test_every_layer_has_an_adapter_for_each_target():
 
 
 def test_a_fresh_adapter_adds_nothing(adapted):
-    params = nn.unbox(Llama(ADAPTED).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32), method=logits_of)["params"])
+    params = nn.unbox(
+        Decoder(ADAPTED).init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32), method=logits_of)["params"]
+    )
     np.testing.assert_array_equal(logits(ADAPTED, params), logits(PLAIN, without(params)))
     first = flatten_dict(params, sep="/")["layers/mlp/down_proj/lora_a"]
     assert np.std(first) == pytest.approx(48**-0.5, rel=0.1)
@@ -101,8 +103,4 @@ def test_refusals(settings, message):
 
 
 def test_a_config_json_does_not_tell_of_them():
-    from dreamllm_jax.data.vocabulary import SpecialTokens
-    from dreamllm_jax.interop.llama import hf_settings
-
-    settings = hf_settings(ADAPTED, SpecialTokens.last_of(64), "float32")
-    assert "lora" not in json.dumps(settings)
+    assert "lora" not in json.dumps(ADAPTED.to_public())

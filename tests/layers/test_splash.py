@@ -29,8 +29,8 @@ def outcome(attend, q, k, v, segments, cotangent):
     return out, *pullback(cotangent)
 
 
-def plain(q, k, v, segments):
-    return attention.attend(q, k, v, q_segments=segments, k_segments=segments, causal=True)
+def plain(q, k, v, segments, window=0):
+    return attention.attend(q, k, v, q_segments=segments, k_segments=segments, causal=True, window=window)
 
 
 @pytest.fixture
@@ -41,14 +41,15 @@ def on_tpu(monkeypatch):
     monkeypatch.setattr(splash, "causal_attention", interpreted)
 
 
-@pytest.mark.parametrize(("length", "dim"), [(LENGTH, DIM), (LENGTH, 64), (200, 80)])
-def test_forward_and_gradients_equal_plain_attention(length, dim):
+@pytest.mark.parametrize(
+    ("length", "dim", "window"), [(LENGTH, DIM, 0), (LENGTH, 64, 0), (200, 80, 0), (LENGTH, DIM, 5)]
+)
+def test_forward_and_gradients_equal_plain_attention(length, dim, window):
     """The kernel takes multiples of 128 alone: other lengths and heads are filled up."""
     *arrays, cotangent = inputs(2, length, dim)
-    got = jax.jit(functools.partial(outcome, functools.partial(splash.causal_attention, interpret=True)))(
-        *arrays, cotangent
-    )
-    want = jax.jit(functools.partial(outcome, plain))(*arrays, cotangent)
+    kernel = functools.partial(splash.causal_attention, window=window, interpret=True)
+    got = jax.jit(functools.partial(outcome, kernel))(*arrays, cotangent)
+    want = jax.jit(functools.partial(outcome, functools.partial(plain, window=window)))(*arrays, cotangent)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
     padding = np.asarray(arrays[3]) == 0
@@ -78,7 +79,7 @@ def test_a_mesh_changes_nothing(on_tpu, config):
 
 def test_attend_chooses_the_kernel_for_packed_rows_alone(on_tpu, monkeypatch):
     calls = []
-    monkeypatch.setattr(splash, "causal_attention", lambda q, k, v, segments: calls.append(q.shape) or q)
+    monkeypatch.setattr(splash, "causal_attention", lambda q, k, v, segments, window: calls.append(q.shape) or q)
     for length, dim in ((LENGTH, DIM), (200, 64)):
         q, k, v, segments, _ = inputs(1, length, dim)
         plain(q, k, v, segments)

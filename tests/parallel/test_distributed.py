@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dreamllm_jax.parallel.distributed import require_same, start
 from dreamllm_jax.parallel.feeding import local_rows
 from launch.local_pod import free_port
-from tests.test_run import settings
+from tests.runs.test_run import settings
 
 ROOT = Path(__file__).parents[2]
 DEVICES = 4

@@ -23,7 +23,7 @@ from dreamllm_jax.planning.program import Collective, Program
 from dreamllm_jax.planning.step import CompiledStep, Memory, compile_step, exhausted, lower_step
 from dreamllm_jax.training.metrics import Progress
 from dreamllm_jax.training.parameters import Parameters
-from tests.test_flops import experiment
+from tests.experiment.test_flops import experiment
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"fits", "topology", "chips", "hbm", "flops", "estimated", "collectives", "compile_seconds", "rows_per_chip"}

@@ -15,8 +15,8 @@ CONFIG = tiny_config()
     ("changes", "message"),
     [
         (
-            {"llama": dataclasses.replace(CONFIG.language_model, rope_theta=5e5)},
-            r"^config\.model\.llama\.rope_theta is 500000\.0, but DIR has 10000\.0$",
+            {"language_model": dataclasses.replace(CONFIG.language_model, rope_theta=5e5)},
+            r"^config\.model\.language_model\.rope_theta is 500000\.0, but DIR has 10000\.0$",
         ),
         (
             {"special_tokens": dataclasses.replace(SpecialTokens.last_of(64), dream=3)},

@@ -16,17 +16,16 @@ from flax.traverse_util import flatten_dict
 from dreamllm_jax.checkpoints.saved import write_description, write_params
 from dreamllm_jax.data import __main__ as data_commands
 from dreamllm_jax.data import storage, stored
-from dreamllm_jax.data.batch import Batch, RowShape
+from dreamllm_jax.data.batch import Batch, RowShape, SlotGroup
 from dreamllm_jax.data.corpora.compose import compose
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import to_png
 from dreamllm_jax.data.loader import Loader
 from dreamllm_jax.data.settings import DataConfig
 from dreamllm_jax.data.tokenizer import train_tokenizer
-from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.joint import JointConfig, joint_loss
-from dreamllm_jax.runs.precompute import precompute, require_same_towers, shapes
+from dreamllm_jax.objectives.joint import JointConfig
+from dreamllm_jax.runs.precompute import precompute, require_same_towers
 from tests import processes
 from tests.tiny import DREAM_SIZE, SEE_SIZE, tiny_config, tiny_params
 
@@ -63,12 +62,14 @@ def compute(path, corpus, name, model, params, **options):
 
 def batches(case, names=(), dtype="float32", count=3, **options) -> list[Batch]:
     path, tokenizer, model, _ = case
-    shape = RowShape(96, 4, 4, model.config.vision_encoder.num_patches, model.config.num_queries, SEE_SIZE, DREAM_SIZE)
-    fields = {"moments": "dream_moments", "features": "see_features"}
-    kept = {fields[name]: shapes(model.config, DREAM_SIZE)[name] for name in names}
-    shape = dataclasses.replace(shape, **kept, stored_dtype=dtype)
+    encoder, decoder = model.config.vision_encoder, model.config.image_decoder
+    features = encoder.stored_shape(SEE_SIZE, SEE_SIZE) if "features" in names else ()
+    moments = decoder.stored_shape(DREAM_SIZE, DREAM_SIZE) if "moments" in names else ()
+    see = SlotGroup(4, encoder.num_patches, SEE_SIZE, SEE_SIZE, features, dtype)
+    dream = SlotGroup(4, model.config.num_queries, DREAM_SIZE, DREAM_SIZE, moments, dtype)
+    shape = RowShape(96, (see,), (dream,))
     config = DataConfig(path=str(path), window=4, stored=names, stored_dtype=dtype, max_bad=1.0, **options)
-    loader = Loader(config, shape, tokenizer, rows_per_step=4, seed=0)
+    loader = Loader(config, shape, tokenizer, encoder.preprocess, decoder.preprocess, rows_per_step=4, seed=0)
     taken = [next(loader) for _ in range(count)]
     loader.close()
     return taken
@@ -76,13 +77,11 @@ def batches(case, names=(), dtype="float32", count=3, **options) -> list[Batch]:
 
 def losses(case, given: list[Batch]) -> list[float]:
     *_, model, params = case
-    objective = JointConfig()
+    objective = JointConfig().make(model)
 
     @jax.jit
     def loss(batch, index):
-        latents = model.config.latent_shape(DREAM_SIZE)
-        draws = draw(jax.random.key(index), *batch.dream_slots.shape, latents, 1000, objective)
-        return joint_loss(model, objective, params, batch, draws)[0]
+        return objective.loss(params, batch, objective.draws(jax.random.key(index), batch))[0]
 
     return [float(loss(batch, index)) for index, batch in enumerate(given)]
 
@@ -94,9 +93,11 @@ def test_the_loss_is_the_same(case, capsys):
     for names in (("moments",), ("moments", "features")):
         given = batches(case, names)
         for batch, like in zip(given, live, strict=True):
-            assert batch.dream_images is None and (batch.see_images is None) == ("features" in names)
-            for field in ("tokens", "loss_weights", "see_slots", "dream_slots"):
+            assert batch.dream[0].stored and batch.see[0].stored == ("features" in names)
+            for field in ("tokens", "loss_weights"):
                 np.testing.assert_array_equal(getattr(batch, field), getattr(like, field))
+            for slots, others in zip(batch.see + batch.dream, like.see + like.dream, strict=True):
+                np.testing.assert_array_equal(slots.at, others.at)
         np.testing.assert_allclose(losses(case, given), expected, rtol=1e-5)
     # Stored in half as many bits, as is the default.
     rounded = [
@@ -115,7 +116,7 @@ def test_what_cannot_be_decoded_or_is_not_finite_is_dropped(case):
     assert np.isnan(arrays[9]).all() and all(np.isfinite(arrays[i]).all() for i in range(9))
     given = batches(case, ("moments", "features"))
     for batch in given:
-        assert np.isfinite(batch.dream_moments).all() and np.isfinite(batch.see_features).all()
+        assert all(np.isfinite(slots.images).all() for slots in batch.see + batch.dream)
 
 
 def test_an_interrupted_run_goes_on(case, tmp_path, monkeypatch):
@@ -160,7 +161,9 @@ def test_other_shapes_types_and_models_are_refused(case):
         ):
             require_same_towers(path, "pairs", name, config, tuned)
     last = dataclasses.replace(config, vision_encoder=dataclasses.replace(config.vision_encoder, select_layer=-1))
-    with pytest.raises(ValueError, match=r"whose clip\.select_layer is -2, and here -1: leave features out of"):
+    with pytest.raises(
+        ValueError, match=r"whose vision_encoder\.select_layer is -2, and here -1: leave features out of"
+    ):
         require_same_towers(path, "pairs", "features", last, leaves)
 
 

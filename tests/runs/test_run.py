@@ -141,7 +141,9 @@ def test_a_run_beyond_its_last_step_is_told(finished):
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(finished, tmp_path):
     model = settings()["model"]
     model["language_model"]["vocab_size"] = 300
-    with pytest.raises(ConfigError, match=r"the tokenizer has 400 ids, .*\.llama\.vocab_size has room for 300"):
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer has 400 ids, .*\.language_model\.vocab_size has room for 300"
+    ):
         start_and_train(tmp_path, model=model, data={"path": str(finished[0] / "data")})
 
 
@@ -266,7 +268,7 @@ def test_a_run_begins_with_another_runs_model(finished, tmp_path):
         "parameters": {"trainable": [["dream_queries/.*", True], [".*", False]], "init_from": f"{first}@4"},
         "steps": 2,
     }
-    before = saved.find(f"{first}@4").part("llama")
+    before = saved.find(f"{first}@4").part("language_model")
     second = jax.device_get(start_and_train(tmp_path, **changes))
     assert set(second.trainable) == {"dream_queries/embedding"}
     want = before["layers"]["mlp"]["up_proj"]["kernel"].astype(second.frozen["language_model/norm/scale"].dtype)
@@ -276,8 +278,10 @@ def test_a_run_begins_with_another_runs_model(finished, tmp_path):
     assert start_and_train(tmp_path, **changes).step == 2  # and is continued by the same words
 
     shape = dataclasses.asdict(now.config.language_model) | {"rope_theta": 5e5}
-    other = changes | {"model": {"llama": shape}}
-    with pytest.raises(ValueError, match=r"config\.model\.llama\.rope_theta is 500000\.0, but .*@4 has 10000\.0"):
+    other = changes | {"model": {"language_model": shape}}
+    with pytest.raises(
+        ValueError, match=r"config\.model\.language_model\.rope_theta is 500000\.0, but .*@4 has 10000\.0"
+    ):
         start_and_train(tmp_path / "other", **other)
     with pytest.raises(FileNotFoundError, match=r"a checkpoint of step 3 \(there are \[4, 6\]\)"):
         start_and_train(tmp_path / "third", parameters=settings()["parameters"] | {"init_from": f"{first}@3"})
@@ -286,7 +290,7 @@ def test_a_run_begins_with_another_runs_model(finished, tmp_path):
 def test_stage_one_begins_with_any_model(finished):
     config = recipes.load(ROOT / "configs" / "alignment.py", str(finished[0]))
     given, trainable, _ = check(config.to_dict())
-    assert {path.split("/")[0] for path in trainable} == {"visual_projector", "queries", "connector"}
+    assert {path.split("/")[0] for path in trainable} == {"visual_projector", "dream_queries", "connector"}
     assert (
         given.model.language_model == saved.find(str(finished[0])).config.language_model and given.rows.dream_size == 16
     )

@@ -34,7 +34,7 @@ def run(data: str, workdir: Path, lora: dict | None = None, begin: Path | None =
         data,
         steps=6,
         checkpoint={"every": 6},
-        model={"llama": {"lora": lora}} if begin else micro(data)["model"],
+        model={"language_model": {"lora": lora}} if begin else micro(data)["model"],
         parameters={
             "trainable": ADAPTERS if lora else [[".*", True]],
             "init_from": str(begin or ""),

@@ -11,12 +11,11 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.layers import linear
 from dreamllm_jax.layers.lora import LoraConfig
-from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.towers.language_models.decoder import rms_norm
 from dreamllm_jax.training.step import loss_and_gradients
-from tests.tiny import DREAM_SIZE, MLP, make_batch, random_document, row_shape, tiny_config, tiny_params
+from tests.tiny import MLP, make_batch, random_document, row_shape, tiny_config, tiny_params
 
 ROWS, LENGTH, IMAGES = 2, 2048, 24
 OBJECTIVE = JointConfig(dm_weight=0.1, drop_prob=0.5, loss_chunk=512, image_chunk=16)
@@ -62,15 +61,14 @@ def test_every_gradient_of_the_joint_step_is_near_float32():
     )
     config = dataclasses.replace(config, language_model=llama)
     batch, params = long_batch(config), plausible_params(config)
-    draws = draw(jax.random.key(0), *batch.dream_slots.shape, config.latent_shape(DREAM_SIZE), 1000, OBJECTIVE)
 
     def gradients(dtype):
-        model = DreamLLM(dataclasses.replace(config, dtype=dtype))
-        step = jax.jit(lambda params, batch, draws: loss_and_gradients(model, OBJECTIVE, params, {}, batch, draws)[1])
-        return jax.device_get(step(params, batch, draws))
+        objective = OBJECTIVE.make(DreamLLM(dataclasses.replace(config, dtype=dtype)))
+        step = jax.jit(lambda params, batch, draws: loss_and_gradients(objective, params, {}, batch, draws)[1])
+        return jax.device_get(step(params, batch, objective.draws(jax.random.key(0), batch)))
 
     wide, narrow = gradients("float32"), gradients("bfloat16")
-    towers = {name: _stacked(wide, narrow, f"{name}/") for name in ("clip", "unet")}
+    towers = {name: _stacked(wide, narrow, f"{name}/") for name in ("vision_encoder", "image_decoder/denoiser")}
     summed = ("language_model/", "visual_projector/", "dream_queries/")
     errors = {path: _errors(wide[path], narrow[path]) for path in wide if path.startswith(summed)}
     assert not {path: error for path, error in errors.items() if error[0] > 0.02 or error[1] > 0.01}

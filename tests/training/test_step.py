@@ -13,14 +13,17 @@ from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.parallel.feeding import rows_sharding, to_mesh
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
+from dreamllm_jax.towers.image_decoders.stable_diffusion import DenoisingConfig
 from dreamllm_jax.training.optimizer import make_optimizer
 from dreamllm_jax.training.state import abstract_state, state_from_leaves
 from dreamllm_jax.training.step import jit_train_step, make_train_step
 from tests.parity import assert_same
-from tests.tiny import DREAM_SIZE, make_batch, random_rows, tiny_config, tiny_params
+from tests.tiny import make_batch, random_rows, tiny_config, tiny_params
 
-CONFIG = tiny_config()
-OBJECTIVE = JointConfig(drop_prob=0.3, noise_offset=0.1)
+CONFIG = tiny_config(
+    image_decoder=dataclasses.replace(tiny_config().image_decoder, training=DenoisingConfig(noise_offset=0.1))
+)
+OBJECTIVE = JointConfig(drop_prob=0.3).make(DreamLLM(CONFIG))
 FROZEN_TOWERS = ParametersConfig(
     trainable=(("(language_model|dream_queries|visual_projector|connector)/.*", True), (".*", False)),
     frozen_dtype="float32",
@@ -48,7 +51,7 @@ def run(
         for path, leaf in (abstract.trainable | abstract.frozen).items()
     }
     state = state_from_leaves(abstract, leaves, OPTIMIZER)
-    step = jit_train_step(make_train_step(DreamLLM(CONFIG), OBJECTIVE, OPTIMIZER, DREAM_SIZE, microbatches), state)
+    step = jit_train_step(make_train_step(OBJECTIVE, OPTIMIZER, microbatches), state)
     metrics = []
     with use(mesh, sharding):
         for seed in range(steps):
@@ -115,12 +118,12 @@ def test_microbatches_equal_one_batch(microbatches, sharding, alone):
 def test_frozen_parameters_stay_bit_identical(alone):
     _, state, _ = alone
     params = flatten_dict(tiny_params(CONFIG), sep="/")
-    assert {path.split("/")[0] for path in state.frozen} == {"clip", "vae", "unet"}
+    assert {path.split("/")[0] for path in state.frozen} == {"vision_encoder", "image_decoder"}
     for path, leaf in state.frozen.items():
         np.testing.assert_array_equal(leaf, params[path])
     assert not any(np.array_equal(leaf, params[path]) for path, leaf in state.trainable.items())
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
-    assert not any("unet" in jax.tree_util.keystr(path) for path, _ in leaves)
+    assert not any("image_decoder" in jax.tree_util.keystr(path) for path, _ in leaves)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Losses on held-out documents are the training's own, at draws that never change."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -12,51 +13,52 @@ from flax.traverse_util import flatten_dict
 from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.data import storage
 from dreamllm_jax.experiment.experiment import read_experiment
-from dreamllm_jax.layers.weights import draw
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.objectives.joint import JointConfig, joint_loss
+from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.parallel.feeding import rows_sharding
 from dreamllm_jax.parallel.mesh import make_mesh
 from dreamllm_jax.runs.start import start_run
+from dreamllm_jax.towers.image_decoders.stable_diffusion import DenoisingConfig
 from dreamllm_jax.training import held_out, loop, validation
 from dreamllm_jax.training.state import TrainState
 from tests.lives import micro
-from tests.tiny import DREAM_SIZE, make_batch, random_rows, tiny_config, tiny_params
+from tests.tiny import make_batch, random_rows, tiny_config, tiny_params
 
 TIMESTEPS = 1000
 
 
 def test_buckets_divide_the_timesteps():
     config = tiny_config()
-    draws = draw(jax.random.key(0), 8, 2, config.latent_shape(DREAM_SIZE), TIMESTEPS, JointConfig())
+    objective, decoder = JointConfig().make(DreamLLM(config)), config.image_decoder
+    draws = objective.draws(jax.random.key(0), make_batch(config, random_rows(config)))[0].decoder
     for buckets in (1, 3, 4):
         edges = [TIMESTEPS * edge // buckets for edge in range(buckets + 1)]
-        moved = [validation.in_bucket(draws, i, buckets, TIMESTEPS).timesteps for i in range(buckets)]
+        moved = [decoder.within(draws, i, buckets).timesteps for i in range(buckets)]
         for found, first, end in zip(moved, edges[:-1], edges[1:], strict=True):
             assert first <= found.min() and found.max() < end and len(np.unique(found)) > 4
-    np.testing.assert_array_equal(validation.in_bucket(draws, 0, 1, TIMESTEPS).timesteps, draws.timesteps)
+    np.testing.assert_array_equal(decoder.within(draws, 0, 1).timesteps, draws.timesteps)
 
 
 @pytest.mark.slow
 def test_losses_are_the_objectives():
-    config = tiny_config()
-    model, params, key = DreamLLM(config), tiny_params(config), jax.random.key(1)
+    plain, noisy = tiny_config(), DenoisingConfig(snr_gamma=5.0, noise_offset=0.1, input_perturbation=0.1)
+    config = dataclasses.replace(plain, image_decoder=dataclasses.replace(plain.image_decoder, training=noisy))
+    params, key = tiny_params(config), jax.random.key(1)
     state = TrainState(0, flatten_dict(params, sep="/"), None, {})
-    objective = JointConfig(drop_prob=0.5, snr_gamma=5.0, noise_offset=0.1, input_perturbation=0.1)
+    objective = JointConfig(drop_prob=0.5)
     batches = [make_batch(config, random_rows(config, seed)) for seed in (0, 1)]
-    plain = JointConfig()
-    shape = config.latent_shape(DREAM_SIZE)
+    joint, decoder = JointConfig().make(DreamLLM(plain)), plain.image_decoder
 
     def wanted(batch, number: int, bucket: int, buckets: int) -> dict[str, float]:
-        draws = draw(jax.random.fold_in(key, number), *batch.dream_slots.shape, shape, TIMESTEPS, plain)
-        draws = validation.in_bucket(draws, bucket, buckets, TIMESTEPS)
-        return jax.device_get(jax.jit(joint_loss, static_argnums=(0, 1))(model, plain, params, batch, draws)[1])
+        (draws,) = joint.draws(jax.random.fold_in(key, number), batch)
+        draws = draws.replace(decoder=decoder.within(draws.decoder, bucket, buckets))
+        return jax.device_get(jax.jit(joint.loss)(params, batch, (draws,))[1])
 
-    losses = jax.jit(validation.make_losses(model, objective, DREAM_SIZE, 2))
-    found = validation.validate(losses, state, batches, key, TIMESTEPS)
+    losses = jax.jit(validation.make_losses(config, objective, 2))
+    found = validation.validate(losses, state, batches, key, decoder.time_range)
     assert set(found) == {"lm_loss", "dm_loss", "dm_loss_0_499", "dm_loss_500_999"}
     tokens = [batch.loss_weights.sum() for batch in batches]
-    images = [(batch.dream_slots >= 0).sum() for batch in batches]
+    images = [batch.dream[0].filled.sum() for batch in batches]
     for bucket, name in enumerate(("dm_loss_0_499", "dm_loss_500_999")):
         want = [wanted(batch, number, bucket, 2) for number, batch in enumerate(batches)]
         assert found[name] == pytest.approx(np.average([w["dm_loss"] for w in want], weights=images), rel=1e-5)

@@ -6,7 +6,7 @@ Legend: N images, T tokens (patches or queries) of an image, I width in, O width
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ class ProjectorConfig:
       post_layernorm: a LayerNorm after the last layer.
       layer_norm_eps: its epsilon (the original takes it from the CLIP tower).
     """
+
+    PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
 
     kind: Literal["linear", "mlp", "conv"] = "linear"
     depth: int = 1
@@ -131,4 +133,4 @@ class ProjectorConnector(Projector):
         return Condition(super().__call__(hidden))
 
 
-PUBLISHED = {"linear": {"kind": "linear"}, "mlp": {"kind": "mlp", "depth": 2}, "conv": {"kind": "conv"}}
+ProjectorConfig.PUBLISHED = {"linear": {"kind": "linear"}, "mlp": {"kind": "mlp", "depth": 2}, "conv": {"kind": "conv"}}

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x as an image decoder (Rombach et al., arXiv 2112.10752): a U-Net that denoises the latents of
+"""Stable Diffusion 1.x and 2.x as an image decoder (Rombach et al., arXiv 2112.10752): a U-Net that denoises latents of
 an autoencoder, over DDPM's noise process.
 
 Legend: N images, H x W pixels, h x w x c latents, T training timesteps.
@@ -72,6 +72,8 @@ class StableDiffusionConfig:
       schedule: the noise process, and whether noise or velocity is predicted.
       training: how the training error is made.
     """
+
+    PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
 
     denoiser: UNetConfig
     autoencoder: AutoencoderConfig | PixelAutoencoderConfig = AutoencoderConfig()
@@ -262,7 +264,7 @@ class StableDiffusion(nn.Module):
         return self.autoencoder.decode(latents / self.config.autoencoder.scaling_factor)
 
     def compare(self, condition: Condition, latents: Float[Array, "N h w c"], draws: Draws) -> Prediction:
-        """The denoising error of each image under its condition (DreamLLM, eq. 5), weighted by min-SNR if configured."""
+        """The denoising error of each image under its condition (DreamLLM, eq. 5), weighted as `training` says."""
         training, process = self.config.training, self.config.schedule
         alphas = schedule.alphas_cumprod(process)
         noise = draws.noise
@@ -299,7 +301,7 @@ class StableDiffusion(nn.Module):
 
 
 _BLOCKS = (320, 640, 1280, 1280)
-PUBLISHED: dict[str, dict[str, Any]] = {
+StableDiffusionConfig.PUBLISHED = {
     "sd21": {  # 2.1-base
         "kind": "stable_diffusion",
         "denoiser": {

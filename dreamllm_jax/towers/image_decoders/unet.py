@@ -182,8 +182,11 @@ class UNetConfig:
         return UNet(self, dtype=dtype)
 
     def flops(self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool) -> None:
-        """Adds one prediction for latents of this height and width, under conditions of so many tokens; `condition_live`
-        says whether gradients go back to these."""
+        """Adds one prediction for latents of this height and width, under conditions of so many tokens.
+
+        Args:
+          condition_live: whether gradients go back to the conditions.
+        """
         widths = self.block_out_channels
         layers = self.per_block(self.layers_per_block)
         depths = self.per_block(self.transformer_layers_per_block)

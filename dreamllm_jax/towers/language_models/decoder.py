@@ -1,7 +1,8 @@
 """The causal decoder that language models of today are settings of, over embeddings.
 
-LLaMA (arXiv 2302.13971, 2307.09288, 2407.21783) and what grew out of it: pre-norm layers of rotary attention with grouped
-queries and a gated feed-forward. A family (`llama.py`) says what its public `config.json` means in these settings.
+LLaMA (arXiv 2302.13971, 2307.09288, 2407.21783) and what grew out of it: pre-norm layers of rotary attention with
+grouped queries and a gated feed-forward. A family (`llama.py`) says what its public `config.json` means in these
+settings.
 
 It takes embeddings rather than tokens, because images and dream queries are spliced in between, and gives hidden states
 rather than logits, because the loss computes those in pieces.
@@ -108,8 +109,6 @@ class DecoderConfig:
         for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:  # nor NaN
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.attention_out_bias is None:
-            object.__setattr__(self, "attention_out_bias", self.attention_bias)
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported: choose from {', '.join(ACTIVATIONS)}")
         if not self.pattern or self.num_hidden_layers % len(self.pattern):
@@ -369,7 +368,8 @@ class Attention(_Part):
                 window=window,
             )
         out = constrain(out, ("rows", "tokens", "act_heads", None))
-        return self.linear(q_heads, width, "o_proj", ("heads", "embed"), config.attention_out_bias)(out), cache
+        out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
+        return self.linear(q_heads, width, "o_proj", ("heads", "embed"), out_bias)(out), cache
 
 
 class MLP(_Part):

@@ -5,7 +5,7 @@ arXiv 2302.13971, 2307.09288, 2407.21783, 2310.06825; Vicuna is LLaMA's shape, T
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dreamllm_jax.layers.rope import RopeScaling
 from dreamllm_jax.towers.language_models.decoder import DecoderConfig
@@ -21,6 +21,8 @@ _OURS = {*_NOT_ITS_OWN, "kind", "attention_out_bias", "rope_scaling", "rope_thet
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):
     """A LLaMA, a Mistral, and their like."""
+
+    PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
 
     kind: Literal["llama"] = "llama"
     public = PublicForm(
@@ -75,7 +77,7 @@ class LlamaConfig(DecoderConfig):
         for field in dataclasses.fields(self):
             if field.name in _NOT_ITS_OWN and getattr(self, field.name) != field.default:
                 raise ValueError(f"LlamaForCausalLM has no {field.name}={getattr(self, field.name)!r}")
-        if self.attention_out_bias != self.attention_bias:
+        if self.attention_out_bias not in (None, self.attention_bias):
             raise ValueError("LlamaForCausalLM has biases at all projections of its attention or at none")
         left_out = _OURS - {"rope_theta"}
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
@@ -90,7 +92,7 @@ _SEVEN = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 
 _THIRTEEN = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 _FIRST = {"kind": "llama", "vocab_size": 32008, "max_position_embeddings": 2048}  # 8 special tokens included
 _SECOND = {**_FIRST, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}  # arXiv 2307.09288
-PUBLISHED: dict[str, dict[str, Any]] = {
+LlamaConfig.PUBLISHED = {
     "7b": {**_FIRST, **_SEVEN},  # LLaMA-1, Vicuna v1.1
     "13b": {**_FIRST, **_THIRTEEN},
     "vicuna15-7b": {**_SECOND, **_SEVEN},

@@ -5,7 +5,7 @@ Legend: N images, S image size, P patches, E width.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -47,6 +47,8 @@ class ClipVisionConfig:
     embeddings after their norm, i the output of layer i, -1 that of the last one (without the final norm).
     `image_mean` and `image_std` normalise pixels in [0, 1], as in transformers' `CLIPImageProcessor`.
     """
+
+    PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
 
     kind: Literal["clip"] = "clip"
     hidden_size: int = 768
@@ -347,8 +349,8 @@ class ClipVision(_Part):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        """u8[N, S, S, 3] pixels, or f[N, S, S, 3] normalised ones -> f[N, P, E] hidden states of the patches, row by row,
-        no class token.
+        """u8[N, S, S, 3] pixels, or f[N, S, S, 3] normalised ones -> f[N, P, E] hidden states of the patches, row by
+        row, no class token.
 
         Raises:
           ValueError: the images are not of the tower's size.
@@ -373,7 +375,7 @@ class ClipVision(_Part):
         return self(images)
 
 
-PUBLISHED = {
+ClipVisionConfig.PUBLISHED = {
     "clip-l-224": {
         "kind": "clip",
         "hidden_size": 1024,

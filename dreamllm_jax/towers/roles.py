@@ -1,0 +1,165 @@
+"""What the joined model, the objectives, the data and generation ask of a tower: the interfaces, and nothing else.
+
+A tower is a frozen configuration (`...Role`: what is known without parameters) and the module that its `make` gives.
+The classes that there are stand in `registry.py`; how public checkpoints name and describe a tower is asked by
+`interop` alone, and stands in the tower's file too.
+
+Legend: B rows, T tokens, N images, P patches, F width of features, Q dream queries, E language model's width,
+V vocabulary, H x W pixels, h x w x c latents.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps
+from dreamllm_jax.layers.flops import Flops, Tally
+from dreamllm_jax.towers.condition import Condition
+
+
+class LanguageModelRole(Protocol):
+    """A causal language model over embeddings.
+
+    Attributes:
+      width: of embeddings and hidden states (E).
+      max_length: tokens of the longest document that it can read.
+      divided: mesh axes, and the setting that they must divide.
+    """
+
+    kind: str
+    vocab_size: int
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def divided(self) -> tuple[tuple[tuple[str, ...], str], ...]: ...
+    def make(self, dtype: Any, remat: str) -> "LanguageModel": ...
+    def cache(self, rows: int, length: int, dtype: Any) -> Any: ...
+    def flops(self, tally: Tally, rows: int, length: int, remat: str, reached: bool) -> None: ...
+    def head_flops(self, tally: Tally, tokens: int) -> None: ...
+
+
+class LanguageModel(Protocol):
+    """Its module. `__call__` gives the hidden states after the final norm, and the cache with this call's tokens."""
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]: ...
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T E"], Any]: ...
+    def head_kernel(self) -> Float[Array, "E V"]: ...
+    def logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]: ...
+
+
+class VisionEncoderRole(Protocol):
+    """What reads images.
+
+    Attributes:
+      width: of its features (F).
+      image_size: pixels on a side of the images that it was made for; `num_patches` their features (P).
+      stored_depends: how the paths begin of the parameters that what is stored depends on; `stored_settings` likewise.
+    """
+
+    kind: str
+    image_size: int
+    stored_depends: tuple[str, ...]
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def num_patches(self) -> int: ...
+    @property
+    def stored_settings(self) -> dict[str, Any]: ...
+    def tokens(self, height: int, width: int) -> int: ...
+    def preprocess(self, image: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "H W 3"]: ...
+    def stored_shape(self, height: int, width: int) -> tuple[int, ...]: ...
+    def make(self, dtype: Any, remat: str) -> "VisionEncoder": ...
+    def flops(self, tally: Tally, images: int, height: int, width: int, remat: bool) -> None: ...
+
+
+class VisionEncoder(Protocol):
+    """Its module. Floats are taken as normalised already; what is `stored` of images are their features."""
+
+    def __call__(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P F"]: ...
+    def stored(self, images: UInt8[Array, "N H W 3"]) -> Float[Array, "N P F"]: ...
+
+
+class ConnectorRole(Protocol):
+    """What leads from hidden states at the queries to a condition of `features` channels."""
+
+    kind: str
+
+    def require_tokens(self, tokens: int) -> None: ...
+    def make_connector(self, features: int, dtype: Any) -> "Connector": ...
+    def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int) -> None: ...
+
+
+class Connector(Protocol):
+    """Its module."""
+
+    def __call__(self, hidden: Float[Array, "N Q E"]) -> Condition: ...
+
+
+class ImageDecoderRole(Protocol):
+    """What paints: its noise process, training error, samplers and sizes are its own business.
+
+    Attributes:
+      condition_width: channels of the condition.
+      default_size: pixels on a side of the images that it was made for.
+      size_multiple: what the sides of a painted image must be multiples of; `training_size_multiple` those of a learned.
+      plain: the same decoder with the training error that held-out documents are measured by.
+      draws: the randomness of one image's error, of six keys, the fourth of which is the objective's.
+      within: draws moved into one of so many equal ranges of time; `time_range` says which that is.
+      steps: a sampler's table, and the scale of the noise that it begins with.
+    """
+
+    kind: str
+    stored_depends: tuple[str, ...]
+
+    @property
+    def condition_width(self) -> int: ...
+    @property
+    def default_size(self) -> int: ...
+    @property
+    def size_multiple(self) -> int: ...
+    @property
+    def training_size_multiple(self) -> int: ...
+    @property
+    def plain(self) -> "ImageDecoderRole": ...
+    @property
+    def stored_settings(self) -> dict[str, Any]: ...
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]: ...
+    def latent_shape_of(self, shape: tuple[int, ...], stored: bool) -> tuple[int, ...]: ...
+    def stored_shape(self, height: int, width: int) -> tuple[int, ...]: ...
+    def preprocess(
+        self, image: Image.Image, height: int, width: int, flip: bool = False
+    ) -> UInt8[np.ndarray, "H W 3"]: ...
+    def draws(self, keys: jax.Array, shape: tuple[int, ...]) -> Any: ...
+    def time_range(self, part: int, parts: int) -> tuple[int, int]: ...
+    def within(self, draws: Any, part: int, parts: int) -> Any: ...
+    def steps(self, sampler: SamplerConfig) -> tuple[Steps, float]: ...
+    def make(self, dtype: Any) -> "ImageDecoder": ...
+    def flops(
+        self, tally: Tally, images: int, height: int, width: int, queries: int, condition_live: bool, stored: bool
+    ) -> dict[str, Flops]: ...
+
+
+class ImageDecoder(Protocol):
+    """Its module."""
+
+    def stored(self, images: UInt8[Array, "N H W 3"]) -> Array: ...
+    def encode(self, images: Array, draws: Any, stored: bool = False) -> Float[Array, "N h w c"]: ...
+    def error(self, condition: Condition, latents: Float[Array, "N h w c"], draws: Any) -> Float[Array, " N"]: ...
+    def denoise(
+        self, latents: Float[Array, "N h w c"], time: Array, condition: Condition
+    ) -> Float[Array, "N h w c"]: ...
+    def decode(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N H W 3"]: ...
+    def __call__(self, condition: Condition) -> None: ...
