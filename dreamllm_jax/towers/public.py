@@ -16,7 +16,7 @@ class PublicForm:
     Attributes:
       library: whose class it is.
       torch_class: the class; a config.json names it as `architectures` or, of diffusers, `_class_name`.
-      types: what a config.json that is read may call itself, its `model_type` or `_class_name`; the first is written.
+      types: the `model_type`s that are read, of which the first is written; none of diffusers.
       folder: where it lies in a directory of several towers.
       prefix: before the names of its tensors, relative to which ours are.
       outside: beginnings of names that have no prefix.
@@ -27,7 +27,7 @@ class PublicForm:
 
     library: Literal["transformers", "diffusers"]
     torch_class: str
-    types: tuple[str, ...]
+    types: tuple[str, ...] = ()
     folder: str = ""
     prefix: str = ""
     outside: tuple[str, ...] = ()
@@ -39,6 +39,11 @@ class PublicForm:
     def stems(self) -> tuple[str, ...]:
         """What its file of tensors may be called, without the ending."""
         return _STEMS[self.library]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a config.json that is read may call itself."""
+        return self.types or (self.torch_class,)
 
     def ours(self, name: str) -> str | None:
         """A tensor's name relative to our part of the model; None for what is nothing of ours."""
@@ -63,7 +68,7 @@ def reader(classes: Sequence[type], settings: Mapping[str, Any]) -> type:
     key = "model_type" if classes[0].public.library == "transformers" else "_class_name"
     name = settings.get(key)
     for cls in classes:
-        if name is None or name in cls.public.types:
+        if name is None or name in cls.public.names:
             return cls
-    known = tuple(known for cls in classes for known in cls.public.types)
+    known = tuple(known for cls in classes for known in cls.public.names)
     raise ValueError(f"{key} {name!r} is not supported: expected one of {known}")
