@@ -93,7 +93,9 @@ def test_an_experiment_knows_configurations_alone():
     tree = ast.parse((PACKAGE / "experiment" / "experiment.py").read_text())
     froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     parts = ("data", "model", "objectives", "towers", "training", "parallel")
-    names = {alias.name for node in froms if node.module.split(".")[1:2] in [[p] for p in parts] for alias in node.names}
+    names = {
+        alias.name for node in froms if node.module.split(".")[1:2] in [[p] for p in parts] for alias in node.names
+    }
     assert {name for name in names if not name.endswith("Config")} == {"RowShape", "SlotGroup", "row_shards"}
 
 
@@ -101,8 +103,12 @@ def test_an_experiment_knows_configurations_alone():
 def test_few_files_know_a_tower_by_name(tower):
     """Outside of the towers' own files and of PyTorch's layouts."""
     word = re.compile(rf"(?<![a-z]){tower}(?!_norm|_by_global|\()", re.IGNORECASE)
-    elsewhere = [file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] not in ("towers", "interop")]
-    found = {str(file.relative_to(PACKAGE)) for file in elsewhere if word.search(file.read_text().replace('="clip"', ""))}
+    elsewhere = [
+        file for file in PACKAGE.rglob("*.py") if file.relative_to(PACKAGE).parts[0] not in ("towers", "interop")
+    ]
+    found = {
+        str(file.relative_to(PACKAGE)) for file in elsewhere if word.search(file.read_text().replace('="clip"', ""))
+    }
     assert len(found) <= 6, found
 
 
