@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dreamllm_jax.interop.diffusion import rename_legacy_attention
 from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.interop.names import from_torch, to_torch
