@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 # Names of the files of tensors, without their endings.
 _STEMS = {"transformers": ("model", "pytorch_model"), "diffusers": ("diffusion_pytorch_model",)}
@@ -57,6 +57,60 @@ class PublicForm:
     def theirs(self, name: str) -> str:
         """The inverse of `ours`."""
         return name if name.startswith(self.outside) else self.prefix + name
+
+
+class PublicTower(Protocol):
+    """What `interop` asks of the configuration class of a language model, a vision encoder or a part of a decoder.
+
+    Attributes:
+      public: its public form; None if it has none, and then nothing of this.
+      from_public, to_public: its settings from, and as those of, a config.json.
+    """
+
+    public: PublicForm
+
+    @classmethod
+    def from_public(cls, settings: Mapping[str, Any]) -> "PublicTower": ...
+    def to_public(self) -> dict[str, Any]: ...
+
+
+class PublicVisionEncoder(PublicTower, Protocol):
+    """What it asks of a vision encoder's.
+
+    Attributes:
+      with_processor: the encoder for the pixels that its image processor's settings say, or a refusal of these.
+      processor: the settings of the image processor that makes our pixels.
+      run_public: our features as the public class computes them from normalised pixels.
+    """
+
+    def with_processor(self, settings: Mapping[str, Any]) -> "PublicVisionEncoder": ...
+    def processor(self) -> dict[str, Any]: ...
+    def run_public(self, module: Any, pixels: Any) -> Any: ...
+
+
+class PublicImageDecoder(Protocol):
+    """What it asks of an image decoder's, a directory of diffusers.
+
+    Attributes:
+      public_parts: field of the configuration -> classes that may stand there; those have `run_public` too.
+      public_scheduler: place of the scheduler's file.
+      public_sampler: a class of diffusers that samples by it.
+      public_trainer: the class as which programs that train read any such file.
+      noise_levels: what `public_noise_levels` says of our schedule.
+    """
+
+    public_parts: Mapping[str, tuple[type[PublicTower], ...]]
+    public_scheduler: str
+    public_sampler: str
+    public_trainer: str
+
+    @classmethod
+    def from_public(cls, parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> "PublicImageDecoder": ...
+    def to_public_scheduler(self) -> dict[str, Any]: ...
+    @property
+    def noise_levels(self) -> Any: ...
+    @staticmethod
+    def public_noise_levels(scheduler: Any) -> Any: ...
 
 
 def reader(classes: Sequence[type], settings: Mapping[str, Any]) -> type:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import typing
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ from dreamllm_jax.interop.image_decoder import open_image_decoder, write_image_d
 from dreamllm_jax.interop.language_model import open_language_model, write_language_model
 from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder, write_vision_encoder
-from dreamllm_jax.towers import registry
+from dreamllm_jax.towers import public, registry
 from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
 from dreamllm_jax.towers.image_decoders.unet import UNetConfig
@@ -59,6 +60,18 @@ def others(monkeypatch):
     monkeypatch.setattr(registry, "LANGUAGE_MODELS", (*registry.LANGUAGE_MODELS, OtherLanguageModel))
     monkeypatch.setattr(registry, "VISION_ENCODERS", (*registry.VISION_ENCODERS, OtherVisionEncoder))
     monkeypatch.setattr(registry, "IMAGE_DECODERS", (*registry.IMAGE_DECODERS, OtherDecoder))
+
+
+def test_whatever_stands_in_the_registry_says_what_is_asked_of_it():
+    asked = [(tower, public.PublicTower) for tower in registry.LANGUAGE_MODELS]
+    asked += [(tower, public.PublicVisionEncoder) for tower in registry.VISION_ENCODERS]
+    for decoder in registry.IMAGE_DECODERS:
+        asked.append((decoder, public.PublicImageDecoder))
+        asked += [(part, public.PublicTower) for classes in decoder.public_parts.values() for part in classes]
+        assert all(hasattr(part, "run_public") for classes in decoder.public_parts.values() for part in classes)
+    for tower, protocol in asked:
+        members = {name for name in dir(protocol) if not name.startswith("_")} | {*typing.get_type_hints(protocol)}
+        assert members <= {*dir(tower)}, (tower, members - {*dir(tower)})
 
 
 def same(config, cls):
