@@ -1,4 +1,5 @@
-"""Stage I of DreamLLM (arXiv 2309.11499, section 3.3): the towers are frozen, projectors and dream queries are learnt.
+"""Stage I of DreamLLM (arXiv 2309.11499, section 3.3): the towers are frozen; visual projector, connector and dream
+queries are learnt.
 
     python -m dreamllm_jax.train --config=configs/alignment.py:checkpoints/initial --workdir=runs/alignment
 

@@ -1,5 +1,5 @@
-"""Stage I of DreamLLM, reading alone (arXiv 2309.11499, section 3.3): the visual projector is learnt on captioned
-pictures; everything else stays frozen. No UNet is run.
+"""Stage I of DreamLLM, seeing alone (arXiv 2309.11499, section 3.3): the visual projector is learnt on captioned
+pictures; everything else stays frozen. The image decoder is not run.
 
     python -m dreamllm_jax.plan --config=configs/stage1_comprehension.py:7b --topology=v5e-8
     python -m dreamllm_jax.train --config=configs/stage1_comprehension.py:7b --workdir=gs://… \

@@ -1,11 +1,11 @@
-"""Stage I of DreamLLM, painting alone (arXiv 2309.11499, section 3.3): dream queries and condition projector are learnt
-on captioned pictures; everything else stays frozen, the visual projector included.
+"""Stage I of DreamLLM, painting alone (arXiv 2309.11499, section 3.3): dream queries and connector are learnt on
+captioned pictures; everything else stays frozen, the visual projector included.
 
     python -m dreamllm_jax.plan --config=configs/stage1_creation.py:7b --topology=v5e-8
     python -m dreamllm_jax.train --config=configs/stage1_creation.py:7b --workdir=gs://… \
         --config.parameters.init_from=IMPORTED_MODEL --config.data.path=DOCUMENTS
 
-Argument (`published.ALIGNMENT_ARGUMENTS`): `llm=13b,diffusion=sd15,queries=128`; 7b alone will do.
+Argument (`published.ALIGNMENT_ARGUMENTS`): `llm=13b,decoder=sd15,queries=128`; 7b alone will do.
 
 Slice: v5e-8 (12.6 of 15.8 GiB a chip, planned at low effort). 8,692 TFLOP a step: 8.2 s at the rate that is planned for
 `stage1_comprehension`, so some 440 chip-hours for 31 million pictures. An estimate, like that. 13b: 13,498

@@ -1,11 +1,11 @@
-"""Stage II of DreamLLM, I-GPT pretraining on interleaved documents (arXiv 2309.11499, section 3.3): the llama is
-trained with projectors and queries; CLIP and Stable Diffusion stay frozen.
+"""Stage II of DreamLLM, I-GPT pretraining on interleaved documents (arXiv 2309.11499, section 3.3): the language model
+is trained with visual projector, connector and dream queries; vision encoder and image decoder stay frozen.
 
     python -m dreamllm_jax.plan --config=configs/stage2_igpt.py:7b --topology=v5p-16
     python -m dreamllm_jax.train --config=configs/stage2_igpt.py:7b --workdir=gs://… \
         --config.parameters.init_from=RUN_OF_STAGE_I --config.data.path=DOCUMENTS
 
-Argument (`published.TUNING_ARGUMENTS`): `llm=llama31-8b,diffusion=sd15,lora=64`; 7b alone will do.
+Argument (`published.TUNING_ARGUMENTS`): `llm=llama31-8b,decoder=sd15,lora=64`; 7b alone will do.
 
 Slice: v5p-16, 8 rows a chip; estimated with `model.remat=attention+gate` at 3.0 s a step and 52 of 96 GiB
 (docs/performance.md), which is 100 chip-hours for 15,000 steps. An estimate of the compiler's. 13b:

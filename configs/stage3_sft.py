@@ -11,7 +11,7 @@ Slice: v5p-16; its step is stage II's, so 33 chip-hours for 5,000 steps by the s
 v5p-32, with stage II's memory.
 
 Curves, as expected (not run here): the next-token loss is mostly that of the assistant's turns and begins lower than
-stage II's ended; it should fall for the whole run. The denoising loss hardly moves.
+stage II's ended; it should fall for the whole run. `dm_loss` hardly moves.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,9 @@
 The argument may give the dream queries: `configs/tiny.py:queries=4`. After its 1000 steps it knows its 24 pictures by
 heart, both ways; `python -m dreamllm_jax.report` shows the curves.
 
-Every part has its real shape, only smaller. As there are no pretrained towers of this size, all of them are trained; a
-parameter-free autoencoder in pixel space stands in for Stable Diffusion's.
+Every part is built as the real one, only smaller. As there are no pretrained towers of this size, all of them are
+trained; in the image decoder an autoencoder in pixel space, without parameters (kind "pixel"), stands in for Stable
+Diffusion's (kind "kl").
 """
 
 from ml_collections import ConfigDict

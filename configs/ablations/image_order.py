@@ -1,5 +1,5 @@
-"""At an image of an interleaved document: paint it, then read it, as published; or read it first, and so paint what has
-been seen. The denoising loss of the latter is lower, for the answer is given; what counts is what it paints alone."""
+"""At an image of an interleaved document: paint it, then see it, as published; or see it first, and so paint what has
+been seen. The `dm_loss` of the latter is lower, for the answer is given; what counts is what it paints alone."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""Rank of the llama's adapters, with alpha twice the rank; rank=0 trains the llama itself."""
+"""Rank of the language model's adapters, with alpha twice the rank; rank=0 trains the language model itself."""
 
 from ml_collections import ConfigDict
 

@@ -1,4 +1,4 @@
-"""Min-SNR weights of the denoising loss (arXiv 2303.09556); gamma=0 is the plain mean.
+"""Min-SNR weights of the image decoder's training error (arXiv 2303.09556); gamma=0 is the plain mean.
 
 The weighted loss is another quantity: compare pictures, or the plain loss of checkpoints, not the curves. For velocity
 prediction the original program's formula differs from the paper's: `velocity=original` or `velocity=paper`.

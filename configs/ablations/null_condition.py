@@ -1,5 +1,5 @@
 """What stands for "no condition" in classifier-free guidance: the document of queries alone, as generation has it, or
-what the original's training code computes (`ObjectiveConfig.null_condition`). No published figure is known."""
+what the original's training code computes (`JointConfig.null_condition`). No published figure is known."""
 
 from ml_collections import ConfigDict
 

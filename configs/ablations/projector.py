@@ -1,7 +1,9 @@
-"""Kind and depth of the projectors: linear as published, an MLP with GELU between, or a convolution over the patches.
+"""Kind and depth of the projectors: linear as published, an MLP with GELU between, or a convolution over the tokens as
+a square.
 
-`which` are visual (from CLIP), condition (to the UNet) or both. A run with another projector cannot begin with a model
-that has a linear one: import with `--visual-projector=mlp:2` or `--condition-projector=mlp:2`.
+`which` is visual_projector (from the vision encoder to the language model), connector (from there to the image decoder)
+or both. A run with another projector cannot begin with a model that has a linear one: import with
+`--visual-projector=mlp:2` or `--connector=mlp:2`.
 """
 
 from ml_collections import ConfigDict

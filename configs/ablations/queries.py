@@ -3,8 +3,8 @@
     python launch/sweep.py --config=configs/ablations/queries.py --to=runs/queries --dry-run
     python launch/sweep.py --config=configs/ablations/queries.py:parent=tiny --to=runs/queries
 
-The published 64 stands among them. More queries cost tokens of the row and attention in the UNet; fewer leave less room
-for what the text says.
+The published 64 stands among them. More queries cost tokens of the row and attention in the image decoder; fewer leave
+less room for what the text says.
 """
 
 from ml_collections import ConfigDict

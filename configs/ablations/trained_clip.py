@@ -1,5 +1,5 @@
-"""CLIP frozen, as published, or trained as the original program does where its `vit_llrd` is set: its layers with a
-learning rate that decays by 0.9 from the last to the first, the rest of it with a tenth."""
+"""The vision encoder (CLIP) frozen, as published, or trained as the original program does where its `vit_llrd` is set:
+its layers with a learning rate that decays by 0.9 from the last to the first, the rest of it with a tenth."""
 
 from ml_collections import ConfigDict
 

@@ -1,5 +1,6 @@
-"""The UNet frozen, as published, or trained with the rest. Trained, it needs memory for its gradients and moments (12
-bytes a parameter more), and can no longer be shared with other models."""
+"""The image decoder's denoiser (the U-Net of Stable Diffusion) frozen, as published, or trained with the rest. Trained,
+it needs memory for its gradients and moments (12 bytes a parameter more), and can no longer be shared with other
+models."""
 
 from ml_collections import ConfigDict
 
