@@ -102,7 +102,8 @@ def test_an_experiment_knows_configurations_alone():
 # What is called as a tower and is none: functions, settings, a metric, another program.
 NO_TOWERS = re.compile(
     r'mode="clip"|\.clip\(|clip_(norm|by_global_norm|sample|score)|clipping|would clip|CLIP score'
-    r"|llama(\.cpp|3|_2)|Llama 2"
+    r"|llama(\.cpp|3|_2)|Llama 2",
+    re.IGNORECASE,
 )
 
 

@@ -82,7 +82,11 @@ def test_with_adapters_the_llama_itself_is_frozen():
         ("stage2_igpt", "llm=7b,llm=13b", "gives llm twice"),
         ("stage2_igpt", "queries=", "'queries=' is not name=value"),
         ("stage2_igpt", "decoder=sd12", r"argument\.decoder must be one of .* did you mean 'sd21'\?"),
-        ("stage1_joint", "lora=4", r"argument\.lora is not a setting; there are llm, vision, decoder, connector, queries"),
+        (
+            "stage1_joint",
+            "lora=4",
+            r"argument\.lora is not a setting; there are llm, vision, decoder, connector, queries",
+        ),
         ("tiny", "7b", r"argument\.queries must be int, got '7b'"),
     ],
 )

@@ -154,7 +154,15 @@ def test_figures_as_json_and_as_text():
         "next_batch": 2**20,
         "temporaries": 2**28 - 2**20,
     }
-    assert figures["flops"].keys() == {"total", "language_model", "vision_encoder", "connector", "autoencoder", "denoiser", "head"}
+    assert figures["flops"].keys() == {
+        "total",
+        "language_model",
+        "vision_encoder",
+        "connector",
+        "autoencoder",
+        "denoiser",
+        "head",
+    }
     assert figures["rows_per_chip"] == 4 / 16 and figures["fits"]
     text = describe(compiled())
     assert "v5p-16x2: 16 chips of v5p (2 slices of 2x2x2), mesh data 2 x fsdp 8" in text and "chip-hours" in text
