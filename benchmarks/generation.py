@@ -24,11 +24,13 @@ from dreamllm_jax.experiment import published
 from dreamllm_jax.generation.images import paint
 from dreamllm_jax.generation.text import read_prompts, write
 from dreamllm_jax.model import DreamLLM, DreamLLMConfig, abstract_params
+from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.training.state import init_leaves
 
 PROMPT, NEW = 128, 64
 SMALL = {
-    "llama": {
+    "language_model": {
+        "kind": "llama",
         "vocab_size": 8192,
         "hidden_size": 512,
         "intermediate_size": 1376,
@@ -36,14 +38,17 @@ SMALL = {
         "num_attention_heads": 8,
         "max_position_embeddings": 2048,
     },
-    "unet": {
-        "sample_size": 32,
-        "block_out_channels": (64, 128, 128),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 256,
-        "attention_head_dim": (1, 2, 2),
-        "use_linear_projection": True,
+    "image_decoder": {
+        "kind": "stable_diffusion",
+        "denoiser": {
+            "sample_size": 32,
+            "block_out_channels": (64, 128, 128),
+            "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 256,
+            "attention_head_dim": (1, 2, 2),
+            "use_linear_projection": True,
+        },
     },
 }
 
@@ -114,17 +119,19 @@ def main() -> None:
         print(line)
     del reference
 
-    size = config.image_decoder.denoiser.sample_size * config.image_decoder.autoencoder.downscale
+    size = config.image_decoder.default_size
     hidden = jnp.ones((1, config.num_queries, config.language_model.hidden_size), jnp.dtype(config.dtype))
     sampler = SamplerConfig("ddim", steps)
     each = seconds(
         lambda: paint(model, params, hidden, [0], size=size, sampler=sampler).block_until_ready(), arguments.repeats
     )
-    latents = jax.ShapeDtypeStruct((2, *config.latent_shape(size)), jnp.dtype(config.dtype))
-    condition = jax.ShapeDtypeStruct(
-        (2, config.num_queries, config.image_decoder.denoiser.cross_attention_dim), latents.dtype
-    )
-    denoise = jax.jit(lambda p, x, c: model.apply({"params": p}, x, jnp.zeros(2), c, method="denoise"))
+    latents = jax.ShapeDtypeStruct((2, *config.image_decoder.latent_shape(size, size)), jnp.dtype(config.dtype))
+    condition = jax.ShapeDtypeStruct((2, config.num_queries, config.image_decoder.condition_width), latents.dtype)
+
+    @jax.jit
+    def denoise(params, latents, condition):
+        return model.bind({"params": params}).image_decoder.denoise(latents, jnp.zeros(2), Condition(condition))
+
     flops = denoise.lower(params, latents, condition).compile().cost_analysis()["flops"]
     floor = steps * flops / multiplying
     line = f"a picture of {size} pixels, {steps} guided steps: {each:.2f} s ({each / floor:.2f} x the U-Net's floor)"
@@ -168,9 +175,7 @@ def torch_picture(config: DreamLLMConfig, steps: int, repeats: int) -> float:
         torch_models.unet(config.image_decoder.denoiser).to(getattr(torch, config.dtype)).eval().requires_grad_(False)
     )
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
-    height, width, channels = config.latent_shape(
-        config.image_decoder.denoiser.sample_size * config.image_decoder.autoencoder.downscale
-    )
+    height, width, channels = config.image_decoder.latent_shape(*[config.image_decoder.default_size] * 2)
     placed = {"device": unet.device, "dtype": unet.dtype}
     condition = torch.ones(2, config.num_queries, config.image_decoder.denoiser.cross_attention_dim, **placed)
 

@@ -32,19 +32,22 @@ from absl import flags
 from PIL import Image as Picture
 
 from dreamllm_jax.data import storage, tokenizer
-from dreamllm_jax.data.batch import RowShape
+from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.images import paint_pixels
 from dreamllm_jax.data.loader import Loader
 from dreamllm_jax.data.rows import Pixels
 from dreamllm_jax.data.settings import CorpusConfig, DataConfig
-from dreamllm_jax.data.tokens import encode_document
+from dreamllm_jax.data.tokens import Placed, encode_document
+from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 
-STAGE_2 = RowShape(2048, 6, 6, 256, 64, 224, 512)
+CROPS = ClipVisionConfig().preprocess, paint_pixels
+STAGE_2 = RowShape(2048, (SlotGroup(6, 256, 224, 224),), (SlotGroup(6, 64, 512, 512),))
 WINDOW = 256
 RESUMED, READ = 64, 32  # rows a host: of a run that is continued, of one that reads
 MIXTURE = {"interleaved": CorpusConfig(), "pairs": CorpusConfig()}
 # Rows of pictures to paint only: stage I, creation.
-STAGE_1 = RowShape(2048, 0, 20, 256, 64, 224, 512)
+STAGE_1 = RowShape(2048, (), (SlotGroup(20, 64, 512, 512),))
 # What a host feeds: chips, and seconds a step of the plan for so many rows a chip (docs/performance.md).
 HOSTS = {"v5p-8, stage II": (4, 8, 3.0), "v5e-8, stage II": (8, 2, 1.9)}
 FUNCTIONS = {
@@ -92,7 +95,7 @@ def documents(count: int) -> dict[str, list[Document]]:
 def measure(path: Path, shape: RowShape, corpora: dict, tokens: tokenizer.Tokenizer, workers: int, steps: int):
     """Rows a second, the loader, and the loader's profile where `workers` is 0."""
     config = DataConfig(path=str(path), corpora=corpora, workers=workers, window=WINDOW)
-    loader = Loader(config, shape, tokens, rows_per_step=8, seed=0)
+    loader = Loader(config, shape, tokens, *CROPS, rows_per_step=8, seed=0)
     loader._pixels._memory = 0  # every picture is decoded, as in a corpus that is not seen twice
     for _ in range(3):  # the windows are filled
         next(loader)
@@ -122,16 +125,16 @@ def padded(path: Path, tokens: tokenizer.Tokenizer, together: int = 8) -> float:
 class Blank(Pixels):
     """Black pictures, for measuring everything but decoding."""
 
-    def see(self, image: Image) -> np.ndarray:
-        return np.zeros((self._shape.see_size, self._shape.see_size, 3), np.uint8)
+    def see(self, placed: Placed) -> np.ndarray:
+        return np.zeros((224, 224, 3), np.uint8)
 
-    def dream(self, image: Image, flip: bool = False) -> np.ndarray:
-        return np.zeros((self._shape.dream_size, self._shape.dream_size, 3), np.uint8)
+    def dream(self, placed: Placed, flip: bool = False) -> np.ndarray:
+        return np.zeros((512, 512, 3), np.uint8)
 
 
 def blank_loader(path: Path, tokens: tokenizer.Tokenizer, rows: int) -> Loader:
-    loader = Loader(DataConfig(path=str(path), window=WINDOW), STAGE_2, tokens, rows_per_step=rows, seed=0)
-    loader._pixels = Blank(STAGE_2)
+    loader = Loader(DataConfig(path=str(path), window=WINDOW), STAGE_2, tokens, *CROPS, rows_per_step=rows, seed=0)
+    loader._pixels = Blank(STAGE_2, *CROPS)
     return loader
 
 

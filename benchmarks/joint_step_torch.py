@@ -66,7 +66,7 @@ class JointStep(torch.nn.Module):
         ).alphas_cumprod
         self.register_buffer("alphas", alphas)
         for name in ("see", "dream"):
-            slots = torch.as_tensor(getattr(batch, f"{name}_slots")[0]).long()
+            slots = torch.as_tensor(getattr(batch, name)[0].at[0]).long()
             tokens = clip.num_patches if name == "see" else model.num_queries
             self.register_buffer(f"{name}_index", (slots[:, None] + torch.arange(tokens)).flatten())
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
@@ -121,8 +121,8 @@ def main() -> None:
         for x in (
             batch.tokens.astype("int64"),
             batch.loss_weights,
-            batch.see_images.reshape(-1, *batch.see_images.shape[2:]),
-            batch.dream_images.reshape(-1, *batch.dream_images.shape[2:]),
+            batch.see[0].images.reshape(-1, *batch.see[0].images.shape[2:]),
+            batch.dream[0].images.reshape(-1, *batch.dream[0].images.shape[2:]),
         )
     ]
 

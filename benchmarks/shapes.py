@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from dreamllm_jax.data.batch import Batch, empty_batch
+from dreamllm_jax.data.batch import Batch, Slots, empty_batch
 from dreamllm_jax.experiment import published
 from dreamllm_jax.experiment.experiment import Experiment, read_experiment
 from dreamllm_jax.experiment.flops import model_flops
@@ -61,6 +61,7 @@ def report(
 
 
 _TINY_LLAMA = {
+    "kind": "llama",
     "vocab_size": 512,
     "max_position_embeddings": 2048,
     "hidden_size": 128,
@@ -77,6 +78,7 @@ _TINY_UNET = {
     "use_linear_projection": True,
 }
 _TINY_VAE = {
+    "kind": "kl",
     "block_out_channels": (32, 64),
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -88,13 +90,10 @@ def experiment(arguments: argparse.Namespace) -> Experiment:
     tiny = arguments.size == "tiny"
     model = published.model("1b" if tiny else arguments.size)
     if tiny:
-        model |= {"llama": _TINY_LLAMA, "unet": _TINY_UNET, "vae": _TINY_VAE}
-        model["vision_encoder"] |= {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-        }
+        model["language_model"] = _TINY_LLAMA
+        model["image_decoder"] |= {"denoiser": _TINY_UNET, "autoencoder": _TINY_VAE}
+        small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+        model["vision_encoder"] |= small
     return read_experiment(
         {
             "model": model | {"remat": arguments.remat},
@@ -126,13 +125,19 @@ def random_batch(experiment: Experiment, seed: int = 0) -> Batch:
     weights = np.ones(shape, np.float32)
     weights[:, : painted_from + rows.dream_slots * (model.num_queries + 2)] = 0
     batch = empty_batch(rows.per_step, experiment.row_shape)
+
+    def filled(groups: tuple[Slots, ...], at: np.ndarray) -> tuple[Slots, ...]:
+        images = (rng.integers(0, 256, slots.images.shape).astype(np.uint8) for slots in groups)
+        return tuple(
+            Slots(np.broadcast_to(at, slots.at.shape).astype(np.int32), pixels)
+            for slots, pixels in zip(groups, images, strict=True)
+        )
+
     return batch.replace(
         tokens=rng.integers(3, model.language_model.vocab_size - 8, shape).astype(np.int32),
         segment_ids=np.ones(shape, np.int32),
         positions=np.broadcast_to(np.arange(rows.length, dtype=np.int32), shape).copy(),
         loss_weights=weights,
-        see_images=rng.integers(0, 256, batch.see_images.shape).astype(np.uint8),
-        see_slots=np.broadcast_to(see, batch.see_slots.shape).astype(np.int32),
-        dream_images=rng.integers(0, 256, batch.dream_images.shape).astype(np.uint8),
-        dream_slots=np.broadcast_to(dream, batch.dream_slots.shape).astype(np.int32),
+        see=filled(batch.see, see),
+        dream=filled(batch.dream, dream),
     )

@@ -47,14 +47,14 @@ def token_scores(
       inputs: documents padded on the right to a power of two.
       lengths: tokens of each that count.
     """
-    apply = functools.partial(model.apply, {"params": params})
+    joined = model.bind({"params": params})
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden, _ = apply(apply(inputs, method="embed"), positions, segments, method="decode")
+    hidden, _ = joined.decode(joined.embed(inputs), positions, segments)
 
     def block(given):
         hidden, targets = given
-        logits = apply(hidden, method="logits").astype(jnp.float32)
+        logits = joined.language_model.logits(hidden).astype(jnp.float32)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
 

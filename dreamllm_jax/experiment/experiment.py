@@ -63,6 +63,8 @@ class Experiment:
         for name in ("steps", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.checkpoint.best not in (known := (*self.objective.METRICS, "grad_norm")):
+            raise ConfigError(f"checkpoint.best must be one of {', '.join(known)}, got {self.checkpoint.best!r}")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         if self.objective.lm_weight == 0 and not rows.painted:

@@ -140,9 +140,6 @@ class OptimizerConfig:
                     )
 
 
-BEST = ("loss", "lm_loss", "dm_loss", "grad_norm")  # metrics of which less is better
-
-
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and what to keep.
@@ -153,7 +150,8 @@ class CheckpointConfig:
       keep: how many of the newest are kept.
       keep_every: keep those of every so many steps for ever; 0 for none.
       keep_best: how many of those with the lowest `best` are kept too; 0 for none.
-      best: the metric that says which are best, averaged over the steps since the checkpoint before.
+      best: the metric that says which are best, of the objective's or grad_norm, averaged over the steps since the
+        checkpoint before.
       accept_changes: continue a run whose settings were changed, as far as its parameters still fit.
     """
 
@@ -168,8 +166,6 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"every and keep must be positive, got {self.every} and {self.keep}")
-        if self.best not in BEST:
-            raise ValueError(f"best must be one of {', '.join(BEST)}, got {self.best!r}")
         for name in ("minutes", "keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

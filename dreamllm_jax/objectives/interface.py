@@ -12,13 +12,11 @@ ObjectiveConfig = JointConfig
 
 
 class Objective(Protocol):
-    """A loss of a batch, pure in its arguments; `ObjectiveConfig.make` gives one for a model.
+    """A loss of a batch, pure in its arguments; its configuration's `make` gives one for a model.
 
-    Attributes:
-      metrics: the names of what `loss` gives beside its value, `loss` first.
+    The configuration's `METRICS` are the names of what `loss` gives beside its value, `loss` first: loop, progress
+    lines and checkpoints take them from there.
     """
-
-    metrics: tuple[str, ...]
 
     def totals(self, batch: Batch) -> Any:
         """Denominators over the global batch, so that the losses of its parts add up to its own."""

@@ -7,7 +7,7 @@ Legend: B rows, S slots of a group, N images, Q dream queries, E language model'
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,8 @@ class JointConfig:
     loss_chunk: int = 256
     image_chunk: int = 8
     kind: Literal["joint"] = "joint"
+
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", "lm_loss", "dm_loss")
 
     def __post_init__(self):
         for name in ("lm_weight", "dm_weight", "loss_chunk", "image_chunk"):
@@ -100,7 +102,6 @@ class Joint:
 
     config: JointConfig
     model: DreamLLM
-    metrics = ("loss", "lm_loss", "dm_loss")
 
     def totals(self, batch: Batch) -> Totals:
         """The losses' denominators."""

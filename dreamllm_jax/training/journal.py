@@ -104,7 +104,7 @@ class Journal:
         path = self._workdir / BAD_STEPS / f"{first}-{last['step']}.{jax.process_index()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self._skipped, indent=1) + "\n")
-        terms = {name: last[name] for name in ("lm_loss", "dm_loss", "grad_norm")}
+        terms = {name: last[name] for name in (*self._progress.metrics[1:], "grad_norm")}
         odd = [name for name, value in terms.items() if not math.isfinite(value)] or ["grad_norm"]
         raise FloatingPointError(
             f"{len(self._skipped)} steps in a row, {first} to {last['step']}, were left out, for {' and '.join(odd)} "

@@ -103,7 +103,9 @@ def train(
         begun()
         train_step = train_step_of(experiment, state)
         chip = chip_of(mesh.devices.flat[0])
-        progress = Progress(last, model_flops(experiment) / mesh.size, chip and chip.peak_flops)
+        progress = Progress(
+            last, experiment.objective.METRICS, model_flops(experiment) / mesh.size, chip and chip.peak_flops
+        )
 
         with (
             use(mesh, experiment.sharding),

@@ -220,6 +220,7 @@ class Progress:
 
     Args:
       steps: of the whole run.
+      metrics: the names of the objective's, which a line tells.
       flops_per_chip: model FLOPs of one step, divided among the chips (see `dreamllm_jax.experiment.flops`).
       peak_flops: FLOP/s that a chip is capable of; None where that is not known: then there is no MFU.
     """
@@ -227,10 +228,12 @@ class Progress:
     def __init__(
         self,
         steps: int,
+        metrics: Sequence[str],
         flops_per_chip: float,
         peak_flops: float | None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        self.metrics = metrics
         self._steps, self._clock = steps, clock
         self._flops_per_chip, self._peak_flops = flops_per_chip, peak_flops
         self._since, self._waited, self._untimed = clock(), 0.0, 0
@@ -270,10 +273,8 @@ class Progress:
 
     def line(self, step: int, scalars: Scalars) -> str:
         """How far the run is: losses, and rates where there are any."""
-        losses = (
-            f"step {step}/{self._steps}  loss {scalars['loss']:.4f}  lm {scalars['lm_loss']:.4f}  "
-            f"dm {scalars['dm_loss']:.4f}"
-        )
+        told = (f"{name.removesuffix('_loss')} {scalars[name]:.4f}" for name in self.metrics)
+        losses = f"step {step}/{self._steps}  {'  '.join(told)}"
         if "seconds_per_step" not in scalars:
             return losses
         left = int((self._steps - step) * scalars["seconds_per_step"])

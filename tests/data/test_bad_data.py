@@ -106,7 +106,7 @@ def test_nothing_stops_or_confuses_a_run(workers, damaged, text_tokenizer, tmp_p
                 learned.append(i)
             else:
                 assert not batch.see[0].filled.any() and not batch.dream[0].filled.any()
-        journal = Journal(tmp_path, log, Progress(1, 1.0, None), stream, lambda step: 0.0, 1)
+        journal = Journal(tmp_path, log, Progress(1, ("loss",), 1.0, None), stream, lambda step: 0.0, 1)
         journal.add(
             {"tokens": 1.0, "images": 1.0, "skipped": 0.0, "updates": 0, "loss": 1.0, "lm_loss": 1.0, "dm_loss": 1.0}
         )

@@ -43,7 +43,10 @@ BROKEN = [
     ({"model.remat": "attentoin"}, "unknown remat policy 'attentoin'"),
     ({"sharding.rules": {"embd": ("fsdp",)}}, "unknown logical axis 'embd'"),
     ({"sharding.rules": {"embed": ("fspd",)}}, "rules.embed: unknown mesh axes ['fspd']"),
-    ({"checkpoint.best": "los", "checkpoint.keep_best": 1}, "config.checkpoint: best"),
+    (
+        {"checkpoint.best": "los", "checkpoint.keep_best": 1},
+        "checkpoint.best must be one of loss, lm_loss, dm_loss, grad_norm, got 'los'",
+    ),
     # Called otherwise before.
     ({"model.llama": {}}, "config.model.llama is called config.model.language_model now"),
     ({"model.unet.in_channels": 4}, "config.model.unet is called config.model.image_decoder.denoiser now"),

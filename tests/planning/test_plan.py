@@ -239,13 +239,13 @@ LOSSES = ("loss", "lm_loss", "dm_loss")
 def test_progress_tells_flops_and_utilisation():
     now = iter([0.0, 2.0, 2.0])
     scalars = dict.fromkeys(LOSSES, 1.0)
-    known = Progress(10, 50e12, 200e12, lambda: next(now))
+    known = Progress(10, LOSSES, 50e12, 200e12, lambda: next(now))
     steps = [{"tokens": 2, "images": 1}] * 4
     rates = known.rates(steps)
     assert rates["tflops_per_second_per_chip"] == 100 and rates["mfu"] == 0.5
     assert "100 TFLOP/s/chip (MFU 50.0%)" in known.line(4, scalars | rates)
     now = iter([0.0, 2.0, 2.0])
-    unknown = Progress(10, 50e12, None, lambda: next(now))
+    unknown = Progress(10, LOSSES, 50e12, None, lambda: next(now))
     rates = unknown.rates(steps)
     assert "mfu" not in rates and "MFU" not in unknown.line(4, scalars | rates)
 
@@ -255,7 +255,7 @@ def test_a_step_that_was_compiled_counts_in_no_rate():
 
     def progress(*times):
         now = iter(times)
-        found = Progress(10, 50e12, 200e12, lambda: next(now))
+        found = Progress(10, LOSSES, 50e12, 200e12, lambda: next(now))
         found.restart(untimed=1)
         return found
 

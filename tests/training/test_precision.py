@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.layers import linear
 from dreamllm_jax.layers.lora import LoraConfig
+from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.objectives.joint import JointConfig
-from dreamllm_jax.towers.language_models.decoder import rms_norm
 from dreamllm_jax.training.step import loss_and_gradients
 from tests.tiny import MLP, make_batch, random_document, row_shape, tiny_config, tiny_params
 

@@ -24,12 +24,13 @@ from flax import struct
 from dreamllm_jax.layers import splash
 from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.flops import Flops, Tally, dense
-from dreamllm_jax.layers.linear import Embedding, spread
-from dreamllm_jax.layers.lora import LORA_A, LORA_B, LoraConfig, adapt, initial_a
+from dreamllm_jax.layers.linear import Embedding
+from dreamllm_jax.layers.lora import LORA_A, LORA_B, LoraConfig
+from dreamllm_jax.layers.norms import rms_norm
+from dreamllm_jax.layers.product import Linear
 from dreamllm_jax.layers.remat import keep, kept_by, rematerialised
 from dreamllm_jax.layers.rope import RopeScaling, apply_rope, rope_frequencies
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
-from dreamllm_jax.parallel.collectives import gather_weight
 from dreamllm_jax.parallel.mesh import constrain
 
 Array = jax.Array
@@ -180,25 +181,6 @@ class DecoderConfig:
         tally.product(path, dense(tokens, self.hidden_size, self.vocab_size))
 
 
-def rms_norm(x: Array, scale: Array, eps: float, unit_offset: bool = False) -> Array:
-    """Root mean square normalisation (arXiv 1910.07467), its statistics in float32.
-
-    Args:
-      x: f[..., E].
-      scale: f[E].
-      eps: added to the mean square.
-      unit_offset: multiply by 1 + scale, in float32 (Gemma).
-
-    Returns:
-      f[..., E] in the type of `x`.
-    """
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    if unit_offset:
-        return (x32 * (1 + spread(scale, x.shape, jnp.float32))).astype(x.dtype)
-    return x32.astype(x.dtype) * spread(scale, x.shape, x.dtype)
-
-
 @struct.dataclass
 class KVCache:
     """Keys and values of what each row has read; rows fill at their own pace, without gaps.
@@ -265,49 +247,6 @@ class LayerNorm(RMSNorm):
     def __call__(self, x: Array) -> Array:
         # Fused into the products that follow, the norm would be computed for each, and its gradient slow them down.
         return jax.lax.optimization_barrier(super().__call__(x))
-
-
-class Linear(nn.Module):
-    """A product with a kernel that is stored as a matrix and gathered where it is used.
-
-    Inputs and outputs may have several axes, heads and their dimension: on TPU, reshaping the kernel instead of them
-    spares copies of activations.
-    """
-
-    inputs: tuple[int, ...]
-    features: tuple[int, ...]
-    use_bias: bool
-    axes: tuple[str, str]
-    std: float
-    dtype: Any
-    lora: LoraConfig | None = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = math.prod(self.inputs), math.prod(self.features)
-        kernel = self.param("kernel", weight(normal(self.std), *self.axes), shape)
-        kernel = kernel.astype(self.dtype)
-        if x.size >= kernel.size:  # of a few tokens, as while generating, the products travel instead
-            kernel = gather_weight(kernel, self.axes)
-        kernel = kernel.reshape(*self.inputs, *self.features)
-        out = jnp.tensordot(x, kernel, axes=len(self.inputs))
-        if self.use_bias:
-            zeros = weight(nn.initializers.zeros, self.axes[1])
-            bias = self.param("bias", zeros, shape[1:])
-            out = out + spread(bias.reshape(self.features), out.shape, self.dtype)
-        if self.lora is not None:
-            a, b = self._adapter(*shape)
-            out = out + adapt(x, a, b, self.lora.scale, axes=len(self.inputs))
-        return out
-
-    def _adapter(self, width_in: int, width_out: int) -> tuple[Array, Array]:
-        rank, (axis_in, axis_out) = self.lora.rank, self.axes
-        first = weight(initial_a, axis_in, "lora")
-        zeros = weight(nn.initializers.zeros, "lora", axis_out)
-        a = self.param(LORA_A, first, (width_in, rank)).astype(self.dtype)
-        b = self.param(LORA_B, zeros, (rank, width_out)).astype(self.dtype)
-        a, b = gather_weight(a, (axis_in, "lora")), gather_weight(b, ("lora", axis_out))
-        return a.reshape(*self.inputs, rank), b.reshape(rank, *self.features)
 
 
 class _Part(nn.Module):
