@@ -16,7 +16,7 @@ from absl.flags import argparse_flags
 
 from dreamllm_jax import command_line
 from dreamllm_jax.checkpoints import saved
-from dreamllm_jax.common.recognise import FORMER_NAMES
+from dreamllm_jax.common.former_names import PARTS as FORMER_NAMES
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.assemble import assemble

@@ -16,8 +16,8 @@ from etils import epath
 
 from dreamllm_jax import command_line
 from dreamllm_jax.common.directories import absolute
-from dreamllm_jax.runs.comparison import write_comparison
-from dreamllm_jax.runs.pages import curves, embedded, page
+from dreamllm_jax.reports.comparison import write_comparison
+from dreamllm_jax.reports.pages import curves, embedded, page
 from dreamllm_jax.training.metrics import read_metrics
 
 

@@ -75,6 +75,53 @@ def test_parts_import_what_the_page_says(parts, imports):
     assert found - parts - {"__version__"} == imports
 
 
+def test_arrows_go_one_way():
+    """No part imports, through whatever others, one that imports it."""
+    parts = {part: imports or set() for parts, imports in rows() for part in parts}
+
+    def reached(part, seen):
+        for other in parts.get(part, set()) - seen:
+            reached(other, seen | {other})
+            seen |= reached(other, seen | {other}) | {other}
+        return seen
+
+    assert not {part for part in parts if part in reached(part, set())}
+
+
+def test_an_experiment_knows_configurations_alone():
+    """Of what it configures: no module, no numerics."""
+    tree = ast.parse((PACKAGE / "experiment" / "experiment.py").read_text())
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    parts = ("data", "model", "objectives", "towers", "training", "parallel")
+    names = {
+        alias.name for node in froms if node.module.split(".")[1:2] in [[p] for p in parts] for alias in node.names
+    }
+    assert {name for name in names if not name.endswith("Config")} == {"RowShape", "SlotGroup", "row_shards"}
+
+
+# What is called as a tower and is none: functions, settings, a metric, another program.
+NO_TOWERS = re.compile(
+    r'mode="clip"|\.clip\(|clip_(norm|by_global_norm|sample|score)|clipping|would clip|CLIP score'
+    r"|llama(\.cpp|3|_2)|Llama 2",
+    re.IGNORECASE,
+)
+
+
+@pytest.mark.parametrize("tower", ["unet", "clip", "llama"])
+def test_few_files_know_a_tower_by_name(tower):
+    """Outside of the towers' own files and of PyTorch's layouts."""
+    word, found = re.compile(rf"(?<![a-z]){tower}", re.IGNORECASE), set()
+    for file in PACKAGE.rglob("*.py"):
+        path = file.relative_to(PACKAGE)
+        if path.parts[0] not in ("towers", "interop") and word.search(NO_TOWERS.sub("", file.read_text())):
+            found.add(str(path))
+    assert len(found) <= 6, found
+
+
+def test_few_files_stand_at_the_top():
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
+
+
 def test_the_page_knows_all_parts():
     there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert {part for parts, _ in rows() for part in parts} == (there | {"data/__main__"}) - {"__init__"}
@@ -89,7 +136,7 @@ def files_of(part):
 
 @pytest.mark.parametrize("file", INTEROP_KNOWS_NAMES_AND_SHAPES)
 def test_interop_knows_names_and_shapes(file):
-    assert set(parts_imported(PACKAGE / file)) <= {"interop"}
+    assert set(parts_imported(PACKAGE / file)) <= {"interop", "common"}
 
 
 def test_training_needs_neither_tensorflow_nor_torch():

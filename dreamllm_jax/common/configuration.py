@@ -8,6 +8,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from dreamllm_jax.common import former_names
+
 T = TypeVar("T")
 LARGEST = 2**31 - 1  # of whole numbers: steps, seeds and sizes are counted in 32 bits
 
@@ -67,6 +69,8 @@ def changes(before: Any, after: Any) -> str:
 
 
 def _unknown(path: str, name: str, known: list[str]) -> str:
+    if now := former_names.SETTINGS.get(f"{path}.{name}"):
+        return f"{path}.{name} is called {now} now"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {path}.{near[0]}?" if near else f"there are {', '.join(known)}"
     return f"{path}.{name} is not a setting; {hint}"

@@ -11,16 +11,6 @@ from pathlib import Path
 from dreamllm_jax.common.directories import is_lfs_pointer
 
 MAX_NAMES = 10  # that a message lists
-# What parts of a model, and the flags that give them, were called by their first towers.
-FORMER_NAMES = {
-    "llama": "language_model",
-    "clip": "vision_encoder",
-    "diffusion": "image_decoder",
-    "unet": "image_decoder/denoiser",
-    "vae": "image_decoder/autoencoder",
-    "queries": "dream_queries",
-    "condition_projector": "connector",
-}
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 _UNQUANTISED = "quantised weights are not read: give the model that it was made from, in float16, bfloat16 or float32"

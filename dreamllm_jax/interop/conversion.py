@@ -122,6 +122,7 @@ def export_model(
     _warn_of_tokenizer(tokenizer, formats)
     parts = {part for kind in formats for part in FORMATS[kind]}
     leaves = {path: leaf for path, leaf in saved.leaves().items() if _part(path) in parts}
+    leaves = dict(sorted(leaves.items(), key=lambda item: PARTS.index(_part(item[0]))))
     types = {path: np.dtype(DTYPES[dtype] if dtype else leaf.dtype) for path, leaf in leaves.items()}
     sizes = {path: int(np.prod(leaf.shape)) * types[path].itemsize for path, leaf in leaves.items()}
     require_room(to, _export_size(sizes, formats), "for the export, part of it while exporting")

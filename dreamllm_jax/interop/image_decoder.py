@@ -11,8 +11,9 @@ from dreamllm_jax.common import recognise
 from dreamllm_jax.interop import files
 from dreamllm_jax.interop.source import IMAGE_DECODER, Part
 from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers import registry
 from dreamllm_jax.towers.public import reader
-from dreamllm_jax.towers.registry import IMAGE_DECODERS, ImageDecoderConfig
+from dreamllm_jax.towers.registry import ImageDecoderConfig
 
 
 def read_decoder_config(directory: Path) -> ImageDecoderConfig:
@@ -21,7 +22,7 @@ def read_decoder_config(directory: Path) -> ImageDecoderConfig:
     Raises:
       FileNotFoundError, ValueError: naming the file, and the setting that is not supported.
     """
-    cls = next((cls for cls in IMAGE_DECODERS if _is_of(cls, directory)), IMAGE_DECODERS[0])
+    cls = next((cls for cls in registry.IMAGE_DECODERS if _is_of(cls, directory)), registry.IMAGE_DECODERS[0])
     places = {part: f"{classes[0].public.folder}/config.json" for part, classes in cls.public_parts.items()}
     recognise.require(directory, *places.values(), cls.public_scheduler)
     parts = {
@@ -42,7 +43,7 @@ def _is_of(cls: type, directory: Path) -> bool:
             name = json.loads((directory / classes[0].public.folder / "config.json").read_text()).get("_class_name")
         except (OSError, ValueError, AttributeError):
             return False
-        if not any(name in part.public.types for part in classes):
+        if not any(name in part.public.names for part in classes):
             return False
     return True
 

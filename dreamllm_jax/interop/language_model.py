@@ -14,8 +14,9 @@ from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers import registry
 from dreamllm_jax.towers.public import reader
-from dreamllm_jax.towers.registry import LANGUAGE_MODELS, LanguageModelConfig
+from dreamllm_jax.towers.registry import LanguageModelConfig
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _BUFFER = "rotary_emb.inv_freq"
@@ -32,7 +33,7 @@ def open_language_model(path: Path) -> Part:
     recognise.require(path, "config.json")
     recognise.require_no_adapter(path)
     config = files.read_config(
-        path / "config.json", lambda settings: reader(LANGUAGE_MODELS, settings).from_public(settings)
+        path / "config.json", lambda settings: reader(registry.LANGUAGE_MODELS, settings).from_public(settings)
     )
     return language_model_part(config, files.open_model(path, *config.public.stems), path)
 

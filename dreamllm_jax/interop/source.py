@@ -15,15 +15,15 @@ from dreamllm_jax.interop.names import Leaf, arrange
 from dreamllm_jax.model import DreamLLMConfig, abstract_params
 
 IMAGE_DECODER = "image_decoder"  # which is of several parts
-# Parts of the parameter tree, each by its path.
+# Parts of the parameter tree, each by its path; an export reads and writes tensors in this order.
 PARTS = (
+    "vision_encoder",
+    "connector",
     "language_model",
     "dream_queries",
-    "vision_encoder",
-    "visual_projector",
-    f"{IMAGE_DECODER}/autoencoder",
     f"{IMAGE_DECODER}/denoiser",
-    "connector",
+    f"{IMAGE_DECODER}/autoencoder",
+    "visual_projector",
 )
 
 

@@ -196,7 +196,7 @@ def _inputs(config: DreamLLMConfig) -> Values:
     """What both sides are given, at random; images and latents in our layout."""
     rng, ids = np.random.default_rng(0), config.special_tokens
     language, encoder, decoder = config.language_model, config.vision_encoder, config.image_decoder
-    text = rng.integers(language.vocab_size, size=min(32, language.max_position_embeddings))
+    text = rng.integers(language.vocab_size, size=min(32, language.max_length))
     half = len(text) // 2
     see = [ids.bos, *text[:half], ids.im_start, *[ids.im_patch] * encoder.num_patches, ids.im_end]
     dream = [*text[half:], ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]

@@ -10,8 +10,9 @@ from dreamllm_jax.common import recognise
 from dreamllm_jax.interop import files
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.towers import registry
 from dreamllm_jax.towers.public import reader
-from dreamllm_jax.towers.registry import VISION_ENCODERS, VisionEncoderConfig
+from dreamllm_jax.towers.registry import VisionEncoderConfig
 
 # Of an image processor, and of a processor of text and images as transformers 5 writes it.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -35,7 +36,8 @@ def read_vision_config(directory: Path, select_layer: int | None = None) -> Visi
     recognise.require(directory, "config.json")
     more = {} if select_layer is None else {"select_layer": select_layer}
     config = files.read_config(
-        directory / "config.json", lambda settings: reader(VISION_ENCODERS, settings).from_public(settings, **more)
+        directory / "config.json",
+        lambda settings: reader(registry.VISION_ENCODERS, settings).from_public(settings, **more),
     )
     for name in PROCESSORS:
         if (path := directory / name).is_file():

@@ -59,16 +59,23 @@ def sum_of_copies(gradients: jax.Array, axes: tuple[str | None, ...], over: tupl
 
     They travel once, in their type: each device is sent its part of all of them, and adds them in float32.
     """
-    sizes, shape = [jax.sharding.get_abstract_mesh().shape[axis] for axis in over], gradients.shape[1:]
+    mesh, shape = jax.sharding.get_abstract_mesh().shape, gradients.shape[1:]
     target = _parts(mesh_spec(axes, shape), len(shape))
-    taken = {axis for part in target for axis in (part if isinstance(part, tuple) else (part,))}
-    parts = gradients.reshape(*sizes, *shape)
-    parts = _constrain(parts, *[None if axis in taken else axis for axis in over], *target)
-    here = jnp.sum(parts, [i for i, axis in enumerate(over) if axis in taken], jnp.float32, keepdims=True)
+    by = [part if isinstance(part, tuple) else (part,) for part in target]
+    taken = {axis for part in by for axis in part}
+    # What each device is sent is cut out first: the dimension split where it lies would be transposed twice on the way.
+    cut = next((i for i, part in enumerate(by) if set(part) & set(over)), None)
+    first, count = (None, 1) if cut is None else (target[cut], math.prod(mesh[axis] for axis in by[cut]))
+    rest = [None if i == cut else part for i, part in enumerate(target)]
+    parts = gradients[None] if cut is None else jnp.stack(jnp.split(gradients, count, 1 + cut))
+    parts = parts.reshape(count, *[mesh[axis] for axis in over], *parts.shape[2:])
+    parts = _constrain(parts, first, *[None if axis in taken else axis for axis in over], *rest)
+    here = jnp.sum(parts, [1 + i for i, axis in enumerate(over) if axis in taken], jnp.float32, keepdims=True)
+    here = jax.lax.optimization_barrier(here)  # else XLA, seeing what the sum is rounded to, adds in that
     # Along what is left the sums travel: `jnp.sum` would make them float32 before.
     zero = np.zeros((), gradients.dtype)
-    total = jax.lax.reduce(here.astype(gradients.dtype), zero, jax.lax.add, range(len(over)))
-    return _constrain(total.reshape(shape), *target)
+    total = jax.lax.reduce(here.astype(gradients.dtype), zero, jax.lax.add, range(1, 1 + len(over)))
+    return _constrain(jnp.moveaxis(total, 0, cut or 0).reshape(shape), *target)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -29,7 +29,7 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = {
     "act_heads": ("tensor",),
     "attention_heads": ("tensor", "sequence"),  # while attending, whole rows meet: their heads are split instead
     "act_mlp": ("tensor",),
-    # The llama's weights.
+    # The language model's weights.
     "vocab": ("tensor",),
     "embed": ("fsdp", "sequence"),
     "heads": ("tensor",),

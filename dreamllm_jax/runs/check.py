@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dreamllm_jax.checkpoints.marks import require_frozen
 from dreamllm_jax.common.configuration import ConfigError, differences, flat
 from dreamllm_jax.data.preparation import SOURCES
 from dreamllm_jax.data.settings import CorpusConfig
@@ -16,7 +17,6 @@ from dreamllm_jax.experiment import recipes
 from dreamllm_jax.experiment.experiment import Experiment, read_experiment, require_mesh_fits, require_packages
 from dreamllm_jax.model import abstract_params
 from dreamllm_jax.parallel.mesh import MESH_AXES
-from dreamllm_jax.runs.precompute import require_frozen
 from dreamllm_jax.runs.start import require_room, with_initial
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN, count_and_bytes, count_parameters, parameter_lines

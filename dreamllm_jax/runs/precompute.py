@@ -6,10 +6,8 @@ that an interrupted run is simply started again.
 
 import dataclasses
 import itertools
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,77 +16,13 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from dreamllm_jax.common.configuration import differences
+from dreamllm_jax.checkpoints.marks import ROLES, marks, require_same_towers, settings_of
 from dreamllm_jax.data import images, stored
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.storage import Corpus, in_order
-from dreamllm_jax.model import DreamLLM, DreamLLMConfig
+from dreamllm_jax.model import DreamLLM
 
 _GROUP = 64  # documents whose pictures are held at once, beside those that are read ahead
-
-ROLES = {"moments": "image_decoder", "features": "vision_encoder"}  # whose tower makes each of the stored arrays
-_IDLE = ("initializer_range", "sample_size")  # settings of towers that do not change what they compute
-_TOLERANCE = 0.01  # of marks, as a share of the norm: ten times what rounding to bfloat16 does
-
-
-def _depends(config: DreamLLMConfig, name: str) -> tuple[str, ...]:
-    """How the paths begin of the parameters that a kind of stored array depends on."""
-    role = ROLES[name]
-    return tuple(f"{role}/{path}" for path in getattr(config, role).stored_depends)
-
-
-def require_frozen(config: DreamLLMConfig, stored: Iterable[str], trained: Iterable[str]) -> None:
-    """Raises ValueError, naming it, if a trained parameter's tower is replaced by what it made: see `data.stored`."""
-    for name in stored:
-        if path := next((path for path in trained if path.startswith(_depends(config, name))), None):
-            raise ValueError(f"{path} is trained: leave {name} out of data.stored, or freeze the tower")
-
-
-def marks(config: DreamLLMConfig, name: str, leaves: Mapping[str, jax.Array]) -> dict[str, tuple[float, float]]:
-    """Tells apart the weights behind a kind of stored array: of each, its product with a fixed array of random signs,
-    and its norm. Every change moves the product, by a share of the norm that is that of the change."""
-    found = _marks({path: x for path, x in leaves.items() if path.startswith(_depends(config, name))})
-    return {path: (float(product), float(norm)) for path, (product, norm) in found.items()}
-
-
-@jax.jit
-def _marks(leaves: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    def mark(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = x.astype(jnp.float32)
-        signs = jax.random.rademacher(jax.random.key(0), x.shape, jnp.float32)
-        return jnp.sum(x * signs), jnp.sqrt(jnp.sum(jnp.square(x)))
-
-    return {path: mark(x) for path, x in leaves.items()}
-
-
-def _settings(config: DreamLLMConfig, name: str) -> dict[str, Any]:
-    settings = getattr(config, ROLES[name]).stored_settings
-    return json.loads(json.dumps({key: value for key, value in settings.items() if key not in _IDLE}))
-
-
-def require_same_towers(
-    directory: str | os.PathLike, corpus: str, name: str, config: DreamLLMConfig, leaves: Mapping[str, jax.Array]
-) -> None:
-    """Checks that what is stored of a corpus was made by this model's tower.
-
-    Raises:
-      ValueError: it was made by another's.
-    """
-    found = stored.read_description(stored.folder(directory, corpus, name))
-    ours = marks(config, name, leaves)
-    changed = [
-        f"{ROLES[name]}.{key} is {there!r}, and here {here!r}"
-        for key, (there, here) in differences(found.tower, _settings(config, name)).items()
-    ]
-    moved = found.weights.keys() != ours.keys() or any(
-        abs(product - ours[path][0]) > _TOLERANCE * norm for path, (product, norm) in found.weights.items()
-    )
-    if changed or moved:
-        difference = changed[0] if changed else "weights differ from this run's"
-        raise ValueError(
-            f"the stored {name} of corpus {corpus!r} were made by {found.model}, whose {difference}: leave {name} out "
-            f"of data.stored, or remove {stored.folder(directory, corpus, name)} and compute them with this model"
-        )
 
 
 def precompute(
@@ -125,7 +59,7 @@ def precompute(
     shape = tower.stored_shape(size, size)
     leaves = flatten_dict(dict(params), sep="/")
     description = stored.Description(
-        shape, dtype, len(documents), made_by, _settings(model.config, name), marks(model.config, name, leaves)
+        shape, dtype, len(documents), made_by, settings_of(model.config, name), marks(model.config, name, leaves)
     )
     found = stored.read_description(target)
     if found is None:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 # Names of the files of tensors, without their endings.
 _STEMS = {"transformers": ("model", "pytorch_model"), "diffusers": ("diffusion_pytorch_model",)}
@@ -16,7 +16,7 @@ class PublicForm:
     Attributes:
       library: whose class it is.
       torch_class: the class; a config.json names it as `architectures` or, of diffusers, `_class_name`.
-      types: what a config.json that is read may call itself, its `model_type` or `_class_name`; the first is written.
+      types: the `model_type`s that are read, of which the first is written; none of diffusers.
       folder: where it lies in a directory of several towers.
       prefix: before the names of its tensors, relative to which ours are.
       outside: beginnings of names that have no prefix.
@@ -27,7 +27,7 @@ class PublicForm:
 
     library: Literal["transformers", "diffusers"]
     torch_class: str
-    types: tuple[str, ...]
+    types: tuple[str, ...] = ()
     folder: str = ""
     prefix: str = ""
     outside: tuple[str, ...] = ()
@@ -39,6 +39,11 @@ class PublicForm:
     def stems(self) -> tuple[str, ...]:
         """What its file of tensors may be called, without the ending."""
         return _STEMS[self.library]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a config.json that is read may call itself."""
+        return self.types or (self.torch_class,)
 
     def ours(self, name: str) -> str | None:
         """A tensor's name relative to our part of the model; None for what is nothing of ours."""
@@ -54,6 +59,60 @@ class PublicForm:
         return name if name.startswith(self.outside) else self.prefix + name
 
 
+class PublicTower(Protocol):
+    """What `interop` asks of the configuration class of a language model, a vision encoder or a part of a decoder.
+
+    Attributes:
+      public: its public form; None if it has none, and then nothing of this.
+      from_public, to_public: its settings from, and as those of, a config.json.
+    """
+
+    public: PublicForm
+
+    @classmethod
+    def from_public(cls, settings: Mapping[str, Any]) -> "PublicTower": ...
+    def to_public(self) -> dict[str, Any]: ...
+
+
+class PublicVisionEncoder(PublicTower, Protocol):
+    """What it asks of a vision encoder's.
+
+    Attributes:
+      with_processor: the encoder for the pixels that its image processor's settings say, or a refusal of these.
+      processor: the settings of the image processor that makes our pixels.
+      run_public: our features as the public class computes them from normalised pixels.
+    """
+
+    def with_processor(self, settings: Mapping[str, Any]) -> "PublicVisionEncoder": ...
+    def processor(self) -> dict[str, Any]: ...
+    def run_public(self, module: Any, pixels: Any) -> Any: ...
+
+
+class PublicImageDecoder(Protocol):
+    """What it asks of an image decoder's, a directory of diffusers.
+
+    Attributes:
+      public_parts: field of the configuration -> classes that may stand there; those have `run_public` too.
+      public_scheduler: place of the scheduler's file.
+      public_sampler: a class of diffusers that samples by it.
+      public_trainer: the class as which programs that train read any such file.
+      noise_levels: what `public_noise_levels` says of our schedule.
+    """
+
+    public_parts: Mapping[str, tuple[type[PublicTower], ...]]
+    public_scheduler: str
+    public_sampler: str
+    public_trainer: str
+
+    @classmethod
+    def from_public(cls, parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> "PublicImageDecoder": ...
+    def to_public_scheduler(self) -> dict[str, Any]: ...
+    @property
+    def noise_levels(self) -> Any: ...
+    @staticmethod
+    def public_noise_levels(scheduler: Any) -> Any: ...
+
+
 def reader(classes: Sequence[type], settings: Mapping[str, Any]) -> type:
     """The configuration class that reads a config.json; the first of them for one that does not say what it is of.
 
@@ -63,7 +122,7 @@ def reader(classes: Sequence[type], settings: Mapping[str, Any]) -> type:
     key = "model_type" if classes[0].public.library == "transformers" else "_class_name"
     name = settings.get(key)
     for cls in classes:
-        if name is None or name in cls.public.types:
+        if name is None or name in cls.public.names:
             return cls
-    known = tuple(known for cls in classes for known in cls.public.types)
+    known = tuple(known for cls in classes for known in cls.public.names)
     raise ValueError(f"{key} {name!r} is not supported: expected one of {known}")

@@ -114,7 +114,7 @@ class ImageDecoderRole(Protocol):
     Attributes:
       condition_width: channels of the condition.
       default_size: pixels on a side of the images that it was made for.
-      size_multiple: what the sides of a painted image must be multiples of; `training_size_multiple` those of a learned.
+      size_multiple: what the sides of a painted image must be multiples of; `training_size_multiple` of a learned one.
       plain: the same decoder with the training error that held-out documents are measured by.
       draws: the randomness of one image's error, of six keys, the fourth of which is the objective's.
       within: draws moved into one of so many equal ranges of time; `time_range` says which that is.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
+from dreamllm_jax.checkpoints.marks import require_frozen, require_same_towers
 from dreamllm_jax.checkpoints.steps import Checkpoints
 from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.common.exits import Preempted
@@ -20,7 +21,6 @@ from dreamllm_jax.parallel.chips import chip_of
 from dreamllm_jax.parallel.distributed import gather
 from dreamllm_jax.parallel.feeding import local_rows, rows_sharding, to_mesh
 from dreamllm_jax.parallel.mesh import make_mesh, use
-from dreamllm_jax.runs.precompute import require_frozen, require_same_towers
 from dreamllm_jax.training.held_out import HeldOut
 from dreamllm_jax.training.journal import Journal
 from dreamllm_jax.training.metrics import MetricsLog, Progress

@@ -209,7 +209,7 @@ def test_flags_that_do_not_go_together(original, tmp_path, capsys):
         (
             "import",
             {"dtype": "lama:float32"},
-            "'lama:float32' is not PART:TYPE; parts are language_model, dream_queries",
+            "'lama:float32' is not PART:TYPE; parts are vision_encoder, connector",
         ),
         ("import", {"dtype": "unet:float32"}, "'unet' is called image_decoder/denoiser now"),
         ("import", {"dtype": "queries:float32"}, "'queries' is called dream_queries now"),

@@ -44,6 +44,24 @@ BROKEN = [
     ({"sharding.rules": {"embd": ("fsdp",)}}, "unknown logical axis 'embd'"),
     ({"sharding.rules": {"embed": ("fspd",)}}, "rules.embed: unknown mesh axes ['fspd']"),
     ({"checkpoint.best": "los", "checkpoint.keep_best": 1}, "config.checkpoint: best"),
+    # Called otherwise before.
+    ({"model.llama": {}}, "config.model.llama is called config.model.language_model now"),
+    ({"model.unet.in_channels": 4}, "config.model.unet is called config.model.image_decoder.denoiser now"),
+    (
+        {"objective.snr_gamma": 5.0},
+        "config.objective.snr_gamma is called config.model.image_decoder.training.snr_gamma",
+    ),
+    # Kinds.
+    ({"model.image_decoder.kind": "sana"}, "config.model.image_decoder.kind must be one of 'stable_diffusion'"),
+    ({"model.language_model.kind": "lama"}, "config.model.language_model.kind must be one of 'llama', got 'lama'"),
+    ({"model.image_decoder.autoencoder": {"patch_size": 4}}, "autoencoder.kind is missing: it is one of 'kl', 'pixel'"),
+    ({"model.language_model.pattern": ({}, {}, {})}, "pattern has 3 kinds of layers, of which num_hidden_layers=2"),
+    (
+        {"rows.dream": ({"slots": 1, "height": 32, "width": 30},)},
+        "rows.dream: side=30 must be a positive multiple of 8",
+    ),
+    ({"rows.dream": ({"slots": 0, "height": 32, "width": 32},)}, "rows: slots of a group of slots must be at least 1"),
+    ({"rows.see": ({"slots": 1, "height": 32, "width": 64},)}, "CLIP takes images of 32 x 32 pixels, not 32 x 64"),
     # Of the wrong type.
     ({"steps": "many"}, "config.steps must be int, got 'many'"),
     ({"steps": True}, "config.steps must be int, got True"),

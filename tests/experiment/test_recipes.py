@@ -48,7 +48,7 @@ def test_settings_are_the_published_ones(stage):
     [
         ("7b", 32, 2048, 1024),
         ("13b", 40, 2048, 1024),
-        ("llm=vicuna15-7b,diffusion=sd15", 32, 4096, 768),
+        ("llm=vicuna15-7b,decoder=sd15", 32, 4096, 768),
         ("vicuna15-13b", 40, 4096, 1024),
         ("llama31-8b,queries=128", 32, 131072, 1024),
         ("tinyllama", 22, 2048, 1024),
@@ -76,12 +76,17 @@ def test_with_adapters_the_llama_itself_is_frozen():
     [
         ("stage2_igpt", "8b", r"argument\.llm must be one of '7b', '13b', .*, got '8b'"),
         ("stage2_igpt", "llm=7b,querys=3", r"argument\.querys is not a setting; did you mean argument\.queries\?"),
+        ("stage2_igpt", "diffusion=sd15", r"argument\.diffusion is called argument\.decoder now"),
         ("stage2_igpt", "queries=many", r"argument\.queries must be int, got 'many'"),
         ("stage2_igpt", "7b,13b", r"'13b' is not name=value"),
         ("stage2_igpt", "llm=7b,llm=13b", "gives llm twice"),
         ("stage2_igpt", "queries=", "'queries=' is not name=value"),
-        ("stage2_igpt", "diffusion=sd12", r"argument\.diffusion must be one of .* did you mean 'sd21'\?"),
-        ("stage1_joint", "lora=4", r"argument\.lora is not a setting; there are llm, diffusion, queries"),
+        ("stage2_igpt", "decoder=sd12", r"argument\.decoder must be one of .* did you mean 'sd21'\?"),
+        (
+            "stage1_joint",
+            "lora=4",
+            r"argument\.lora is not a setting; there are llm, vision, decoder, connector, queries",
+        ),
         ("tiny", "7b", r"argument\.queries must be int, got '7b'"),
     ],
 )
@@ -108,7 +113,7 @@ def test_every_shipped_configuration_is_read(config):
 
 
 WHOLE = ["small.py", "ablations/trained_clip.py", "ablations/trained_unet.py", "ablations/lora_rank.py:llm=13b"]
-WHOLE += ["ablations/queries.py:parent=tiny,queries=256", "stage1_creation.py:llama31-8b,diffusion=sd15"]
+WHOLE += ["ablations/queries.py:parent=tiny,queries=256", "stage1_creation.py:llama31-8b,decoder=sd15"]
 
 
 @pytest.mark.slow
@@ -151,7 +156,7 @@ def test_what_a_check_says():
     assert "model.num_queries" in told and "8 -> 4" in told and "differences from" in told
     assert "pairs          88.9% of the documents, joint" in told
     assert "tokens                  1,024          1,024,000" in told
-    count = next(line for line in told.splitlines() if line.startswith("  queries"))
+    count = next(line for line in told.splitlines() if line.startswith("  dream_queries"))
     assert count.split() == ["dream_queries", "512", "float32", "trained"]
     assert "learning rate" in told and "step 1,000" in told and "\u2588" in told
     assert all(len(line) < 200 for line in told.splitlines()) and "warning" not in told

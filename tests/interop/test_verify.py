@@ -250,8 +250,9 @@ def test_tensors_that_do_not_fit_are_named(directories, tmp_path):
     tensors["projector.projector.4.weight"] = tensors.pop("projector.projector.2.weight")
     torch.save(tensors, path)
     assert error(CONFIG, tmp_path / "dreamllm") == (
-        f"{tmp_path}/dreamllm, vision encoder: clip_vision_embedding.bin: missing clip_vision_model.post_layernorm.bias,"
-        " missing projector.projector.2.weight, unexpected projector.projector.4.weight"
+        f"{tmp_path}/dreamllm, vision encoder: clip_vision_embedding.bin: "
+        "missing clip_vision_model.post_layernorm.bias, missing projector.projector.2.weight, "
+        "unexpected projector.projector.4.weight"
     )
 
 

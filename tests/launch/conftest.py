@@ -14,9 +14,11 @@ def checkout(tmp_path_factory) -> Path:
     """A clean clone, so to speak."""
     folder = tmp_path_factory.mktemp("clone") / "dreamllm_jax"
     shutil.copytree(ROOT / "launch", folder / "launch", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "dreamllm_jax").mkdir()
-    for name in ("__init__", "chips", "exits"):  # they need nothing else of the package, nor JAX
-        shutil.copy(ROOT / "dreamllm_jax" / f"{name}.py", folder / "dreamllm_jax")
+    for name in ("__init__", "parallel/chips", "common/exits"):  # they need nothing else of the package, nor JAX
+        path = Path("dreamllm_jax", f"{name}.py")
+        for file in (path.parent / "__init__.py", path):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, folder / file)
     (folder / ".gitignore").write_text("__pycache__/\n")
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "--quiet"], ["add", "--all"], [*who, "commit", "--quiet", "--message=all"]):

@@ -101,7 +101,7 @@ def test_stage_two_with_all_towers(tmp_path):
     assert_fits(figures)
     assert figures["rows_per_chip"] == 8 and figures["hbm"]["peak"] < 22 * 2**30
     assert sum(one["bytes"] for one in figures["collectives"]) < 46.5e9
-    assert figures["flops"]["unet"] / (64 * 4 / 8) < 13.8e12
+    assert figures["flops"]["denoiser"] / (64 * 4 / 8) < 13.8e12
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from flax.traverse_util import flatten_dict
 
+from dreamllm_jax.checkpoints.marks import require_same_towers
 from dreamllm_jax.checkpoints.saved import write_description, write_params
 from dreamllm_jax.data import __main__ as data_commands
 from dreamllm_jax.data import storage, stored
@@ -25,7 +26,7 @@ from dreamllm_jax.data.settings import DataConfig
 from dreamllm_jax.data.tokenizer import train_tokenizer
 from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.objectives.joint import JointConfig
-from dreamllm_jax.runs.precompute import precompute, require_same_towers
+from dreamllm_jax.runs.precompute import precompute
 from tests import processes
 from tests.tiny import DREAM_SIZE, SEE_SIZE, tiny_config, tiny_params
 

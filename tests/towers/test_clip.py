@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import json
 
 import flax.linen as nn
@@ -11,11 +10,10 @@ import torch
 import transformers
 from PIL import Image
 
-from dreamllm_jax.data.images import clip_pixels
-from dreamllm_jax.interop.clip import read_clip_config
 from dreamllm_jax.interop.names import from_torch, to_torch
+from dreamllm_jax.interop.vision_encoder import read_vision_config
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.towers.vision_encoders.clip import ClipVision, ClipVisionConfig, clip_config_from_hf, normalise_pixels
+from dreamllm_jax.towers.vision_encoders.clip import ClipVision, ClipVisionConfig, normalise_pixels
 from tests.parity import assert_same, gradients, randomised, relative_error, tensors
 from tests.tiny import tiny_config, tiny_params
 
@@ -33,7 +31,7 @@ def pair(select_layer=-2, **changes):
     """A random PyTorch tower, ours, and its weights for ours."""
     config = transformers.CLIPVisionConfig(**{**TINY, **changes})
     theirs = randomised(transformers.CLIPVisionModel(config))
-    ours = ClipVision(clip_config_from_hf(config.to_dict(), select_layer))
+    ours = ClipVision(ClipVisionConfig.from_public(config.to_dict(), select_layer))
     template = jax.eval_shape(lambda: ours.init(jax.random.key(0), images_of(ours.config, 1)))
     return theirs, ours, {"params": from_torch(nn.unbox(template)["params"], tensors(theirs))}
 
@@ -129,21 +127,22 @@ def test_the_processor_beside_a_tower_says_how_its_pixels_are_normalised(tmp_pat
     """And where it makes other pixels than ours, it is refused."""
     theirs = transformers.CLIPVisionConfig(**TINY)
     theirs.save_pretrained(tmp_path)
-    assert read_clip_config(tmp_path).image_mean == (0.48145466, 0.4578275, 0.40821073)
+    assert read_vision_config(tmp_path).image_mean == (0.48145466, 0.4578275, 0.40821073)
     size = TINY["image_size"]
     sizes = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     processor = transformers.CLIPImageProcessorPil(**sizes, image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.5])
     processor.save_pretrained(tmp_path)
-    config = read_clip_config(tmp_path)
+    config = read_vision_config(tmp_path)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
     want = processor(photo, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    got = normalise_pixels(clip_pixels(photo, size), config.image_mean, config.image_std)
+    got = normalise_pixels(config.preprocess(photo, size, size), config.image_mean, config.image_std)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
     whole = tiny_config()
-    model = DreamLLM(dataclasses.replace(whole, clip=dataclasses.replace(whole.clip, image_mean=(0.5,) * 3)))
-    images = np.random.default_rng(1).integers(0, 256, (1, *[whole.clip.image_size] * 2, 3), dtype=np.uint8)
-    features = jax.jit(functools.partial(model.apply, method="features"))
+    encoder = dataclasses.replace(whole.vision_encoder, image_mean=(0.5,) * 3)
+    model = DreamLLM(dataclasses.replace(whole, vision_encoder=encoder))
+    images = np.random.default_rng(1).integers(0, 256, (1, *[encoder.image_size] * 2, 3), dtype=np.uint8)
+    features = jax.jit(lambda variables, images: model.bind(variables).see(images))
     variables = {"params": tiny_params(whole)}
     normalised = normalise_pixels(images, (0.5,) * 3)
     assert relative_error(features(variables, images), features(variables, normalised)) < 1e-6
@@ -152,22 +151,24 @@ def test_the_processor_beside_a_tower_says_how_its_pixels_are_normalised(tmp_pat
     settings = json.loads(path.read_text())
     path.rename(tmp_path / "kept.json")
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))  # of a CLIPProcessor
-    assert read_clip_config(tmp_path) == config
+    assert read_vision_config(tmp_path) == config
     path.write_text(json.dumps(settings | {"size": size, "crop_size": size}))  # as they were written once
-    assert read_clip_config(tmp_path) == config
+    assert read_vision_config(tmp_path) == config
     for wrong in ({"do_center_crop": False}, {"size": {"shortest_edge": 2 * size}}, {"resample": 2}):
         path.write_text(json.dumps(settings | wrong))
         with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {next(iter(wrong))} = .* is not supported"):
-            read_clip_config(tmp_path)
+            read_vision_config(tmp_path)
 
 
 def test_config_is_read_whole_or_alone():
     alone = transformers.CLIPVisionConfig(**TINY)
     whole = transformers.CLIPConfig(vision_config=alone.to_dict())
     want = ClipVisionConfig(**TINY, select_layer=-1)
-    assert clip_config_from_hf(alone.to_dict(), -1) == clip_config_from_hf(whole.to_dict(), -1) == want
+    assert (
+        ClipVisionConfig.from_public(alone.to_dict(), -1) == ClipVisionConfig.from_public(whole.to_dict(), -1) == want
+    )
     assert want.num_patches == 16
-    assert clip_config_from_hf(transformers.CLIPVisionConfig().to_dict()) == ClipVisionConfig()
+    assert ClipVisionConfig.from_public(transformers.CLIPVisionConfig().to_dict()) == ClipVisionConfig()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_config_is_read_whole_or_alone():
 )
 def test_config_refuses_what_it_cannot_honour(changes, message):
     with pytest.raises(ValueError, match=message):
-        clip_config_from_hf({**TINY, **changes})
+        ClipVisionConfig.from_public({**TINY, **changes})
 
 
 def test_images_of_another_size_are_refused():

@@ -12,11 +12,11 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from dreamllm_jax.data.vocabulary import SpecialTokens
-from dreamllm_jax.interop.llama import hf_settings
+from dreamllm_jax.interop.language_model import hf_settings
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.layers.rope import RopeScaling
-from dreamllm_jax.towers.language_models.decoder import KVCache
-from dreamllm_jax.towers.language_models.llama import Llama, LlamaConfig, llama_config_from_hf
+from dreamllm_jax.towers.language_models.decoder import Decoder, KVCache
+from dreamllm_jax.towers.language_models.llama import LlamaConfig
 from tests.parity import assert_same, gradients, random_weights, randomised, relative_error, tensors
 from tests.tiny import logits_of
 
@@ -56,7 +56,7 @@ def pair(**changes):
     """A random PyTorch model, ours, and its weights for ours."""
     config = transformers.LlamaConfig(**{**TINY, **changes})
     theirs = randomised(transformers.LlamaForCausalLM(config))
-    ours = Llama(llama_config_from_hf(config.to_dict()))
+    ours = Decoder(LlamaConfig.from_public(config.to_dict()))
     return theirs, ours, {"params": from_torch(shapes_of(ours)["params"], by_our_names(tensors(theirs)))}
 
 
@@ -93,10 +93,10 @@ def test_equals_transformers(variant):
     @jax.jit
     def run(params, shift):
         def forward(params, shift):
-            x = ours.apply(params, tokens, method="embed") + shift
+            bound = ours.bind(params)
             positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
-            hidden, _ = ours.apply(params, x, positions, jnp.ones((2, 12), jnp.int32))
-            return ours.apply(params, hidden, method="logits"), hidden
+            hidden, _ = bound(bound.embed(tokens) + shift, positions, jnp.ones((2, 12), jnp.int32))
+            return bound.logits(hidden), hidden
 
         logits, pullback, hidden = jax.vjp(forward, params, shift, has_aux=True)
         return logits, hidden, pullback(cotangent)
@@ -143,19 +143,20 @@ def test_dynamic_scaling_follows_what_each_row_has_read():
 )
 def test_frequencies_at_true_width(rope):
     theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(rope_parameters={"rope_type": "default", **rope}))
-    got = llama_config_from_hf({"rope_parameters": rope}).rope_frequencies(2048)
+    got = LlamaConfig.from_public({"rope_parameters": rope}).rope_frequencies(2048)
     np.testing.assert_allclose(got, theirs.inv_freq, rtol=1e-6)
 
 
 def small():
     config = LlamaConfig(**{**TINY, "num_key_value_heads": 2}, rope_scaling=RopeScaling("linear", 1.5))
-    ours = Llama(config, remat="none")
+    ours = Decoder(config, remat="none")
     return ours, random_weights(shapes_of(ours))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(ours, params, tokens, positions, segment_ids, cache):
-    return ours.apply(params, ours.apply(params, tokens, method="embed"), positions, segment_ids, cache)
+    bound = ours.bind(params)
+    return bound(bound.embed(tokens), positions, segment_ids, cache)
 
 
 def hidden_of(ours, params, tokens, segment_ids=None, cache=None):
@@ -258,42 +259,42 @@ def test_half_precision_stays_near():
     half = ours.clone(dtype=jnp.bfloat16)
     hidden, _ = hidden_of(half, params, tokens)
     assert hidden.dtype == jnp.bfloat16
-    assert half.apply(params, hidden, method="logits").dtype == jnp.float32
+    assert half.bind(params).logits(hidden).dtype == jnp.float32
     assert relative_error(hidden.astype(jnp.float32), hidden_of(ours, params, tokens)[0]) < 0.03
 
 
 def test_tied_model_has_no_head_of_its_own():
-    ours = Llama(LlamaConfig(**TINY, tie_word_embeddings=True))
+    ours = Decoder(LlamaConfig(**TINY, tie_word_embeddings=True))
     params = random_weights(shapes_of(ours))
     assert "lm_head" not in params["params"]
-    kernel = ours.apply(params, method="head_kernel")
+    kernel = ours.bind(params).head_kernel()
     np.testing.assert_array_equal(kernel, params["params"]["embed_tokens"]["embedding"].T)
 
 
 def test_config_is_read_in_old_and_new_style():
     old = {**TINY, "model_type": "llama", "hidden_act": "silu", "rope_theta": 5e5, "sliding_window": None}
     want = LlamaConfig(**TINY, rope_theta=5e5)
-    assert llama_config_from_hf({**old, "rope_scaling": None}) == want
+    assert LlamaConfig.from_public({**old, "rope_scaling": None}) == want
     new = {**TINY, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
-    assert llama_config_from_hf(new) == want
+    assert LlamaConfig.from_public(new) == want
     scaled = dataclasses.replace(want, rope_scaling=RopeScaling("dynamic", 2.0))
-    assert llama_config_from_hf({**old, "rope_scaling": {"type": "dynamic", "factor": 2.0}}) == scaled
+    assert LlamaConfig.from_public({**old, "rope_scaling": {"type": "dynamic", "factor": 2.0}}) == scaled
     assert (
-        llama_config_from_hf({**new, "rope_parameters": {"rope_theta": 5e5, **{"type": "dynamic", "factor": 2.0}}})
+        LlamaConfig.from_public({**new, "rope_parameters": {"rope_theta": 5e5, **{"type": "dynamic", "factor": 2.0}}})
         == scaled
     )
-    assert llama_config_from_hf(transformers.LlamaConfig().to_dict()) == LlamaConfig()
-    assert llama_config_from_hf({**old, "sliding_window": 4096}) == want  # wider than any row
-    first = llama_config_from_hf({name: TINY[name] for name in TINY if name != "num_key_value_heads"})
+    assert LlamaConfig.from_public(transformers.LlamaConfig().to_dict()) == LlamaConfig()
+    assert LlamaConfig.from_public({**old, "sliding_window": 4096}) == want  # wider than any row
+    first = LlamaConfig.from_public({name: TINY[name] for name in TINY if name != "num_key_value_heads"})
     assert (first.num_key_value_heads, first.head_dim, first.rope_theta) == (4, 8, 10000.0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_written_is_the_same_model_to_transformers_and_to_us(variant):
     theirs = transformers.LlamaConfig(**{**TINY, **VARIANTS[variant]})
-    ours = llama_config_from_hf(theirs.to_dict())
+    ours = LlamaConfig.from_public(theirs.to_dict())
     written = json.loads(json.dumps({"model_type": "llama", **hf_settings(ours, SpecialTokens.last_of(29), "float32")}))
-    assert llama_config_from_hf(written) == ours
+    assert LlamaConfig.from_public(written) == ours
     read = transformers.LlamaConfig(**written)
     assert torch.equal(LlamaRotaryEmbedding(read).inv_freq, LlamaRotaryEmbedding(theirs).inv_freq)
     assert read.rope_parameters.items() >= theirs.rope_parameters.items()
@@ -325,7 +326,7 @@ def test_what_is_written_is_the_same_model_to_transformers_and_to_us(variant):
 )
 def test_config_refuses_what_it_cannot_honour(changes, message):
     with pytest.raises(ValueError, match=message):
-        llama_config_from_hf({**TINY, **changes})
+        LlamaConfig.from_public({**TINY, **changes})
 
 
 @pytest.mark.slow
@@ -333,7 +334,7 @@ def test_one_layer_at_the_width_of_7b():
     config = transformers.LlamaConfig(num_hidden_layers=1, vocab_size=8)
     theirs = randomised(transformers.LlamaModel(config))
     assert isinstance(theirs.layers[0], LlamaDecoderLayer)
-    ours = Llama(llama_config_from_hf(config.to_dict()))
+    ours = Decoder(LlamaConfig.from_public(config.to_dict()))
     template = {name: value for name, value in shapes_of(ours)["params"].items() if name != "lm_head"}
     params = {"params": from_torch(template, tensors(theirs))}
     rng = np.random.default_rng(0)

@@ -1,6 +1,5 @@
 """The U-Net against diffusers' `UNet2DConditionModel` on the same random weights."""
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -11,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.interop.names import from_torch, to_torch
-from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig, timestep_embedding, unet_config_from_diffusers
+from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig, timestep_embedding
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -79,7 +78,7 @@ def run(model, params, latents, timesteps, condition, cotangent):
 def case(request):
     """A torch U-Net, ours with its weights, inputs, and what ours makes of them."""
     reference = randomised(diffusers.UNet2DConditionModel(**FAMILIES[request.param]))
-    config = unet_config_from_diffusers(dict(reference.config))
+    config = UNetConfig.from_public(dict(reference.config))
     model, inputs = UNet(config), make_inputs(config)
     params = from_torch(shapes_of(model, inputs), tensors(reference))
     cotangent = np.random.default_rng(1).normal(size=inputs[0].shape).astype(np.float32)
@@ -145,11 +144,16 @@ def test_wrong_channels_are_named():
 
 def test_config_reads_what_diffusers_writes():
     settings = dict(diffusers.UNet2DConditionModel(**FAMILIES["2.x"]).config)
-    config = unet_config_from_diffusers(settings)
+    config = UNetConfig.from_public(settings)
     assert config.heads == (4, 2) and config.use_linear_projection
     as_json = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    assert unet_config_from_diffusers(as_json) == config
+    assert UNetConfig.from_public(as_json) == config
     assert hash(config) is not None
+    assert UNetConfig.from_public(config.to_public()) == config
+    written = dict(diffusers.UNet2DConditionModel(**config.to_public()).config)
+    assert {key: written[key] for key in written if key[0] != "_"} == {
+        key: settings[key] for key in settings if key[0] != "_"
+    }
 
 
 def test_num_attention_heads_wins():
@@ -178,13 +182,13 @@ def test_num_attention_heads_wins():
 def test_unsupported_setting_is_named(key, value):
     named = "block_out_channels" if value in (3, 5) else key
     with pytest.raises(ValueError, match=named):
-        unet_config_from_diffusers(TINY | {"attention_head_dim": 2, key: value})
+        UNetConfig.from_public(TINY | {"attention_head_dim": 2, key: value})
 
 
 def test_switched_off_settings_are_accepted():
     off = {"class_embed_type": None, "mid_block_only_cross_attention": False, "_class_name": "UNet2DConditionModel"}
     settings = FAMILIES["1.5"]
-    assert unet_config_from_diffusers(settings | off) == UNetConfig(**settings)
+    assert UNetConfig.from_public(settings | off) == UNetConfig(**settings)
 
 
 @pytest.mark.slow
@@ -192,7 +196,7 @@ def test_stable_diffusion_2_1_at_true_width():
     """All 866 million weights on small latents: the output and the gradient to the condition."""
     config = UNetConfig(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
     torch.manual_seed(0)
-    reference = diffusers.UNet2DConditionModel(**dataclasses.asdict(config) | {"num_attention_heads": None}).eval()
+    reference = diffusers.UNet2DConditionModel(**config.to_public()).eval()
     reference.requires_grad_(False)
     assert sum(parameter.numel() for parameter in reference.parameters()) == 865_910_724
     latents, timesteps, condition = make_inputs(config, size=(16, 16), n=1, q=64)

@@ -7,16 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dreamllm_jax.interop.diffusion import rename_legacy_attention
 from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.interop.names import from_torch, to_torch
-from dreamllm_jax.towers.autoencoders.kl import (
-    Autoencoder,
-    AutoencoderConfig,
-    autoencoder_config_from_diffusers,
-    sample_moments,
-)
+from dreamllm_jax.towers.autoencoders.kl import Autoencoder, AutoencoderConfig, sample_moments
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoder, PixelAutoencoderConfig
 
 torch = pytest.importorskip("torch")
@@ -70,7 +64,7 @@ def run(model, method, params, x, cotangent):
 def pair():
     """A torch autoencoder, ours, and our parameters with its weights."""
     reference = randomised(diffusers.AutoencoderKL(**TINY))
-    model = Autoencoder(autoencoder_config_from_diffusers(dict(reference.config)))
+    model = Autoencoder(AutoencoderConfig.from_public(dict(reference.config)))
     return reference, model, from_torch(shapes_of(model), tensors(reference))
 
 
@@ -100,25 +94,29 @@ def test_init_touches_both_halves(pair):
     assert out.shape == (1, 8, 4, 3)
 
 
+def today(tensors):
+    return {AutoencoderConfig.public.ours(name): tensor for name, tensor in tensors.items()}
+
+
 def test_old_attention_names_load(pair):
     reference, _, params = pair
     new = tensors(reference)
     legacy = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
     for name, tensor in new.items():
-        for today, then in legacy.items():
-            if f".{today}." in name:
-                name = name.replace(today, then)
+        for now, then in legacy.items():
+            if f".{now}." in name:
+                name = name.replace(now, then)
                 tensor = tensor[..., None, None] if name.endswith("weight") else tensor
         old[name] = tensor
     assert old.keys() != new.keys()
 
-    renamed = rename_legacy_attention(old)
+    renamed = today(old)
     theirs = dict(old)
     reference._fix_state_dict_keys_on_load(theirs)
     assert renamed.keys() == theirs.keys() == new.keys()
     jax.tree.map(np.testing.assert_array_equal, from_torch(params, renamed), params)
-    assert rename_legacy_attention(new) == new
+    assert today(new) == new
 
 
 def test_bfloat16_is_near_float32(pair):
@@ -190,7 +188,7 @@ def test_odd_image_sizes_are_refused(model):
 def test_config_reads_what_diffusers_writes(pair):
     settings = dict(pair[0].config)
     as_json = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-    assert autoencoder_config_from_diffusers(as_json) == pair[1].config
+    assert AutoencoderConfig.from_public(as_json) == pair[1].config
 
 
 @pytest.mark.parametrize(
@@ -208,7 +206,7 @@ def test_config_reads_what_diffusers_writes(pair):
 )
 def test_unsupported_setting_is_named(key, value):
     with pytest.raises(ValueError, match="norm groups" if value == 3 else key):
-        autoencoder_config_from_diffusers(TINY | {key: value})
+        AutoencoderConfig.from_public(TINY | {key: value})
 
 
 @pytest.mark.slow
@@ -216,7 +214,7 @@ def test_stable_diffusion_autoencoder_at_true_width():
     """All 84 million weights on a small image, both ways."""
     config = AutoencoderConfig()
     torch.manual_seed(0)
-    reference = diffusers.AutoencoderKL(**vars(config)).eval()
+    reference = diffusers.AutoencoderKL(**config.to_public()).eval()
     model = Autoencoder(config)
     images = np.random.default_rng(0).uniform(-1, 1, size=(1, 32, 32, 3)).astype(np.float32)
     params = from_torch(shapes_of(model), tensors(reference))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +18,24 @@ from dreamllm_jax.towers.language_models.decoder import rms_norm
 from dreamllm_jax.training.step import loss_and_gradients
 from tests.tiny import MLP, make_batch, random_document, row_shape, tiny_config, tiny_params
 
-ROWS, LENGTH, IMAGES = 2, 2048, 24
+ROWS, LENGTH, IMAGES = 2, 2048, 16
 OBJECTIVE = JointConfig(dm_weight=0.1, drop_prob=0.5, loss_chunk=512, image_chunk=16)
+
+# What the towers' branches end with.
+LAST = re.compile("(o_proj|down_proj|out_proj|fc2|conv2|to_out_0|net_2|proj_out)/kernel")
+# The same bias in all keys changes no softmax: this gradient is 0.
+NONE = "vision_encoder/encoder/layers/self_attn/k_proj/bias"
 
 
 def long_batch(config):
-    """Rows of text in which every fourth token is the same one, after some documents with images."""
+    """Rows of text in which every second token is the same one, after some documents with images."""
     rng = np.random.default_rng(0)
     documents = [[random_document(rng, config, "sdtt") for _ in range(IMAGES)] for _ in range(ROWS)]
     batch = make_batch(config, documents, shape=row_shape(config, LENGTH, IMAGES, IMAGES))
     for row in range(ROWS):
         start = int((batch.segment_ids[row] > 0).sum())
         count, text = LENGTH - start, slice(start, LENGTH)
-        batch.tokens[row, text] = np.where(np.arange(count) % 4, rng.integers(6, 50, count), 5)
+        batch.tokens[row, text] = np.where(np.arange(count) % 2, rng.integers(6, 50, count), 5)
         batch.positions[row, text] = np.arange(count) % 64
         batch.segment_ids[row, text] = IMAGES + 1 + np.arange(count) // 64
         batch.loss_weights[row, text] = np.arange(count) % 64 > 0
@@ -37,14 +43,17 @@ def long_batch(config):
 
 
 def plausible_params(config):
-    """Products keep the size of what goes in, and all that bfloat16 cannot say is left out of the comparison."""
+    """Products keep the size of what goes in, and all that bfloat16 cannot say is left out of the comparison.
+
+    Branches add little to the residual stream, as in trained towers: then what is rounded in one hardly blurs the next.
+    """
     rng, params = np.random.default_rng(1), flatten_dict(tiny_params(config), sep="/")
     for path, value in params.items():
         name = path.rsplit("/", 1)[-1]
         if name in ("kernel", "lora_a", "lora_b"):
             inputs = np.prod(value.shape[1:-1] if "/layers/" in path else value.shape[:-1])
             smaller = 0.1 if name == "lora_b" else 0.5 if re.search("vision_encoder/.*/[qk]_proj", path) else 1.0
-            value = rng.normal(size=value.shape) * inputs**-0.5 * smaller
+            value = rng.normal(size=value.shape) * inputs**-0.5 * (0.3 if LAST.search(path) else smaller)
         elif name == "scale":
             value = np.ones(value.shape)
         else:
@@ -59,7 +68,11 @@ def test_every_gradient_of_the_joint_step_is_near_float32():
     llama = dataclasses.replace(
         config.language_model, attention_bias=True, mlp_bias=True, lora=LoraConfig(rank=4, alpha=8.0)
     )
-    config = dataclasses.replace(config, language_model=llama)
+    unet = dataclasses.replace(
+        config.image_decoder.denoiser, block_out_channels=(32, 64), norm_num_groups=8, attention_head_dim=4
+    )
+    decoder = dataclasses.replace(config.image_decoder, denoiser=unet)
+    config = dataclasses.replace(config, language_model=llama, image_decoder=decoder)
     batch, params = long_batch(config), plausible_params(config)
 
     def gradients(dtype):
@@ -67,24 +80,17 @@ def test_every_gradient_of_the_joint_step_is_near_float32():
         step = jax.jit(lambda params, batch, draws: loss_and_gradients(objective, params, {}, batch, draws)[1])
         return jax.device_get(step(params, batch, objective.draws(jax.random.key(0), batch)))
 
-    wide, narrow = gradients("float32"), gradients("bfloat16")
-    towers = {name: _stacked(wide, narrow, f"{name}/") for name in ("vision_encoder", "image_decoder/denoiser")}
-    summed = ("language_model/", "visual_projector/", "dream_queries/")
-    errors = {path: _errors(wide[path], narrow[path]) for path in wide if path.startswith(summed)}
+    with ThreadPoolExecutor() as pool:
+        wide, narrow = pool.map(gradients, ("float32", "bfloat16"))
+    left_out = {path for path in wide if path.startswith("image_decoder/autoencoder/")} | {NONE}
+    errors = {path: _errors(wide[path], narrow[path]) for path in wide.keys() - left_out if wide[path].any()}
     assert not {path: error for path, error in errors.items() if error[0] > 0.02 or error[1] > 0.01}
-    # Of the image towers, single small gradients are differences of large ones, which rounding blurs wherever sums are.
-    assert not {name: error for name, error in towers.items() if error[0] > 0.025 or error[1] > 0.01}
 
 
 def _errors(wide, narrow):
     """The relative L2 error, and that of the norm."""
     norm = np.linalg.norm(wide)
     return np.linalg.norm(narrow - wide) / norm, abs(np.linalg.norm(narrow) / norm - 1)
-
-
-def _stacked(wide, narrow, prefix):
-    paths = [path for path in wide if path.startswith(prefix)]
-    return _errors(*(np.concatenate([tree[path].ravel() for path in paths]) for tree in (wide, narrow)))
 
 
 def ones(*shape):

@@ -16,7 +16,7 @@ import pytest
 from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.evaluation import scores
 from dreamllm_jax.evaluation.scores import Checkpoint, Score
-from dreamllm_jax.runs.comparison import compare, write_comparison
+from dreamllm_jax.reports.comparison import compare, write_comparison
 from dreamllm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent

@@ -63,7 +63,6 @@ class AutoencoderConfig:
     public = PublicForm(
         library="diffusers",
         torch_class="AutoencoderKL",
-        types=("AutoencoderKL",),
         folder="vae",
         renamed=tuple(
             (rf"^(.*\.mid_block\.attentions\.\d+)\.{then}\.(weight|bias)$", rf"\1.{today}.\2")

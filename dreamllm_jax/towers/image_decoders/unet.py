@@ -103,7 +103,6 @@ class UNetConfig:
     public = PublicForm(
         library="diffusers",
         torch_class="UNet2DConditionModel",
-        types=("UNet2DConditionModel",),
         folder="unet",
         settings=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim"),
     )

@@ -17,7 +17,7 @@ from dreamllm_jax.checkpoints.saved import CONFIG_FILE
 from dreamllm_jax.common.configuration import flat
 from dreamllm_jax.common.directories import absolute, read_json
 from dreamllm_jax.evaluation import table
-from dreamllm_jax.runs.pages import CURVES, curves, page
+from dreamllm_jax.reports.pages import CURVES, curves, page
 from dreamllm_jax.training.metrics import read_metrics
 
 LAST = 0.1  # share of the steps over which final metrics are averaged

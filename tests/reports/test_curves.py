@@ -7,7 +7,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dreamllm_jax.runs import pages
+from dreamllm_jax.reports import pages
 
 
 def run(steps: int, first: float, last: float) -> list[dict[str, float]]:
