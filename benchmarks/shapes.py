@@ -15,11 +15,11 @@ from dreamllm_jax.parallel.chips import CHIPS
 def parser(description: str) -> argparse.ArgumentParser:
     """The flags of both programs."""
     flags = argparse.ArgumentParser(description=description)
-    flags.add_argument("--size", default="1b", help="of the llama: 1b, 7b or 13b, or tiny to try the program out")
+    flags.add_argument("--size", default="1b", help="of the language model: 1b, 7b or 13b, or tiny to try it out")
     flags.add_argument("--rows", type=int, default=4, help="rows of 2048 tokens a step")
-    flags.add_argument("--see", type=int, default=2, help="images a row reads")
+    flags.add_argument("--see", type=int, default=2, help="images a row sees")
     flags.add_argument("--dream", type=int, default=2, help="images a row paints")
-    flags.add_argument("--remat", default="full", help="what the llama keeps for its backward pass (ours only)")
+    flags.add_argument("--remat", default="full", help="what layers keep for their backward pass (ours only)")
     flags.add_argument("--image_chunk", type=int, default=8, help="images in the towers at a time (ours only)")
     flags.add_argument("--steps", type=int, default=10, help="timed steps, after two that are not")
     return flags
@@ -86,7 +86,7 @@ _TINY_VAE = {
 
 
 def experiment(arguments: argparse.Namespace) -> Experiment:
-    """Stage II: the llama, projectors and queries are trained, the towers frozen in bfloat16."""
+    """Stage II: language model, projectors and dream queries are trained, the image towers frozen in bfloat16."""
     tiny = arguments.size == "tiny"
     model = published.model("1b" if tiny else arguments.size)
     if tiny:
@@ -116,7 +116,7 @@ def experiment(arguments: argparse.Namespace) -> Experiment:
 
 
 def random_batch(experiment: Experiment, seed: int = 0) -> Batch:
-    """One document fills each row: pictures to read, then pictures to paint, then text; every slot is filled."""
+    """One document fills each row: pictures to see, then pictures to paint, then text; every slot is filled."""
     rng, rows, model = np.random.default_rng(seed), experiment.rows, experiment.model
     shape = rows.per_step, rows.length
     see = 2 + np.arange(rows.see_slots) * (model.vision_encoder.num_patches + 2)
