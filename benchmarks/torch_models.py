@@ -13,14 +13,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def llama(config: LlamaConfig) -> transformers.LlamaForCausalLM:
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    settings = {name: value for name, value in settings.items() if name not in ("rope_theta", "rope_scaling", "lora")}
+    settings = {name: value for name, value in config.to_public().items() if name not in ("rope_theta", "rope_scaling")}
     with torch.device(DEVICE):
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings, attn_implementation="sdpa"))
 
 
 def unet(config: UNetConfig) -> diffusers.UNet2DConditionModel:
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "kind"}
     with torch.device(DEVICE):
         return diffusers.UNet2DConditionModel(**settings)
 

@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     document = model.vision_encoder.num_patches + model.num_queries + 32
     config.rows = {
         "per_step": 8,
-        "length": min(4 * document, model.language_model.max_position_embeddings),
+        "length": min(4 * document, model.language_model.max_length),
         "see_slots": 4,
         "dream_slots": 4,
         "dream_size": model.image_decoder.default_size,

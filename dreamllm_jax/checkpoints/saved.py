@@ -64,7 +64,7 @@ class SavedModel:
         return self._stored()
 
     def merged(self) -> "SavedModel":
-        """The same model without adapters (`models.lora`), which are added to the kernels as these are read."""
+        """The same model without adapters (`layers.lora`), which are added to the kernels as these are read."""
         adapters = self.config.language_model.lora
         if adapters is None:
             return self

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -69,7 +70,8 @@ def changes(before: Any, after: Any) -> str:
 
 
 def _unknown(path: str, name: str, known: list[str]) -> str:
-    if now := former_names.SETTINGS.get(f"{path}.{name}"):
+    saved = re.sub(r"^.*/model\.json", "config.model", path)  # a model at rest is told of by its file
+    if now := former_names.SETTINGS.get(f"{saved}.{name}"):
         return f"{path}.{name} is called {now} now"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {path}.{near[0]}?" if near else f"there are {', '.join(known)}"

@@ -68,7 +68,7 @@ def parser() -> argparse_flags.ArgumentParser:
     page = argparse.ArgumentParser(add_help=False)
     page.add_argument("--mode", choices=MODES, default="joint", help="of the page's documents")
     page.add_argument("--length", type=positive, default=2048, help="tokens in a row of the page")
-    page.add_argument("--slots", type=not_negative, default=8, help="images to read and to paint in a row of the page")
+    page.add_argument("--slots", type=not_negative, default=8, help="images to see and to paint in a row of the page")
 
     formats = commands.add_parser("import", help="a corpus from a public layout").add_subparsers(
         required=True, metavar="FORMAT"
@@ -79,7 +79,7 @@ def parser() -> argparse_flags.ArgumentParser:
         settings = {field.name: field for cls in (Options, kind) for field in dataclasses.fields(cls)}
         source = settings.pop("source").default
         optional = {} if source is dataclasses.MISSING else {"nargs": "?", "default": source}
-        add.add_argument("source", help="file or directory to read", **optional)
+        add.add_argument("source", help="file or directory to see", **optional)
         for field in settings.values():
             if told := field.metadata.get("help"):
                 kind = finite if isinstance(field.default, float) else type(field.default)

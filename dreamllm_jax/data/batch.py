@@ -66,7 +66,7 @@ class RowShape:
 
     @property
     def see_slots(self) -> int:
-        """Images that a row has room to read, of all sizes."""
+        """Images that a row has room to see, of all sizes."""
         return sum(group.slots for group in self.see)
 
     @property

@@ -1,10 +1,10 @@
 """Which documents share a row.
 
 Documents wait, encoded, in a window; a row takes the longest waiting one and then every other that still fits, in the
-order of their waiting: first fit within the budgets of a row, its tokens, its images to read and its images to paint.
+order of their waiting: first fit within the budgets of a row, its tokens, its images to see and its images to paint.
 Images are not decoded yet, which keeps the window small.
 
-Reading is begun as early as it is known what to read: as soon as a row has left the window, the documents that come in
+Reading is begun as early as it is known what to see: as soon as a row has left the window, the documents that come in
 its place are being read, so that those that wait and those that come are together never more than the window. What
 waited when a state was saved is known by what it needs, and is read for the row that takes it.
 """
@@ -55,7 +55,7 @@ Get = Callable[[], Item | None]
 
 
 class Begin(Protocol):
-    """Begins to read a record, which needed `need` when it was read before, if it was.
+    """Begins to see a record, which needed `need` when it was read before, if it was.
 
     What it returns waits for it and gives its item, or None if it is left out.
     """
@@ -123,7 +123,7 @@ class RowStream:
         return taken, left
 
     def read_ahead(self) -> None:
-        """Begins to read what the window lacks, and what the next row takes of a saved state."""
+        """Begins to see what the window lacks, and what the next row takes of a saved state."""
         # What comes into the window later changes nothing in what a row takes of those that wait before it.
         for waiting in self._split()[0]:
             waiting.get = waiting.get or self._begin(waiting.record, waiting.need)

@@ -61,7 +61,7 @@ class DataConfig:
       shuffle: shuffle the documents anew in each epoch.
       pack: put several documents in a row.
       stored: what was computed beforehand (`python -m dreamllm_jax.data precompute`) and replaces pixels: moments (of
-        images to paint), features (of images to read).
+        images to paint), features (of images to see).
       stored_dtype: the type they were stored in, bfloat16 or float32.
       max_bad: the largest share of documents that may be left out before the run ends.
     """

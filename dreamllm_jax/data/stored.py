@@ -3,7 +3,7 @@
 DIR/<corpus>/stored/<name>/stored.json           shape and type of an image's array, which model makes it, all there?
 DIR/<corpus>/stored/<name>/part-*.array_record   a record for each document: the arrays of its images, one after another
 
-`name` is moments (the autoencoder's output, of images to paint) or features (the vision encoder's, of images to read).
+`name` is moments (the autoencoder's output, of images to paint) or features (the vision encoder's, of images to see).
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ class RowsConfig:
     Attributes:
       per_step: rows of the global batch.
       length: tokens in a row.
-      see_slots, dream_slots: room for images to read and to paint in a row.
+      see_slots, dream_slots: room for images to see and to paint in a row.
       dream_size: side of the painted images in pixels.
       see, dream: in place of these, groups of slots for images of several sizes; an image goes where least of it is
         cropped.
@@ -47,7 +47,7 @@ class RowsConfig:
             raise ValueError(f"microbatches={self.microbatches} does not divide per_step={self.per_step}")
 
     def seen(self, size: int) -> tuple[SlotsConfig, ...]:
-        """The groups of images to read, of so many pixels on a side unless told otherwise."""
+        """The groups of images to see, of so many pixels on a side unless told otherwise."""
         return self.see or ((SlotsConfig(self.see_slots, size, size),) if self.see_slots else ())
 
     @property

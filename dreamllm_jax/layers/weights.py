@@ -1,6 +1,7 @@
 """What a parameter is before it has values: the logical axes along which it is split, and how it begins."""
 
 import functools
+import re
 import zlib
 from typing import Any
 
@@ -11,6 +12,7 @@ from flax import struct
 
 Initializer = nn.initializers.Initializer
 LAYERS = "layers"  # the axis along which scanned layers are stacked
+_IN_PATTERN = re.compile(rf"(?:^|/){LAYERS}/(\d+)_of_(\d+)/")
 normal = functools.cache(nn.initializers.normal)  # alike ones are one, for `draw`
 
 
@@ -59,6 +61,15 @@ def _draw(key: jax.Array, init: Initializer, stacked: bool, shape: tuple[int, ..
     if stacked:
         return jax.vmap(lambda one: init(one, shape[1:], jnp.float32))(jax.random.split(key, shape[0])).astype(dtype)
     return init(key, shape, jnp.float32).astype(dtype)
+
+
+def place_in_pattern(path: str) -> tuple[int, int]:
+    """Of a parameter of stacked layers: which kind of layer it is of, and how many kinds take turns.
+
+    Entry r of the stack is of layer `kinds * r + kind`.
+    """
+    found = _IN_PATTERN.search(path)
+    return (int(found[1]), int(found[2])) if found else (0, 1)
 
 
 def is_cast(path: str, weight: Weight) -> bool:

@@ -117,7 +117,7 @@ def _step_lines(experiment: Experiment) -> list[str]:
     rows, shape, steps = experiment.rows, experiment.row_shape, experiment.steps
     amounts = {
         "tokens": rows.per_step * rows.length,
-        "images to read": rows.per_step * shape.see_slots,
+        "images to see": rows.per_step * shape.see_slots,
         "images to paint": rows.per_step * shape.dream_slots,
     }
     lines = [f"a step, and all {steps:,} (room for them, filled or not)"]

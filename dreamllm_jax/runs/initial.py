@@ -35,7 +35,7 @@ def restore_initial(
 ) -> dict[str, jax.Array]:
     """The parameters that `parameters.init_from` names, laid out as `abstract` asks.
 
-    Adapters (`models.lora`) stay where `model` has the same; others are merged into the kernels. Those that only
+    Adapters (`layers.lora`) stay where `model` has the same; others are merged into the kernels. Those that only
     `model` has are not among the result.
 
     Raises:
@@ -59,8 +59,8 @@ def require_same_model(theirs: DreamLLMConfig, ours: DreamLLMConfig, name: str) 
     _require_same(dataclasses.asdict(theirs), dataclasses.asdict(ours), "config.model", name)
 
 
-# How a model is computed or was begun, not what it is; adapters can be added and merged.
-_FREE = ("dtype", "remat", "initializer_range", "sample_size", "lora")
+# How a model is computed, trained or was begun, not what it is; adapters can be added and merged.
+_FREE = ("dtype", "remat", "training", "initializer_range", "sample_size", "lora")
 
 
 def _require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str, name: str) -> None:

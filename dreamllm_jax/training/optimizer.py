@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from dreamllm_jax.experiment.settings import OptimizerConfig
+from dreamllm_jax.layers.weights import LAYERS, place_in_pattern
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -62,9 +63,11 @@ def learning_rate_factors(config: OptimizerConfig, shapes: Mapping[str, tuple[in
     for path, shape in shapes.items():
         factors[path] = factor("learning_rates", path) or 1.0
         if decay := factor("layer_decays", path):
-            if "layers" not in path.split("/"):
+            if LAYERS not in path.split("/"):
                 raise ValueError(f"optimizer.layer_decays: {path} is matched, but is not of a stack of layers")
-            above = np.arange(shape[0], dtype=np.float32)[::-1].reshape(-1, *[1] * (len(shape) - 1))
+            kind, kinds = place_in_pattern(path)
+            above = np.arange(shape[0], dtype=np.float32)[::-1] * kinds + (kinds - 1 - kind)
+            above = above.reshape(-1, *[1] * (len(shape) - 1))
             factors[path] *= np.float32(decay) ** above
     for setting in ("learning_rates", "layer_decays"):
         for pattern, _ in getattr(config, setting):

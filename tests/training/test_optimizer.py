@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from dreamllm_jax.experiment.settings import OptimizerConfig
-from dreamllm_jax.training.optimizer import join_average, make_optimizer, split_average
+from dreamllm_jax.training.optimizer import join_average, learning_rate_factors, make_optimizer, split_average
 
 
 def test_averages_follow_the_parameters_and_leave_the_updates_alone():
@@ -35,6 +35,14 @@ GROUPS = OptimizerConfig(
     learning_rates=(("dream_queries/.*", 5.0), ("language_model/.*", 0.5), (".*", 2.0)),
     layer_decays=(("language_model/layers/.*", 0.9),),
 )
+
+
+def test_layers_of_several_kinds_are_counted_through():
+    """Two kinds by turns: entry r of the second is layer 2 r + 1."""
+    shapes = {f"language_model/layers/{kind}_of_2/mlp/up_proj/kernel": (2, 5, 7) for kind in range(2)}
+    factors = learning_rate_factors(OptimizerConfig(layer_decays=((".*", 0.5),)), shapes)
+    found = np.stack([factor.ravel() for factor in factors.values()], axis=1).ravel()
+    np.testing.assert_allclose(found, [0.5**3, 0.5**2, 0.5, 1.0])
 
 
 def test_groups_have_learning_rates_of_their_own():
