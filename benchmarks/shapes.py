@@ -109,7 +109,7 @@ def experiment(arguments: argparse.Namespace) -> Experiment:
             "parameters": {
                 "trainable": (("(language_model|visual_projector|dream_queries|connector)/.*", True), (".*", False)),
             },
-            "objective": {"lm_weight": 1.0, "dm_weight": 10.0, "image_chunk": arguments.image_chunk},
+            "objective": {"kind": "joint", "lm_weight": 1.0, "dm_weight": 10.0, "image_chunk": arguments.image_chunk},
             "optimizer": {"learning_rate": 1e-5, "warmup_ratio": 0.0},
         }
     )

@@ -66,7 +66,7 @@ def test_errors(arguments, message, tmp_path):
 def test_the_home_directory(tmp_path):
     """Bash leaves `~` as it is behind `--workdir=`; so does a configuration."""
     (tmp_path / "config.py").write_text(
-        "from dreamllm_jax import recipes\n"
+        "from dreamllm_jax.experiment import recipes\n"
         f"def get_config():\n    config = recipes.load({str(ROOT / 'configs/tiny.py')!r})\n"
         "    config.validation = dict(every=1, path='~/held_out')\n    return config\n"
     )

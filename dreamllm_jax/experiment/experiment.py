@@ -20,6 +20,7 @@ from dreamllm_jax.experiment.settings import (
 )
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.objectives.interface import ObjectiveConfig
+from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.parallel.feeding import row_shards
 from dreamllm_jax.parallel.mesh import ShardingConfig
 
@@ -46,7 +47,7 @@ class Experiment:
     optimizer: OptimizerConfig
     steps: int
     parameters: ParametersConfig = ParametersConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = JointConfig()
     sharding: ShardingConfig = ShardingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -63,12 +64,14 @@ class Experiment:
         for name in ("steps", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.checkpoint.best not in (known := (*self.objective.METRICS, "grad_norm")):
+        if self.checkpoint.best not in (known := (*self.objective.BEST, "grad_norm")):
             raise ConfigError(f"checkpoint.best must be one of {', '.join(known)}, got {self.checkpoint.best!r}")
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
-        if self.objective.lm_weight == 0 and not rows.painted:
-            raise ConfigError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
+        try:
+            self.objective.require(bool(rows.painted))
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         if max(self.timeout, self.host_timeout) > threading.TIMEOUT_MAX:
             raise ConfigError(
                 f"timeout={self.timeout:g} or host_timeout={self.host_timeout:g} is longer than any clock runs"

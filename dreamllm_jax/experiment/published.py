@@ -102,7 +102,7 @@ def _stage(given: Any) -> ConfigDict:
     config.model = _model(given)
     config.parameters = {"init_from": "", "dtype": "float32", "frozen_dtype": "bfloat16"}
     config.rows = {"per_step": 64, "length": 2048, "see_slots": 4, "dream_slots": 4, "dream_size": 512}
-    config.objective = {"lm_weight": 1.0, "dm_weight": 10.0, "drop_prob": 0.1}
+    config.objective = {"kind": "joint", "lm_weight": 1.0, "dm_weight": 10.0, "drop_prob": 0.1}
     config.optimizer = {"warmup_ratio": 0.003, "weight_decay": 0.0}
     config.sharding = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
     config.checkpoint = {"every": 500, "keep": 3}

@@ -7,6 +7,7 @@ Legend: B rows, S slots of a group, N images, Q dream queries, E language model'
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from dreamllm_jax.data.batch import Batch, Slots
 from dreamllm_jax.layers.linear import spread
-from dreamllm_jax.model import DreamLLM, take
+from dreamllm_jax.model import DreamLLM, DreamLLMConfig, take
 from dreamllm_jax.objectives.images import flat, hidden_states, painting_error
 from dreamllm_jax.objectives.next_token import next_token_loss
 from dreamllm_jax.towers.condition import Condition
@@ -52,6 +53,7 @@ class JointConfig:
     kind: Literal["joint"] = "joint"
 
     METRICS: ClassVar[tuple[str, ...]] = ("loss", "lm_loss", "dm_loss")
+    BEST: ClassVar[tuple[str, ...]] = METRICS
 
     def __post_init__(self):
         for name in ("lm_weight", "dm_weight", "loss_chunk", "image_chunk"):
@@ -70,9 +72,20 @@ class JointConfig:
             self.lm_weight + self.dm_weight if self.scaling == "l1_norm" else math.hypot(self.lm_weight, self.dm_weight)
         )
 
+    def require(self, paints: bool) -> None:
+        """Raises ValueError if rows that have, or have no, room for images to paint leave nothing to learn."""
+        if self.lm_weight == 0 and not paints:
+            raise ValueError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
+
     def make(self, model: DreamLLM) -> "Joint":
         """The objective for a model."""
         return Joint(self, model)
+
+    def held_out(self, config: DreamLLMConfig, parts: int) -> "HeldOutJoint":
+        """The losses of held-out documents; that of painting in so many equal ranges of time."""
+        decoder = config.image_decoder.plain
+        model = DreamLLM(dataclasses.replace(config, image_decoder=decoder))
+        return HeldOutJoint(Joint(dataclasses.replace(self, drop_prob=0.0, scaling="none"), model), parts)
 
 
 @struct.dataclass
@@ -192,3 +205,48 @@ class Joint:
 
 def _mean(total: Array, count: Array) -> Array:
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1.0), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutJoint:
+    """The two losses as they are measured: nothing is dropped, perturbed or reweighted.
+
+    Attributes:
+      parts: equal ranges of time, each of which has its own painting error.
+    """
+
+    objective: Joint
+    parts: int
+
+    def sums(self, params: dict, batch: Batch, key: jax.Array) -> dict[str, Array]:
+        """Sums over a batch, and what to divide them by.
+
+        `lm` is the sum of weighted negative log-likelihoods, `tokens` that of the weights; `dm` has the sums of the
+        images' errors by range of time, `images` is their number.
+        """
+        objective, decoder = self.objective, self.objective.model.config.image_decoder
+        totals = objective.totals(batch)
+        hidden = hidden_states(objective.model, params, batch, objective.config.image_chunk)
+        lm = objective.next_token_sum(params, hidden, batch)
+        found = {"lm": lm, "tokens": totals.tokens, "images": totals.images}
+        if not batch.dream:
+            return found
+        draws = objective.draws(key, batch)
+
+        def within(part: int) -> tuple[Draws, ...]:
+            return tuple(one.replace(decoder=decoder.within(one.decoder, part, self.parts)) for one in draws)
+
+        return found | {
+            "dm": jnp.stack([objective.painting_sum(params, hidden, batch, within(i)) for i in range(self.parts)])
+        }
+
+    def means(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """The losses by name, of the sums of all batches: `dm_loss_FIRST_LAST` by range of timesteps too."""
+        means = {"lm_loss": float(sums["lm"] / sums["tokens"])} if sums["tokens"] else {}
+        if not sums["images"]:
+            return means
+        of_parts = [float(total / sums["images"]) for total in sums["dm"]]
+        decoder = self.objective.model.config.image_decoder
+        ranges = (decoder.time_range(part, self.parts) for part in range(self.parts))
+        named = {f"dm_loss_{a}_{b - 1}": value for (a, b), value in zip(ranges, of_parts, strict=True)}
+        return means | {"dm_loss": sum(of_parts) / self.parts} | named

@@ -25,12 +25,17 @@ class LanguageModelRole(Protocol):
 
     Attributes:
       width: of embeddings and hidden states (E).
-      max_length: tokens of the longest document that it can read.
+      max_length: tokens of the longest document that it can read; `max_position_embeddings` of those it was trained
+        on, which `rope_scaling`, if any, stretches.
+      lora: adapters, None for none (`layers.lora`).
       divided: mesh axes, and the setting that they must divide.
     """
 
     kind: str
     vocab_size: int
+    max_position_embeddings: int
+    rope_scaling: Any
+    lora: Any
 
     @property
     def width(self) -> int: ...

@@ -13,7 +13,7 @@ from dreamllm_jax.parallel.feeding import local_rows, to_mesh
 from dreamllm_jax.training.metrics import MetricsLog
 from dreamllm_jax.training.samples import answer, find_questions
 from dreamllm_jax.training.state import TrainState, merge_params
-from dreamllm_jax.training.validation import make_losses, validate
+from dreamllm_jax.training.validation import make_sums, validate
 
 
 class HeldOut:
@@ -49,8 +49,8 @@ class HeldOut:
             data = same.data
             self.questions = find_questions(config.samples, data.path, data.corpora, experiment.model, tokenizer)
         self._model = DreamLLM(experiment.model)
-        losses = make_losses(experiment.model, experiment.objective, config.buckets)
-        self._losses = jax.jit(losses)
+        self._losses = experiment.objective.held_out(experiment.model, config.buckets)
+        self._sums = jax.jit(make_sums(self._losses))
 
     def due(self, step: int) -> bool:
         """Whether the model as it is after `step` is to be tried."""
@@ -65,7 +65,7 @@ class HeldOut:
         """
         experiment = self._experiment
         placed = (to_mesh(batch, self._rows, experiment.rows.per_step) for batch in self.batches)
-        means = validate(self._losses, state, placed, key, experiment.model.image_decoder.time_range)
+        means = validate(self._losses, self._sums, state, placed, key)
         if self.questions:
             params = merge_params(state.trainable, state.frozen)
             samples, size = experiment.validation.samples, experiment.rows.dream_size

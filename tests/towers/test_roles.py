@@ -6,6 +6,8 @@ import typing
 import pytest
 
 from dreamllm_jax.common.configuration import ConfigError, read
+from dreamllm_jax.objectives import interface
+from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.towers import registry, roles
 
 ROLES = (
@@ -33,6 +35,15 @@ def test_a_tower_has_what_its_role_is_asked_for(tower, role, module):
     made = typing.get_type_hints(make)["return"]
     assert members(module) <= set(dir(made)), members(module) - set(dir(made))
     assert tower.PUBLISHED and all("kind" in settings for settings in tower.PUBLISHED.values())
+
+
+def test_objectives_have_what_is_asked_of_them():
+    for objective in (JointConfig,):
+        missing = members(interface.ObjectiveRole) - set(dir(objective))
+        assert not missing, missing
+        made = (typing.get_type_hints(getattr(objective, name))["return"] for name in ("make", "held_out"))
+        for module, protocol in zip(made, (interface.Objective, interface.HeldOutLosses), strict=True):
+            assert members(protocol) <= set(dir(module))
 
 
 def test_kinds_are_told_apart():

@@ -54,8 +54,8 @@ def test_losses_are_the_objectives():
         draws = draws.replace(decoder=decoder.within(draws.decoder, bucket, buckets))
         return jax.device_get(jax.jit(joint.loss)(params, batch, (draws,))[1])
 
-    losses = jax.jit(validation.make_losses(config, objective, 2))
-    found = validation.validate(losses, state, batches, key, decoder.time_range)
+    losses = objective.held_out(config, 2)
+    found = validation.validate(losses, jax.jit(validation.make_sums(losses)), state, batches, key)
     assert set(found) == {"lm_loss", "dm_loss", "dm_loss_0_499", "dm_loss_500_999"}
     tokens = [batch.loss_weights.sum() for batch in batches]
     images = [batch.dream[0].filled.sum() for batch in batches]
