@@ -21,7 +21,7 @@ from dreamllm_jax.layers import remat
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.weights import Weight
 from dreamllm_jax.parallel.mesh import constrain
-from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.condition import Condition, Hidden
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.queries import DreamQueries
 from dreamllm_jax.towers.registry import (
@@ -86,6 +86,20 @@ def take(hidden: Float[Array, "B L E"], slots: Int[Array, "B S"], tokens: int) -
     return hidden.at[rows, index].get(mode="clip")
 
 
+def painted_from(
+    config: DreamLLMConfig, hidden: Float[Array, "B L E"], segment_ids: Int[Array, "B L"], slots: Int[Array, "B S"]
+) -> Float[Array, "B S Q E"] | Hidden:
+    """What the connector is given of the hidden states, for the images at these slots; arbitrary for slots of -1."""
+    queries, tokens = take(hidden, slots, config.num_queries), config.connector.prompt_tokens
+    if not tokens:
+        return queries
+    start = slots - 1 - tokens  # before `<dream_start>`
+    index, rows = start[..., None] + jnp.arange(tokens), jnp.arange(len(hidden))[:, None, None]
+    there, segment_ids = jnp.maximum(index, 0), jnp.asarray(segment_ids)
+    mask = (index >= 0) & (segment_ids[rows, there] == segment_ids[rows, jnp.maximum(slots, 0)[..., None]])
+    return Hidden(queries, hidden.at[rows, there].get(mode="clip"), mask)
+
+
 class DreamLLM(nn.Module):
     """All parameters of the model, by role: `language_model`, `vision_encoder`, `visual_projector`, `dream_queries`,
     `connector`, `image_decoder`.
@@ -145,7 +159,7 @@ class DreamLLM(nn.Module):
         """The language model's hidden states after its final norm, and its cache."""
         return self.language_model(embeddings, positions, segment_ids, cache)
 
-    def null_hidden(self, with_queries: bool = True) -> Float[Array, "Q E"]:
+    def null_hidden(self, with_queries: bool = True) -> Float[Array, "Q E"] | Hidden:
         """Hidden states at the queries of the document without a prompt, for classifier-free guidance.
 
         Args:
@@ -156,11 +170,12 @@ class DreamLLM(nn.Module):
         x = self.embed(tokens, dream_slots=[jnp.full((1, 1), NULL_SLOT)] if with_queries else ())
         positions = jnp.arange(tokens.shape[1])[None]
         hidden, _ = self.decode(x, positions, jnp.ones_like(tokens))
-        return hidden[0, NULL_SLOT : NULL_SLOT + self.config.num_queries]
+        given = painted_from(self.config, hidden, jnp.ones_like(tokens), jnp.full((1, 1), NULL_SLOT))
+        return jax.tree.map(lambda x: x[0, 0], given)
 
-    def condition(self, hidden: Float[Array, "N Q E"]) -> Condition:
+    def condition(self, hidden: Float[Array, "N Q E"] | Hidden) -> Condition:
         """Hidden states at the queries -> what the image decoder paints from."""
-        return self.connector(constrain(hidden, ("images", None, None)))
+        return self.connector(jax.tree.map(lambda x: constrain(x, ("images", *[None] * (x.ndim - 1))), hidden))
 
     def __call__(self) -> None:
         """Touches every parameter once, on the smallest inputs: for `init`."""
@@ -172,7 +187,8 @@ class DreamLLM(nn.Module):
         x = self.embed(tokens, [(features, slots)], [slots])
         hidden, _ = self.decode(x, jnp.arange(length)[None], jnp.ones_like(tokens))
         self.language_model.logits(hidden)
-        self.image_decoder(self.condition(hidden[:, : config.num_queries]))
+        given = painted_from(config, hidden, jnp.ones_like(tokens), slots)
+        self.image_decoder(self.condition(jax.tree.map(lambda x: x[:, 0], given)))
 
 
 @functools.cache

@@ -80,12 +80,16 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
         connector = whole.part("connector", hidden.live and not objective.detach_condition)
         model.connector.flops(connector, images, model.num_queries, language_model.width, decoder.condition_width)
         _add(flops, {"connector": connector.total})
+        if decoder.encodes_features and not group.stored:
+            target = Tally(lambda _: False, platform=platform, dtype=model.dtype)  # no gradient goes there
+            model.vision_encoder.flops(target, images, group.height, group.width, model.remat != "none")
+            _add(flops, {"vision_encoder": target.total})
         of_decoder = decoder.flops(
             whole.part("image_decoder"),
             images,
             group.height,
             group.width,
-            model.num_queries,
+            model.connector.condition_tokens(model.num_queries),
             connector.live,
             bool(group.stored),
         )

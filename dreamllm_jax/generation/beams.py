@@ -85,8 +85,5 @@ def search(
 
 def _rows(reading: Reading, index: Int[Array, " R"]) -> Reading:
     """The readings of rows `index`, which may repeat."""
-    return Reading(
-        reading.cache.rows(index),
-        reading.logits[index],
-        reading.seen[index],
-    )
+    rest = jax.tree.map(lambda x: x[index], (reading.logits, reading.seen, reading.recent))
+    return Reading(reading.cache.rows(index), *rest)

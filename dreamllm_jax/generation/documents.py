@@ -146,7 +146,7 @@ def _paint(
     rows = np.flatnonzero(asking)
     padded = np.resize(rows, bucket(len(rows)))
     seeds = jnp.asarray([documents[row].seed + documents[row].painted for row in padded], jnp.uint32)
-    pixels = paint(model, params, hidden[padded], seeds, **painting)
+    pixels = paint(model, params, jax.tree.map(lambda x: x[padded], hidden), seeds, **painting)
     encoder, pictures = model.config.vision_encoder, {}
     side = encoder.image_size
     seen = np.zeros((len(documents), side, side, 3), np.uint8)

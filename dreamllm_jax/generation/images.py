@@ -37,7 +37,7 @@ def _paint(model, params, hidden, null_hidden, seeds, guidance, rescale, size: t
 
 @functools.partial(jax.jit, static_argnames="model")
 def _null_hidden(model, params):
-    return model.bind({"params": params}).null_hidden()[None]
+    return jax.tree.map(lambda x: x[None], model.bind({"params": params}).null_hidden())
 
 
 def paint(
@@ -104,7 +104,11 @@ def generate_images(
     def hidden(given: Sequence[Sequence[Segment]]) -> Float[Array, "N Q E"]:
         return read_queries(model, params, begin(model, params, tokenizer, given, model.config.num_queries + 2))[0]
 
-    against = jnp.repeat(hidden([negative]), len(prompts), axis=0) if negative and guidance != 1.0 else None
+    against = (
+        jax.tree.map(lambda x: jnp.repeat(x, len(prompts), axis=0), hidden([negative]))
+        if negative and guidance != 1.0
+        else None
+    )
     common = {"size": size, "sampler": sampler, "guidance": guidance, "rescale": rescale, "negative": against}
     return paint(model, params, hidden(prompts), jnp.asarray(seeds, jnp.uint32), **common)
 

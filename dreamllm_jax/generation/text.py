@@ -18,17 +18,22 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.generation.prompts import bucket, encode_prompts, require_fits
 from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.parallel.collectives import replicate
+from dreamllm_jax.towers.condition import Hidden
 
 STRETCH = 32  # tokens that all rows write before anything else is looked at: one program for budgets of any size
 
 
 @struct.dataclass
 class Reading:
-    """What the rows have read so far: keys and values, which tokens; and the logits of their next tokens."""
+    """What the rows have read so far: keys and values, which tokens; and the logits of their next tokens.
+
+    `recent` has the hidden states of the last tokens, and which there are, for a connector that is given the prompt's.
+    """
 
     cache: Any
     logits: Float[Array, "B V"]
     seen: Bool[Array, "B V"]
+    recent: tuple[Float[Array, "B P E"], Bool[Array, "B P"]] | None = None
 
     @property
     def length(self) -> Int[Array, " B"]:
@@ -118,7 +123,13 @@ def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array,
     count = jnp.sum(segment_ids, axis=1)
     final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = joined.language_model.logits(final)[:, 0]
-    return hidden, Reading(cache, jnp.where((count > 0)[:, None], logits, reading.logits), reading.seen)
+    recent = reading.recent
+    if recent is not None:
+        states = jnp.concatenate([recent[0], hidden], axis=1)
+        there = jnp.concatenate([recent[1], segment_ids > 0], axis=1)
+        last = jnp.argsort(there, axis=1, stable=True)[:, -recent[0].shape[1] :]
+        recent = jnp.take_along_axis(states, last[..., None], axis=1), jnp.take_along_axis(there, last, axis=1)
+    return hidden, Reading(cache, jnp.where((count > 0)[:, None], logits, reading.logits), reading.seen, recent)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length"))
@@ -140,7 +151,11 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
     around = jnp.asarray([ids.im_patch, ids.im_start, ids.im_end, ids.dream_end])  # never written, so never penalised
     within = (prompts.segment_ids != 0) & ~jnp.isin(prompts.tokens, around)
     seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], prompts.tokens].max(within)
-    empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen)
+    recent, tokens = None, model.config.connector.prompt_tokens
+    if tokens:  # and `<dream_start>`
+        states = jnp.zeros((rows, tokens + 1, embeddings.shape[-1]), embeddings.dtype)
+        recent = states, jnp.zeros(states.shape[:2], bool)
+    empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen, recent)
     return _advance(model, params, empty, embeddings, prompts.segment_ids != 0)[1]
 
 
@@ -238,7 +253,7 @@ def read_queries(
     reading: Reading,
     announced: bool = False,
     active: Bool[Array, " B"] | None = None,
-) -> tuple[Float[Array, "B Q E"], Reading]:
+) -> tuple[Float[Array, "B Q E"] | Hidden, Reading]:
     """Every row reads `<dream_start> queries <dream_end>`: the hidden states to paint an image from.
 
     Args:
@@ -251,5 +266,9 @@ def read_queries(
     tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (reading.logits.shape[0], len(tokens)))
     slots = jnp.full((tokens.shape[0], 1), start, jnp.int32)
     embeddings = model.bind({"params": params}).embed(tokens, dream_slots=[slots])
+    recent = reading.recent
     hidden, reading = _advance(model, params, reading, embeddings, True if active is None else active[:, None])
-    return hidden[:, start : start + queries], reading
+    hidden = hidden[:, start : start + queries]
+    if recent is not None:
+        hidden = Hidden(hidden, *(x[:, :-1] if announced else x[:, 1:] for x in recent))
+    return hidden, reading

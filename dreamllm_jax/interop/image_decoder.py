@@ -45,7 +45,7 @@ def _is_of(cls: type, directory: Path) -> bool:
             return False
         if not any(name in part.public.names for part in classes):
             return False
-    return True
+    return bool(cls.public_parts)
 
 
 def open_image_decoder(directory: Path) -> tuple[ImageDecoderConfig, dict[str, Part]]:

@@ -66,11 +66,15 @@ def painting_error(
 
     def total(towers, items):
         condition, images, draws, filled = jax.tree.map(flat, items)
-        decoder = model.bind({"params": towers}).image_decoder
-        error = decoder.error(condition, decoder.encode(images, draws, slots.stored), draws)
+        joined = model.bind({"params": towers})
+        decoder, features = joined.image_decoder, {}
+        if sees:
+            features = {"features": jax.lax.stop_gradient(joined.vision_encoder(images))}
+        error = decoder.error(condition, decoder.encode(images, draws, slots.stored, **features), draws)
         return jnp.sum(jnp.where(filled, error, 0.0))
 
-    towers, weights = _towers(model, params, "image_decoder")
+    sees = model.config.image_decoder.encodes_features and not slots.stored
+    towers, weights = _towers(model, params, "image_decoder", *(["vision_encoder"] if sees else []))
     filled: Bool[Array, "B S"] = slots.filled
     condition = jax.tree.map(lambda x: x.reshape(*filled.shape, *x.shape[1:]), condition)
     items = jax.tree.map(_by_device, (condition, slots.images, draws, filled))

@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float
 
 from dreamllm_jax.data.batch import Batch, Slots
 from dreamllm_jax.layers.linear import spread
-from dreamllm_jax.model import DreamLLM, DreamLLMConfig, take
+from dreamllm_jax.model import DreamLLM, DreamLLMConfig, painted_from
 from dreamllm_jax.objectives.images import flat, hidden_states, painting_error
 from dreamllm_jax.objectives.next_token import next_token_loss
-from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.condition import Condition, Hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +183,14 @@ class Joint:
         """Sum of the training errors of the batch's painted images."""
         total = jnp.zeros((), jnp.float32)
         for slots, drawn in zip(batch.dream, draws, strict=True):
-            queries = take(hidden, slots.at, self.model.config.num_queries)
-            condition = self.conditions(params, flat(queries), flat(drawn.drop))
+            given = painted_from(self.model.config, hidden, batch.segment_ids, slots.at)
+            condition = self.conditions(params, flat(given), flat(drawn.drop))
             total += painting_error(self.model, params, condition, slots, drawn.decoder, self.config.image_chunk)
         return total
 
-    def conditions(self, params: dict, hidden: Float[Array, "N Q E"], drop: Bool[Array, " N"] | None) -> Condition:
+    def conditions(
+        self, params: dict, hidden: Float[Array, "N Q E"] | Hidden, drop: Bool[Array, " N"] | None
+    ) -> Condition:
         """What the image decoder is given for each image, from the hidden states at its queries; or the null condition.
 
         Args:
@@ -197,7 +199,11 @@ class Joint:
         joined = self.model.bind({"params": params})
         if drop is not None:
             null = joined.null_hidden(self.config.null_condition == "queries")
-            hidden = jnp.where(drop[:, None, None], spread(null, hidden.shape, hidden.dtype), hidden)
+
+            def chosen(null: Array, x: Array) -> Array:
+                return jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), spread(null, x.shape, x.dtype), x)
+
+            hidden = jax.tree.map(chosen, null, hidden)
         if self.config.detach_condition:
             hidden = jax.lax.stop_gradient(hidden)
         return joined.condition(hidden)

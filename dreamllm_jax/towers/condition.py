@@ -10,6 +10,18 @@ from jaxtyping import Array, Bool, Float
 
 
 @struct.dataclass
+class Hidden:
+    """What a connector with `prompt_tokens` is given instead of the hidden states at the queries alone.
+
+    `mask` says which of the prompt's are there: of the same document, before `<dream_start>`.
+    """
+
+    queries: Float[Array, "N Q E"]
+    prompt: Float[Array, "N P E"]
+    mask: Bool[Array, "N P"]
+
+
+@struct.dataclass
 class Condition:
     """A connector's result, one for each image.
 

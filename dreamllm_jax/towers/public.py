@@ -92,7 +92,8 @@ class PublicImageDecoder(Protocol):
     """What it asks of an image decoder's, a directory of diffusers.
 
     Attributes:
-      public_parts: field of the configuration -> classes that may stand there; those have `run_public` too.
+      public_parts: field of the configuration -> classes that may stand there; those have `run_public` too. None of a
+        decoder without a public form, and then nothing of what follows.
       public_scheduler: place of the scheduler's file.
       public_sampler: a class of diffusers that samples by it.
       public_trainer: the class as which programs that train read any such file.

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps
 from dreamllm_jax.layers.flops import Flops, Tally
-from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.condition import Condition, Hidden
 
 
 class LanguageModelRole(Protocol):
@@ -98,11 +98,18 @@ class VisionEncoder(Protocol):
 
 
 class ConnectorRole(Protocol):
-    """What leads from hidden states at the queries to a condition of `features` channels."""
+    """What leads from hidden states at the queries to a condition of `features` channels.
+
+    Attributes:
+      prompt_tokens: how many of the prompt's hidden states it is given beside the queries', as `Hidden`; 0 for none.
+      condition_tokens: length of the condition of so many queries.
+    """
 
     kind: str
+    prompt_tokens: int
 
     def require_tokens(self, tokens: int) -> None: ...
+    def condition_tokens(self, tokens: int) -> int: ...
     def make_connector(self, features: int, dtype: Any) -> "Connector": ...
     def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int) -> None: ...
 
@@ -110,7 +117,7 @@ class ConnectorRole(Protocol):
 class Connector(Protocol):
     """Its module."""
 
-    def __call__(self, hidden: Float[Array, "N Q E"]) -> Condition: ...
+    def __call__(self, hidden: Float[Array, "N Q E"] | Hidden) -> Condition: ...
 
 
 class ImageDecoderRole(Protocol):
@@ -118,6 +125,8 @@ class ImageDecoderRole(Protocol):
 
     Attributes:
       condition_width: channels of the condition.
+      encodes_features: its latents are made of the vision encoder's features, which its module's `encode` is then given
+        as `features`.
       default_size: pixels on a side of the images that it was made for.
       size_multiple: what the sides of a painted image must be multiples of; `training_size_multiple` of a learned one.
       plain: the same decoder with the training error that held-out documents are measured by.
@@ -128,6 +137,7 @@ class ImageDecoderRole(Protocol):
 
     kind: str
     stored_depends: tuple[str, ...]
+    encodes_features: bool
 
     @property
     def condition_width(self) -> int: ...

@@ -94,9 +94,7 @@ def test_queries_and_images_are_read_as_in_training():
     whole = make_batch(CONFIG, [[document]])
     hidden = hidden_states(MODEL, PARAMS, whole)
     slot = int(whole.dream[0].at[0, 0])
-    prompt = row(whole, 0, slot - 1).replace(
-        see_slots=np.full_like(whole.see_slots, -1), dream_slots=np.full_like(whole.dream_slots, -1)
-    )
+    prompt = row(whole, 0, slot - 1).replace(see=(), dream=())
     reading = read_prompts(MODEL, PARAMS, prompt, 64)
     queried, reading = read_queries(MODEL, PARAMS, reading)
     np.testing.assert_allclose(queried[0], hidden[0, slot : slot + CONFIG.num_queries], rtol=1e-4, atol=1e-5)

@@ -34,6 +34,8 @@ class ProjectorConfig:
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
 
+    prompt_tokens: ClassVar[int] = 0
+
     kind: Literal["linear", "mlp", "conv"] = "linear"
     depth: int = 1
     post_layernorm: bool = False
@@ -51,6 +53,10 @@ class ProjectorConfig:
         """Raises ValueError if images of so many tokens cannot be mapped."""
         if self.kind == "conv" and math.isqrt(tokens) ** 2 != tokens:
             raise ValueError(f"a conv projector needs a square number of tokens, got {tokens}")
+
+    def condition_tokens(self, tokens: int) -> int:
+        """Of the condition of so many queries."""
+        return tokens
 
     def make(self, features: int, dtype: jnp.dtype, **names: str) -> "Projector":
         """The visual projector, to vectors of the language model."""

@@ -24,6 +24,7 @@ from dreamllm_jax.parallel.mesh import constrain
 from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig, sample_moments
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig
 from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.diffusers_config import require
 from dreamllm_jax.towers.image_decoders.unet import UNetConfig
 
 
@@ -74,6 +75,7 @@ class StableDiffusionConfig:
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
+    encodes_features: ClassVar[bool] = False
 
     denoiser: UNetConfig
     autoencoder: AutoencoderConfig | PixelAutoencoderConfig = AutoencoderConfig()
@@ -256,6 +258,7 @@ class StableDiffusion(nn.Module):
         self, latents: Float[Array, "N h w c"], timesteps: Int[Array, " N"], condition: Condition
     ) -> Float[Array, "N h w c"]:
         """The U-Net's prediction (noise or velocity) for scaled noisy latents."""
+        require(condition.mask is None, "Stable Diffusion's U-Net attends to all of its condition: it knows no mask")
         latents = constrain(latents, ("images", None, None, None))
         return self.denoiser(latents, timesteps, condition.sequence).astype(jnp.float32)
 

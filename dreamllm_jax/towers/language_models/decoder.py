@@ -497,6 +497,7 @@ def _count(config: DecoderConfig, tally: Tally, rows: int, length: int, remat: s
     paths = ["layers"] if kinds == 1 else [f"layers/{kind}_of_{kinds}" for kind in range(kinds)]
     # The layers are one scan: what is live in one is live in all.
     names = [*products, "input_layernorm/scale", "post_attention_layernorm/scale"]
+    names += ["self_attn/q_norm/scale", "self_attn/k_norm/scale"] if config.qk_norm else []
     tally.live |= any(tally.trained(f"{path}/{name}") for path in paths for name in names)
     rotation = dense(tokens, dim, query_width + key_width)  # halves swapped by a permutation matrix
     scores, kept = 2.0 * rows * length**2 * query_width, kept_by(remat)
