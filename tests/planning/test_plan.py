@@ -127,7 +127,7 @@ def compiled(peak=2**30, effort="normal", topology="v5p-16x2", collectives=(), l
         find_topology(topology),
         effort,
         {"data": 2, "fsdp": 8, "sequence": 1, "tensor": 1},
-        (Parameters("llama", 10, "float32", True),),
+        (Parameters("language_model", 10, "float32", True),),
         memory,
         program if memory.fits else None,
         1.0,
@@ -318,7 +318,7 @@ def test_a_plan_for_two_slices(tmp_path):
     assert figures["compiled_flops"] == pytest.approx(figures["flops"]["total"] - figures["kernel_flops"], rel=0.03)
     assert figures["flops"].keys() == {"total", "language_model", "head"}
     crossing = [one for one in figures["collectives"] if one["between_slices"]]
-    parameters = sum(one["count"] for one in figures["parameters"] if one["part"] == "llama")
+    parameters = sum(one["count"] for one in figures["parameters"] if one["part"] == "language_model")
     assert {one["axis"] for one in crossing} == {"data"}, "its gradients in float32, each chip's part once"
     assert sum(one["bytes"] for one in crossing) == pytest.approx(4 * parameters / 4, rel=0.1)
     assert "fsdp" in {one["axis"] for one in figures["collectives"]}

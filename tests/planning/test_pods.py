@@ -68,7 +68,7 @@ def test_every_host_of_a_slice_feeds_what_its_chips_hold():
 
 @pytest.mark.slow
 def test_gradients_are_added_up_in_float32_and_travel_once():
-    """Of a small model of which everything is trained: see `models.linear` and `chunks`."""
+    """Of a small model of which everything is trained: see `layers.linear` and `parallel.chunks`."""
     pytest.importorskip("libtpu")
     environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
@@ -82,7 +82,7 @@ def test_gradients_are_added_up_in_float32_and_travel_once():
 def test_eight_chips_of_v5p(tmp_path):
     """Weights travel twice and gradients once, in bfloat16; logits and attention scores are never whole."""
     figures = plan(tmp_path, ["--topology=v5p-16", "--rows_per_chip=8", *WITHOUT_IMAGES])
-    parameters = sum(one["count"] for one in figures["parameters"] if one["part"] == "llama")
+    parameters = sum(one["count"] for one in figures["parameters"] if one["part"] == "language_model")
     sent = sum(one["bytes"] for one in figures["collectives"])
     assert 3 * 2 * parameters * 7 / 8 == pytest.approx(sent, rel=0.25) and sent < 39e9
     assert {one["axis"] for one in figures["collectives"] if one["bytes"] > 2**20} == {"fsdp"}
