@@ -1,9 +1,11 @@
 """What the pages tell people to type is understood."""
 
 import argparse
+import dataclasses
 import re
 import runpy
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from dreamllm_jax import convert, evaluate, generate, report
 from dreamllm_jax.common.configuration import flat
 from dreamllm_jax.data import __main__ as data_commands
 from dreamllm_jax.experiment import recipes
-from dreamllm_jax.experiment.experiment import read_experiment
+from dreamllm_jax.experiment.experiment import Experiment, read_experiment
 from dreamllm_jax.runs.check import describe
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +140,24 @@ def test_commands_that_sweep(arguments, mine):
     assert len(runs) >= 3
     submit = next((word for word in arguments if word.startswith("--submit=")), "--submit={command}")
     assert "dreamllm_jax.train" in " ".join(sweep["submission"](submit.removeprefix("--submit="), runs[0]))
+
+
+def classes(hint) -> set[type]:
+    """The dataclasses in a type and in their fields' types."""
+    found = set().union(*map(classes, typing.get_args(hint)))
+    if dataclasses.is_dataclass(hint):
+        found |= {hint}.union(*map(classes, typing.get_type_hints(hint).values()))
+    return found
+
+
+def test_the_page_about_options_lists_every_setting():
+    page = (ROOT / "docs" / "options.md").read_text().partition("## The original's")[0]
+    lines = "\n".join(line for line in page.splitlines() if line.startswith(("| `", "### `")))
+    listed = set(re.findall(r"(\w+)`", lines))
+    settings = classes(Experiment)
+    assert len(settings) > 20
+    every = {f"{one.__name__}.{field.name}" for one in settings for field in dataclasses.fields(one)}
+    assert not {name for name in every if name.partition(".")[2] not in listed}
 
 
 def test_the_page_about_options_names_settings_that_exist():
