@@ -60,7 +60,7 @@ def recall_pairs(arguments: argparse.Namespace) -> None:
         trained.params,
         trained.tokenizer,
         [opening],
-        size=trained.experiment.rows.dream_size,
+        size=trained.experiment.rows.sample_size,
         max_tokens=64,
         max_images=3,
         sampler=SamplerConfig(steps=arguments.sampling_steps),
@@ -230,7 +230,9 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--pictures", default="", help="folder for the pictures; if not given, beside the results")
     add.add_argument("--each", type=positive, default=1, help="pictures of each caption, of which CLIP finds the best")
     add.add_argument("--seed", type=seed_number, default=42, help="of all pictures; %(default)s if not given")
-    add.add_argument("--size", type=positive, help="pixels on a side; if not given, what the U-Net was made for")
+    add.add_argument(
+        "--size", type=positive, help="pixels on a side; if not given, what the image decoder was made for"
+    )
     add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name), help="%(default)s if not given")
     add.add_argument("--steps", type=positive, default=150, help="of denoising; %(default)s if not given")
     add.add_argument("--guidance", type=finite, default=2.0, help="1 for none; %(default)s if not given")

@@ -86,6 +86,13 @@ def take(hidden: Float[Array, "B L E"], slots: Int[Array, "B S"], tokens: int) -
     return hidden.at[rows, index].get(mode="clip")
 
 
+def nothing_read(config: DreamLLMConfig, images: int) -> Float[Array, "N Q E"] | Hidden:
+    """Zeros in place of what `painted_from` gives, from which a connector's parameters take their shapes."""
+    width, tokens = config.language_model.width, config.connector.prompt_tokens
+    queries = jnp.zeros((images, config.num_queries, width))
+    return Hidden(queries, jnp.zeros((images, tokens, width)), jnp.ones((images, tokens), bool)) if tokens else queries
+
+
 def painted_from(
     config: DreamLLMConfig, hidden: Float[Array, "B L E"], segment_ids: Int[Array, "B L"], slots: Int[Array, "B S"]
 ) -> Float[Array, "B S Q E"] | Hidden:

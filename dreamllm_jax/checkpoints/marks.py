@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dreamllm_jax.common.configuration import differences
+from dreamllm_jax.common.configuration import differences, flat
 from dreamllm_jax.data import stored
 from dreamllm_jax.model import DreamLLMConfig
 
@@ -48,9 +48,10 @@ def _marks(leaves: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Ar
 
 
 def settings_of(config: DreamLLMConfig, name: str) -> dict[str, Any]:
-    """The settings of its tower that a kind of stored array depends on, as JSON gives them back."""
-    settings = getattr(config, ROLES[name]).stored_settings
-    return json.loads(json.dumps({key: value for key, value in settings.items() if key not in _IDLE}))
+    """The settings of its tower that a kind of stored array depends on, by dotted path, as JSON gives them back."""
+    settings = flat(getattr(config, ROLES[name]).stored_settings)
+    kept = {path: value for path, value in settings.items() if path.rpartition(".")[2] not in _IDLE}
+    return json.loads(json.dumps(kept))
 
 
 def require_same_towers(

@@ -35,7 +35,7 @@ def read(cls: type[T], config: Any, path: str = "config") -> T:
     given = dict(config.items())
     for name in given:
         if name not in fields:
-            raise ConfigError(_unknown(path, name, list(fields)))
+            raise ConfigError(_unknown(path, name, list(fields), given.get("kind") if "kind" in fields else None))
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in given:
@@ -69,13 +69,15 @@ def changes(before: Any, after: Any) -> str:
     return "; ".join(f"{path}: {old!r}, now {new!r}" for path, (old, new) in differences(before, after).items())
 
 
-def _unknown(path: str, name: str, known: list[str]) -> str:
-    saved = re.sub(r"^.*/model\.json", "config.model", path)  # a model at rest is told of by its file
+def _unknown(path: str, name: str, known: list[str], kind: Any) -> str:
+    # Of a model or a run at rest the path begins with its file.
+    saved = re.sub(r"^.*/model\.json", "config.model", re.sub(r"^.*/config\.json", "config", path))
     if now := former_names.SETTINGS.get(f"{saved}.{name}"):
         return f"{path}.{name} is called {now} now"
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {path}.{near[0]}?" if near else f"there are {', '.join(known)}"
-    return f"{path}.{name} is not a setting; {hint}"
+    of_kind = "" if kind is None else f" of kind {kind!r}"
+    return f"{path}.{name} is not a setting{of_kind}; {hint}"
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
@@ -138,7 +140,7 @@ def _tagged(choices: list[type], value: Any, path: str) -> Any:
     named = ", ".join(map(repr, kinds))
     if "kind" not in value:
         raise ConfigError(f"{path}.kind is missing: it is one of {named}")
-    if value["kind"] not in kinds:
+    if not isinstance(value["kind"], str) or value["kind"] not in kinds:
         near = difflib.get_close_matches(str(value["kind"]), kinds, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{path}.kind must be one of {named}, got {value['kind']!r}{hint}")

@@ -106,7 +106,10 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--names", nargs="+", choices=stored.NAMES, default=["moments"], help="what to compute")
     add.add_argument("--corpora", nargs="+", default=[], help="of which corpora; default all")
     add.add_argument(
-        "--size", type=positive, default=512, help="pixels on a side of the painted images: rows.dream_size"
+        "--size",
+        type=positive,
+        default=512,
+        help="pixels on a side of the painted images, which are squares: rows.dream_size",
     )
     add.add_argument("--dtype", choices=stored.DTYPES, default="bfloat16", help="type to store: data.stored_dtype")
     add.add_argument("--batch", type=positive, default=32, help="images at once on each device")

@@ -36,7 +36,7 @@ class Description:
       documents: of the corpus.
       model: its name, for messages.
       tower: the settings of its tower, as JSON knows them.
-      weights: marks of the tower's arrays, by path (see `precompute.marks`).
+      weights: marks of the tower's arrays, by path (see `checkpoints.marks`).
       complete: whether all documents are there.
     """
 

@@ -125,8 +125,8 @@ def schedule_config_from_diffusers(config: Mapping[str, Any]) -> ScheduleConfig:
         raise ValueError(f"it says neither _class_name nor {', '.join(silent)}: which noise schedule is not known")
     if kind is not None and kind not in _SCHEDULERS:
         raise ValueError(
-            f"{kind} is of another noise process than the U-Net here learns: noise or velocity over DDPM's betas, as "
-            "with DDPM, DDIM, PNDM, Euler, DPM-Solver++ and their like"
+            f"{kind} is of another noise process than this image decoder learns: noise or velocity over DDPM's betas, "
+            "as with DDPM, DDIM, PNDM, Euler, DPM-Solver++ and their like"
         )
     return read
 

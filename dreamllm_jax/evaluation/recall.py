@@ -59,9 +59,10 @@ def recall(
     Args:
       steps, guidance: of the sampler.
     """
-    size = trained.experiment.rows.dream_size
+    size = trained.experiment.rows.sample_size
     captions = [pair.texts[0].text for pair in pairs]
-    pictures = np.stack([images.paint_pixels(images.decode(pair.images[0].data), size, size) for pair in pairs])
+    preprocess = trained.model.config.image_decoder.preprocess
+    pictures = np.stack([preprocess(images.decode(pair.images[0].data), *size) for pair in pairs])
 
     common = trained.model, trained.params, trained.tokenizer
     painted = generate_images(

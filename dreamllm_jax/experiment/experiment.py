@@ -98,13 +98,15 @@ class Experiment:
             shape = self.row_shape
         except ValueError as error:
             raise ConfigError(f"rows: {error}") from None
-        for groups, name in ((shape.see, "an image to see"), (shape.dream, "an image to paint")):
+        for groups, name, kept in ((shape.see, "see", "features"), (shape.dream, "paint", "moments")):
             for group in groups:
                 if group.tokens + 2 >= rows.length:
-                    need = f"{name}, which takes {group.tokens + 2} tokens"
+                    need = f"an image to {name}, which takes {group.tokens + 2} tokens"
                     raise ConfigError(f"rows.length={rows.length} has no room for {need}")
-            if self.data.stored and len(groups) > 1:
-                raise ConfigError("data.stored holds images of one size: leave it empty, or give rows one size")
+            if kept in self.data.stored and (len(groups) > 1 or any(one.height != one.width for one in groups)):
+                raise ConfigError(
+                    f"data.stored: {kept} are of squares of one size: leave them out, or have one such group"
+                )
 
     @property
     def held_out(self) -> "Experiment":

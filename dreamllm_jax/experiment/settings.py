@@ -25,7 +25,7 @@ class RowsConfig:
       per_step: rows of the global batch.
       length: tokens in a row.
       see_slots, dream_slots: room for images to see and to paint in a row.
-      dream_size: side of the painted images in pixels.
+      dream_size: side of the painted images in pixels; without effect where `dream` is given.
       see, dream: in place of these, groups of slots for images of several sizes; an image goes where least of it is
         cropped.
       microbatches: parts in which the rows are computed one after the other, to save memory.
@@ -55,6 +55,12 @@ class RowsConfig:
         """The groups of images to paint."""
         square = SlotsConfig(self.dream_slots, self.dream_size, self.dream_size)
         return self.dream or ((square,) if self.dream_slots else ())
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Height and width of what is painted to be looked at: the first group's, or `dream_size` twice."""
+        first = (*self.painted, SlotsConfig(1, self.dream_size, self.dream_size))[0]
+        return first.height, first.width
 
 
 @dataclasses.dataclass(frozen=True)

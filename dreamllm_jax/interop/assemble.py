@@ -13,7 +13,7 @@ from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.language_model import grow
 from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.interop.source import Part, Source, join
-from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.model import DreamLLMConfig, nothing_read
 from dreamllm_jax.towers.queries import DreamQueries
 from dreamllm_jax.towers.registry import ConnectorConfig, ImageDecoderConfig, VisualProjectorConfig
 
@@ -70,7 +70,7 @@ def _fresh(config: DreamLLMConfig, seed: int) -> dict[str, dict[str, Tensor]]:
         ),
         "dream_queries": DreamQueries(config.num_queries, width).init(queries),
         "connector": config.connector.make_connector(config.image_decoder.condition_width, jnp.float32).init(
-            connector, np.zeros((1, config.num_queries, width), np.float32)
+            connector, nothing_read(config, 1)
         ),
     }
     return {

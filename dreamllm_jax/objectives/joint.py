@@ -181,24 +181,29 @@ class Joint:
         self, params: dict, hidden: Float[Array, "B L E"], batch: Batch, draws: tuple[Draws, ...]
     ) -> Float[Array, ""]:
         """Sum of the training errors of the batch's painted images."""
-        total = jnp.zeros((), jnp.float32)
+        total, null = jnp.zeros((), jnp.float32), None
+        if any(drawn.drop is not None for drawn in draws):  # read once, for all groups
+            null = self.model.bind({"params": params}).null_hidden(self.config.null_condition == "queries")
         for slots, drawn in zip(batch.dream, draws, strict=True):
             given = painted_from(self.model.config, hidden, batch.segment_ids, slots.at)
-            condition = self.conditions(params, flat(given), flat(drawn.drop))
+            condition = self.conditions(params, flat(given), null, flat(drawn.drop))
             total += painting_error(self.model, params, condition, slots, drawn.decoder, self.config.image_chunk)
         return total
 
     def conditions(
-        self, params: dict, hidden: Float[Array, "N Q E"] | Hidden, drop: Bool[Array, " N"] | None
+        self,
+        params: dict,
+        hidden: Float[Array, "N Q E"] | Hidden,
+        null: Float[Array, "Q E"] | Hidden | None,
+        drop: Bool[Array, " N"] | None,
     ) -> Condition:
         """What the image decoder is given for each image, from the hidden states at its queries; or the null condition.
 
         Args:
-          drop: which images get the null condition.
+          null: the hidden states at the queries of the document without a prompt.
+          drop: which images are painted from those.
         """
-        joined = self.model.bind({"params": params})
         if drop is not None:
-            null = joined.null_hidden(self.config.null_condition == "queries")
 
             def chosen(null: Array, x: Array) -> Array:
                 return jnp.where(drop.reshape(-1, *[1] * (x.ndim - 1)), spread(null, x.shape, x.dtype), x)
@@ -206,7 +211,7 @@ class Joint:
             hidden = jax.tree.map(chosen, null, hidden)
         if self.config.detach_condition:
             hidden = jax.lax.stop_gradient(hidden)
-        return joined.condition(hidden)
+        return self.model.bind({"params": params}).condition(hidden)
 
 
 def _mean(total: Array, count: Array) -> Array:

@@ -12,14 +12,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from dreamllm_jax.checkpoints.saved import CONFIG_FILE, MODEL, find
-from dreamllm_jax.common.directories import absolute, read_json
+from dreamllm_jax.common.directories import absolute
 from dreamllm_jax.data.storage import SUMMARY
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dreamllm_jax.experiment.experiment import Experiment, read_experiment
+from dreamllm_jax.experiment.experiment import Experiment
 from dreamllm_jax.layers.weights import is_cast
 from dreamllm_jax.model import DreamLLM, abstract_params
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, param_shardings
-from dreamllm_jax.runs.start import DATA
+from dreamllm_jax.runs.start import DATA, read_recorded
 
 SINGLE = ShardingConfig(fsdp=1)
 
@@ -52,7 +52,7 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> Trained:
       FileNotFoundError: no run or no such checkpoint in the directory.
     """
     workdir = require_run(workdir)
-    experiment = read_experiment(read_json(workdir / CONFIG_FILE))
+    experiment = read_recorded(workdir)
     if (workdir / DATA / SUMMARY).exists():
         experiment = dataclasses.replace(
             experiment, data=dataclasses.replace(experiment.data, path=str(workdir / DATA))

@@ -1,7 +1,7 @@
 """A run's directory: what is in force there, and the model that was trained in it.
 
 workdir/config.json      the complete configuration
-workdir/model.json, tokenizer/, frozen/, checkpoints/    see `training.saved`
+workdir/model.json, tokenizer/, frozen/, checkpoints/    see `checkpoints.saved`
 workdir/writer.json      who trains in it, while somebody does (`training.claim`)
 workdir/data/            the documents, if the run prepared them itself
 workdir/metrics.jsonl    a line a step; tensorboard/ beside it
@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 from dreamllm_jax.checkpoints.saved import CONFIG_FILE, TOKENIZER, write_description
-from dreamllm_jax.common.configuration import ConfigError, differences
+from dreamllm_jax.common.configuration import ConfigError, differences, read
 from dreamllm_jax.common.directories import absolute, is_remote, read_json, write_whole
 from dreamllm_jax.data.preparation import SOURCES, prepare
 from dreamllm_jax.data.settings import DataConfig
@@ -73,7 +73,7 @@ def start_run(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
     experiment = read_experiment(config)
     require_packages(experiment)
     if begun:
-        changed = _changes(read_experiment(read_json(workdir / CONFIG_FILE)), experiment)
+        changed = _changes(read_recorded(workdir), experiment)
         if changed and not experiment.checkpoint.accept_changes:
             raise ConfigError(
                 f"{workdir} was begun with another {'; '.join(changed)}: restore it, choose another --workdir, or "
@@ -102,6 +102,16 @@ def start_run(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
     return run
 
 
+def read_recorded(workdir: epath.Path) -> Experiment:
+    """The experiment of a run's directory.
+
+    Raises:
+      ConfigError: its configuration is of another version, or damaged.
+    """
+    file = workdir / CONFIG_FILE
+    return read(Experiment, read_json(file), str(file))
+
+
 def _is_data_set(path: str) -> bool:
     """Whether all hosts find a data set there.
 
@@ -125,14 +135,14 @@ def _prepared(experiment: Experiment, data: DataConfig, target: epath.Path) -> D
     if is_remote(data.path):
         raise ConfigError(f"config.data.path: there is no {SUMMARY} in {data.path}, so it is no data set")
     rows, problem = experiment.rows, None
-    sides = [side for group in rows.see + rows.dream for side in (group.height, group.width)]
+    sides = [side for group in (*rows.see, *rows.painted) for side in (group.height, group.width)]
     if jax.process_index() == 0:
         try:
             prepare(
                 data.path,
                 target,
                 pairs=data.pairs,
-                size=max(experiment.model.vision_encoder.image_size, rows.dream_size, *sides),
+                size=max(experiment.model.vision_encoder.image_size, *rows.sample_size, *sides),
                 vocab_size=experiment.model.language_model.vocab_size,
                 text_tokenizer=data.tokenizer,
             )
@@ -181,6 +191,8 @@ def with_initial(
 def _merged(below: Any, above: Any) -> Any:
     if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
         return above
+    if "kind" in above and above["kind"] != below.get("kind", above["kind"]):
+        return above  # settings of another class
     return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 

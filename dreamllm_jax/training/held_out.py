@@ -68,6 +68,6 @@ class HeldOut:
         means = validate(self._losses, self._sums, state, placed, key)
         if self.questions:
             params = merge_params(state.trainable, state.frozen)
-            samples, size = experiment.validation.samples, experiment.rows.dream_size
+            samples, size = experiment.validation.samples, experiment.rows.sample_size
             log.write_samples(step, answer(self.questions, samples, size, self._model, params, self._tokenizer))
         log.write_validation(step, means)  # last: with it, all is done

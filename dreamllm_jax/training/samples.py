@@ -116,16 +116,21 @@ def find_questions(
 
 
 def answer(
-    asked: Sequence[Question], config: SamplesConfig, size: int, model: DreamLLM, params: dict, tokenizer: Tokenizer
+    asked: Sequence[Question],
+    config: SamplesConfig,
+    size: tuple[int, int],
+    model: DreamLLM,
+    params: dict,
+    tokenizer: Tokenizer,
 ) -> dict[str, Sample]:
     """The model's answers by the questions' names, the same whenever it is the same model; all hosts must call it.
 
     Args:
-      size: side of the painted images in pixels.
+      size: height and width of the painted images in pixels.
     """
 
     def pixels(image: Image) -> np.ndarray:
-        return model.config.image_decoder.preprocess(images.decode(image.data), size, size)
+        return model.config.image_decoder.preprocess(images.decode(image.data), *size)
 
     samples = {}
     if to_paint := [question for question in asked if isinstance(question.answer, Image)]:

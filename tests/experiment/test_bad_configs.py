@@ -58,12 +58,21 @@ BROKEN = [
     ({"model.image_decoder.kind": "sana"}, "config.model.image_decoder.kind must be one of 'stable_diffusion'"),
     ({"model.language_model.kind": "lama"}, "config.model.language_model.kind must be one of 'llama', got 'lama'"),
     ({"model.image_decoder.autoencoder": {"patch_size": 4}}, "autoencoder.kind is missing: it is one of 'kl', 'pixel'"),
+    ({"model.image_decoder.autoencoder.kind": [1]}, "autoencoder.kind must be one of 'kl', 'pixel', got [1]"),
+    (
+        {"model.image_decoder.autoencoder.kind": "kl"},
+        "config.model.image_decoder.autoencoder.patch_size is not a setting of kind 'kl'",
+    ),
     ({"model.language_model.pattern": ({}, {}, {})}, "pattern has 3 kinds of layers, of which num_hidden_layers=2"),
     (
         {"rows.dream": ({"slots": 1, "height": 32, "width": 30},)},
         "rows.dream: side=30 must be a positive multiple of 8",
     ),
     ({"rows.dream": ({"slots": 0, "height": 32, "width": 32},)}, "rows: slots of a group of slots must be at least 1"),
+    (
+        {"data.stored": ("moments",), "rows.dream": ({"slots": 1, "height": 32, "width": 64},)},
+        "data.stored: moments are of squares of one size",
+    ),
     ({"rows.see": ({"slots": 1, "height": 32, "width": 64},)}, "CLIP takes images of 32 x 32 pixels, not 32 x 64"),
     # Of the wrong type.
     ({"steps": "many"}, "config.steps must be int, got 'many'"),

@@ -71,7 +71,11 @@ def compiled_flops(experiment):
 NO_IMAGES = {"see_slots": 0, "dream_slots": 0}
 CASES = {
     "stage 2": {},
-    "stage 2, recomputed": {"remat": "full", "objective": {"drop_prob": 0.5}},
+    "stage 2, recomputed, painted in two sizes": {
+        "remat": "full",
+        "objective": {"drop_prob": 0.5},
+        "rows": {"dream": tuple({"slots": 1, "height": DREAM_SIZE, "width": DREAM_SIZE * n} for n in (1, 2))},
+    },
     "alignment": {"trainable": ALIGNMENT, "model": tiny_config(visual_projector=ProjectorConfig(kind="conv"))},
     "everything, recomputed": {"trainable": EVERYTHING, "remat": "full"},
     "adapters": {"model": ADAPTED, "trainable": ((".*lora_.", True), (".*", False)), "remat": "full"},

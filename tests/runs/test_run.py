@@ -112,6 +112,9 @@ def test_a_run_refuses_other_settings(finished):
     assert (workdir / "config.json").read_text() == told  # until the state was found to fit
     run.record()
     assert json.loads((workdir / "config.json").read_text())["objective"] == {"drop_prob": 0.3}
+    with pytest.raises(ConfigError, match=r"/config\.json\.model\.clip is called config\.model\.vision_encoder now"):
+        (workdir / "config.json").write_text(told.replace('"vision_encoder"', '"clip"'))
+        start_run(settings(), workdir)
     (workdir / "config.json").write_text(told)
 
 
@@ -282,6 +285,9 @@ def test_a_run_begins_with_another_runs_model(finished, tmp_path):
     with pytest.raises(
         ValueError, match=r"config\.model\.language_model\.rope_theta is 500000\.0, but .*@4 has 10000\.0"
     ):
+        start_and_train(tmp_path / "other", **other)
+    other["model"] = {"image_decoder": {"autoencoder": {"kind": "kl"}}}  # whose settings are its own
+    with pytest.raises(ValueError, match=r"@4 has"):
         start_and_train(tmp_path / "other", **other)
     with pytest.raises(FileNotFoundError, match=r"a checkpoint of step 3 \(there are \[4, 6\]\)"):
         start_and_train(tmp_path / "third", parameters=settings()["parameters"] | {"init_from": f"{first}@3"})

@@ -47,7 +47,9 @@ class ProjectorConfig:
         if self.kind not in ("linear", "mlp", "conv"):
             raise ValueError(f"kind must be linear, mlp or conv, got {self.kind!r}")
         if (self.kind == "mlp") != (self.depth > 1) or self.depth < 1:
-            raise ValueError(f"an mlp projector has a depth of 2 or more, the others 1: {self.kind=}, {self.depth=}")
+            raise ValueError(
+                f"an mlp projector has a depth of 2 or more, the others 1: got {self.kind!r} with depth {self.depth}"
+            )
 
     def require_tokens(self, tokens: int) -> None:
         """Raises ValueError if images of so many tokens cannot be mapped."""

@@ -158,7 +158,7 @@ class StableDiffusionConfig:
     @property
     def stored_settings(self) -> dict[str, Any]:
         """The settings that what is stored depends on."""
-        return dataclasses.asdict(self.autoencoder)
+        return {"autoencoder": dataclasses.asdict(self.autoencoder)}
 
     def stored_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape of what is stored of an image: the autoencoder's moments."""
