@@ -21,7 +21,7 @@ def model_that_paints() -> tuple[DreamLLM, dict]:
     ids, words = TOKENIZER.special, [TOKENIZER.fast.id_to_token(i) for i in range(TOKENIZER.vocab_size)]
     silent = [i for i, word in enumerate(words) if i >= ids.pad or word.startswith("<0x")]
     head[:, np.setdiff1d(silent, [ids.dream_start, ids.eos])] = 0
-    head[:, ids.dream_start] *= 2
+    head[:, ids.dream_start] *= 4
     head[:, ids.eos] *= 3
     params["language_model"]["lm_head"]["kernel"] = head
     return DreamLLM(config), params

@@ -311,10 +311,9 @@ def test_a_run_goes_to_pytorch_and_back(finished, tmp_path):
     assert "trained for 4 steps" in card and "multimodal forward" in card and '"drop_prob": 0.2' in card
     conversion.import_model(open_dreamllm(tmp_path / "out"), None, str(tmp_path / "back"), {})
     back = saved.find(str(tmp_path / "back"))
-    schedule = dataclasses.replace(
-        back.config.image_decoder.schedule, scheduler=""
-    )  # the file that was exported, whole
-    assert dataclasses.replace(back.config, remat=run.config.remat, schedule=schedule) == run.config
+    decoder = back.config.image_decoder  # whose schedule has the file that was exported, whole
+    decoder = dataclasses.replace(decoder, schedule=dataclasses.replace(decoder.schedule, scheduler=""))
+    assert dataclasses.replace(back.config, remat=run.config.remat, image_decoder=decoder) == run.config
     got, want = (model.read(model.leaves()) for model in (back, run))
     assert got.keys() == want.keys()
     for path in want:
