@@ -64,7 +64,10 @@ def test_kinds_are_told_apart():
     for given, message in (
         ({"size": 1}, "config.tower.kind is missing: it is one of 'one', 'two', 'three'"),
         ({"kind": "tow"}, "config.tower.kind must be one of 'one', 'two', 'three', got 'tow'; did you mean 'two'?"),
-        ({"kind": "one", "seize": 1}, "config.tower.seize is not a setting; did you mean config.tower.size?"),
+        (
+            {"kind": "one", "seize": 1},
+            "config.tower.seize is not a setting of kind 'one'; did you mean config.tower.size?",
+        ),
         (3, "config.tower must be a group of settings, got 3"),
     ):
         with pytest.raises(ConfigError) as refused:
