@@ -34,21 +34,21 @@ def outputs(model: DreamLLM, params) -> dict:
     """Whatever the model computes with its parameters."""
     config, rng = model.config, np.random.default_rng(0)
     side = config.vision_encoder.image_size
-    latents = rng.normal(size=(2, *config.latent_shape(16))).astype(np.float32)
+    latents = rng.normal(size=(2, *config.image_decoder.latent_shape(16, 16))).astype(np.float32)
     condition = rng.normal(size=(2, config.num_queries, config.language_model.hidden_size)).astype(np.float32)
 
     def run(module: DreamLLM):
         seen = module.see(rng.integers(0, 256, (1, side, side, 3)).astype(np.uint8))
         tokens, slots = jnp.arange(48)[None], jnp.full((1, 1), 2)
-        x = module.embed(tokens, seen[None], slots, slots + config.vision_encoder.num_patches)
+        x = module.embed(tokens, [(seen[None], slots)], [slots + config.vision_encoder.num_patches])
         hidden, _ = module.decode(x, jnp.arange(48)[None], jnp.ones((1, 48), jnp.int32))
         return {
             "see": seen,
-            "logits": module.logits(hidden),
+            "logits": module.language_model.logits(hidden),
             "null": module.null_hidden(),
-            "denoise": module.denoise(latents, jnp.asarray([17, 801]), module.condition(condition)),
-            "moments": module.moments(rng.integers(0, 256, (1, 16, 16, 3)).astype(np.uint8)),
-            "paint": module.paint(latents),
+            "denoise": module.image_decoder.denoise(latents, jnp.asarray([17, 801]), module.condition(condition)),
+            "moments": module.image_decoder.stored(rng.integers(0, 256, (1, 16, 16, 3)).astype(np.uint8)),
+            "paint": module.image_decoder.decode(latents),
         }
 
     return jax.device_get(jax.jit(lambda params: model.apply({"params": params}, method=run))(params))
