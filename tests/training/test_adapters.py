@@ -102,7 +102,7 @@ def test_the_merged_model_says_the_same(trained):
 
     def logits(model, params):
         def forward(model, tokens, positions, segments):
-            return model.logits(model.decode(model.embed(tokens), positions, segments)[0])
+            return model.language_model.logits(model.decode(model.embed(tokens), positions, segments)[0])
 
         with jax.default_matmul_precision("highest"):
             return model.apply({"params": params}, *given, method=forward)
