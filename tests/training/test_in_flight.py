@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.runs.start import start_run
 from dreamllm_jax.training import loop, validation
 from dreamllm_jax.training.step import IN_FLIGHT
 from tests.lives import micro
+from tests.tiny import tiny_config
 
 
 @pytest.fixture
@@ -60,8 +62,9 @@ def test_memory_does_not_depend_on_how_often_is_logged(data, tmp_path, monkeypat
 
 def test_nor_on_how_many_batches_are_held_out(monkeypatch, slow):
     chips = Chips(lambda number: np.float32(number), slow)
-    losses = functools.partial(
+    sums = functools.partial(
         chips.compute, lambda _, number, key: {"lm": jnp.float32(number), "tokens": 1, "images": 0}, "lm"
     )
-    means = validation.validate(losses, None, map(chips.receive, range(8)), jax.random.key(0), 1000)
+    losses = JointConfig().held_out(tiny_config(), 1)
+    means = validation.validate(losses, sums, None, map(chips.receive, range(8)), jax.random.key(0))
     assert means == {"lm_loss": sum(range(8)) / 8} and max(chips.counts) == IN_FLIGHT, chips.counts
