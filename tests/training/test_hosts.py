@@ -101,7 +101,7 @@ def test_all_that_are_left_by_a_host_end_with_the_same_status(data, tmp_path):
         os.kill(lives[3].process.pid, signal.SIGSTOP)
         assert [life.end() for life in lives[:3]] == [HUNG] * 3, "".join(life.said() for life in lives)
         said = [life.said() for life in lives[:3]]
-        assert all("nothing was heard of process 3 for 8 s" in one for one in said), "".join(said)
+        assert all("nothing was heard of process 3 for" in one for one in said), "".join(said)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
