@@ -3,7 +3,8 @@
 Our modules are named as their PyTorch counterparts, so one mechanical rule serves every tower: dots become slashes, the
 index of a module list is fused with its name (`resnets.1` -> `resnets_1`), a scanned stack drops the index and gains a
 leading layer axis, and `weight` is called `kernel`, `scale` or `embedding` by what it is. Where layers of several kinds
-alternate, each kind has a stack: entry r of `layers/1_of_6` is layer 6 r + 1.
+alternate, each kind has a stack: entry r of `layers/1_of_6` is layer 6 r + 1. Where they follow each other likewise:
+entry r of `transformer_blocks/13_to_23` is layer 13 + r.
 """
 
 import dataclasses
@@ -16,23 +17,24 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.common import recognise
 from dreamllm_jax.interop.files import Tensor, is_float, require_finite
+from dreamllm_jax.layers.weights import STACKS
 
-SCANNED = "layers"
 _LISTED = re.compile(
-    r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|net|projector)_(\d+)$"
+    r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|to_qkv_multiscale|net|projector)_(\d+)$"
 )
 _KIND = re.compile(r"^(\d+)_of_(\d+)$")
+_RANGE = re.compile(r"^(\d+)_to_(\d+)$")
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 def torch_name(path: str, layer: int | None = None) -> str:
-    """`down_blocks_0/conv/kernel` -> `down_blocks.0.conv.weight`; `layer` counts all kinds of a scanned stack."""
+    """`down_blocks_0/conv/kernel` -> `down_blocks.0.conv.weight`; `layer` counts all layers of a scanned stack."""
     *modules, leaf = path.split("/")
     parts = []
     for module in modules:
-        if module == SCANNED and layer is not None:
-            parts.append(f"{SCANNED}.{layer}")
-        elif _KIND.match(module):
+        if module in STACKS and layer is not None:
+            parts.append(f"{module}.{layer}")
+        elif _KIND.match(module) or _RANGE.match(module):
             continue  # what `_sources` counts by
         elif match := _LISTED.match(module):
             parts.append(f"{match[1]}.{match[2]}")
@@ -56,16 +58,20 @@ def _to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
 
 
 def _is_scanned(path: str) -> bool:
-    return SCANNED in path.split("/")
+    return not STACKS.isdisjoint(path.split("/"))
 
 
 def _sources(path: str, shape: tuple[int, ...]) -> list[str]:
     """The torch tensors one of our leaves is made of: one, or one a layer."""
     if not _is_scanned(path):
         return [torch_name(path)]
-    match = next(filter(None, map(_KIND.match, path.split("/"))), None)
-    kind, kinds = map(int, match.groups()) if match else (0, 1)
-    return [torch_name(path, repeat * kinds + kind) for repeat in range(shape[0])]
+    first, step = 0, 1
+    for module in path.split("/"):
+        if match := _KIND.match(module):
+            first, step = map(int, match.groups())
+        elif match := _RANGE.match(module):
+            first = int(match[1])
+    return [torch_name(path, first + repeat * step) for repeat in range(shape[0])]
 
 
 @dataclasses.dataclass(frozen=True)

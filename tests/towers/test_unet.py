@@ -10,7 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.interop.names import from_torch, to_torch
-from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig, timestep_embedding
+from dreamllm_jax.layers.timesteps import timestep_embedding
+from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

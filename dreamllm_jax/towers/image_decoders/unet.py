@@ -5,7 +5,6 @@ h,w,c latent height, width and channels, Q condition tokens, C condition width, 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,10 +12,8 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dreamllm_jax.layers.blocks import (
-    EXACT_DENSE,
     Attention,
     Conv,
     Dense,
@@ -31,6 +28,7 @@ from dreamllm_jax.layers.blocks import (
 )
 from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.layers.linear import spread
+from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 from dreamllm_jax.towers.public import PublicForm
 
@@ -249,33 +247,6 @@ class UNetConfig:
                 size = 2 * size[0], 2 * size[1]
                 tally.product(f"up_blocks_{block}/upsamplers_0/conv/kernel", doubled)
         tally.product("conv_out/kernel", convolution(images, size, width, self.out_channels))
-
-
-def timestep_embedding(
-    timesteps: jax.Array, width: int, flip_sin_to_cos: bool = True, freq_shift: float = 0
-) -> jax.Array:
-    """Sinusoidal embedding of the timesteps, i32[N] -> f32[N,width] (diffusers' `get_timestep_embedding`).
-
-    The frequencies are float32 constants made on the host: at timestep 1000 the last bit of one is worth 6e-5 radians,
-    so they must not depend on the device's exponential.
-    """
-    half = width // 2
-    exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32) / np.float32(half - freq_shift)
-    angles = timesteps[:, None].astype(jnp.float32) * np.exp(exponents)
-    waves = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
-    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, width % 2)))
-
-
-class TimestepEmbedding(nn.Module):
-    """The two-layer perceptron on the sinusoidal embedding; float32, for bfloat16 cannot tell near timesteps apart."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """f[N,c] -> f[N,T]."""
-        linear = functools.partial(Dense, self.width, kernel_init=EXACT_DENSE)
-        return linear(name="linear_2")(nn.silu(linear(name="linear_1")(x)))
 
 
 class _Halves(Dense):
