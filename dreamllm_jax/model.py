@@ -124,8 +124,9 @@ class DreamLLM(nn.Module):
         self.vision_encoder = config.vision_encoder.make(dtype, "none" if config.remat == "none" else "full")
         self.visual_projector = config.visual_projector.make(width, dtype)
         self.dream_queries = DreamQueries(config.num_queries, width)
-        self.connector = config.connector.make_connector(config.image_decoder.condition_width, dtype)
-        self.image_decoder = config.image_decoder.make(dtype)
+        decoder = config.image_decoder
+        self.connector = config.connector.make_connector(decoder.condition_width, decoder.pooled_width, dtype)
+        self.image_decoder = decoder.make(dtype)
 
     def see(
         self, images: UInt8[Array, "N H W 3"] | Float[Array, "N ..."], stored: bool = False

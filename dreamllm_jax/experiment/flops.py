@@ -78,7 +78,8 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
     for group in shape.dream if paints else ():
         decoder, images = model.image_decoder, rows.per_step * group.slots
         connector = whole.part("connector", hidden.live and not objective.detach_condition)
-        model.connector.flops(connector, images, model.num_queries, language_model.width, decoder.condition_width)
+        widths = language_model.width, decoder.condition_width, decoder.pooled_width
+        model.connector.flops(connector, images, model.num_queries, *widths)
         _add(flops, {"connector": connector.total})
         if decoder.encodes_features and not group.stored:
             target = Tally(lambda _: False, platform=platform, dtype=model.dtype)  # no gradient goes there

@@ -62,14 +62,14 @@ def assemble(
 
 
 def _fresh(config: DreamLLMConfig, seed: int) -> dict[str, dict[str, Tensor]]:
-    width, seen = config.language_model.width, config.vision_encoder
+    width, seen, decoder = config.language_model.width, config.vision_encoder, config.image_decoder
     visual, queries, connector = jax.random.split(jax.random.key(seed), 3)
     params = {
         "visual_projector": config.visual_projector.make(width, jnp.float32).init(
             visual, np.zeros((1, seen.num_patches, seen.width), np.float32)
         ),
         "dream_queries": DreamQueries(config.num_queries, width).init(queries),
-        "connector": config.connector.make_connector(config.image_decoder.condition_width, jnp.float32).init(
+        "connector": config.connector.make_connector(decoder.condition_width, decoder.pooled_width, jnp.float32).init(
             connector, nothing_read(config, 1)
         ),
     }

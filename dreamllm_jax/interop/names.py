@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.common import recognise
 from dreamllm_jax.interop.files import Tensor, is_float, require_finite
-from dreamllm_jax.layers.weights import STACKS
 
+STACKS = frozenset({"layers", "transformer_blocks"})  # modules that are scanned stacks of layers
 _LISTED = re.compile(
     r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|to_qkv_multiscale|net|projector)_(\d+)$"
 )

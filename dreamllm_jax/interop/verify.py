@@ -211,9 +211,15 @@ def _inputs(config: DreamLLMConfig) -> Values:
         "latents": rng.normal(size=(2, *decoder.latent_shape(picture, picture))),
         "timesteps": [17, 801],
         "conditions": rng.normal(size=(2, config.num_queries, decoder.condition_width)),
+        "pooled": rng.normal(size=(2, decoder.pooled_width)),
     }
     arrays = {name: np.asarray(value) for name, value in values.items()}
     return {name: x.astype(np.float32 if x.dtype.kind == "f" else np.int32) for name, x in arrays.items()}
+
+
+def _condition(values: Mapping) -> Condition:
+    """What a denoiser is given, of arrays or tensors."""
+    return Condition(values["conditions"], pooled=values["pooled"] if values["pooled"].shape[-1] else None)
 
 
 # ---- Our side -------------------------------------------------------------------------------------------------------
@@ -269,8 +275,7 @@ def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
 
 
 def _our_denoiser(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
-    condition = Condition(values["conditions"])
-    prediction = joined.image_decoder.denoise(values["latents"], values["timesteps"], condition)
+    prediction = joined.image_decoder.denoise(values["latents"], values["timesteps"], _condition(values))
     return {"denoiser/prediction": prediction}
 
 
@@ -340,7 +345,7 @@ def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMCon
 
 
 def _their_denoiser(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
-    given = values["latents"], values["timesteps"], values["conditions"]
+    given = values["latents"], values["timesteps"], _condition(values)
     return {"denoiser/prediction": config.image_decoder.denoiser.run_public(modules[DENOISER], *given)}
 
 

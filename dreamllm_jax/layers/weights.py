@@ -12,7 +12,6 @@ from flax import struct
 
 Initializer = nn.initializers.Initializer
 LAYERS = "layers"  # the axis along which scanned layers are stacked
-STACKS = frozenset({"layers", "transformer_blocks"})  # what modules are called that are such stacks
 _IN_PATTERN = re.compile(rf"(?:^|/){LAYERS}/(\d+)_of_(\d+)/")
 normal = functools.cache(nn.initializers.normal)  # alike ones are one, for `draw`
 

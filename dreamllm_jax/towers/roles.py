@@ -98,7 +98,7 @@ class VisionEncoder(Protocol):
 
 
 class ConnectorRole(Protocol):
-    """What leads from hidden states at the queries to a condition of `features` channels.
+    """What leads from hidden states at the queries to a condition of `features` channels, its vector of `pooled` ones.
 
     Attributes:
       prompt_tokens: how many of the prompt's hidden states it is given beside the queries', as `Hidden`; 0 for none.
@@ -110,8 +110,8 @@ class ConnectorRole(Protocol):
 
     def require_tokens(self, tokens: int) -> None: ...
     def condition_tokens(self, tokens: int) -> int: ...
-    def make_connector(self, features: int, dtype: Any) -> "Connector": ...
-    def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int) -> None: ...
+    def make_connector(self, features: int, pooled: int, dtype: Any) -> "Connector": ...
+    def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int, pooled: int) -> None: ...
 
 
 class Connector(Protocol):
@@ -124,7 +124,7 @@ class ImageDecoderRole(Protocol):
     """What paints: its noise process, training error, samplers and sizes are its own business.
 
     Attributes:
-      condition_width: channels of the condition.
+      condition_width: channels of the condition's sequence; `pooled_width` of its pooled vector, 0 for none.
       encodes_features: its latents are made of the vision encoder's features, which its module's `encode` is then given
         as `features`.
       default_size: pixels on a side of the images that it was made for.
@@ -136,11 +136,14 @@ class ImageDecoderRole(Protocol):
     """
 
     kind: str
-    stored_depends: tuple[str, ...]
     encodes_features: bool
 
     @property
+    def stored_depends(self) -> tuple[str, ...]: ...
+    @property
     def condition_width(self) -> int: ...
+    @property
+    def pooled_width(self) -> int: ...
     @property
     def default_size(self) -> int: ...
     @property

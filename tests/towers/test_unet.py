@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.layers.timesteps import timestep_embedding
+from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig
 
 torch = pytest.importorskip("torch")
@@ -52,7 +53,12 @@ def nhwc(x):
 
 
 def shapes_of(model, inputs):
-    return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+    return nn.unbox(weights_of(model, inputs))
+
+
+def weights_of(model, inputs):
+    latents, timesteps, condition = inputs
+    return jax.eval_shape(model.init, jax.random.key(0), latents, timesteps, Condition(condition))["params"]
 
 
 def run_torch(model, latents, timesteps, condition, cotangent):
@@ -68,7 +74,7 @@ def run(model, params, latents, timesteps, condition, cotangent):
     """Output, and gradients with respect to latents, condition and weights."""
 
     def forward(params, latents, condition):
-        return model.apply({"params": params}, latents, timesteps, condition)
+        return model.apply({"params": params}, latents, timesteps, Condition(condition))
 
     out, pull = jax.vjp(forward, params, latents, condition)
     weights, latents, condition = pull(cotangent)
@@ -99,16 +105,23 @@ def test_state_dict_round_trip(case):
 
 
 def test_bfloat16_is_near_float32(case):
-    _, model, params, (*inputs, _), (want, _) = case
-    got = compiled(model.clone(dtype=jnp.bfloat16).apply)({"params": params}, *inputs)
+    _, model, params, (latents, timesteps, condition, _), (want, _) = case
+    apply = compiled(model.clone(dtype=jnp.bfloat16).apply)
+    got = apply({"params": params}, latents, timesteps, Condition(condition))
     assert got.dtype == jnp.float32
     assert relative_error(got, want["output"]) < 0.03
+
+
+def test_rematerialised_gradients_are_the_same(case):
+    _, model, params, inputs, (want, weights) = case
+    got, others = run(model.clone(remat="full"), params, *inputs)
+    assert_same(flatten_dict({**got, **others}, sep="/"), flatten_dict({**want, **weights}, sep="/"), tolerance=1e-6)
 
 
 def test_odd_sizes_upsample_to_the_skip_connection(case):
     reference, model, params, *_ = case
     latents, timesteps, condition = make_inputs(model.config, size=(7, 10))
-    got = compiled(model.apply)({"params": params}, latents, timesteps, condition)
+    got = compiled(model.apply)({"params": params}, latents, timesteps, Condition(condition))
     with torch.no_grad():
         want = reference(nchw(latents), torch.tensor(timesteps), torch.tensor(condition)).sample
     assert relative_error(got, nhwc(want)) <= 1e-5
@@ -126,7 +139,7 @@ def test_timestep_embedding_equals_diffusers(width, flip, shift):
 
 def test_every_weight_has_logical_axes():
     config = UNetConfig(**FAMILIES["2.x"])
-    params = jax.eval_shape(UNet(config).init, jax.random.key(0), *make_inputs(config))["params"]
+    params = weights_of(UNet(config), make_inputs(config))
     leaves = flatten_dict(nn.get_partition_spec(params), sep="/")
     shapes = flatten_dict(nn.unbox(params), sep="/")
     for name, axes in leaves.items():
@@ -138,9 +151,9 @@ def test_wrong_channels_are_named():
     config = UNetConfig(**TINY, attention_head_dim=2)
     latents, timesteps, condition = make_inputs(config)
     with pytest.raises(ValueError, match=r"condition have 11 channels.*12"):
-        jax.eval_shape(UNet(config).init, jax.random.key(0), latents, timesteps, condition[..., :11])
+        jax.eval_shape(UNet(config).init, jax.random.key(0), latents, timesteps, Condition(condition[..., :11]))
     with pytest.raises(ValueError, match=r"latents have 3 channels.*4"):
-        jax.eval_shape(UNet(config).init, jax.random.key(0), latents[..., :3], timesteps, condition)
+        jax.eval_shape(UNet(config).init, jax.random.key(0), latents[..., :3], timesteps, Condition(condition))
 
 
 def test_config_reads_what_diffusers_writes():
@@ -214,7 +227,7 @@ def test_stable_diffusion_2_1_at_true_width():
 
     @jax.jit
     def output_and_gradient(params, condition):
-        got, pull = jax.vjp(lambda c: model.apply({"params": params}, latents, timesteps, c), condition)
+        got, pull = jax.vjp(lambda c: model.apply({"params": params}, latents, timesteps, Condition(c)), condition)
         return got, pull(jnp.asarray(cotangent))[0]
 
     got, gradient = output_and_gradient(params, condition)

@@ -60,10 +60,13 @@ def run(model, method, params, x, cotangent):
     return {"output": out, "input": x}, weights
 
 
-@pytest.fixture(scope="module")
-def pair():
+WITHOUT = {"shift_factor": 0.1, "use_quant_conv": False, "use_post_quant_conv": False}  # as of Stable Diffusion 3
+
+
+@pytest.fixture(scope="module", params=[{}, WITHOUT], ids=["", "without"])
+def pair(request):
     """A torch autoencoder, ours, and our parameters with its weights."""
-    reference = randomised(diffusers.AutoencoderKL(**TINY))
+    reference = randomised(diffusers.AutoencoderKL(**TINY | request.param))
     model = Autoencoder(AutoencoderConfig.from_public(dict(reference.config)))
     return reference, model, from_torch(shapes_of(model), tensors(reference))
 
@@ -89,7 +92,8 @@ def test_state_dict_round_trip(pair):
 
 def test_init_touches_both_halves(pair):
     _, model, params = pair
-    assert params.keys() == {"encoder", "decoder", "quant_conv", "post_quant_conv"}
+    quant = {"quant_conv", "post_quant_conv"} if model.config.use_quant_conv else set()
+    assert params.keys() == {"encoder", "decoder"} | quant
     out = jax.eval_shape(model.apply, {"params": params}, np.zeros((1, 8, 4, 3), np.float32))
     assert out.shape == (1, 8, 4, 3)
 
@@ -128,6 +132,16 @@ def test_bfloat16_is_near_float32(pair):
     got = compiled(decode)({"params": params}, latents)
     assert got.dtype == jnp.float32
     assert relative_error(got, want) < 0.05
+
+
+def test_latents_are_shifted_and_scaled_and_back():
+    config = AutoencoderConfig.from_public(TINY | WITHOUT | {"scaling_factor": 1.5})
+    encoded, noise = np.random.default_rng(0).normal(size=(2, 1, 3, 3, 8)).astype(np.float32)
+    latents = config.latents(encoded, noise[..., :4])
+    drawn = sample_moments(encoded, noise[..., :4])
+    np.testing.assert_allclose(latents, (drawn - 0.1) * 1.5, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(config.unscaled(latents), drawn, rtol=1e-6, atol=1e-6)
+    assert AutoencoderConfig.from_public(config.to_public()) == config
 
 
 def test_sample_moments_equals_diffusers():
@@ -194,8 +208,7 @@ def test_config_reads_what_diffusers_writes(pair):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("shift_factor", 0.1),
-        ("use_quant_conv", False),
+        ("latents_mean", [0.1] * 4),
         ("mid_block_add_attention", False),
         ("down_block_types", ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]),
         ("up_block_types", ["UpDecoderBlock2D"]),

@@ -35,7 +35,7 @@ class PromptedConfig(ProjectorConfig):
     def condition_tokens(self, tokens):
         return tokens + self.prompt_tokens
 
-    def make_connector(self, features, dtype, **names):
+    def make_connector(self, features, pooled, dtype, **names):
         return PromptedConnector(features, **names)
 
 

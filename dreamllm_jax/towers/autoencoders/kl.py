@@ -12,6 +12,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dreamllm_jax.layers.blocks import (
     Attention,
@@ -35,18 +36,18 @@ _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 
 # Settings of a config.json with the only value that is implemented.
 _FIXED = {
-    "shift_factor": None,
     "latents_mean": None,
     "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """The settings of diffusers' `AutoencoderKL` that vary among Stable Diffusion 1.x and 2.x models."""
+    """The settings of diffusers' `AutoencoderKL` that vary among Stable Diffusion's models.
+
+    Scaled latents are (latents - shift_factor) · scaling_factor.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -59,6 +60,9 @@ class AutoencoderConfig:
     act_fn: str = "silu"
     sample_size: int = 512
     scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
     kind: Literal["kl"] = "kl"
     public = PublicForm(
         library="diffusers",
@@ -68,7 +72,7 @@ class AutoencoderConfig:
             (rf"^(.*\.mid_block\.attentions\.\d+)\.{then}\.(weight|bias)$", rf"\1.{today}.\2")
             for then, today in _LEGACY.items()
         ),
-        settings=("latent_channels", "block_out_channels", "layers_per_block", "scaling_factor"),
+        settings=("latent_channels", "block_out_channels", "layers_per_block", "scaling_factor", "shift_factor"),
     )
 
     def __post_init__(self) -> None:
@@ -91,6 +95,26 @@ class AutoencoderConfig:
         """Pixels along one side of the square that a latent stands for."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def encoded_channels(self) -> int:
+        """Of what `encode` gives: means and log-variances."""
+        return 2 * self.latent_channels
+
+    @property
+    def encode_depends(self) -> tuple[str, ...]:
+        """How the paths begin of the parameters that `encode` depends on."""
+        return ("encoder/", "quant_conv/")
+
+    def latents(self, encoded: Float[Array, "N h w 2c"], noise: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]:
+        """Scaled latents, drawn from the posterior."""
+        drawn = sample_moments(encoded, noise)
+        return (drawn - self.shift_factor if self.shift_factor else drawn) * self.scaling_factor
+
+    def unscaled(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]:
+        """What `decode` takes."""
+        latents = latents / self.scaling_factor
+        return latents + self.shift_factor if self.shift_factor else latents
+
     @classmethod
     def from_public(cls, settings: Mapping[str, Any]) -> "AutoencoderConfig":
         """Reads the `config.json` of a diffusers `AutoencoderKL`; `force_upcast` is ours to choose by `dtype`.
@@ -102,8 +126,10 @@ class AutoencoderConfig:
         return read_diffusers_config(cls, settings, _FIXED)
 
     def to_public(self) -> dict[str, Any]:
-        """The settings of an `AutoencoderKL`'s config.json."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
+        """The settings of an `AutoencoderKL`'s config.json; the youngest of them only where they are used."""
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
+        later = {"shift_factor": None, "use_quant_conv": True, "use_post_quant_conv": True}
+        return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 
     def run_public(self, module: Any, images: Any, latents: Any) -> dict[str, Any]:
         """What the public class makes of torch's f[N,3,H,W] images and f[N,c,h,w] unscaled latents."""
@@ -134,7 +160,8 @@ class AutoencoderConfig:
         count_self_attention(tally, f"{path}/mid_block/attentions_0", images, math.prod(size), inputs, heads=1)
         count_resnet(tally, f"{path}/mid_block/resnets_1", images, size, inputs, inputs)
         tally.product(f"{path}/conv_out/kernel", convolution(images, size, inputs, moments))
-        tally.product("quant_conv/kernel", dense(images * math.prod(size), moments, moments))
+        if self.use_quant_conv:
+            tally.product("quant_conv/kernel", dense(images * math.prod(size), moments, moments))
 
 
 def sample_moments(moments: jax.Array, noise: jax.Array) -> jax.Array:
@@ -229,8 +256,10 @@ class Autoencoder(nn.Module):
         channels = self.config.latent_channels
         self.encoder = Encoder(self.config, self.dtype)
         self.decoder = Decoder(self.config, self.dtype)
-        self.quant_conv = Conv(2 * channels, kernel_size=(1, 1), padding=0, dtype=self.dtype)
-        self.post_quant_conv = Conv(channels, kernel_size=(1, 1), padding=0, dtype=self.dtype)
+        if self.config.use_quant_conv:
+            self.quant_conv = Conv(2 * channels, kernel_size=(1, 1), padding=0, dtype=self.dtype)
+        if self.config.use_post_quant_conv:
+            self.post_quant_conv = Conv(channels, kernel_size=(1, 1), padding=0, dtype=self.dtype)
 
     def encode(self, images: jax.Array) -> jax.Array:
         """f[N,H,W,3] in [-1, 1] -> moments f32[N,h,w,2c]: means, then log-variances, as `sample_moments` takes them.
@@ -240,12 +269,13 @@ class Autoencoder(nn.Module):
         """
         require_multiple(images, self.config.downscale)
         x = shard_images(images.astype(self.dtype))
-        return self.quant_conv(self.encoder(x)).astype(jnp.float32)
+        x = self.encoder(x)
+        return (self.quant_conv(x) if self.config.use_quant_conv else x).astype(jnp.float32)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents f[N,h,w,c], already divided by the config's `scaling_factor`, -> images f32[N,H,W,3]."""
+        """Latents f[N,h,w,c], `unscaled`, -> images f32[N,H,W,3]."""
         x = shard_images(latents.astype(self.dtype))
-        return self.decoder(self.post_quant_conv(x)).astype(jnp.float32)
+        return self.decoder(self.post_quant_conv(x) if self.config.use_post_quant_conv else x).astype(jnp.float32)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Reconstructs images from the posterior's mean."""

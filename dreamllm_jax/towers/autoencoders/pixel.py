@@ -6,10 +6,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dreamllm_jax.layers.blocks import shard_images
 from dreamllm_jax.layers.flops import Tally
-from dreamllm_jax.towers.autoencoders.kl import LOGVAR_MIN, require_multiple
+from dreamllm_jax.towers.autoencoders.kl import LOGVAR_MIN, require_multiple, sample_moments
 from dreamllm_jax.towers.diffusers_config import require
 
 
@@ -35,6 +36,24 @@ class PixelAutoencoderConfig:
     def downscale(self) -> int:
         """Pixels along one side of the square that a latent stands for."""
         return self.patch_size
+
+    @property
+    def encoded_channels(self) -> int:
+        """Of what `encode` gives: means and log-variances."""
+        return 2 * self.latent_channels
+
+    @property
+    def encode_depends(self) -> tuple[str, ...]:
+        """How the paths begin of the parameters that `encode` depends on: there are none."""
+        return ()
+
+    def latents(self, encoded: Float[Array, "N h w 2c"], noise: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]:
+        """Scaled latents, of the smallest variance there is."""
+        return sample_moments(encoded, noise) * self.scaling_factor
+
+    def unscaled(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]:
+        """What `decode` takes."""
+        return latents / self.scaling_factor
 
     def make(self, dtype: Any) -> "PixelAutoencoder":
         """The module; see there."""

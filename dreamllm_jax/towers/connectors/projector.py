@@ -64,12 +64,16 @@ class ProjectorConfig:
         """The visual projector, to vectors of the language model."""
         return Projector(self, features, use_bias=True, dtype=dtype, **names)
 
-    def make_connector(self, features: int, dtype: jnp.dtype, **names: str) -> "ProjectorConnector":
-        """The connector, to a condition of this width."""
-        return ProjectorConnector(self, features, use_bias=False, dtype=dtype, **names)
+    def make_connector(self, features: int, pooled: int, dtype: jnp.dtype, **names: str) -> "ProjectorConnector":
+        """The connector, to a condition of this width and a pooled vector of that, 0 for none."""
+        return ProjectorConnector(self, features, use_bias=False, dtype=dtype, pooled=pooled, **names)
 
-    def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int) -> None:
+    def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int, pooled: int = 0) -> None:
         """Adds the products of `images` of so many tokens."""
+        if pooled:
+            beside = tally.beside(tally.live)
+            beside.product("pooled_projector/kernel", dense(images, inputs, pooled))
+            tally.total += beside.total
         if self.kind == "conv":
             tally.product("projector/kernel", convolution(images, (math.isqrt(tokens),) * 2, inputs, outputs))
             return
@@ -135,10 +139,25 @@ class Projector(nn.Module):
 
 
 class ProjectorConnector(Projector):
-    """A projector of the hidden states at the dream queries."""
+    """A projector of the hidden states at the dream queries.
 
+    A pooled vector is another projection, with bias, of their mean: so DreamLLM's fork has it for Stable Diffusion 3.5.
+    """
+
+    pooled: int = 0
+
+    @nn.compact
     def __call__(self, hidden: Float[Array, "N T I"]) -> Condition:
-        return Condition(super().__call__(hidden))
+        return Condition(super().__call__(hidden), pooled=self._pool(hidden) if self.pooled else None)
+
+    def _pool(self, hidden: Float[Array, "N T I"]) -> Float[Array, "N P"]:
+        return Dense(
+            self.pooled,
+            dtype=self.dtype,
+            kernel_init=weight(_INIT, "tower_in", "tower_out"),
+            bias_init=weight(nn.initializers.zeros, "tower_norm"),
+            name="pooled_projector",
+        )(jnp.mean(hidden.astype(jnp.float32), axis=1))
 
 
 ProjectorConfig.PUBLISHED = {"linear": {"kind": "linear"}, "mlp": {"kind": "mlp", "depth": 2}, "conv": {"kind": "conv"}}

@@ -8,23 +8,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
-from dreamllm_jax.data.images import paint_pixels
 from dreamllm_jax.diffusion import schedule
 from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps, make_steps
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
-from dreamllm_jax.layers.flops import Flops, Tally
-from dreamllm_jax.parallel.mesh import constrain
-from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig, sample_moments
+from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig
 from dreamllm_jax.towers.condition import Condition
-from dreamllm_jax.towers.diffusers_config import require
+from dreamllm_jax.towers.image_decoders.latent import LatentDecoder, LatentDecoderRole
 from dreamllm_jax.towers.image_decoders.unet import UNetConfig
 
 
@@ -65,22 +61,23 @@ class Draws:
 
 
 @dataclasses.dataclass(frozen=True)
-class StableDiffusionConfig:
+class StableDiffusionConfig(LatentDecoderRole):
     """The decoder's parts, and how it is trained.
 
     Attributes:
       denoiser, autoencoder: their shapes.
       schedule: the noise process, and whether noise or velocity is predicted.
       training: how the training error is made.
+      remat: what the denoiser keeps for its backward pass: "none" (everything) or "full" (a block's input).
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
-    encodes_features: ClassVar[bool] = False
 
     denoiser: UNetConfig
     autoencoder: AutoencoderConfig | PixelAutoencoderConfig = AutoencoderConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: DenoisingConfig = DenoisingConfig()
+    remat: Literal["none", "full"] = "none"
     kind: Literal["stable_diffusion"] = "stable_diffusion"
 
     # Its public form, a directory of diffusers: the classes whose folders it has, and the scheduler's file.
@@ -93,31 +90,7 @@ class StableDiffusionConfig:
     public_trainer = "DDPMScheduler"  # as which programs that train, the original among them, read any such file
 
     def __post_init__(self):
-        if self.denoiser.in_channels != self.autoencoder.latent_channels:
-            raise ValueError(
-                f"denoiser.in_channels is {self.denoiser.in_channels}, but the autoencoder's latents have "
-                f"{self.autoencoder.latent_channels} channels"
-            )
-
-    @property
-    def condition_width(self) -> int:
-        """Of the condition's sequence (C)."""
-        return self.denoiser.cross_attention_dim
-
-    @property
-    def default_size(self) -> int:
-        """Pixels on a side of the images that it was made for."""
-        return (self.denoiser.sample_size or 64) * self.autoencoder.downscale
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width of what is painted must be multiples of it."""
-        return self.autoencoder.downscale
-
-    @property
-    def training_size_multiple(self) -> int:
-        """Height and width of what is learned must be multiples of it: no level of the U-Net then has a remainder."""
-        return self.autoencoder.downscale * 2 ** (self.denoiser.levels - 1)
+        self.require_channels()
 
     @classmethod
     def from_public(cls, parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> "StableDiffusionConfig":
@@ -146,32 +119,6 @@ class StableDiffusionConfig:
     def plain(self) -> "StableDiffusionConfig":
         """The same decoder whose training error is the plain mean of squares."""
         return dataclasses.replace(self, training=DenoisingConfig())
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of an image of so many pixels."""
-        scale = self.autoencoder.downscale
-        return height // scale, width // scale, self.autoencoder.latent_channels
-
-    # What can be stored of an image: the autoencoder's moments.
-    stored_depends = ("autoencoder/encoder/", "autoencoder/quant_conv/")
-
-    @property
-    def stored_settings(self) -> dict[str, Any]:
-        """The settings that what is stored depends on."""
-        return {"autoencoder": dataclasses.asdict(self.autoencoder)}
-
-    def stored_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape of what is stored of an image: the autoencoder's moments."""
-        *area, channels = self.latent_shape(height, width)
-        return *area, 2 * channels
-
-    def latent_shape_of(self, shape: tuple[int, ...], stored: bool) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of an image whose pixels, or whose stored moments, have this shape."""
-        return (*shape[:2], shape[2] // 2) if stored else self.latent_shape(*shape[:2])
-
-    def preprocess(self, image: Any, height: int, width: int, flip: bool = False) -> UInt8[np.ndarray, "H W 3"]:
-        """The pixels of a Pillow image as they are learned, mirrored if told to."""
-        return paint_pixels(image, height, width, flip)
 
     def draws(self, keys: Key[Array, " 6"], shape: tuple[int, int, int]) -> Draws:
         """The randomness of one image's error, its latents of this shape.
@@ -206,22 +153,6 @@ class StableDiffusionConfig:
         """The module; see there."""
         return StableDiffusion(self, dtype=dtype)
 
-    def flops(
-        self, tally: Tally, images: int, height: int, width: int, queries: int, condition_live: bool, stored: bool
-    ) -> dict[str, Flops]:
-        """FLOPs by part of the training error of so many images.
-
-        Args:
-          condition_live: whether gradients go back to the condition, which has so many `queries`.
-          stored: whether the autoencoder is left out.
-        """
-        autoencoder = tally.part("autoencoder")
-        if not stored:
-            self.autoencoder.encoder_flops(autoencoder, images, height, width)
-        denoiser = tally.part("denoiser", autoencoder.live)
-        self.denoiser.flops(denoiser, images, self.latent_shape(height, width)[:2], queries, condition_live)
-        return {"autoencoder": autoencoder.total, "denoiser": denoiser.total}
-
 
 @struct.dataclass
 class Prediction:
@@ -233,38 +164,10 @@ class Prediction:
     error: Float[Array, " N"]
 
 
-class StableDiffusion(nn.Module):
-    """The decoder's computations, over the parameters of `denoiser` and `autoencoder`."""
+class StableDiffusion(LatentDecoder):
+    """The decoder's computations: its denoiser predicts noise or velocity."""
 
     config: StableDiffusionConfig
-    dtype: jnp.dtype = jnp.float32
-
-    def setup(self):
-        self.denoiser = self.config.denoiser.make(self.dtype)
-        self.autoencoder = self.config.autoencoder.make(self.dtype)
-
-    def stored(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N h w 2c"]:
-        """What can be stored of images: mean and log-variance of their latents, before scaling."""
-        if images.dtype == jnp.uint8:
-            images = images.astype(jnp.float32) / 127.5 - 1.0
-        return self.autoencoder.encode(constrain(images, ("images", None, None, None)))
-
-    def encode(self, images: Array, draws: Draws, stored: bool = False) -> Float[Array, "N h w c"]:
-        """Scaled latents of images, given as pixels or as what is `stored` of them."""
-        moments = images if stored else self.stored(images)
-        return sample_moments(moments, draws.posterior_noise) * self.config.autoencoder.scaling_factor
-
-    def denoise(
-        self, latents: Float[Array, "N h w c"], timesteps: Int[Array, " N"], condition: Condition
-    ) -> Float[Array, "N h w c"]:
-        """The U-Net's prediction (noise or velocity) for scaled noisy latents."""
-        require(condition.mask is None, "Stable Diffusion's U-Net attends to all of its condition: it knows no mask")
-        latents = constrain(latents, ("images", None, None, None))
-        return self.denoiser(latents, timesteps, condition.sequence).astype(jnp.float32)
-
-    def decode(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N H W 3"]:
-        """Scaled latents -> pixels in [-1, 1]."""
-        return self.autoencoder.decode(latents / self.config.autoencoder.scaling_factor)
 
     def compare(self, condition: Condition, latents: Float[Array, "N h w c"], draws: Draws) -> Prediction:
         """The denoising error of each image under its condition (DreamLLM, eq. 5), weighted as `training` says."""
@@ -292,15 +195,6 @@ class StableDiffusion(nn.Module):
     def error(self, condition: Condition, latents: Float[Array, "N h w c"], draws: Draws) -> Float[Array, " N"]:
         """The training error of each image; see `compare`."""
         return self.compare(condition, latents, draws).error
-
-    def __call__(self, condition: Condition) -> None:
-        """Touches every parameter once, on the smallest inputs: for `init`."""
-        config = self.config
-        side = config.training_size_multiple
-        moments = self.stored(jnp.zeros((1, side, side, 3), jnp.uint8))
-        latents = moments[..., : config.autoencoder.latent_channels]
-        self.denoise(latents, jnp.zeros(1, jnp.int32), condition)
-        self.decode(latents)
 
 
 _BLOCKS = (320, 640, 1280, 1280)

@@ -29,6 +29,7 @@ from dreamllm_jax.layers.blocks import (
 from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
+from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 from dreamllm_jax.towers.public import PublicForm
 
@@ -171,13 +172,38 @@ class UNetConfig:
             del settings["num_attention_heads"]
         return settings
 
-    def run_public(self, module: Any, latents: Any, timesteps: Any, condition: Any) -> Any:
-        """The prediction as the public class computes it, f[N,c,h,w], i[N], f[N,Q,C] of torch -> f[N,c',h,w]."""
-        return module(latents, timesteps, condition).sample
+    def run_public(self, module: Any, latents: Any, timesteps: Any, condition: Condition) -> Any:
+        """The prediction as the public class computes it, f[N,c,h,w], i[N] and a condition of torch -> f[N,c',h,w]."""
+        return module(latents, timesteps, condition.sequence).sample
 
-    def make(self, dtype: Any) -> "UNet":
+    def make(self, dtype: Any, remat: str = "none") -> "UNet":
         """The module; see there."""
-        return UNet(self, dtype=dtype)
+        return UNet(self, dtype=dtype, remat=remat)
+
+    @property
+    def condition_width(self) -> int:
+        """Of the condition's sequence (C)."""
+        return self.cross_attention_dim
+
+    @property
+    def pooled_width(self) -> int:
+        """Of the condition's pooled vector: it has none."""
+        return 0
+
+    @property
+    def default_size(self) -> int:
+        """Latents on a side of the images that it was made for."""
+        return self.sample_size or 64
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of latents may be any."""
+        return 1
+
+    @property
+    def training_size_multiple(self) -> int:
+        """Height and width of latents that are learned must be multiples of it: no level then has a remainder."""
+        return 2 ** (self.levels - 1)
 
     def flops(self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool) -> None:
         """Adds one prediction for latents of this height and width, under conditions of so many tokens.
@@ -340,6 +366,7 @@ class _Level(nn.Module):
     level: int
     cross_attention: bool = True
     dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @property
     def layers(self) -> int:
@@ -350,16 +377,19 @@ class _Level(nn.Module):
         x = self.resnet(i, x, temb)
         return self.transformer(i, x, condition) if self.cross_attention else x
 
+    def rematerialised(self, block: type[nn.Module]) -> type[nn.Module]:
+        """The block, keeping its inputs alone for the backward pass where `remat` says so."""
+        return block if self.remat == "none" else nn.remat(block)
+
     def resnet(self, i: int, x: jax.Array, temb: jax.Array) -> jax.Array:
         config = self.config
         channels = config.block_out_channels[self.level]
-        return ResnetBlock2D(channels, config.norm_num_groups, config.norm_eps, self.dtype, name=f"resnets_{i}")(
-            x, temb
-        )
+        resnet = self.rematerialised(ResnetBlock2D)
+        return resnet(channels, config.norm_num_groups, config.norm_eps, self.dtype, name=f"resnets_{i}")(x, temb)
 
     def transformer(self, i: int, x: jax.Array, condition: jax.Array) -> jax.Array:
         config = self.config
-        return Transformer2DModel(
+        return self.rematerialised(Transformer2DModel)(
             heads=config.heads[self.level],
             layers=config.per_block(config.transformer_layers_per_block)[self.level],
             norm_num_groups=config.norm_num_groups,
@@ -411,15 +441,17 @@ class UNet(nn.Module):
 
     config: UNetConfig
     dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @nn.compact
-    def __call__(self, latents: jax.Array, timesteps: jax.Array, condition: jax.Array) -> jax.Array:
-        """f[N,h,w,c], i32[N], f[N,Q,C] -> f32[N,h,w,c'].
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, given: Condition) -> jax.Array:
+        """f[N,h,w,c], i32[N], a condition of f[N,Q,C] -> f32[N,h,w,c'].
 
         Raises:
-          ValueError: if the latents' or the condition's channels are not those of the config.
+          ValueError: if the latents' or the condition's channels are not those of the config, or it has a mask.
         """
-        config = self.config
+        require(given.mask is None, "Stable Diffusion's U-Net attends to all of its condition: it knows no mask")
+        config, condition = self.config, given.sequence
         for name, got, want in (
             ("latents", latents.shape[-1], config.in_channels),
             ("condition", condition.shape[-1], config.cross_attention_dim),
@@ -431,7 +463,7 @@ class UNet(nn.Module):
         condition = shard_images(condition.astype(self.dtype))
 
         def block(cls: type[_Level], level: int, name: str, kind: str = "CrossAttn") -> _Level:
-            return cls(config, level, kind.startswith("CrossAttn"), self.dtype, name=name)
+            return cls(config, level, kind.startswith("CrossAttn"), self.dtype, self.remat, name=name)
 
         x = Conv(finest, dtype=self.dtype, name="conv_in")(shard_images(latents.astype(self.dtype)))
         skips = [x]

@@ -1,0 +1,144 @@
+"""What image decoders share that denoise an autoencoder's latents: sizes, what is stored of an image, the way to
+latents and back. A decoder's own file adds its noise process.
+
+Legend: N images, H x W pixels, h x w x c latents.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from dreamllm_jax.data.images import paint_pixels
+from dreamllm_jax.layers.flops import Flops, Tally
+from dreamllm_jax.parallel.mesh import constrain
+from dreamllm_jax.towers.condition import Condition
+
+
+class LatentDecoderRole:
+    """Of a configuration with the fields `denoiser` and `autoencoder`; see `towers.roles.ImageDecoderRole`."""
+
+    encodes_features: ClassVar[bool] = False
+
+    denoiser: Any
+    autoencoder: Any
+
+    def require_channels(self) -> None:
+        """Raises ValueError if the denoiser is not for the autoencoder's latents."""
+        if self.denoiser.in_channels != self.autoencoder.latent_channels:
+            raise ValueError(
+                f"denoiser.in_channels is {self.denoiser.in_channels}, but the autoencoder's latents have "
+                f"{self.autoencoder.latent_channels} channels"
+            )
+
+    @property
+    def condition_width(self) -> int:
+        """Of the condition's sequence (C)."""
+        return self.denoiser.condition_width
+
+    @property
+    def pooled_width(self) -> int:
+        """Of the condition's pooled vector; 0 for none."""
+        return self.denoiser.pooled_width
+
+    @property
+    def default_size(self) -> int:
+        """Pixels on a side of the images that it was made for."""
+        return self.denoiser.default_size * self.autoencoder.downscale
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width of what is painted must be multiples of it."""
+        return self.autoencoder.downscale * self.denoiser.size_multiple
+
+    @property
+    def training_size_multiple(self) -> int:
+        """Height and width of what is learned must be multiples of it."""
+        return self.autoencoder.downscale * self.denoiser.training_size_multiple
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of an image of so many pixels."""
+        scale = self.autoencoder.downscale
+        return height // scale, width // scale, self.autoencoder.latent_channels
+
+    @property
+    def stored_depends(self) -> tuple[str, ...]:
+        """How the paths begin of the parameters that what is stored depends on."""
+        return tuple(f"autoencoder/{path}" for path in self.autoencoder.encode_depends)
+
+    @property
+    def stored_settings(self) -> dict[str, Any]:
+        """The settings that what is stored depends on."""
+        return {"autoencoder": dataclasses.asdict(self.autoencoder)}
+
+    def stored_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of what is stored of an image: what the autoencoder makes of it."""
+        return *self.latent_shape(height, width)[:2], self.autoencoder.encoded_channels
+
+    def latent_shape_of(self, shape: tuple[int, ...], stored: bool) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of an image whose pixels, or what is stored of it, have this shape."""
+        return (*shape[:2], self.autoencoder.latent_channels) if stored else self.latent_shape(*shape[:2])
+
+    def preprocess(self, image: Any, height: int, width: int, flip: bool = False) -> UInt8[np.ndarray, "H W 3"]:
+        """The pixels of a Pillow image as they are learned, mirrored if told to."""
+        return paint_pixels(image, height, width, flip)
+
+    def flops(
+        self, tally: Tally, images: int, height: int, width: int, queries: int, condition_live: bool, stored: bool
+    ) -> dict[str, Flops]:
+        """FLOPs by part of the training error of so many images.
+
+        Args:
+          condition_live: whether gradients go back to the condition, which has so many `queries`.
+          stored: whether the autoencoder is left out.
+        """
+        autoencoder = tally.part("autoencoder")
+        if not stored:
+            self.autoencoder.encoder_flops(autoencoder, images, height, width)
+        denoiser = tally.part("denoiser", autoencoder.live)
+        self.denoiser.flops(denoiser, images, self.latent_shape(height, width)[:2], queries, condition_live)
+        return {"autoencoder": autoencoder.total, "denoiser": denoiser.total}
+
+
+class LatentDecoder(nn.Module):
+    """Its computations, over the parameters of `denoiser` and `autoencoder`."""
+
+    config: Any
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.denoiser = self.config.denoiser.make(self.dtype, self.config.remat)
+        self.autoencoder = self.config.autoencoder.make(self.dtype)
+
+    def stored(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N h w c"]:
+        """What can be stored of images: what the autoencoder makes of them, before scaling."""
+        if images.dtype == jnp.uint8:
+            images = images.astype(jnp.float32) / 127.5 - 1.0
+        return self.autoencoder.encode(constrain(images, ("images", None, None, None)))
+
+    def encode(self, images: Array, draws: Any, stored: bool = False) -> Float[Array, "N h w c"]:
+        """Scaled latents of images, given as pixels or as what is `stored` of them."""
+        encoded = images if stored else self.stored(images)
+        return self.config.autoencoder.latents(encoded, draws.posterior_noise)
+
+    def denoise(
+        self, latents: Float[Array, "N h w c"], timesteps: Float[Array, " N"], condition: Condition
+    ) -> Float[Array, "N h w c"]:
+        """The denoiser's prediction for scaled noisy latents."""
+        latents = constrain(latents, ("images", None, None, None))
+        return self.denoiser(latents, timesteps, condition).astype(jnp.float32)
+
+    def decode(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N H W 3"]:
+        """Scaled latents -> pixels in [-1, 1]."""
+        return self.autoencoder.decode(self.config.autoencoder.unscaled(latents))
+
+    def __call__(self, condition: Condition) -> None:
+        """Touches every parameter once, on the smallest inputs: for `init`."""
+        config, side = self.config, self.config.training_size_multiple
+        encoded = self.stored(jnp.zeros((1, side, side, 3), jnp.uint8))
+        latents = encoded[..., : config.autoencoder.latent_channels]
+        self.denoise(latents, jnp.zeros(1, jnp.int32), condition)
+        self.decode(latents)
