@@ -30,7 +30,7 @@ def _paint(model, params, hidden, null_hidden, seeds, guidance, rescale, size: t
         null = jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), joined.condition(null_hidden), condition)
         denoiser = guided(decoder.denoise, condition, null, guidance, rescale)
     keys = jax.vmap(jax.random.key)(seeds)
-    latents = sample(denoiser, keys, config.latent_shape(*size), *config.steps(sampler))
+    latents = sample(denoiser, keys, config.latent_shape(*size), *config.steps(sampler, *size))
     pixels = decoder.decode(latents).astype(jnp.float32)
     return replicate(jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8))
 

@@ -7,7 +7,7 @@ and channels.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -64,6 +64,7 @@ class AutoencoderConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     kind: Literal["kl"] = "kl"
+    deterministic: ClassVar[bool] = False
     public = PublicForm(
         library="diffusers",
         torch_class="AutoencoderKL",

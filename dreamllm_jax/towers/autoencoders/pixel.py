@@ -1,7 +1,7 @@
 """An autoencoder without parameters or loss, in pixel space: for models trained from scratch on small pictures."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ class PixelAutoencoderConfig:
     patch_size: int = 1
     scaling_factor: float = 1.0
     kind: Literal["pixel"] = "pixel"
+    deterministic: ClassVar[bool] = False
     public = None
 
     def __post_init__(self) -> None:

@@ -145,8 +145,8 @@ class StableDiffusionConfig(LatentDecoderRole):
         first, end = self.time_range(part, parts)
         return draws.replace(timesteps=first + draws.timesteps * (end - first) // self.schedule.num_train_timesteps)
 
-    def steps(self, sampler: SamplerConfig) -> tuple[Steps, float]:
-        """The sampler's table for this noise process, and the scale of the noise that it begins with."""
+    def steps(self, sampler: SamplerConfig, height: int, width: int) -> tuple[Steps, float]:
+        """The sampler's table, which is the same for images of any size, and the scale of the noise it begins with."""
         return make_steps(self.schedule, sampler)
 
     def make(self, dtype: Any) -> "StableDiffusion":
