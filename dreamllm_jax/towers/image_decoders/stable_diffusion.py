@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from dreamllm_jax.data.images import paint_pixels
 from dreamllm_jax.diffusion import schedule
-from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps, make_steps
+from dreamllm_jax.diffusion.ddpm_samplers import make_steps
+from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.layers.flops import Flops, Tally
 from dreamllm_jax.parallel.mesh import constrain
