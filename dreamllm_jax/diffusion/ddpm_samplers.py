@@ -1,4 +1,7 @@
-"""The samplers of DDPM's noise process, as tables (`samplers.Steps`). Legend: S sampling steps, T training timesteps."""
+"""The samplers of DDPM's noise process, as tables (`samplers.Steps`).
+
+Legend: S sampling steps, T training timesteps.
+"""
 
 import numpy as np
 from jaxtyping import Float

@@ -1,8 +1,8 @@
 """Rectified flow (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206): what a loss needs of it.
 
-x_s = (1 - s) x + s n lies on the straight line from latents x to noise n; the model learns its velocity n - x. diffusers'
-`FlowMatchEulerDiscreteScheduler` and its training scripts are the reference: times come from a table of T noise levels
-that begins with pure noise.
+x_s = (1 - s) x + s n lies on the straight line from latents x to noise n; the model learns its velocity n - x.
+diffusers' `FlowMatchEulerDiscreteScheduler` and its training scripts are the reference: times come from a table of T
+noise levels that begins with pure noise.
 
 Legend: N images, h x w x c latents, T training timesteps.
 """
@@ -29,12 +29,11 @@ class FlowConfig:
 
     Attributes:
       shift: how far noise levels are moved towards noise, 1 not at all (Esser et al., eq. 23): those of training, and
-        of sampling if `sampling_shift` is None. Unused where `use_dynamic_shifting`.
-      use_dynamic_shifting: the shift grows with the number of the denoiser's tokens instead, from `base_shift` at
-        `base_image_seq_len` to `max_shift` at `max_image_seq_len`, linearly and beyond them too; what grows is the
-        shift's logarithm ("exponential") or the shift itself ("linear"), by `time_shift_type`.
-      sampling_shift: the `flow_shift` of diffusers' multistep solvers.
-      integer_timesteps: samplers tell the denoiser timesteps without their fraction, as diffusers' multistep solvers do.
+        of sampling if `sampling_shift`, the `flow_shift` of diffusers' multistep solvers, is None.
+      use_dynamic_shifting: neither of them counts; the shift grows with the number of the denoiser's tokens, from
+        `base_shift` at `base_image_seq_len` to `max_shift` at `max_image_seq_len`, linearly and beyond them too. What
+        grows so is the shift's logarithm ("exponential") or the shift itself ("linear"), by `time_shift_type`.
+      integer_timesteps: samplers tell the denoiser timesteps without their fraction, as those solvers do.
       density: which times are learned (Esser et al., section 3.1): u is "uniform", or the logistic function of a normal
         number of `logit_mean` and `logit_std`, or is drawn with heavier tails by `mode_scale`.
       weighting: of squared errors, see `weights`.
@@ -68,10 +67,11 @@ class FlowConfig:
         for name in ("use_dynamic_shifting", "integer_timesteps"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in ("shift", "sampling_shift", "logit_std"):
-            value = getattr(self, name)
-            if (value is not None or name != "sampling_shift") and not (_is_number(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        for name, value in (("shift", self.shift), ("sampling_shift", self.sampling_shift)):
+            if (name, value) != ("sampling_shift", None) and not (_is_number(value) and 0 < value <= _MOST_SHIFT):
+                raise ValueError(f"{name} must be a positive number, at most {_MOST_SHIFT:g}, got {value!r}")
+        if not (_is_number(self.logit_std) and self.logit_std > 0):
+            raise ValueError(f"logit_std must be a positive number, got {self.logit_std!r}")
         for name in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "logit_mean"):
             if not _is_number(getattr(self, name)):
                 raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
@@ -84,6 +84,7 @@ class FlowConfig:
             raise ValueError(f"mode_scale must lie in -1 ... {_MOST_SCALE:.4g}, got {self.mode_scale!r}")
 
 
+_MOST_SHIFT = 100.0  # beyond which the greatest noise levels are the same in float32
 _MOST_SCALE = 2 / (math.pi - 2)  # beyond which a u would have two times
 
 
@@ -95,15 +96,15 @@ def dynamic_shift(config: FlowConfig, tokens: int) -> float:
     """The shift for so many tokens of the denoiser, as diffusers' `calculate_shift` and `time_shift` have it together.
 
     Raises:
-      ValueError: a shift that is not positive, or not finite.
+      ValueError: a shift that is not positive, or too large.
     """
     slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
     mu = slope * tokens + config.base_shift - slope * config.base_image_seq_len
     shift = mu if config.time_shift_type == "linear" else math.exp(min(mu, 700.0))
-    if not 0 < shift < 1e6:
+    if not 0 < shift <= _MOST_SHIFT:
         raise ValueError(
-            f"{tokens} tokens are shifted by {shift:.3g}, which is no time: change base_shift, max_shift or the sizes "
-            "that they are for"
+            f"the shift for {tokens} tokens must be positive and at most {_MOST_SHIFT:g}, got {shift:.3g}: change "
+            "base_shift, max_shift or the lengths that they are for"
         )
     return shift
 
@@ -161,7 +162,7 @@ def add_noise(
     return (1.0 - sigma) * latents + sigma * noise
 
 
-def velocity(latents: Float[Array, "N h w c"], noise: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]:
+def target(latents: Float[Array, "N h w c"], noise: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]:
     """n - x: what the model learns."""
     return noise - latents
 
@@ -169,8 +170,8 @@ def velocity(latents: Float[Array, "N h w c"], noise: Float[Array, "N h w c"]) -
 def weights(config: FlowConfig, sigma: Float[Array, " N"]) -> Float[Array, " N"]:
     """Weights of the squared errors of velocity.
 
-    "sigma_sqrt" is 1 / s² and "cosmap" 2 / (π (1 - 2 s + 2 s²)), both as diffusers' `compute_loss_weighting_for_sd3` has
-    them; "preconditioned" is s², by which the error is that of the clean latents x - s v.
+    "sigma_sqrt" is 1 / s² and "cosmap" 2 / (π (1 - 2 s + 2 s²)), as in diffusers' `compute_loss_weighting_for_sd3`;
+    "preconditioned" is s², by which the error is that of the clean latents x - s v.
     """
     if config.weighting == "sigma_sqrt":
         return sigma**-2.0

@@ -1,8 +1,8 @@
 """diffusers' `scheduler_config.json` of a rectified flow, read and written.
 
 Two families have it. `FlowMatchEulerDiscreteScheduler` has one shift. The multistep solvers have `flow_shift`, which is
-of sampling alone: programs that train read their files, too, as `FlowMatchEulerDiscreteScheduler`, for which the shift is
-1 where the file has no `shift`. So SANA is trained without a shift and sampled with one.
+of sampling alone: programs that train read their files, too, as `FlowMatchEulerDiscreteScheduler`, for which the shift
+is 1 where the file has no `shift`. So SANA is trained without a shift and sampled with one.
 """
 
 import dataclasses
@@ -42,9 +42,12 @@ _OFF = (
     "use_lu_lambdas",
 )
 _VARIANCES = ("learned", "learned_range")
-# For models that did not come with a scheduler and that are sampled as a solver does.
-_SOLVER = {
+# For models that did not come with a scheduler.
+_PUBLISHED = {"_class_name": _EULER} | {name: getattr(FlowConfig(), name) for name in _FIELDS}
+_PUBLISHED_SOLVER = {
     "_class_name": "DPMSolverMultistepScheduler",
+    "flow_shift": 1.0,
+    "num_train_timesteps": 1000,
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
 }
@@ -87,19 +90,14 @@ def flow_config_to_diffusers(config: FlowConfig) -> dict[str, Any]:
     A file of `FlowMatchEulerDiscreteScheduler` has no place for another shift of sampling, nor for timesteps without
     fractions: it becomes a solver's. Density and weighting have a place in neither; they are not of the process.
     """
-    kept = json.loads(config.scheduler) if config.scheduler else {"_class_name": _EULER}
-    if kept["_class_name"] == _EULER and (config.sampling_shift is not None or config.integer_timesteps):
-        kept = _SOLVER
-    came = _written(flow_config_from_diffusers(kept))
-    now = _written(config)
-    if kept["_class_name"] == _EULER:
-        del now["flow_shift"]
-    elif not config.scheduler:
-        return kept | now
-    return kept | {name: value for name, value in now.items() if value != came[name]}
+    kept = json.loads(config.scheduler) if config.scheduler else _PUBLISHED
+    if kept.get("_class_name") == _EULER and (config.sampling_shift is not None or config.integer_timesteps):
+        kept = _PUBLISHED_SOLVER
+    names = _FIELDS if kept.get("_class_name") == _EULER else (*_FIELDS, "flow_shift")
+    came, now = _settings(flow_config_from_diffusers(kept)), _settings(config)
+    return kept | {name: now[name] for name in names if now[name] != came[name]}
 
 
-def _written(config: FlowConfig) -> dict[str, Any]:
-    fields = dataclasses.asdict(config)
+def _settings(config: FlowConfig) -> dict[str, Any]:
     shift = config.shift if config.sampling_shift is None else config.sampling_shift
-    return {name: fields[name] for name in _FIELDS} | {"flow_shift": shift}
+    return dataclasses.asdict(config) | {"flow_shift": shift}

@@ -1,4 +1,7 @@
-"""The samplers of a rectified flow, as tables (`samplers.Steps`). Legend: S sampling steps."""
+"""The samplers of a rectified flow, as tables (`samplers.Steps`).
+
+Legend: S sampling steps.
+"""
 
 import dataclasses
 

@@ -24,9 +24,9 @@ def dpmpp_2m(signal: Levels, deviation: Levels) -> tuple[Column, Column, Column,
 def unipc(signal: Levels, deviation: Levels) -> tuple[Column, Column, Column, Column]:
     """UniPC of second order with B2(h) (Zhao et al. 2023, arXiv 2302.04867).
 
-    Its predictor is `dpmpp_2m`. Its corrector goes back to the x before and comes again with the prediction at the x that
-    was predicted; the difference to that x is linear in three clean predictions, so a row can have both: x is first
-    corrected and then moved.
+    Its predictor is `dpmpp_2m`. Its corrector goes back to the x before and comes again with the prediction at the x
+    that was predicted; the difference to that x is linear in three clean predictions, so a row can have both: x is
+    first corrected and then moved.
     """
     ratio, now, before, earlier = dpmpp_2m(signal, deviation)
     gain = signal[1:] - signal[:-1] * ratio

@@ -163,6 +163,12 @@ def test_guidance_can_be_rescaled():
     np.testing.assert_allclose(got, 0.7 * result * ratio + 0.3 * result, rtol=1e-5, atol=1e-6)
 
 
+def test_guidance_can_be_confined_to_an_interval():
+    x, condition, null = jnp.ones((3, 1)), jnp.array([[3.0], [5.0], [7.0]]), jnp.ones((3, 1))
+    denoise = guided(lambda latents, _, given: latents * given, condition, null, 2.0, interval=(300, 500))
+    np.testing.assert_allclose(denoise(x, jnp.array([299.0, 300.0, 500.5])), [[3.0], [9.0], [7.0]])
+
+
 def test_scheduler_files_are_read_strictly():
     stable_diffusion = {"_class_name": "PNDMScheduler", "prediction_type": "v_prediction", "steps_offset": 1}
     assert schedule_config_from_diffusers(stable_diffusion).prediction_type == "v_prediction"
