@@ -233,7 +233,8 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument(
         "--size", type=positive, help="pixels on a side; if not given, what the image decoder was made for"
     )
-    add.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name), help="%(default)s if not given")
+    known = get_args(samplers.Name)
+    add.add_argument("--sampler", choices=known, help="if not given, the image decoder's own: ddim or dpmpp_2m")
     add.add_argument("--steps", type=positive, default=150, help="of denoising; %(default)s if not given")
     add.add_argument("--guidance", type=finite, default=2.0, help="1 for none; %(default)s if not given")
     add.add_argument("--inception", default="", help="TorchScript file of the features, inception-2015-12-05.pt")

@@ -168,7 +168,7 @@ def _painting(arguments: argparse.Namespace) -> dict[str, Any]:
         use_karras_sigmas=arguments.use_karras_sigmas,
         eta=arguments.eta,
     )
-    return {"sampler": sampler, **_chosen(arguments, "size", "guidance", "rescale")}
+    return {"sampler": sampler, **_chosen(arguments, "size", "guidance", "rescale", "guidance_interval")}
 
 
 def load_prompts(words: Sequence[str], file: str, pictures: Sequence[str]) -> list[list[Segment]]:
@@ -256,7 +256,8 @@ def make_parser() -> argparse_flags.ArgumentParser:
     checkpoint.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
     template.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
     painting.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
-    painting.add_argument("--sampler", default="ddim", choices=get_args(samplers.Name), help="%(default)s if not given")
+    known = get_args(samplers.Name)
+    painting.add_argument("--sampler", choices=known, help="if not given, the image decoder's own: ddim or dpmpp_2m")
     for command, make, parents, what in (
         ("text", write, [checkpoint, template], "texts that go on with prompts, or answer them"),
         ("image", paint, [checkpoint, painting], "pictures for prompts"),
@@ -290,6 +291,14 @@ def make_parser() -> argparse_flags.ArgumentParser:
             add.add_argument("--eta", type=finite, default=0.0, help="fresh noise of ddim, from 0 to 1; 0 if not given")
             add.add_argument("--guidance", type=finite, default=3.5, help="1 for none; %(default)s if not given")
             add.add_argument("--rescale", type=finite, default=0.0, help="of guided predictions, from 0, none, to 1")
+            add.add_argument(
+                "--guidance_interval",
+                type=finite,
+                nargs=2,
+                default=(0.0, 1.0),
+                metavar=("LOW", "HIGH"),
+                help="shares of the timesteps, 0 the picture and 1 the noise, between which there is guidance",
+            )
         if command == "text":
             add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
             add.add_argument("--beams", type=positive, default=1, help="of beam search; 1: none")

@@ -36,11 +36,8 @@ class ScheduleConfig:
         if self.prediction_type not in get_args(PredictionType):
             known = ", ".join(get_args(PredictionType))
             raise ValueError(f"prediction_type {self.prediction_type!r} is not supported ({known})")
-        if type(self.num_train_timesteps) is not int or not 1 <= self.num_train_timesteps <= _MOST_TIMESTEPS:
-            raise ValueError(
-                f"num_train_timesteps must be a whole number from 1 to {_MOST_TIMESTEPS:,}, got "
-                f"{self.num_train_timesteps!r}"
-            )
+        require_timesteps(self.num_train_timesteps)
+        require_scheduler(self.scheduler)
         betas = self.beta_start, self.beta_end
         numbers = all(isinstance(beta, int | float) and not isinstance(beta, bool) for beta in betas)
         if not numbers or not 0 < self.beta_start <= self.beta_end < 1:
@@ -51,18 +48,25 @@ class ScheduleConfig:
                 f"this noise schedule keeps {alphas[0]} of the signal at its first timestep and {alphas[-1]} at its "
                 "last: there must be some noise at the first and some signal at the last"
             )
-        if self.scheduler and not isinstance(_parsed(self.scheduler), dict):
-            raise ValueError(f"scheduler is not the text of a scheduler_config.json: {self.scheduler:.60}")
 
 
 _MOST_TIMESTEPS = 1_000_000
 
 
-def _parsed(text: str) -> Any:
+def require_timesteps(number: Any) -> None:
+    """Raises `ValueError` unless a schedule can have so many training timesteps."""
+    if type(number) is not int or not 1 <= number <= _MOST_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps must be a whole number from 1 to {_MOST_TIMESTEPS:,}, got {number!r}")
+
+
+def require_scheduler(text: str) -> None:
+    """Raises `ValueError` unless it is empty or the text of a diffusers `scheduler_config.json`."""
     try:
-        return json.loads(text)
+        known = not text or isinstance(json.loads(text), dict)
     except ValueError:
-        return None
+        known = False
+    if not known:
+        raise ValueError(f"scheduler is not the text of a scheduler_config.json: {text:.60}")
 
 
 # diffusers' schedulers over this noise process, and the betas that they have where a file is silent.

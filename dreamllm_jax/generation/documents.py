@@ -66,6 +66,7 @@ def generate_documents(
     sampler: SamplerConfig = DEFAULT,
     guidance: float = 3.5,
     rescale: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     template: str = "",
     allowed: int | None = None,
 ) -> Iterator[Event]:
@@ -83,7 +84,7 @@ def generate_documents(
       max_images: budget of painted images of each.
       seeds: one a document; 0, 1, ... if not given. The i-th image of a document is painted from seed + i.
       sampling: how tokens are chosen; None for the most probable ones.
-      size, sampler, guidance, rescale: of painting, see `images.paint`.
+      size, sampler, guidance, rescale, guidance_interval: of painting, see `images.paint`.
       template: see `prompts.encode_prompts`.
       allowed: tokens of a document, images and budgets included; None for as many as the model can read.
 
@@ -115,7 +116,8 @@ def generate_documents(
                 yield from _written(documents[row], int(row), tokens[row, : count[row]].tolist(), tokenizer)
         if (asking := those("asking")).any():
             yield from (Event(row, Painted(b""), False) for row in np.flatnonzero(asking).tolist())
-            painting = {"size": size, "sampler": sampler, "guidance": guidance, "rescale": rescale}
+            guiding = {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval}
+            painting = {"size": size, "sampler": sampler, **guiding}
             pictures, reading = _paint(model, params, reading, documents, asking, **painting)
             for row, picture in pictures.items():
                 yield Event(row, picture, True)

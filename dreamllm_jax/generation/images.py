@@ -21,14 +21,17 @@ DEFAULT = SamplerConfig()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "sampler"))
-def _paint(model, params, hidden, null_hidden, seeds, guidance, rescale, size: tuple[int, int], sampler: SamplerConfig):
+def _paint(model, params, hidden, null_hidden, seeds, guiding, size: tuple[int, int], sampler: SamplerConfig):
     joined, config = model.bind({"params": params}), model.config.image_decoder
     decoder, condition = joined.image_decoder, joined.condition(hidden)
     if null_hidden is None:
         denoiser = functools.partial(decoder.denoise, condition=condition)
     else:
         null = jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), joined.condition(null_hidden), condition)
-        denoiser = guided(decoder.denoise, condition, null, guidance, rescale)
+        guidance, rescale, interval = guiding
+        first, end = config.time_range(0, 1)
+        between = tuple(first + share * (end - first) for share in interval)
+        denoiser = guided(decoder.denoise, condition, null, guidance, rescale, between)
     keys = jax.vmap(jax.random.key)(seeds)
     latents = sample(denoiser, keys, config.latent_shape(*size), *config.steps(sampler, *size))
     pixels = decoder.decode(latents).astype(jnp.float32)
@@ -50,6 +53,7 @@ def paint(
     sampler: SamplerConfig = DEFAULT,
     guidance: float = 3.5,
     rescale: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     negative: Float[Array, "N Q E"] | None = None,
 ) -> UInt8[Array, "N H W 3"]:
     """Paints an image from the language model's hidden states at each image's queries.
@@ -60,18 +64,23 @@ def paint(
       size: pixels, (height, width) or on both sides; None for the size that the image decoder was made for.
       guidance: classifier-free guidance scale; 1 leaves it out.
       rescale: of guidance, see `diffusion.samplers.guided`.
+      guidance_interval: between which shares of the timesteps there is guidance; 0 is the picture, 1 the noise.
       negative: hidden states that guidance leads away from; None for those of the document without a prompt.
 
     Raises:
-      ValueError: a size that is not a multiple of the image decoder's.
+      ValueError: a size that is not a multiple of the image decoder's, no interval.
     """
     size = require_size(model, size)
+    low, high = guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance_interval must be two ascending numbers from 0 to 1, got {low} and {high}")
     if guidance == 1.0:
         negative = None
     elif negative is None:
         negative = _null_hidden(model, params)
     seeds = jnp.asarray(seeds, jnp.uint32)
-    return _paint(model, params, hidden, negative, seeds, jnp.float32(guidance), jnp.float32(rescale), size, sampler)
+    guiding = jax.tree.map(jnp.float32, (guidance, rescale, (low, high)))
+    return _paint(model, params, hidden, negative, seeds, guiding, size, sampler)
 
 
 def generate_images(
@@ -85,6 +94,7 @@ def generate_images(
     sampler: SamplerConfig = DEFAULT,
     guidance: float = 3.5,
     rescale: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     negative: Sequence[Segment] = (),
 ) -> UInt8[Array, "N H W 3"]:
     """Paints one image for each prompt, all in one batch; each depends on its prompt and seed alone, up to rounding.
@@ -92,7 +102,7 @@ def generate_images(
     Args:
       prompts: texts, or texts with images of what is to be painted.
       seeds: one a prompt.
-      size, sampler, guidance, rescale: see `paint`.
+      size, sampler, guidance, rescale, guidance_interval: see `paint`.
       negative: what guidance leads away from; nothing for the document without a prompt.
 
     Raises:
@@ -109,8 +119,8 @@ def generate_images(
         if negative and guidance != 1.0
         else None
     )
-    common = {"size": size, "sampler": sampler, "guidance": guidance, "rescale": rescale, "negative": against}
-    return paint(model, params, hidden(prompts), jnp.asarray(seeds, jnp.uint32), **common)
+    guiding = {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval, "negative": against}
+    return paint(model, params, hidden(prompts), jnp.asarray(seeds, jnp.uint32), size=size, sampler=sampler, **guiding)
 
 
 def require_size(model: DreamLLM, size: int | tuple[int, int] | None) -> tuple[int, int]:

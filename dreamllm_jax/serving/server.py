@@ -63,7 +63,7 @@ def make_reply(
     tokenizer: Tokenizer,
     *,
     size: int | tuple[int, int],
-    sampler: samplers.Name = "ddim",
+    sampler: samplers.Name | None = None,
     template: str = "",
     within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Reply:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dreamllm_jax.diffusion import schedule
-from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps, advance, guided, make_steps, sample
+from dreamllm_jax.diffusion.ddpm_samplers import make_steps
+from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps, advance, guided, sample
 from dreamllm_jax.diffusion.schedule import (
     ScheduleConfig,
     alphas_cumprod,
@@ -66,6 +67,8 @@ SAMPLERS = {
         {"use_karras_sigmas": True},
         {"use_karras_sigmas": True},
     ),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}, {}),
+    "unipc karras": (diffusers.UniPCMultistepScheduler, {"use_karras_sigmas": True}, {"use_karras_sigmas": True}),
     "euler": (diffusers.EulerDiscreteScheduler, {}, {}),
     "euler karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}, {"use_karras_sigmas": True}),
     "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}, {}),
@@ -87,7 +90,7 @@ def test_every_step_equals_diffusers(name, prediction_type, spacing, monkeypatch
 
     module = __import__(kind.__module__, fromlist=["randn_tensor"])
     given = iter(())
-    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.tensor(next(given)))
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.tensor(next(given)), raising=False)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     for count in (5, 20, 50):
         scheduler = kind(**betas, prediction_type=prediction_type, timestep_spacing=spacing, **theirs)
@@ -97,7 +100,7 @@ def test_every_step_equals_diffusers(name, prediction_type, spacing, monkeypatch
         np.testing.assert_allclose(steps.timestep, scheduler.timesteps, rtol=1e-5, atol=1e-4)
         assert scale == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-5)
         given = iter(draws)
-        x, before, latents = scale * start, np.zeros_like(start), torch.tensor(scale * start)
+        x, before, latents = scale * start, (np.zeros_like(start),) * 2, torch.tensor(scale * start)
         for i, timestep in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(latents, timestep)
             predicted = torch.tensor(predict(scaled.numpy(), float(timestep)))
@@ -117,7 +120,7 @@ def test_sampling_runs_the_table_and_images_are_independent(name):
     steps, scale = make_steps(ScheduleConfig(), SamplerConfig(name, 4))
     both = sample(denoise, keys, (4, 4, 3), steps, scale)
     noise = [jax.random.normal(jax.random.fold_in(jax.random.key(4), i), (1, 4, 4, 3)) for i in range(5)]
-    x, before = scale * noise[0], 0.0
+    x, before = scale * noise[0], (0.0, 0.0)
     for i in range(4):
         x, before = advance(Steps(*(column[i] for column in steps)), denoise, x, before, noise[i + 1])
     np.testing.assert_allclose(both[1:], x, rtol=1e-5, atol=1e-6)
@@ -131,7 +134,7 @@ def test_sampling_runs_the_table_and_images_are_independent(name):
         ({"timestep_spacing": "even"}, "timestep_spacing='even'; there are leading"),
         ({"steps": 0}, "steps must be positive"),
         ({"eta": 0.5, "name": "euler"}, "eta is for ddim"),
-        ({"use_karras_sigmas": True}, "use_karras_sigmas is for dpmpp_2m and euler, not for ddim"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas is for dpmpp_2m, unipc and euler, not for ddim"),
         ({"steps": 1001}, r"1 \.\.\. 1000, got 1001"),
         ({"steps": 1000, "name": "dpmpp_2m"}, r"1 \.\.\. 999, got 1000"),
         ({"steps": 1000, "timestep_spacing": "leading", "steps_offset": 1}, "steps_offset=1 leads beyond the 1000"),
@@ -158,6 +161,12 @@ def test_guidance_can_be_rescaled():
     result = torch.tensor(null + 3.0 * (conditioned - null))
     ratio = torch.tensor(conditioned).std([1, 2, 3], keepdim=True) / result.std([1, 2, 3], keepdim=True)
     np.testing.assert_allclose(got, 0.7 * result * ratio + 0.3 * result, rtol=1e-5, atol=1e-6)
+
+
+def test_guidance_can_be_confined_to_an_interval():
+    x, condition, null = jnp.ones((3, 1)), jnp.array([[3.0], [5.0], [7.0]]), jnp.ones((3, 1))
+    denoise = guided(lambda latents, _, given: latents * given, condition, null, 2.0, interval=(300, 500))
+    np.testing.assert_allclose(denoise(x, jnp.array([299.0, 300.0, 500.5])), [[3.0], [9.0], [7.0]])
 
 
 def test_scheduler_files_are_read_strictly():

@@ -15,7 +15,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from dreamllm_jax.diffusion import schedule
-from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps, make_steps
+from dreamllm_jax.diffusion.ddpm_samplers import make_steps
+from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig
