@@ -1,4 +1,4 @@
-"""Low-rank adapters of the language model's products (LoRA, arXiv 2106.09685): W x becomes W x + alpha / rank · B A x.
+"""Low-rank adapters of a tower's products (LoRA, arXiv 2106.09685): W x becomes W x + alpha / rank · B A x.
 
 Beside the `kernel` of each adapted product stand `lora_a` f[N, I, R] and `lora_b` f[N, R, O] of its N layers,
 parameters like all others, which the list `parameters.trainable` chooses. B begins at zero: a model begins as it was.
@@ -7,7 +7,7 @@ Legend: N layers, I width in, O width out, R rank.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ class LoraConfig:
       rank: R.
       alpha: what they add is scaled by alpha / rank.
       targets: the adapted products of every layer.
+      products: those that there are; of another tower, its subclass says which.
     """
 
+    products: ClassVar[tuple[str, ...]] = PRODUCTS
     rank: int
     alpha: float
     targets: tuple[str, ...] = PRODUCTS
@@ -34,8 +36,10 @@ class LoraConfig:
     def __post_init__(self):
         if self.rank < 1 or self.alpha <= 0:
             raise ValueError(f"rank and alpha must be positive, got {self.rank} and {self.alpha}")
-        if not self.targets or set(self.targets) - set(PRODUCTS):
-            raise ValueError(f"targets must be some of {', '.join(PRODUCTS)}, got {', '.join(self.targets) or 'none'}")
+        if not self.targets or set(self.targets) - set(self.products):
+            raise ValueError(
+                f"targets must be some of {', '.join(self.products)}, got {', '.join(self.targets) or 'none'}"
+            )
 
     @property
     def scale(self) -> float:
@@ -71,15 +75,15 @@ def merge(kernel, a, b, scale: float):
     """The kernel that does what `kernel` and its adapter do: W + alpha / rank · A B, in float32, then rounded.
 
     Args:
-      kernel: f[N, I, O], of NumPy or JAX like the others.
+      kernel: f[N, I, O], or f[N, 1, 1, I, O] of a 1x1 convolution, of NumPy or JAX like the others.
       a: f[N, I, R].
       b: f[N, R, O].
 
     Returns:
-      f[N, I, O] in the type of `kernel`.
+      The shape and type of `kernel`.
     """
     product = a.astype(np.float32) @ b.astype(np.float32)
-    return (kernel.astype(np.float32) + scale * product).astype(kernel.dtype)
+    return (kernel.astype(np.float32) + scale * product.reshape(kernel.shape)).astype(kernel.dtype)
 
 
 def initial_a(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

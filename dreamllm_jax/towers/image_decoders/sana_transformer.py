@@ -1,0 +1,653 @@
+"""The denoiser of SANA (diffusers' `SanaTransformer2DModel`; Xie et al., arXiv 2410.10629) and SANA-1.5 (2501.18427).
+
+A transformer over the positions of a deeply compressed latent: linear attention among them, softmax attention to the
+caption, and a feed-forward with a depthwise convolution, which is what tells positions apart. Parameters are named as
+in diffusers, so that `dreamllm_jax.interop.names` maps its checkpoints.
+
+Legend: N images, h,w,c latent height, width and channels, T positions (h x w over the patch size squared), E width,
+H heads, D their width, S caption tokens, C caption channels, I channels inside the feed-forward, P patch size.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamllm_jax.layers.attention import attend
+from dreamllm_jax.layers.blocks import EXACT_DENSE, Conv, Dense, shard_images
+from dreamllm_jax.layers.flops import Flops, Tally, convolution, dense
+from dreamllm_jax.layers.linear import spread
+from dreamllm_jax.layers.lora import LORA_A, LORA_B, LoraConfig, adapt, initial_a
+from dreamllm_jax.layers.norms import rms_norm
+from dreamllm_jax.layers.remat import rematerialised
+from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
+from dreamllm_jax.layers.weights import LAYERS, normal, weight
+from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
+from dreamllm_jax.towers.public import PublicForm
+
+# Settings of a config.json with the only value that is implemented.
+_FIXED = {
+    "dropout": 0.0,
+    "norm_elementwise_affine": False,
+    "guidance_embeds": False,
+    "guidance_embeds_scale": 0.1,
+}
+_CLOCK_WIDTH = 256  # of the sinusoids that tell the time
+_SMALLEST = 1e-15  # added to linear attention's denominators
+_OURS = ("kind", "lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaLora(LoraConfig):
+    """Adapters of the denoiser's products (`layers.lora`): those of both attentions, and of the feed-forward."""
+
+    products: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out_0", "conv_inverted", "conv_point")
+    targets: tuple[str, ...] = products
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaTransformerConfig:
+    """The settings of diffusers' `SanaTransformer2DModel`, and its adapters.
+
+    Attributes:
+      sample_size: latents on a side that it was made for.
+      out_channels: of the prediction; None for as many as `in_channels`.
+      cross_attention_dim: width of the projected caption, which is that of the transformer.
+      mlp_ratio: I / E, rounded down.
+      attention_bias: whether the linear attention's q, k and v have biases; all other products have but the last.
+      interpolation_scale: positions are told by sinusoids, stretched so much; None for no such table.
+      qk_norm: "rms_norm_across_heads" normalises queries and keys (SANA-1.5).
+      timestep_scale: timesteps are multiplied by it.
+      lora: low-rank adapters of the layers' products, None for none.
+    """
+
+    in_channels: int = 32
+    out_channels: int | None = 32
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_layers: int = 20
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    cross_attention_dim: int = 2240
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    attention_bias: bool = False
+    sample_size: int = 32
+    patch_size: int = 1
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None
+    qk_norm: str | None = None
+    timestep_scale: float = 1.0
+    lora: SanaLora | None = None
+    kind: Literal["sana_transformer"] = "sana_transformer"
+    public = PublicForm(
+        library="diffusers",
+        torch_class="SanaTransformer2DModel",
+        folder="transformer",
+        settings=(
+            *("in_channels", "num_attention_heads", "attention_head_dim", "num_layers", "num_cross_attention_heads"),
+            *("cross_attention_head_dim", "caption_channels", "mlp_ratio", "patch_size", "qk_norm"),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for key in (
+            *("in_channels", "num_attention_heads", "attention_head_dim", "num_layers", "num_cross_attention_heads"),
+            *("cross_attention_head_dim", "caption_channels", "mlp_ratio", "sample_size", "patch_size", "norm_eps"),
+        ):
+            require(getattr(self, key) > 0, f"{key}={getattr(self, key)!r} must be positive")
+        require(
+            self.cross_attention_dim == self.width,
+            f"cross_attention_dim={self.cross_attention_dim!r}: only num_attention_heads * attention_head_dim = "
+            f"{self.width} is implemented",
+        )
+        require(
+            self.qk_norm in (None, "rms_norm_across_heads"),
+            f"qk_norm={self.qk_norm!r}: only null and 'rms_norm_across_heads' are implemented",
+        )
+        require(
+            self.interpolation_scale is None or (self.interpolation_scale > 0 and self.width % 4 == 0),
+            f"interpolation_scale={self.interpolation_scale!r} must be positive, and the width {self.width} a multiple "
+            "of four",
+        )
+        require(
+            self.sample_size % self.patch_size == 0,
+            f"sample_size={self.sample_size} is not a multiple of patch_size={self.patch_size}",
+        )
+
+    @property
+    def width(self) -> int:
+        """Of the transformer (E)."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def inner(self) -> int:
+        """Channels inside the feed-forward (I)."""
+        return int(self.mlp_ratio * self.width)
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the prediction."""
+        return self.out_channels or self.in_channels
+
+    @property
+    def condition_width(self) -> int:
+        """Channels of the condition's sequence (C)."""
+        return self.caption_channels
+
+    @property
+    def pooled_width(self) -> int:
+        """Of the condition's pooled vector: it takes none."""
+        return 0
+
+    @property
+    def size_multiple(self) -> int:
+        """What a latent's height and width must be multiples of."""
+        return self.patch_size
+
+    @classmethod
+    def from_public(cls, settings: Mapping[str, Any]) -> "SanaTransformerConfig":
+        """Reads the `config.json` of a diffusers `SanaTransformer2DModel`.
+
+        Raises:
+          ValueError: naming every setting that is not implemented.
+        """
+        return read_diffusers_config(cls, settings, _FIXED)
+
+    def to_public(self) -> dict[str, Any]:
+        """The settings of a `SanaTransformer2DModel`'s config.json."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _OURS}
+
+    def run_public(self, module: Any, latents: Any, timesteps: Any, condition: Condition) -> Any:
+        """The prediction as the public class computes it, f[N,c,h,w], f[N] of torch -> f[N,c',h,w]; the condition holds
+        torch's tensors too."""
+        return module(
+            latents,
+            condition.sequence,
+            timesteps * self.timestep_scale,
+            encoder_attention_mask=condition.mask,
+        ).sample
+
+    def make(self, dtype: Any, remat: str = "none") -> "SanaTransformer":
+        """The module; see there."""
+        return SanaTransformer(self, dtype=dtype, remat=remat)
+
+    def flops(
+        self,
+        tally: Tally,
+        images: int,
+        size: tuple[int, int],
+        queries: int,
+        condition_live: bool,
+        remat: str = "none",
+    ) -> None:
+        """Adds one prediction for latents of this height and width, under conditions of so many tokens.
+
+        Args:
+          condition_live: whether gradients go back to the conditions.
+          remat: as of `make`.
+        """
+        _count(self, tally, images, size, queries, condition_live, remat)
+
+
+def _count(
+    config: SanaTransformerConfig,
+    tally: Tally,
+    images: int,
+    size: tuple[int, int],
+    queries: int,
+    condition_live: bool,
+    remat: str,
+) -> None:
+    """See `SanaTransformerConfig.flops`."""
+    width, inner, patch = config.width, config.inner, config.patch_size
+    height, columns = size[0] // patch, size[1] // patch
+    positions, layers = height * columns, "transformer_blocks"
+    tokens, captions = images * positions, images * queries
+
+    clock = tally.beside()
+    embedder = "time_embed/emb/timestep_embedder"
+    clock.product(f"{embedder}/linear_1/kernel", dense(images, _CLOCK_WIDTH, width))
+    clock.product(f"{embedder}/linear_2/kernel", dense(images, width, width))
+    embedded = clock.live
+    clock.product("time_embed/linear/kernel", dense(images, width, 6 * width))
+    tally.total += clock.total
+
+    caption = tally.beside(condition_live)
+    caption.product("caption_projection/linear_1/kernel", dense(captions, config.caption_channels, width))
+    caption.product("caption_projection/linear_2/kernel", dense(captions, width, width))
+    caption.live |= tally.trained("caption_norm/scale")
+    tally.total += caption.total
+
+    patches = dense(tokens, patch**2 * config.in_channels, width)
+    tally.product("patch_embed/proj/kernel", patches)
+
+    # The layers are one scan: what is live in one is live in all.
+    shapes = {
+        **{f"attn1/{name}": (tokens, width, width) for name in ("to_q", "to_k", "to_v", "to_out_0")},
+        **_cross_shapes(config, tokens, captions),
+        "ff/conv_inverted": (tokens, width, 2 * inner),
+        "ff/conv_point": (tokens, inner, width),
+    }
+    names = [f"{name}/kernel" for name in shapes] + ["scale_shift_table", "ff/conv_depth/kernel"]
+    if config.qk_norm:
+        names += [f"{attention}/norm_{x}/scale" for attention in ("attn1", "attn2") for x in "qk"]
+    adapted = [] if config.lora is None else [name for name in shapes if name.split("/")[1] in config.lora.targets]
+    names += [f"{name}/{leaf}" for name in adapted for leaf in (LORA_A, LORA_B)]
+    live = tally.live or clock.live or caption.live or any(tally.trained(f"{layers}/{name}") for name in names)
+
+    layer = tally.beside(live)
+
+    def product(name: str, inputs_live: bool) -> None:
+        layer.product(f"{layers}/{name}/kernel", dense(*shapes[name]), live=inputs_live)
+        if name in adapted:
+            rows, before, after = shapes[name]
+            rank, path = config.lora.rank, f"{layers}/{name}"
+            layer.product(f"{path}/{LORA_A}", dense(rows, before, rank), live=inputs_live)
+            inside = inputs_live or tally.trained(f"{path}/{LORA_A}")
+            layer.product(f"{path}/{LORA_B}", dense(rows, rank, after), live=inside)
+
+    for name in shapes:
+        if name.startswith("attn1"):
+            product(name, live)
+    dim = config.attention_head_dim
+    linear = 2 * dense(tokens, dim, width) + dense(tokens, 1, width)
+    layer.forward += linear
+    layer.total += Flops(linear * (1 + 2 * live), products=linear * (1 + 2 * live))
+    product("attn2/to_q", live)
+    for name in ("attn2/to_k", "attn2/to_v"):
+        product(name, caption.live)
+    cross_width = config.num_cross_attention_heads * config.cross_attention_head_dim
+    layer.live = live
+    layer.attention(images, positions, queries, cross_width, live)
+    product("attn2/to_out_0", live)
+    product("ff/conv_inverted", live)
+    depth = convolution(images, (height, columns), 1, 2 * inner)
+    layer.total += Flops(model=depth * (1 + live + tally.trained(f"{layers}/ff/conv_depth/kernel")))
+    inside = layer.forward
+    product("ff/conv_point", live)
+    if remat != "none":  # what the last product gives is needed for the gradient of its gate alone
+        gated = clock.live or tally.trained(f"{layers}/scale_shift_table")
+        layer.recompute(layer.forward if gated else inside)
+    tally.total += layer.total * config.num_layers
+    tally.forward += layer.forward * config.num_layers
+    tally.live = live or embedded or tally.trained("scale_shift_table")
+    tally.product("proj_out/kernel", dense(tokens, width, patch**2 * config.outputs))
+
+
+def _cross_shapes(config: SanaTransformerConfig, tokens: int, captions: int) -> dict[str, tuple[int, int, int]]:
+    """Name -> vectors, width in and out of the products around the attention to the caption."""
+    width, cross = config.width, config.num_cross_attention_heads * config.cross_attention_head_dim
+    return {
+        "attn2/to_q": (tokens, width, cross),
+        "attn2/to_k": (captions, width, cross),
+        "attn2/to_v": (captions, width, cross),
+        "attn2/to_out_0": (tokens, cross, width),
+    }
+
+
+def position_table(size: tuple[int, int], base: int, interpolation_scale: float, width: int) -> np.ndarray:
+    """Sinusoids of columns and, after them, of rows, f32[T, width] (diffusers' `get_2d_sincos_pos_embed`).
+
+    Args:
+      size: rows and columns of patches.
+      base: how many there are on a side in images of the size that the model was made for.
+    """
+
+    def waves(length: int) -> np.ndarray:
+        places = np.arange(length, dtype=np.float32) / np.float32(length / base) / np.float32(interpolation_scale)
+        angles = np.outer(places, 10_000.0 ** (-np.arange(width // 4) / (width / 4)))
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+    rows, columns = map(waves, size)
+    both = np.broadcast_arrays(columns[None], rows[:, None])
+    return np.concatenate(both, axis=-1).reshape(-1, width).astype(np.float32)
+
+
+def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+    """Attention with weights relu(q) · relu(k), normalised over the keys; its sums are float32.
+
+    Args:
+      q, k, v: f[N,T,E], heads side by side.
+
+    Returns:
+      f[N,T,E] in the type of `q`.
+    """
+    shape, dtype = q.shape, q.dtype
+    q, k, v = (x.astype(jnp.float32).reshape(*shape[:2], heads, -1) for x in (nn.relu(q), nn.relu(k), v))
+    sums = jnp.einsum("nthd,nthe->nhde", k, v)
+    out = jnp.einsum("nthd,nhde->nthe", q, sums)
+    total = jnp.einsum("nthd,nhd->nth", q, jnp.sum(k, axis=1))
+    return (out / (total[..., None] + _SMALLEST)).astype(dtype).reshape(shape)
+
+
+def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: int) -> jax.Array:
+    """Softmax attention to a caption. One of which no token counts is seen whole, as adding -10000 to all has it.
+
+    Args:
+      q: f[N,T,H*D].
+      k, v: f[N,S,H*D].
+      mask: bool[N,S], None for all.
+
+    Returns:
+      f[N,T,H*D] in the type of `q`.
+    """
+    segments = {}
+    if mask is not None:
+        seen = mask | ~mask.any(axis=-1, keepdims=True)
+        segments = {"q_segments": jnp.ones(q.shape[:2], jnp.int32), "k_segments": seen.astype(jnp.int32)}
+    split = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+    return attend(*split, causal=False, **segments).reshape(q.shape)
+
+
+def depthwise(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """A 3x3 convolution of every channel by itself, zero padded by one, as nine shifted products.
+
+    Args:
+      x: f[N,h,w,I].
+      kernel: f[3,3,1,I].
+      bias: f[I].
+
+    Returns:
+      f32[N,h,w,I].
+    """
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
+    taps = [
+        padded[:, i : i + height, j : j + width] * kernel[i, j, 0].astype(jnp.float32)
+        for i in range(3)
+        for j in range(3)
+    ]
+    return sum(taps) + bias.astype(jnp.float32)
+
+
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Layer normalisation without weights, scaled by 1 + `scale` and shifted, in float32.
+
+    Args:
+      x: f[N,T,E].
+      shift, scale: f32[N,E].
+    """
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(variance + eps) * (1 + scale[:, None]) + shift[:, None]
+    return y.astype(x.dtype)
+
+
+_KERNEL = nn.initializers.lecun_normal()
+_ONES = weight(nn.initializers.ones, "tower_norm")
+_ZEROS = weight(nn.initializers.zeros, "tower_norm")
+
+
+class Product(nn.Module):
+    """A linear layer, perhaps adapted; `convolution` stores its kernel as that of a 1x1 convolution."""
+
+    features: int
+    use_bias: bool = True
+    convolution: bool = False
+    lora: LoraConfig | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[...,i] -> f[...,features]."""
+        shape, axes = (x.shape[-1], self.features), ("tower_in", "tower_out")
+        if self.convolution:
+            kernel = self.param("kernel", weight(_KERNEL, None, None, *axes), (1, 1, *shape)).reshape(shape)
+        else:
+            kernel = self.param("kernel", weight(_KERNEL, *axes), shape)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y = y + spread(self.param("bias", _ZEROS, shape[1:]), y.shape, y.dtype)
+        if self.lora is not None:
+            a = self.param(LORA_A, weight(initial_a, "tower_in", "lora"), (shape[0], self.lora.rank))
+            b = self.param(LORA_B, weight(nn.initializers.zeros, "lora", "tower_out"), (self.lora.rank, shape[1]))
+            y = y + adapt(x, a.astype(self.dtype), b.astype(self.dtype), self.lora.scale)
+        return y
+
+
+class _Part(nn.Module):
+    """What the parts of a layer share."""
+
+    config: SanaTransformerConfig
+    dtype: Any = jnp.float32
+
+    def product(self, name: str, features: int, use_bias: bool = True, convolution: bool = False) -> Product:
+        lora = self.config.lora
+        lora = lora if lora is not None and name in lora.targets else None
+        return Product(features, use_bias, convolution, lora, self.dtype, name=name)
+
+    def normalise(self, name: str, x: jax.Array) -> jax.Array:
+        """Queries or keys, where the config asks for it."""
+        return x if self.config.qk_norm is None else RMSNorm(name=name)(x)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation of the last axis, with a scale."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.param("scale", _ONES, x.shape[-1:]), 1e-5)
+
+
+class LinearAttention(_Part):
+    """Of every position to every position (`SanaLinearAttnProcessor2_0`)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[N,T,E] -> f[N,T,E]."""
+        config = self.config
+        q, k, v = (self.product(name, config.width, config.attention_bias)(x) for name in ("to_q", "to_k", "to_v"))
+        q, k = self.normalise("norm_q", q), self.normalise("norm_k", k)
+        return self.product("to_out_0", config.width)(linear_attention(q, k, v, config.num_attention_heads))
+
+
+class CrossAttention(_Part):
+    """Of every position to the caption (`SanaAttnProcessor2_0`)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, caption: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """f[N,T,E], f[N,S,E], bool[N,S] -> f[N,T,E]."""
+        heads, width = self.config.num_cross_attention_heads, x.shape[-1]
+        inner = heads * self.config.cross_attention_head_dim
+        q, k, v = (self.product(f"to_{name}", inner)(y) for name, y in zip("qkv", (x, caption, caption), strict=True))
+        q, k = self.normalise("norm_q", q), self.normalise("norm_k", k)
+        return self.product("to_out_0", width)(cross_attention(q, k, v, mask, heads))
+
+
+class _Depthwise(nn.Module):
+    """The parameters of a depthwise 3x3 convolution."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[N,h,w,I] -> f32[N,h,w,I]."""
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        kernel = self.param("kernel", weight(init, None, None, None, "tower_out"), (3, 3, 1, x.shape[-1]))
+        return depthwise(x, kernel, self.param("bias", _ZEROS, x.shape[-1:]))
+
+
+class GLUMBConv(_Part):
+    """The feed-forward: wider, a depthwise convolution, one half gated by the other, and back (Mix-FFN)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[N,h,w,E] -> f[N,h,w,E]."""
+        h = nn.silu(self.product("conv_inverted", 2 * self.config.inner, convolution=True)(x))
+        values, gates = jnp.split(_Depthwise(name="conv_depth")(h), 2, axis=-1)
+        h = (values * nn.silu(gates)).astype(self.dtype)
+        return self.product("conv_point", self.config.width, use_bias=False, convolution=True)(h)
+
+
+class SanaTransformerBlock(_Part):
+    """A layer, as the body of a scan; `size` is rows and columns of patches."""
+
+    size: tuple[int, int] = (0, 0)
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, caption: jax.Array, mask: jax.Array | None, time: jax.Array
+    ) -> tuple[jax.Array, None]:
+        """f[N,T,E], f32[N,S,E], bool[N,S], f32[N,6,E] -> f[N,T,E]."""
+        config, part = self.config, (self.config, self.dtype)
+        table = self.param("scale_shift_table", _table(config.width), (6, config.width))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(table.astype(jnp.float32) + time, 1, 0)
+
+        def gated(gate: jax.Array, y: jax.Array) -> jax.Array:
+            return (gate[:, None] * y.astype(jnp.float32)).astype(self.dtype)
+
+        h = modulated_norm(x, shift1, scale1, config.norm_eps)
+        x = x + gated(gate1, LinearAttention(*part, name="attn1")(h))
+        x = x + CrossAttention(*part, name="attn2")(x, caption.astype(self.dtype), mask)
+        h = modulated_norm(x, shift2, scale2, config.norm_eps)
+        h = GLUMBConv(*part, name="ff")(h.reshape(len(x), *self.size, -1)).reshape(x.shape)
+        return shard_images(x + gated(gate2, h)), None
+
+
+def _table(width: int) -> nn.initializers.Initializer:
+    return weight(normal(width**-0.5), None, "tower_norm")
+
+
+class _Clock(nn.Module):
+    """`emb` of `AdaLayerNormSingle`."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, timesteps: jax.Array) -> jax.Array:
+        waves = timestep_embedding(timesteps, _CLOCK_WIDTH)
+        return TimestepEmbedding(self.width, name="timestep_embedder")(waves)
+
+
+class AdaLayerNormSingle(nn.Module):
+    """The time, and what all layers' scales, shifts and gates are made of; float32."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """f32[N] -> f32[N,6,E], f32[N,E]."""
+        embedded = _Clock(self.width, name="emb")(timesteps)
+        common = Dense(6 * self.width, kernel_init=EXACT_DENSE, name="linear")(nn.silu(embedded))
+        return common.reshape(-1, 6, self.width), embedded
+
+
+class PatchEmbed(_Part):
+    """A linear map of each patch, and its place if the config asks for it."""
+
+    @nn.compact
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """f[N,h,w,c] -> f[N,T,E]."""
+        config, patch = self.config, (self.config.patch_size,) * 2
+        x = Conv(config.width, patch, patch, padding="VALID", dtype=self.dtype, name="proj")(latents)
+        size, x = x.shape[1:3], x.reshape(len(x), -1, config.width)
+        if config.interpolation_scale is None:
+            return x
+        base = config.sample_size // config.patch_size
+        return (x + position_table(size, base, config.interpolation_scale, config.width)).astype(self.dtype)
+
+
+class CaptionProjection(nn.Module):
+    """The two-layer perceptron on the caption (`PixArtAlphaTextProjection`)."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[N,S,C] -> f[N,S,E]."""
+        h = nn.gelu(Dense(self.width, dtype=self.dtype, name="linear_1")(x), approximate=True)
+        return Dense(self.width, dtype=self.dtype, name="linear_2")(h)
+
+
+class SanaTransformer(nn.Module):
+    """Predicts the velocity (or what else it was trained for) in noisy latents, under a condition.
+
+    Attributes:
+      config: its shape.
+      dtype: type of the computation; the time, norms' statistics, the softmax and all sums over positions are float32
+        in any case.
+      remat: what a layer keeps for the backward pass: "none" (everything) or "full" (its input).
+    """
+
+    config: SanaTransformerConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, condition: Condition) -> jax.Array:
+        """f[N,h,w,c], f32[N], a condition f[N,S,C] with or without a mask -> f32[N,h,w,c'].
+
+        Raises:
+          ValueError: channels or a size that are not of the config, or a condition with more than sequence and mask.
+        """
+        config = self.config
+        self._require(latents, condition)
+        size = tuple(side // config.patch_size for side in latents.shape[1:3])
+        time, embedded = AdaLayerNormSingle(config.width, name="time_embed")(
+            timesteps.astype(jnp.float32) * config.timestep_scale
+        )
+        caption = shard_images(condition.sequence.astype(self.dtype))
+        caption = CaptionProjection(config.width, self.dtype, name="caption_projection")(caption)
+        # What is added up over the layers is its gradient.
+        caption = RMSNorm(name="caption_norm")(caption).astype(jnp.float32)
+
+        x = PatchEmbed(config, self.dtype, name="patch_embed")(shard_images(latents.astype(self.dtype)))
+        layers = nn.scan(
+            rematerialised(SanaTransformerBlock, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.num_layers,
+            metadata_params={nn.PARTITION_NAME: LAYERS},
+        )
+        x, _ = layers(config, self.dtype, size, name="transformer_blocks")(x, caption, condition.mask, time)
+
+        table = self.param("scale_shift_table", _table(config.width), (2, config.width)).astype(jnp.float32)
+        x = modulated_norm(x, table[0] + embedded, table[1] + embedded, 1e-6)
+        x = Dense(config.patch_size**2 * config.outputs, dtype=self.dtype, name="proj_out")(x)
+        x = x.reshape(len(x), *size, config.patch_size, config.patch_size, config.outputs)
+        return x.swapaxes(2, 3).reshape(*latents.shape[:3], config.outputs).astype(jnp.float32)
+
+    def _require(self, latents: jax.Array, condition: Condition) -> None:
+        config = self.config
+        for name, got, want in (
+            ("latents", latents.shape[-1], config.in_channels),
+            ("condition", condition.sequence.shape[-1], config.caption_channels),
+        ):
+            require(got == want, f"the {name} have {got} channels where the SANA transformer's config says {want}")
+        require(
+            not any(side % config.patch_size for side in latents.shape[1:3]),
+            f"latents of {latents.shape[1]} x {latents.shape[2]} cannot be cut into patches of {config.patch_size}",
+        )
+        require(
+            condition.pooled is None and not condition.extra,
+            "the SANA transformer takes a condition of a sequence and a mask: choose a connector without a pooled "
+            "vector or extra arrays",
+        )
+
+
+_SMALL = {
+    "kind": "sana_transformer",
+    "num_layers": 28,
+    "num_attention_heads": 36,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+}
+_LARGE = {"kind": "sana_transformer", "num_layers": 20}
+_NORMED = {"qk_norm": "rms_norm_across_heads"}
+# Name -> settings.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sana-0.6b-512": _SMALL | {"sample_size": 16},
+    "sana-0.6b-1024": _SMALL | {"sample_size": 32},
+    "sana-1.6b-512": _LARGE | {"sample_size": 16},
+    "sana-1.6b-1024": _LARGE | {"sample_size": 32},
+    "sana-1.5-1.6b-1024": _LARGE | _NORMED | {"sample_size": 32},
+    "sana-1.5-4.8b-1024": _LARGE | _NORMED | {"num_layers": 60, "sample_size": 32},
+}
