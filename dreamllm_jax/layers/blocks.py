@@ -1,4 +1,4 @@
-"""Building blocks that the U-Net and the autoencoder of Stable Diffusion share.
+"""Building blocks of U-Nets and autoencoders.
 
 Every module is the counterpart of the diffusers class of the same name and names its parameters alike. Images are
 NHWC. Norms' statistics and the softmax are float32 whatever `dtype` is.
@@ -97,6 +97,16 @@ class LayerNorm(_Norm):
         return self.affine(x, *_moments(x, (-1,)))
 
 
+class RMSNorm(_Norm):
+    """Root mean square normalisation over the last axis, with a bias (diffusers' `RMSNorm(bias=True)`)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[...,c] -> f[...,c]."""
+        wide = x.astype(jnp.float32)
+        return self.affine(wide, jnp.zeros((), jnp.float32), jnp.mean(jnp.square(wide), -1, keepdims=True))
+
+
 def shard_images(x: jax.Array) -> jax.Array:
     """Lays the batch of images out over the mesh: the first axis is `images`, nothing else is split."""
     return constrain(x, ("images",) + (None,) * (x.ndim - 1))
@@ -169,7 +179,7 @@ class Downsample2D(nn.Module):
         return Conv(x.shape[-1], strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
 
 
-class _DoublingConv(nn.Module):
+class DoublingConv(nn.Module):
     """Doubles height and width (nearest neighbour), crops to `size`, then convolves, with the parameters of a `Conv`.
 
     Of three neighbouring taps two fall on the same pixel of the small image, so the output's even and odd rows and
@@ -177,13 +187,14 @@ class _DoublingConv(nn.Module):
     the taps beyond its edge differ, and it is made after all.
     """
 
+    features: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
         n, height, width, channels = x.shape
-        kernel = self.param("kernel", _EXACT_CONV, (3, 3, channels, channels)).astype(jnp.float32)
-        bias = spread(self.param("bias", Conv.bias_init, (channels,)), (n, *size, channels), self.dtype)
+        kernel = self.param("kernel", _EXACT_CONV, (3, 3, channels, self.features)).astype(jnp.float32)
+        bias = spread(self.param("bias", Conv.bias_init, (self.features,)), (n, *size, self.features), self.dtype)
 
         def convolve(x: jax.Array, weights: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
             layout, weights = ("NHWC", "HWIO", "NHWC"), weights.astype(self.dtype)
@@ -201,7 +212,7 @@ class _DoublingConv(nn.Module):
             return convolve(x, merge(merge(kernel, 0, row), 1, column), ((1 - row, row), (1 - column, column)))
 
         rows = [jnp.stack([phase(row, 0), phase(row, 1)], axis=3) for row in (0, 1)]
-        return jnp.stack(rows, axis=2).reshape(n, *size, channels) + bias
+        return jnp.stack(rows, axis=2).reshape(n, *size, self.features) + bias
 
 
 class Upsample2D(nn.Module):
@@ -212,7 +223,7 @@ class Upsample2D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         size = size or (2 * x.shape[1], 2 * x.shape[2])
-        return _DoublingConv(self.dtype, name="conv")(x.astype(self.dtype), size)
+        return DoublingConv(x.shape[-1], self.dtype, name="conv")(x.astype(self.dtype), size)
 
 
 def count_resnet(
