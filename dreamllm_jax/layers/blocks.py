@@ -42,7 +42,7 @@ class Dense(linear.Dense):
     bias_init: nn.initializers.Initializer = _ZEROS
 
 
-def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+def moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Mean and variance over axes, in float32.
 
     E[x²] - E[x]² reads the data once, but cancels: it is off by some 2^-24 (1 + mean²/variance) of the variance. Next
@@ -79,7 +79,7 @@ class GroupNorm(_Norm):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[N,...,c] -> f[N,...,c]."""
-        mean, variance = _moments(x, tuple(range(1, x.ndim - 1)))
+        mean, variance = moments(x, tuple(range(1, x.ndim - 1)))
         grouped = (*mean.shape[:-1], self.num_groups, -1)
         means = mean.reshape(grouped)
         common = jnp.mean(means, -1, keepdims=True)
@@ -94,7 +94,7 @@ class LayerNorm(_Norm):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[...,c] -> f[...,c]."""
-        return self.affine(x, *_moments(x, (-1,)))
+        return self.affine(x, *moments(x, (-1,)))
 
 
 class RMSNorm(_Norm):
@@ -137,6 +137,24 @@ class ResnetBlock2D(nn.Module):
         return shard_images(x + h)
 
 
+def attend_packed(q: jax.Array, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], heads: int) -> jax.Array:
+    """Attention of every query to every key, the heads side by side in the channels.
+
+    Args:
+      q: f[N,T,c].
+      keys, values: f[N,S,c] of one or more sequences, which are attended to as if joined.
+
+    Returns:
+      f[N,T,c].
+    """
+    if platform() == "tpu" and q.dtype == jnp.bfloat16 and supported(q, keys, heads):
+        return full_attention(q, keys, values, heads)
+    k, v = (jnp.concatenate(parts, axis=1) for parts in (keys, values))
+    q, k, v = (y.reshape(*y.shape[:2], heads, -1) for y in (q, k, v))
+    out = attend(q, k, v, causal=False)
+    return out.reshape(*out.shape[:2], -1)
+
+
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or to a context.
 
@@ -160,11 +178,7 @@ class Attention(nn.Module):
             return Dense(width, use_bias=self.norm_num_groups is not None, dtype=self.dtype, name=name)(inputs)
 
         q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
-        if platform() == "tpu" and q.dtype == jnp.bfloat16 and supported(q, k, self.heads):
-            out = full_attention(q, k, v, self.heads)
-        else:
-            q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, k, v))
-            out = attend(q, k, v, causal=False).reshape(x.shape)
+        out = attend_packed(q, (k,), (v,), self.heads)
         return Dense(width, dtype=self.dtype, name="to_out_0")(out)
 
 

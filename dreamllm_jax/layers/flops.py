@@ -72,22 +72,31 @@ class Tally:
         self.live |= live or trained
 
     def attention(
-        self, batch: int, queries: int, keys: int, width: int, keys_live: bool, causal: bool = False, heads: int = 0
+        self,
+        batch: int,
+        queries: int,
+        keys: int | tuple[int, ...],
+        width: int,
+        keys_live: bool,
+        causal: bool = False,
+        heads: int = 0,
     ) -> None:
-        """Scores and their product with the values.
+        """Scores and their product with the values; keys may be those of several sequences.
 
         The backward pass has four products: towards weights, values, queries and keys. A kernel, if there is one (for
         `heads`, in bfloat16), computes all of them and the scores again. Without a kernel many scores are taken in
         chunks, computed again in the backward pass.
         """
+        parts = (keys,) if isinstance(keys, int) else keys
+        keys = sum(parts)
         one = 2.0 * batch * queries * keys * width
         flops = one * (2 + (self.live or keys_live) + 2 * keys_live + self.live)
         self.live |= keys_live
         self.forward += 2 * one
         masked = flops * (1 - 1 / queries) / 2 if causal else 0.0
-        q, k = (jax.ShapeDtypeStruct((batch, length, width), "bfloat16") for length in (queries, keys))
+        q, *k = (jax.ShapeDtypeStruct((batch, length, width), "bfloat16") for length in (queries, *parts))
         kernels = self.platform == "tpu" and self.dtype == "bfloat16"
-        if kernels and heads and full_attention_tpu.supported(q, k, heads):
+        if kernels and heads and full_attention_tpu.supported(q, tuple(k), heads):
             self.total += Flops(flops, masked, kernels=one * (2 + 5 * self.live))
         else:
             self.total += Flops(flops, masked, flops)

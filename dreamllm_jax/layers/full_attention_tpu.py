@@ -12,7 +12,7 @@ Legend: N images, T queries, S keys, C channels of all heads, R rows of queries 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +38,16 @@ def _rows(length: int, most: int) -> int | None:
     return rows if rows % LANES == 0 else None
 
 
-def supported(q: Array, k: Array, heads: int) -> bool:
+def supported(q: Array, k: Array | tuple[Array, ...], heads: int) -> bool:
     """Whether `full_attention` takes these shapes on the chip that is compiled for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     most = MAX_KEYS_V4 if device is not None and "v4" in device.device_kind else MAX_KEYS
+    lengths = [part.shape[1] for part in jax.tree.leaves(k)]
     return (
         q.shape[-1] // heads in (LANES // 2, LANES)
         and _rows(q.shape[1], QUERY_ROWS) is not None
-        and _rows(k.shape[1], KEY_ROWS) is not None
-        and k.shape[1] <= most
+        and all(_rows(length, KEY_ROWS) is not None for length in lengths)
+        and sum(lengths) <= most
     )
 
 
@@ -58,13 +59,11 @@ def _dot(x: Array, y: Array, contract: tuple[int, int], **kwargs) -> Array:
 class _Step:
     """One head at one block of queries: grid (N, G, T / R, heads in a block)."""
 
-    def __init__(self, channels: int, dim: int, keys: int):
+    def __init__(self, channels: int, dim: int):
         lanes = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         self.head = pl.program_id(3)
         self.mine = lanes // dim == self.head
         self.scale = dim**-0.5
-        self.rows = _rows(keys, KEY_ROWS)
-        self.chunks = keys // self.rows
         self.partial = channels % LANES != 0
         left = channels - pl.program_id(1) * LANES
         self.inside = lanes < left
@@ -74,52 +73,69 @@ class _Step:
         """Zeroes the other head's lanes."""
         return jnp.where(self.mine, x, jnp.zeros_like(x))
 
-    def chunk(self, ref, i: Array) -> Array:
+    def chunk(self, ref, rows) -> Array:
         """Some rows of keys or values; lanes beyond the last channel hold anything, even NaN, and become zero."""
-        x = ref[0, pl.ds(i * self.rows, self.rows)]
+        x = ref[0, rows]
         return jnp.where(self.inside, x, jnp.zeros_like(x)) if self.partial else x
 
     def put(self, ref, x: Array) -> None:
         """Writes this head's lanes, leaving those of the heads before it."""
         ref[0] = jnp.where((self.head == 0) | self.mine, x.astype(ref.dtype), ref[0])
 
-    def loop(self, body: Callable, init):
-        return body(0, init) if self.chunks == 1 else jax.lax.fori_loop(0, self.chunks, body, init)
+    def loop(self, body: Callable, init, *sequences):
+        """Carries `init` through all chunks of the keys' sequences: `body(rows, refs of a sequence, carry)`."""
+        for refs in zip(*sequences, strict=True):
+            keys = refs[0].shape[1]
+            size = _rows(keys, KEY_ROWS)
+
+            def chunk(i, carry, refs=refs, size=size):
+                return body(pl.ds(i * size, size), refs, carry)
+
+            init = chunk(0, init) if keys == size else jax.lax.fori_loop(0, keys // size, chunk, init)
+        return init
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, *, channels: int, dim: int):
-    step = _Step(channels, dim, k_ref.shape[1])
+def _grouped(refs: Sequence, groups: str, parts: int) -> list:
+    """A kernel's arguments: one for each letter, of keys and values ("k") a list of one a sequence."""
+    refs = iter(refs)
+    return [[next(refs) for _ in range(parts)] if letter == "k" else next(refs) for letter in groups]
+
+
+def _forward_kernel(*refs, channels: int, dim: int, parts: int):
+    q_ref, k_refs, v_refs, out_ref, lse_ref = _grouped(refs, "qkkql", parts)
+    step = _Step(channels, dim)
 
     @pl.when(step.exists)
     def _():
         q = step.keep(q_ref[0])
 
-        def body(i, carry):
+        def body(rows, refs, carry):
             top, total, out = carry
-            scores = _dot(q, step.chunk(k_ref, i), (1, 1))
+            k, v = (step.chunk(ref, rows) for ref in refs)
+            scores = _dot(q, k, (1, 1))
             higher = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
             weights = jnp.exp((scores - higher) * step.scale)
             fade = jnp.exp((top - higher) * step.scale)
             total = fade * total + jnp.sum(weights, axis=1, keepdims=True)
-            v = step.chunk(v_ref, i)
             return higher, total, fade * out + _dot(weights.astype(v.dtype), v, (1, 0))
 
         column = jnp.zeros((q.shape[0], 1), jnp.float32)
-        top, total, out = step.loop(body, (column - jnp.inf, column, jnp.zeros(q.shape, jnp.float32)))
+        init = column - jnp.inf, column, jnp.zeros(q.shape, jnp.float32)
+        top, total, out = step.loop(body, init, k_refs, v_refs)
         step.put(out_ref, out / total)
         lse = jnp.broadcast_to(top * step.scale + jnp.log(total), q.shape)
         lse_ref[0, 0, pl.ds(step.head, 1)] = lse.T[:1]
 
 
-def _backward_kernel(
-    q_ref, k_ref, v_ref, out_ref, lse_ref, dout_ref, dq_ref, dk_ref, dv_ref, dk_sum, dv_sum, *, channels: int, dim: int
-):
-    step = _Step(channels, dim, k_ref.shape[1])
+def _backward_kernel(*refs, channels: int, dim: int, parts: int):
+    refs = _grouped(refs, "qkkqlq" + "qkk" + "kk", parts)  # inputs, outputs, what is summed
+    q_ref, k_refs, v_refs, out_ref, lse_ref, dout_ref, dq_ref, dk_refs, dv_refs, dk_sums, dv_sums = refs
+    step = _Step(channels, dim)
 
     @pl.when((pl.program_id(2) == 0) & (step.head == 0))
     def _():
-        dk_sum[...] = jnp.zeros_like(dk_sum)
-        dv_sum[...] = jnp.zeros_like(dv_sum)
+        for sums in (*dk_sums, *dv_sums):
+            sums[...] = jnp.zeros_like(sums)
 
     @pl.when(step.exists)
     def _():
@@ -131,58 +147,62 @@ def _backward_kernel(
         ones = jnp.ones((8, LANES), jnp.float32)
         delta = _dot(ones, products, (1, 1), precision=jax.lax.Precision.HIGHEST)[:1]
 
-        def body(i, dq):
-            k, v = step.chunk(k_ref, i), step.chunk(v_ref, i)
-            rows = pl.ds(i * step.rows, step.rows)
+        def body(rows, refs, dq):
+            k_ref, v_ref, dk_sum, dv_sum = refs
+            k, v = step.chunk(k_ref, rows), step.chunk(v_ref, rows)
             weights = jnp.exp(_dot(k, q, (1, 1)) * step.scale - lse)
             dv_sum[rows] += _dot(weights.astype(v.dtype), dout, (1, 0))
             dscores = (weights * (_dot(v, dout, (1, 1)) - delta)).astype(k.dtype)
             dk_sum[rows] += _dot(dscores, q, (1, 0))
             return dq + _dot(dscores, k, (0, 0))
 
-        step.put(dq_ref, step.loop(body, jnp.zeros(q.shape, jnp.float32)) * step.scale)
+        dq = step.loop(body, jnp.zeros(q.shape, jnp.float32), k_refs, v_refs, dk_sums, dv_sums)
+        step.put(dq_ref, dq * step.scale)
 
     @pl.when((pl.program_id(2) == pl.num_programs(2) - 1) & (step.head == pl.num_programs(3) - 1))
     def _():
-        dk_ref[0] = (dk_sum[...] * step.scale).astype(dk_ref.dtype)
-        dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
+        for dk_ref, dv_ref, dk_sum, dv_sum in zip(dk_refs, dv_refs, dk_sums, dv_sums, strict=True):
+            dk_ref[0] = (dk_sum[...] * step.scale).astype(dk_ref.dtype)
+            dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
 
 
-def _call(kernel: Callable, products: int, outputs: str, heads: int, interpret: bool, *arrays: Array) -> list[Array]:
-    """Runs a kernel on the images this device holds.
+def _call(kernel: Callable, products: int, outputs: str, heads: int, parts: int, interpret: bool, *arrays: Array):
+    """Runs a kernel on the images this device holds, whose keys are of so many sequences (`parts`).
 
     `arrays` are q, k, v and, going backward, out, lse and dout; `outputs` names the array that each output is shaped
-    like ("l" for lse), `products` counts the matrix products of T x S x C.
+    like ("l" for lse, "k" for one a sequence), `products` counts the matrix products of T x S x C.
     """
-    q, k = arrays[:2]
+    inputs = "qkkqlq" if len(arrays) > 1 + 2 * parts else "qkk"
+    q, keys, *_ = _grouped(arrays, inputs, parts)
     images, queries, channels = q.shape
-    keys, dim = k.shape[1], channels // heads
-    rows, blocks, parts = _rows(queries, QUERY_ROWS), pl.cdiv(channels, LANES), LANES // dim
+    dim = channels // heads
+    rows, blocks, sharing = _rows(queries, QUERY_ROWS), pl.cdiv(channels, LANES), LANES // dim
     specs = {
-        "q": pl.BlockSpec((1, rows, LANES), lambda n, g, t, h: (n, t, g)),
-        "k": pl.BlockSpec((1, keys, LANES), lambda n, g, t, h: (n, 0, g)),
-        "l": pl.BlockSpec((1, 1, parts, rows), lambda n, g, t, h: (n, g, 0, t)),
+        "q": [pl.BlockSpec((1, rows, LANES), lambda n, g, t, h: (n, t, g))],
+        "k": [pl.BlockSpec((1, k.shape[1], LANES), lambda n, g, t, h: (n, 0, g)) for k in keys],
+        "l": [pl.BlockSpec((1, 1, sharing, rows), lambda n, g, t, h: (n, g, 0, t))],
     }
     shapes = {
-        "q": jax.ShapeDtypeStruct(q.shape, q.dtype),
-        "k": jax.ShapeDtypeStruct(k.shape, k.dtype),
-        "l": jax.ShapeDtypeStruct((images, blocks, parts, queries), jnp.float32),
+        "q": [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        "k": [jax.ShapeDtypeStruct(k.shape, k.dtype) for k in keys],
+        "l": [jax.ShapeDtypeStruct((images, blocks, sharing, queries), jnp.float32)],
     }
-    nbytes = sum(x.size * x.dtype.itemsize for x in (*arrays, *(shapes[name] for name in outputs)))
+    total = sum(k.shape[1] for k in keys)
+    out_shape = [shape for name in outputs for shape in shapes[name]]
     return pl.pallas_call(
-        functools.partial(kernel, channels=channels, dim=dim),
-        grid=(images, blocks, queries // rows, parts),
-        in_specs=[specs[name] for name in "qkkqlq"[: len(arrays)]],
-        out_specs=[specs[name] for name in outputs],
-        out_shape=[shapes[name] for name in outputs],
-        scratch_shapes=[pltpu.VMEM((keys, LANES), jnp.float32)] * outputs.count("k"),
+        functools.partial(kernel, channels=channels, dim=dim, parts=parts),
+        grid=(images, blocks, queries // rows, sharing),
+        in_specs=[spec for name in inputs for spec in specs[name]],
+        out_specs=[spec for name in outputs for spec in specs[name]],
+        out_shape=out_shape,
+        scratch_shapes=[pltpu.VMEM((k.shape[1], LANES), jnp.float32) for k in keys] * outputs.count("k"),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * images * queries * keys * channels,
-            transcendentals=images * heads * queries * keys,
-            bytes_accessed=nbytes,
+            flops=2 * products * images * queries * total * channels,
+            transcendentals=images * heads * queries * total,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *out_shape)),
         ),
         interpret=interpret,
     )(*arrays)
@@ -193,14 +213,17 @@ def _sharded(call: Callable, *arrays: Array) -> list[Array]:
     return on_shards(call, [("images",) + (None,) * (x.ndim - 1) for x in arrays], *arrays)
 
 
+Keys = Array | tuple[Array, ...]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def full_attention(q: Array, k: Array, v: Array, heads: int, interpret: bool = False) -> Array:
+def full_attention(q: Array, k: Keys, v: Keys, heads: int, interpret: bool = False) -> Array:
     """Softmax attention of every query to every key, the softmax in float32, on TPU.
 
     Args:
       q: f[N, T, C] queries, their heads side by side in C.
-      k: f[N, S, C] keys.
-      v: f[N, S, C] values.
+      k: f[N, S, C] keys; a tuple is attended to as if joined, and never is.
+      v: f[N, S, C] values, likewise.
       heads: number of heads, of 64 or 128 channels each; see `supported` for the lengths.
       interpret: emulates the kernel on any platform.
 
@@ -211,13 +234,16 @@ def full_attention(q: Array, k: Array, v: Array, heads: int, interpret: bool = F
 
 
 def _forward(q, k, v, heads, interpret):
-    out, lse = _sharded(functools.partial(_call, _forward_kernel, 2, "ql", heads, interpret), q, k, v)
+    k_leaves, v_leaves = jax.tree.leaves(k), jax.tree.leaves(v)
+    call = functools.partial(_call, _forward_kernel, 2, "ql", heads, len(k_leaves), interpret)
+    out, lse = _sharded(call, q, *k_leaves, *v_leaves)
     return out, (q, k, v, out, lse)
 
 
 def _backward(heads, interpret, saved, dout):
-    call = functools.partial(_call, _backward_kernel, 5, "qkk", heads, interpret)
-    return tuple(_sharded(call, *saved, dout))
+    leaves, structure = jax.tree.flatten(saved[:3])
+    call = functools.partial(_call, _backward_kernel, 5, "qkk", heads, len(leaves) // 2, interpret)
+    return jax.tree.unflatten(structure, _sharded(call, *leaves, *saved[3:], dout))
 
 
 full_attention.defvjp(_forward, _backward)

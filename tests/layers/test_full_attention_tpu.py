@@ -72,6 +72,18 @@ def test_blocks_of_queries_and_keys(small_blocks):
     assert worst_error((2, 256, 384, 3, 64), jnp.float32) < 1e-5
 
 
+def test_keys_of_two_sequences_are_as_joined(small_blocks):
+    heads = 3
+    q, k, v, cotangent = make_inputs(2, 256, 256 + 40, heads, 64)
+
+    def apart(q, k, v):
+        return full_attention(q, (k[:, :256], k[:, 256:]), (v[:, :256], v[:, 256:]), heads, True)
+
+    got, want = (results(f, q, k, v, cotangent) for f in (apart, functools.partial(reference, heads)))
+    for name, x in got.items():
+        assert relative_error(x, want[name]) < 1e-5
+
+
 def test_bfloat16_is_near_float32(small_blocks):
     assert worst_error((1, 256, 256, 4, 64), jnp.bfloat16) < 0.01
 
@@ -115,3 +127,9 @@ def test_supported(queries, keys, channels, heads, want):
         jax.ShapeDtypeStruct((1, keys, channels), "bfloat16"),
     )
     assert supported(q, k, heads) == want
+
+
+def test_sequences_are_supported_each_by_itself():
+    q, k, extra = (jax.ShapeDtypeStruct((1, length, 128), "bfloat16") for length in (4096, 4096, 333))
+    assert supported(q, (k, extra), 2) and not supported(q, jax.ShapeDtypeStruct((1, 4096 + 333, 128), "bfloat16"), 2)
+    assert not supported(q, (k, k, k), 2)  # more than fit

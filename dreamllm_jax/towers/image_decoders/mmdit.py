@@ -1,0 +1,464 @@
+"""The denoiser of Stable Diffusion 3 and 3.5, MMDiT (diffusers' `SD3Transformer2DModel`), Esser et al. 2403.03206.
+
+Image and condition are two streams of tokens, each with its own weights, that meet in one attention. A vector made of
+the time and of the pooled condition shifts, scales and gates both. In 3.5 medium the first layers have a second
+attention, of the image to itself.
+
+Parameters are named as in diffusers. Legend: N images, h,w,c latent height, width and channels, T image tokens
+(patches), Q condition tokens, C condition width, P pooled width, E width.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamllm_jax.layers.blocks import Conv, Dense, attend_packed, moments, shard_images
+from dreamllm_jax.layers.flops import Tally, dense
+from dreamllm_jax.layers.norms import rms_norm
+from dreamllm_jax.layers.remat import rematerialised
+from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
+from dreamllm_jax.layers.weights import LAYERS, weight
+from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
+from dreamllm_jax.towers.public import PublicForm
+
+Array = jax.Array
+
+_EPS = 1e-6
+_TIME_WIDTH = 256  # of the sinusoids
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTConfig:
+    """The settings of diffusers' `SD3Transformer2DModel`, all of them.
+
+    `sample_size` is the side of the latents that it was made for, `pos_embed_max_size` the side, in patches, of the
+    table of positions, from whose middle each image takes its part.
+    """
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 18
+    attention_head_dim: int = 64
+    num_attention_heads: int = 18
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    out_channels: int | None = 16
+    pos_embed_max_size: int = 96
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+    kind: Literal["mmdit"] = "mmdit"
+    public = PublicForm(
+        library="diffusers",
+        torch_class="SD3Transformer2DModel",
+        folder="transformer",
+        settings=(
+            *("patch_size", "in_channels", "num_layers", "attention_head_dim", "num_attention_heads"),
+            *("joint_attention_dim", "pooled_projection_dim", "pos_embed_max_size", "dual_attention_layers", "qk_norm"),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        optional = ("dual_attention_layers", "qk_norm", "kind")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in optional and not (field.name == "out_channels" and value is None):
+                require(isinstance(value, int) and value > 0, f"{field.name}={value!r} must be a positive integer")
+        require(
+            self.caption_projection_dim == self.width,
+            f"caption_projection_dim={self.caption_projection_dim} must be num_attention_heads * attention_head_dim = "
+            f"{self.width}",
+        )
+        require(self.width % 4 == 0, f"the width {self.width} must be a multiple of 4, for sines and cosines of 2 axes")
+        require(
+            self.sample_size % self.patch_size == 0,
+            f"sample_size={self.sample_size} must be a multiple of patch_size={self.patch_size}",
+        )
+        dual = self.dual_attention_layers
+        require(
+            dual == tuple(range(len(dual))) and len(dual) <= self.num_layers,
+            f"dual_attention_layers={dual!r}: only the first so many of the {self.num_layers} layers are implemented",
+        )
+        require(
+            self.qk_norm in (None, "rms_norm"), f"qk_norm={self.qk_norm!r}: only null and 'rms_norm' are implemented"
+        )
+
+    @property
+    def width(self) -> int:
+        """Of the tokens of both streams (E)."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def condition_width(self) -> int:
+        """Channels of the condition's sequence (C)."""
+        return self.joint_attention_dim
+
+    @property
+    def pooled_width(self) -> int:
+        """Of the condition's pooled vector (P)."""
+        return self.pooled_projection_dim
+
+    @property
+    def made_channels(self) -> int:
+        """Of the prediction."""
+        return self.out_channels or self.in_channels
+
+    @property
+    def size_multiple(self) -> int:
+        """What the latents' height and width must be multiples of."""
+        return self.patch_size
+
+    @property
+    def stacks(self) -> tuple[tuple[int, int, bool, bool], ...]:
+        """Layers of one kind that follow each other: first, end, whether they have the second attention, whether the
+        condition ends there."""
+        dual, last = len(self.dual_attention_layers), self.num_layers - 1
+        edges = sorted({0, dual, last, self.num_layers})
+        return tuple((first, end, first < dual, first == last) for first, end in itertools.pairwise(edges))
+
+    @classmethod
+    def from_public(cls, settings: Mapping[str, Any]) -> "MMDiTConfig":
+        """Reads the `config.json` of a diffusers `SD3Transformer2DModel`.
+
+        Raises:
+          ValueError: naming every setting that is not implemented.
+        """
+        return read_diffusers_config(cls, settings, {})
+
+    def to_public(self) -> dict[str, Any]:
+        """The settings of a `SD3Transformer2DModel`'s config.json."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
+
+    def run_public(self, module: Any, latents: Any, timesteps: Any, condition: Condition) -> Any:
+        """The prediction as the public class computes it, f[N,c,h,w], f[N] of torch -> f[N,c',h,w]."""
+        return module(latents, condition.sequence, condition.pooled, timesteps).sample
+
+    def make(self, dtype: Any, remat: str = "none") -> "MMDiT":
+        """The module; see there."""
+        return MMDiT(self, dtype=dtype, remat=remat)
+
+    def flops(self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool) -> None:
+        """Adds one prediction for latents of this height and width, under conditions of so many tokens.
+
+        Args:
+          condition_live: whether gradients go back to the conditions, sequence and pooled.
+        """
+        width, heads = self.width, self.num_attention_heads
+        tokens = (size[0] // self.patch_size) * (size[1] // self.patch_size)
+        pixels = self.patch_size**2
+
+        def perceptron(name: str, inputs: int, live: bool) -> bool:
+            part = tally.beside(live)
+            part.product(f"time_text_embed/{name}/linear_1/kernel", dense(images, inputs, width))
+            part.product(f"time_text_embed/{name}/linear_2/kernel", dense(images, width, width))
+            tally.total += part.total
+            return part.live
+
+        live = perceptron("timestep_embedder", _TIME_WIDTH, False)
+        live |= perceptron("text_embedder", self.pooled_projection_dim, condition_live)
+        context = tally.beside(condition_live)
+        context.product("context_embedder/kernel", dense(images * queries, self.joint_attention_dim, width))
+        tally.total += context.total
+        tally.product("pos_embed/proj/kernel", dense(images * tokens, pixels * self.in_channels, width), live=False)
+        tally.live |= live or context.live
+
+        for first, end, dual, last in self.stacks:
+            path = f"transformer_blocks/{first}_to_{end}"
+            # In a scan what is live behind one layer is live before all.
+            tally.live |= tally.trained(f"{path}/attn/to_q/kernel") or tally.trained(f"{path}/norm1/linear/kernel")
+            layer = tally.beside(tally.live)
+            layer.product(f"{path}/norm1/linear/kernel", dense(images, width, (9 if dual else 6) * width))
+            layer.product(f"{path}/norm1_context/linear/kernel", dense(images, width, (2 if last else 6) * width))
+
+            def square(name: str, count: int, ratio: int = 1, layer: Tally = layer, path: str = path) -> None:
+                layer.product(f"{path}/{name}/kernel", dense(images * count, width, ratio * width))
+
+            for name in ("to_q", "to_k", "to_v", "to_out_0"):
+                square(f"attn/{name}", tokens)
+            for name in (
+                ("add_k_proj", "add_v_proj") if last else ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+            ):
+                square(f"attn/{name}", queries)
+            for count in (tokens,) if last else (tokens, queries):
+                layer.attention(images, count, (tokens, queries), width, layer.live, heads=heads)
+            if dual:
+                for name in ("to_q", "to_k", "to_v", "to_out_0"):
+                    square(f"attn2/{name}", tokens)
+                layer.attention(images, tokens, tokens, width, layer.live, heads=heads)
+            for name, count in (("ff", tokens),) if last else (("ff", tokens), ("ff_context", queries)):
+                square(f"{name}/net_0/proj", count, 4)
+                square(f"{name}/net_2", count, 4)
+            tally.total += layer.total * (end - first)
+        tally.product("norm_out/linear/kernel", dense(images, width, 2 * width))
+        tally.product("proj_out/kernel", dense(images * tokens, width, pixels * self.made_channels))
+
+
+class _Part(nn.Module):
+    """What the parts of a layer share."""
+
+    config: MMDiTConfig
+    dtype: Any = jnp.float32
+
+    def linear(self, features: int, name: str) -> Dense:
+        return Dense(features, dtype=self.dtype, name=name)
+
+
+class Modulation(_Part):
+    """Vectors for each image that shift, scale and gate its tokens (adaLN, Peebles & Xie 2212.09748).
+
+    They are float32, and so are the sums over all tokens that their gradients are.
+    """
+
+    chunks: int = 6
+
+    @nn.compact
+    def __call__(self, clock: Array) -> list[Array]:
+        """f32[N,E] -> so many f32[N,1,E]."""
+        made = self.linear(self.chunks * self.config.width, "linear")(clock).astype(jnp.float32)
+        return jnp.split(made[:, None], self.chunks, axis=-1)
+
+
+def _normalised(x: Array) -> Array:
+    """Layer normalisation without weights, f[N,T,E] -> f32[N,T,E]."""
+    mean, variance = moments(x, (-1,))
+    return (x - mean) * jax.lax.rsqrt(variance + _EPS)
+
+
+def _modulated(normalised: Array, shift: Array, scale: Array, dtype: Any) -> Array:
+    return (normalised * (1 + scale) + shift).astype(dtype)
+
+
+def _gated(x: Array, gate: Array, change: Array) -> Array:
+    """The residual with a change, gated in float32."""
+    return (x + gate * change.astype(jnp.float32)).astype(x.dtype)
+
+
+class _Scale(nn.Module):
+    """The weight of a norm of a head's channels, and the norm."""
+
+    dim: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """f[N,T,E] -> f[N,T,E]."""
+        scale = self.param("scale", weight(nn.initializers.ones, "tower_norm"), (self.dim,))
+        return rms_norm(x.reshape(*x.shape[:-1], -1, self.dim), scale, _EPS).reshape(x.shape)
+
+
+class JointAttention(_Part):
+    """Attention of the image's tokens to themselves and, if there are any, to the condition's, and the other way round.
+
+    Attributes:
+      last: the condition's tokens attend to nothing.
+    """
+
+    last: bool = False
+
+    def project(self, x: Array, names: tuple[str, str, str], norms: tuple[str, str]) -> tuple[Array, Array, Array]:
+        q, k, v = (self.linear(self.config.width, name)(x) for name in names)
+        if self.config.qk_norm:
+            q, k = (_Scale(self.config.attention_head_dim, name=name)(y) for name, y in zip(norms, (q, k), strict=True))
+        return q, k, v
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array | None = None) -> tuple[Array, Array | None]:
+        """f[N,T,E], f[N,Q,E] -> the same; None for a condition that is not there or ends."""
+        width, heads = self.config.width, self.config.num_attention_heads
+        q, *pair = self.project(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        keys, values = ((y,) for y in pair)
+        if context is not None:
+            names = ("add_q_proj", "add_k_proj", "add_v_proj")
+            context_q, k, v = self.project(context, names, ("norm_added_q", "norm_added_k"))
+            keys, values = (*keys, k), (*values, v)
+        out = self.linear(width, "to_out_0")(attend_packed(q, keys, values, heads))
+        if context is None or self.last:
+            return out, None
+        return out, self.linear(width, "to_add_out")(attend_packed(context_q, keys, values, heads))
+
+
+class FeedForward(_Part):
+    """Four times as wide, and back, around GELU in its approximation by tanh."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return self.linear(x.shape[-1], "net_2")(nn.gelu(_Proj(self.config, self.dtype, name="net_0")(x)))
+
+
+class _Proj(_Part):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return self.linear(4 * x.shape[-1], "proj")(x)
+
+
+class Block(_Part):
+    """One layer, as the body of a scan.
+
+    Attributes:
+      dual: whether the image attends to itself a second time.
+      last: whether the condition ends here.
+    """
+
+    dual: bool = False
+    last: bool = False
+
+    @nn.compact
+    def __call__(self, carry: tuple[Array, Array], clock: Array) -> tuple[tuple[Array, Array], None]:
+        """(f[N,T,E], f[N,Q,E]), f32[N,E] -> the same two."""
+        (x, context), part, dtype = carry, (self.config, self.dtype), self.dtype
+        shift, scale, gate, *rest = Modulation(*part, 9 if self.dual else 6, name="norm1")(clock)
+        normalised = _normalised(x)
+        shift_ff, scale_ff, gate_ff, *second = rest
+        ours = Modulation(*part, 2 if self.last else 6, name="norm1_context")(clock)
+        context_scale, context_shift = ours if self.last else (ours[1], ours[0])
+        change, context_change = JointAttention(*part, self.last, name="attn")(
+            _modulated(normalised, shift, scale, dtype),
+            _modulated(_normalised(context), context_shift, context_scale, dtype),
+        )
+        x = _gated(x, gate, change)
+        if self.dual:
+            shift, scale, gate = second
+            change, _ = JointAttention(*part, name="attn2")(_modulated(normalised, shift, scale, dtype))
+            x = _gated(x, gate, change)
+        x = _gated(x, gate_ff, FeedForward(*part, name="ff")(_modulated(_normalised(x), shift_ff, scale_ff, dtype)))
+        if not self.last:
+            gate, shift_ff, scale_ff, gate_ff = ours[2:]
+            context = _gated(context, gate, context_change)
+            change = FeedForward(*part, name="ff_context")(_modulated(_normalised(context), shift_ff, scale_ff, dtype))
+            context = _gated(context, gate_ff, change)
+        return (shard_images(x), shard_images(context)), None
+
+
+class Layers(_Part):
+    """All layers, scanned kind by kind."""
+
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array, clock: Array) -> Array:
+        carry = (x, context)
+        for first, end, dual, last in self.config.stacks:
+            stack = nn.scan(
+                rematerialised(Block, self.remat),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=end - first,
+                metadata_params={nn.PARTITION_NAME: LAYERS},
+            )
+            carry, _ = stack(self.config, self.dtype, dual, last, name=f"{first}_to_{end}")(carry, clock)
+        return carry[0]
+
+
+class PatchEmbed(_Part):
+    """Patches as tokens, plus the middle of a table of sinusoids that is stored with the weights and never learned."""
+
+    @nn.compact
+    def __call__(self, latents: Array) -> Array:
+        """f[N,h,w,c] -> f[N,T,E]."""
+        config, side, patch = self.config, self.config.pos_embed_max_size, self.config.patch_size
+        conv = Conv(config.width, (patch, patch), strides=patch, padding=0, dtype=self.dtype, name="proj")
+        x = conv(latents.astype(self.dtype))
+        _, height, width, _ = x.shape
+        table = self.param("pos_embed", weight(self._sinusoids, None, None, "tower_norm"), (1, side**2, config.width))
+        top, left = (side - height) // 2, (side - width) // 2
+        table = jax.lax.stop_gradient(table).reshape(side, side, config.width)
+        positions = table[top : top + height, left : left + width].astype(jnp.float32)
+        return (x + positions).astype(self.dtype).reshape(x.shape[0], -1, config.width)
+
+    def _sinusoids(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        config, side = self.config, self.config.pos_embed_max_size
+        base = config.sample_size // config.patch_size
+        frequencies = 10_000.0 ** (-np.arange(config.width // 4) / (config.width // 4))
+        angles = np.outer(np.arange(side, dtype=np.float32) / np.float32(side / base), frequencies)
+        line = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1), dtype)
+        columns, rows = (jnp.broadcast_to(y, (side, side, line.shape[-1])) for y in (line[None], line[:, None]))
+        return jnp.concatenate([columns, rows], axis=-1).reshape(shape)
+
+
+class Clock(_Part):
+    """What modulates every layer: the time and the pooled condition, in float32."""
+
+    @nn.compact
+    def __call__(self, timesteps: Array, pooled: Array) -> Array:
+        """f32[N], f[N,P] -> f32[N,E]."""
+        width = self.config.width
+        time = TimestepEmbedding(width, name="timestep_embedder")(timestep_embedding(timesteps, _TIME_WIDTH))
+        return time + TimestepEmbedding(width, name="text_embedder")(pooled.astype(jnp.float32))
+
+
+class MMDiT(_Part):
+    """Predicts the velocity (noise less data) of noisy latents, under a condition.
+
+    Attributes:
+      config: the network's shape.
+      dtype: type of the computation; norms' statistics, modulation and softmax are float32 in any case.
+      remat: what a layer keeps for the backward pass: "none" (everything) or "full" (its input).
+    """
+
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, latents: Array, timesteps: Array, condition: Condition) -> Array:
+        """f[N,h,w,c], f32[N] from 0 to 1000, sequence [N,Q,C] and pooled [N,P] -> f32[N,h,w,c'].
+
+        Raises:
+          ValueError: the condition has a mask, extras or no pooled vector, something has other channels than the config
+            says, or the latents are no multiple of patches or larger than the table of positions.
+        """
+        config, patch = self.config, self.config.patch_size
+        self._check(latents, condition)
+        n, height, width, _ = latents.shape
+        x = PatchEmbed(config, self.dtype, name="pos_embed")(shard_images(latents))
+        clock = nn.silu(Clock(config, self.dtype, name="time_text_embed")(timesteps, shard_images(condition.pooled)))
+        context = self.linear(config.width, "context_embedder")(shard_images(condition.sequence))
+        x = Layers(config, self.dtype, self.remat, name="transformer_blocks")(shard_images(x), context, clock)
+        scale, shift = Modulation(config, self.dtype, 2, name="norm_out")(clock)
+        x = _modulated(_normalised(x), shift, scale, self.dtype)
+        x = self.linear(patch**2 * config.made_channels, "proj_out")(x).astype(jnp.float32)
+        x = x.reshape(n, height // patch, width // patch, patch, patch, -1).swapaxes(2, 3)
+        return shard_images(x.reshape(n, height, width, -1))
+
+    def _check(self, latents: Array, condition: Condition) -> None:
+        config = self.config
+        require(condition.mask is None, "the condition has a mask, which an MMDiT cannot use: give it every token")
+        require(not condition.extra, f"the condition has {sorted(condition.extra)}, of which an MMDiT knows nothing")
+        require(condition.pooled is not None, "an MMDiT needs the condition's pooled vector, and there is none")
+        for name, got, want in (
+            ("latents", latents.shape[-1], config.in_channels),
+            ("condition's tokens", condition.sequence.shape[-1], config.condition_width),
+            ("condition's pooled vectors", condition.pooled.shape[-1], config.pooled_width),
+        ):
+            require(got == want, f"the {name} have {got} channels where the MMDiT's config says {want}")
+        patch, most = config.patch_size, config.patch_size * config.pos_embed_max_size
+        for name, got in zip(("high", "wide"), latents.shape[1:3], strict=True):
+            require(got % patch == 0, f"the latents are {got} {name}, which is no multiple of patch_size={patch}")
+            require(got <= most, f"the latents are {got} {name}; pos_embed_max_size allows at most {most}")
+
+
+_MEDIUM = {
+    "kind": "mmdit",
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "out_channels": 16,
+}
+# Of stabilityai's stable-diffusion-3-medium-diffusers and stable-diffusion-3.5-medium.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sd3-medium": _MEDIUM | {"pos_embed_max_size": 192},
+    "sd35-medium": _MEDIUM
+    | {"pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
+}
