@@ -20,18 +20,19 @@ normal = functools.cache(nn.initializers.normal)  # alike ones are one, for `dra
 class Weight(nn.LogicallyPartitioned):
     """A parameter (or its shape) with its logical axes and what it begins with, which is told for a single layer.
 
-    `exact` ones are used in float32, whatever the model computes in.
+    `exact` ones are used in float32, whatever the model computes in; `fixed` ones are tables that are never trained.
     """
 
     init: Initializer | None = struct.field(default=None, pytree_node=False)
     exact: bool = struct.field(default=False, pytree_node=False)
+    fixed: bool = struct.field(default=False, pytree_node=False)
 
 
-def weight(init: Initializer, *axes: str | None, exact: bool = False) -> Initializer:
-    """The initializer of a parameter with these logical axes; for `exact` see `Weight`."""
+def weight(init: Initializer, *axes: str | None, exact: bool = False, fixed: bool = False) -> Initializer:
+    """The initializer of a parameter with these logical axes; for `exact` and `fixed` see `Weight`."""
 
     def boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Weight:
-        return Weight(init(key, shape, dtype), axes, init=init, exact=exact)
+        return Weight(init(key, shape, dtype), axes, init=init, exact=exact, fixed=fixed)
 
     return boxed
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from etils import epath
@@ -41,10 +40,10 @@ def check(config: Mapping[str, Any]) -> tuple[Experiment, Leaves, Leaves]:
     mesh = {name: max(getattr(experiment.sharding, name), 1) for name in MESH_AXES}  # what is left to the devices: 1
     require_mesh_fits(experiment, mesh)
     try:
-        shapes = nn.unbox(abstract_params(experiment.model))
+        weights = abstract_params(experiment.model)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"config.model: no model has these shapes: {' '.join(str(error).split())[:300]}") from None
-    trainable, frozen = split_params(shapes, experiment.parameters.trainable)
+    trainable, frozen = split_params(weights, experiment.parameters.trainable)
     jax.eval_shape(make_optimizer(experiment.optimizer, experiment.steps).init, trainable)
     require_frozen(experiment.model, experiment.data.stored, trainable)
     _require_data(experiment)

@@ -36,7 +36,9 @@ class TrainState:
 
 
 def split_params(params: Mapping, rules: Sequence[tuple[str, bool]]) -> tuple[Leaves, Leaves]:
-    """Splits a parameter tree into flat (trainable, frozen) leaves by the first rule that matches a whole path.
+    """Splits a tree of `Weight`s into flat (trainable, frozen) leaves by the first rule that matches a whole path.
+
+    Those that are `fixed` are frozen, whatever the rules say.
 
     Raises:
       ValueError: naming a parameter no rule matches, or a rule that matches no parameter.
@@ -47,7 +49,7 @@ def split_params(params: Mapping, rules: Sequence[tuple[str, bool]]) -> tuple[Le
         if match is None:
             raise ValueError(f"trainable: no pattern matches the parameter {path}; end the list with ('.*', False)")
         used.add(match[0])
-        (trainable if match[1] else frozen)[path] = leaf
+        (trainable if match[1] and not leaf.fixed else frozen)[path] = nn.unbox(leaf)
     for i, (pattern, _) in enumerate(rules):
         if i not in used and pattern != ".*":
             raise ValueError(f"trainable: {pattern!r} decides about no parameter; the top level is {', '.join(params)}")
@@ -75,7 +77,7 @@ def abstract_state(
     boxed = abstract_params(model)
     shardings = flatten_dict(param_shardings(boxed, mesh, sharding), sep="/")
     replicated = NamedSharding(mesh, PartitionSpec())
-    trainable, frozen = split_params(nn.unbox(boxed), parameters.trainable)
+    trainable, frozen = split_params(boxed, parameters.trainable)
 
     def typed(leaves: Leaves, dtype: str) -> Leaves:
         return {

@@ -62,7 +62,7 @@ class DCAutoencoderConfig:
     scaling_factor: float = 0.41407
     kind: Literal["dc"] = "dc"
     deterministic: ClassVar[bool] = True
-    stored_depends: ClassVar[tuple[str, ...]] = ("encoder/",)
+    encode_depends: ClassVar[tuple[str, ...]] = ("encoder/",)
     public = PublicForm(
         library="diffusers",
         torch_class="AutoencoderDC",
@@ -135,7 +135,7 @@ class DCAutoencoderConfig:
         return 2 ** (len(self.encoder_block_out_channels) - 1)
 
     @property
-    def stored_channels(self) -> int:
+    def encoded_channels(self) -> int:
         """Channels of what `encode` gives."""
         return self.latent_channels
 

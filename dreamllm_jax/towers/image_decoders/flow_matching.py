@@ -40,7 +40,6 @@ class FlowDecoderRole(LatentDecoderRole):
     """Of a configuration with the fields `denoiser`, `autoencoder`, `flow` and `remat`."""
 
     flow: FlowConfig
-    remat: str
 
     public_scheduler = "scheduler/scheduler_config.json"
     public_sampler = "FlowMatchEulerDiscreteScheduler"  # a class that samples by that file

@@ -19,12 +19,13 @@ from dreamllm_jax.towers.condition import Condition
 
 
 class LatentDecoderRole:
-    """Of a configuration with the fields `denoiser` and `autoencoder`; see `towers.roles.ImageDecoderRole`."""
+    """Of a configuration with the fields `denoiser`, `autoencoder` and `remat`; see `towers.roles.ImageDecoderRole`."""
 
     encodes_features: ClassVar[bool] = False
 
     denoiser: Any
     autoencoder: Any
+    remat: str
 
     def require_channels(self) -> None:
         """Raises ValueError if the denoiser is not for the autoencoder's latents."""
@@ -47,7 +48,7 @@ class LatentDecoderRole:
     @property
     def default_size(self) -> int:
         """Pixels on a side of the images that it was made for."""
-        return self.denoiser.default_size * self.autoencoder.downscale
+        return (self.denoiser.sample_size or 64) * self.autoencoder.downscale
 
     @property
     def size_multiple(self) -> int:
@@ -57,7 +58,7 @@ class LatentDecoderRole:
     @property
     def training_size_multiple(self) -> int:
         """Height and width of what is learned must be multiples of it."""
-        return self.autoencoder.downscale * self.denoiser.training_size_multiple
+        return self.size_multiple
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of an image of so many pixels."""
@@ -99,7 +100,8 @@ class LatentDecoderRole:
         if not stored:
             self.autoencoder.encoder_flops(autoencoder, images, height, width)
         denoiser = tally.part("denoiser", autoencoder.live)
-        self.denoiser.flops(denoiser, images, self.latent_shape(height, width)[:2], queries, condition_live)
+        size = self.latent_shape(height, width)[:2]
+        self.denoiser.flops(denoiser, images, size, queries, condition_live, self.remat)
         return {"autoencoder": autoencoder.total, "denoiser": denoiser.total}
 
 

@@ -145,11 +145,14 @@ class MMDiTConfig:
         """The module; see there."""
         return MMDiT(self, dtype=dtype, remat=remat)
 
-    def flops(self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool) -> None:
+    def flops(
+        self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool, remat: str = "none"
+    ) -> None:
         """Adds one prediction for latents of this height and width, under conditions of so many tokens.
 
         Args:
           condition_live: whether gradients go back to the conditions, sequence and pooled.
+          remat: as of `make`.
         """
         width, heads = self.width, self.num_attention_heads
         tokens = (size[0] // self.patch_size) * (size[1] // self.patch_size)
@@ -196,6 +199,8 @@ class MMDiTConfig:
             for name, count in (("ff", tokens),) if last else (("ff", tokens), ("ff_context", queries)):
                 square(f"{name}/net_0/proj", count, 4)
                 square(f"{name}/net_2", count, 4)
+            if remat != "none":
+                layer.recompute(layer.forward)
             tally.total += layer.total * (end - first)
         tally.product("norm_out/linear/kernel", dense(images, width, 2 * width))
         tally.product("proj_out/kernel", dense(images * tokens, width, pixels * self.made_channels))
@@ -367,7 +372,9 @@ class PatchEmbed(_Part):
         conv = Conv(config.width, (patch, patch), strides=patch, padding=0, dtype=self.dtype, name="proj")
         x = conv(latents.astype(self.dtype))
         _, height, width, _ = x.shape
-        table = self.param("pos_embed", weight(self._sinusoids, None, None, "tower_norm"), (1, side**2, config.width))
+        table = self.param(
+            "pos_embed", weight(self._sinusoids, None, None, "tower_norm", fixed=True), (1, side**2, config.width)
+        )
         top, left = (side - height) // 2, (side - width) // 2
         table = jax.lax.stop_gradient(table).reshape(side, side, config.width)
         positions = table[top : top + height, left : left + width].astype(jnp.float32)

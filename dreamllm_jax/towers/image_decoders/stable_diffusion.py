@@ -93,6 +93,11 @@ class StableDiffusionConfig(LatentDecoderRole):
     def __post_init__(self):
         self.require_channels()
 
+    @property
+    def training_size_multiple(self) -> int:
+        """Height and width of what is learned must be multiples of it: no level of the U-Net then has a remainder."""
+        return self.size_multiple * 2 ** (self.denoiser.levels - 1)
+
     @classmethod
     def from_public(cls, parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> "StableDiffusionConfig":
         """The decoder of these parts and the settings of diffusers' scheduler.

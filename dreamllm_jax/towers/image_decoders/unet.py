@@ -191,25 +191,18 @@ class UNetConfig:
         return 0
 
     @property
-    def default_size(self) -> int:
-        """Latents on a side of the images that it was made for."""
-        return self.sample_size or 64
-
-    @property
     def size_multiple(self) -> int:
         """Height and width of latents may be any."""
         return 1
 
-    @property
-    def training_size_multiple(self) -> int:
-        """Height and width of latents that are learned must be multiples of it: no level then has a remainder."""
-        return 2 ** (self.levels - 1)
-
-    def flops(self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool) -> None:
+    def flops(
+        self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool, remat: str = "none"
+    ) -> None:
         """Adds one prediction for latents of this height and width, under conditions of so many tokens.
 
         Args:
           condition_live: whether gradients go back to the conditions.
+          remat: as of `make`.
         """
         widths = self.block_out_channels
         layers = self.per_block(self.layers_per_block)
@@ -223,9 +216,11 @@ class UNetConfig:
 
         def resnet(name: str, inputs: int, outputs: int) -> None:
             count_resnet(tally, name, images, size, inputs, outputs, time)
+            if remat != "none":  # what comes after the first convolution is not needed again
+                tally.recompute(convolution(images, size, inputs, outputs))
 
         def transformer(name: str, level: int) -> None:
-            width, tokens = widths[level], images * math.prod(size)
+            width, tokens, before = widths[level], images * math.prod(size), tally.forward
             tally.product(f"{name}/proj_in/kernel", dense(tokens, width, width))
             for i in range(depths[level]):
                 block = f"{name}/transformer_blocks_{i}"
@@ -235,11 +230,14 @@ class UNetConfig:
                 for projection in ("to_k", "to_v"):
                     product = dense(images * queries, self.cross_attention_dim, width)
                     context.product(f"{block}/attn2/{projection}/kernel", product, live=condition_live)
+                before -= context.forward
                 tally.total += context.total
                 tally.attention(images, math.prod(size), queries, width, context.live, heads=self.heads[level])
                 tally.product(f"{block}/attn2/to_out_0/kernel", dense(tokens, width, width))
                 tally.product(f"{block}/ff/net_0/proj/kernel", dense(tokens, width, 8 * width))
                 tally.product(f"{block}/ff/net_2/kernel", dense(tokens, 4 * width, width))
+            if remat != "none":
+                tally.recompute(tally.forward - before)
             tally.product(f"{name}/proj_out/kernel", dense(tokens, width, width))
 
         tally.product("conv_in/kernel", convolution(images, size, self.in_channels, widths[0]))
