@@ -109,7 +109,7 @@ def dynamic_shift(config: FlowConfig, tokens: int) -> float:
     return shift
 
 
-def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
+def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
     """Noise levels from 0 to 1, moved towards 1 where the shift is greater than 1."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

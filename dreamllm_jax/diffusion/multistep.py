@@ -35,7 +35,7 @@ def unipc(signal: Levels, deviation: Levels) -> tuple[Column, Column, Column, Co
     first = (-base / widths - 1) / base
     second = 2 * ((base / widths + 1) / widths - 0.5) / base
     slope = widths[1:] / widths[:-1]
-    # Of the two conditions of order, the second step's on; the first step has one prediction only.
+    # Two conditions of order give the weights of both differences; the first step has one and half of it.
     bent = (first - second)[1:] / (1 + 1 / slope)
     weight, bend = np.full_like(widths, 0.5), np.zeros_like(widths)
     weight[1:] = first[1:] - bent

@@ -71,15 +71,13 @@ def paint(
       ValueError: a size that is not a multiple of the image decoder's, no interval.
     """
     size = require_size(model, size)
-    low, high = guidance_interval
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"guidance_interval must be two ascending numbers from 0 to 1, got {low} and {high}")
+    require_interval(guidance_interval)
     if guidance == 1.0:
         negative = None
     elif negative is None:
         negative = _null_hidden(model, params)
     seeds = jnp.asarray(seeds, jnp.uint32)
-    guiding = jax.tree.map(jnp.float32, (guidance, rescale, (low, high)))
+    guiding = jax.tree.map(jnp.float32, (guidance, rescale, tuple(guidance_interval)))
     return _paint(model, params, hidden, negative, seeds, guiding, size, sampler)
 
 
@@ -106,10 +104,11 @@ def generate_images(
       negative: what guidance leads away from; nothing for the document without a prompt.
 
     Raises:
-      ValueError: a prompt too long for the model, or a size that cannot be painted.
+      ValueError: a prompt too long for the model, a size that cannot be painted, or no interval.
       ImageError: an image of a prompt cannot be decoded.
     """
     require_size(model, size)
+    require_interval(guidance_interval)
 
     def hidden(given: Sequence[Sequence[Segment]]) -> Float[Array, "N Q E"]:
         return read_queries(model, params, begin(model, params, tokenizer, given, model.config.num_queries + 2))[0]
@@ -135,3 +134,10 @@ def require_size(model: DreamLLM, size: int | tuple[int, int] | None) -> tuple[i
     if min(height, width) < least or height % least or width % least:
         raise ValueError(f"the sides of a painted image must be multiples of {least} pixels, got {height} x {width}")
     return height, width
+
+
+def require_interval(interval: tuple[float, float]) -> None:
+    """Raises `ValueError` unless guidance can be confined to these shares of the timesteps."""
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance_interval must be two ascending numbers from 0 to 1, got {low} and {high}")

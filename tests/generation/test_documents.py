@@ -163,4 +163,6 @@ def test_other_shapes_seeds_and_scales_of_images():
     assert painting._paint._cache_size() <= compiled + 1  # a negative prompt has a row each
     without, hardly = painted(guidance=1.0), painted(guidance=1.000001)  # the null condition is left out, and is not
     assert np.abs(without - painted(guidance_interval=(0.0, 0.0))).max() <= 1
+    with pytest.raises(ValueError, match=r"two ascending numbers from 0 to 1, got 0\.7 and 0\.3"):
+        painted(guidance_interval=(0.7, 0.3))
     assert np.abs(without - hardly).max() <= 1 and painting._paint._cache_size() <= compiled + 2
