@@ -84,6 +84,9 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
         if decoder.encodes_features and not group.stored:
             target = Tally(lambda _: False, platform=platform, dtype=model.dtype)  # no gradient goes there
             model.vision_encoder.flops(target, images, group.height, group.width, model.remat != "none")
+            if decoder.encodes_features == "visual_projector":
+                tokens, inputs = model.vision_encoder.tokens(group.height, group.width), model.vision_encoder.width
+                model.visual_projector.flops(target, images, tokens, inputs, language_model.width)
             _add(flops, {"vision_encoder": target.total})
         of_decoder = decoder.flops(
             whole.part("image_decoder"),
