@@ -100,8 +100,7 @@ def painted_from(
     queries, tokens = take(hidden, slots, config.num_queries), config.connector.prompt_tokens
     if not tokens:
         return queries
-    start = slots - 1 - tokens  # before `<dream_start>`
-    index, rows = start[..., None] + jnp.arange(tokens), jnp.arange(len(hidden))[:, None, None]
+    index, rows = (slots - tokens)[..., None] + jnp.arange(tokens), jnp.arange(len(hidden))[:, None, None]
     there, segment_ids = jnp.maximum(index, 0), jnp.asarray(segment_ids)
     mask = (index >= 0) & (segment_ids[rows, there] == segment_ids[rows, jnp.maximum(slots, 0)[..., None]])
     return Hidden(queries, hidden.at[rows, there].get(mode="clip"), mask)

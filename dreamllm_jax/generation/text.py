@@ -152,8 +152,8 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
     within = (prompts.segment_ids != 0) & ~jnp.isin(prompts.tokens, around)
     seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], prompts.tokens].max(within)
     recent, tokens = None, model.config.connector.prompt_tokens
-    if tokens:  # and `<dream_start>`
-        states = jnp.zeros((rows, tokens + 1, embeddings.shape[-1]), embeddings.dtype)
+    if tokens:
+        states = jnp.zeros((rows, tokens, embeddings.shape[-1]), embeddings.dtype)
         recent = states, jnp.zeros(states.shape[:2], bool)
     empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen, recent)
     return _advance(model, params, empty, embeddings, prompts.segment_ids != 0, read)[1]
@@ -269,7 +269,10 @@ def read_queries(
     embeddings = model.bind({"params": params}).embed(tokens, dream_slots=[slots])
     recent = reading.recent
     hidden, reading = _advance(model, params, reading, embeddings, True if active is None else active[:, None])
-    hidden = hidden[:, start : start + queries]
+    first, hidden = hidden[:, :1], hidden[:, start : start + queries]
     if recent is not None:
-        hidden = Hidden(hidden, *(x[:, :-1] if announced else x[:, 1:] for x in recent))
+        if not announced:
+            begun = first, jnp.ones(first.shape[:2], bool)
+            recent = [jnp.concatenate([old[:, 1:], new], axis=1) for old, new in zip(recent, begun, strict=True)]
+        hidden = Hidden(hidden, *recent)
     return hidden, reading
