@@ -119,7 +119,7 @@ class Joint:
     def totals(self, batch: Batch) -> Totals:
         """The losses' denominators."""
         images = sum((jnp.sum(slots.filled) for slots in batch.dream), start=jnp.zeros((), jnp.int32))
-        return Totals(jnp.sum(batch.loss_weights), images.astype(jnp.float32))
+        return Totals(jnp.sum(jnp.maximum(batch.loss_weights, 0.0)), images.astype(jnp.float32))
 
     def draws(self, key: jax.Array, batch: Batch) -> tuple[Draws, ...]:
         """The draws of a batch by group, each number a function of (key, row, slot) alone.
