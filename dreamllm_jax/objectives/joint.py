@@ -7,7 +7,7 @@ Legend: B rows, S slots of a group, N images, Q dream queries, E language model'
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -72,7 +72,7 @@ class JointConfig:
             self.lm_weight + self.dm_weight if self.scaling == "l1_norm" else math.hypot(self.lm_weight, self.dm_weight)
         )
 
-    def require(self, paints: bool) -> None:
+    def require(self, model: DreamLLMConfig, trained: Callable[[str], bool], paints: bool) -> None:
         """Raises ValueError if rows that have, or have no, room for images to paint leave nothing to learn."""
         if self.lm_weight == 0 and not paints:
             raise ValueError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
