@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps
+from dreamllm_jax.diffusion.samplers import Name, SamplerConfig, Steps
 from dreamllm_jax.layers.flops import Flops, Tally
 from dreamllm_jax.towers.condition import Condition, Hidden
 
@@ -134,10 +134,12 @@ class ImageDecoderRole(Protocol):
       plain: the same decoder with the training error that held-out documents are measured by.
       draws: the randomness of one image's error, of six keys, the fourth of which is the objective's.
       within: draws moved into one of so many equal ranges of time; `time_range` says which that is.
+      default_sampler: the one that it is sampled with if none is named.
       steps: a sampler's table for images of so many pixels, and the scale of the noise that it begins with.
     """
 
     kind: str
+    default_sampler: Name
     encodes_features: Literal["", "vision_encoder", "visual_projector"]
 
     @property
