@@ -248,7 +248,7 @@ def _gated(x: Array, gate: Array, change: Array) -> Array:
 
 
 @_recomputed
-def _head_norm(x: Array, scale: Array) -> Array:
+def head_norm(x: Array, scale: Array) -> Array:
     """RMS normalisation of each head's channels, f[N,T,E], f[D] -> f[N,T,E]; its statistics are float32.
 
     A TPU would lay out heads of 64 anew to sum over them. There a product with ones adds up the squares of a head where
@@ -273,7 +273,7 @@ class _Scale(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """f[N,T,E] -> f[N,T,E]."""
-        return _head_norm(x, self.param("scale", weight(nn.initializers.ones, "tower_norm"), (self.dim,)))
+        return head_norm(x, self.param("scale", weight(nn.initializers.ones, "tower_norm"), (self.dim,)))
 
 
 class JointAttention(_Part):
