@@ -141,7 +141,7 @@ def test_recomputing_gives_the_same(case):
 def test_heads_are_normed_where_they_lie(monkeypatch):
     """As on a TPU, by products: output and both gradients."""
     rng = np.random.default_rng(0)
-    x, cotangent = (jnp.asarray(rng.normal(size=(2, 5, 3 * 8)), jnp.bfloat16) for _ in range(2))
+    x, cotangent = (jnp.asarray(rng.normal(size=(3, 7, 5 * 8)), jnp.bfloat16) for _ in range(2))
     scale = jnp.asarray(rng.normal(size=8), jnp.float32)
 
     def results(x, cotangent):
