@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dreamllm_jax.layers.remat import keep
 from dreamllm_jax.parallel.collectives import on_shards
 
 Array = jax.Array
@@ -236,7 +237,7 @@ def full_attention(q: Array, k: Keys, v: Keys, heads: int, interpret: bool = Fal
 def _forward(q, k, v, heads, interpret):
     k_leaves, v_leaves = jax.tree.leaves(k), jax.tree.leaves(v)
     call = functools.partial(_call, _forward_kernel, 2, "ql", heads, len(k_leaves), interpret)
-    out, lse = _sharded(call, q, *k_leaves, *v_leaves)
+    out, lse = (keep(x, "attention") for x in _sharded(call, q, *k_leaves, *v_leaves))
     return out, (q, k, v, out, lse)
 
 

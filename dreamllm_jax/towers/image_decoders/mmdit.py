@@ -9,6 +9,7 @@ Parameters are named as in diffusers. Legend: N images, h,w,c latent height, wid
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -20,10 +21,12 @@ import numpy as np
 
 from dreamllm_jax.layers.blocks import Conv, Dense, attend_packed, moments, shard_images
 from dreamllm_jax.layers.flops import Tally, dense
+from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.layers.weights import LAYERS, weight
+from dreamllm_jax.parallel.mesh import platform
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 from dreamllm_jax.towers.public import PublicForm
@@ -231,19 +234,40 @@ class Modulation(_Part):
         return jnp.split(made[:, None], self.chunks, axis=-1)
 
 
-def _normalised(x: Array) -> Array:
-    """Layer normalisation without weights, f[N,T,E] -> f32[N,T,E]."""
+# Elementwise steps keep what they are given, in its narrow type, and compute the rest again going backward.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recomputed
+def _modulated(x: Array, *pairs: tuple[Array, Array]) -> list[Array]:
+    """Layer normalisation without weights; for each shift and scale what they make of it, all in the type of `x`."""
     mean, variance = moments(x, (-1,))
-    return (x - mean) * jax.lax.rsqrt(variance + _EPS)
+    normalised = (x - mean) * jax.lax.rsqrt(variance + _EPS)
+    return [(normalised * (1 + scale) + shift).astype(x.dtype) for shift, scale in pairs]
 
 
-def _modulated(normalised: Array, shift: Array, scale: Array, dtype: Any) -> Array:
-    return (normalised * (1 + scale) + shift).astype(dtype)
-
-
+@_recomputed
 def _gated(x: Array, gate: Array, change: Array) -> Array:
     """The residual with a change, gated in float32."""
     return (x + gate * change.astype(jnp.float32)).astype(x.dtype)
+
+
+@_recomputed
+def head_norm(x: Array, scale: Array) -> Array:
+    """RMS normalisation of each head's channels, f[N,T,E], f[D] -> f[N,T,E]; its statistics are float32.
+
+    A TPU would lay out heads of 64 anew to sum over them. There a product with ones adds up the squares of a head where
+    they lie, another gives each channel its head's factor; of float32 both keep 16 bits, twice what bfloat16 has.
+    """
+    heads, dim = x.shape[-1] // scale.size, scale.size
+    if platform() != "tpu" or x.dtype != jnp.bfloat16:
+        return rms_norm(x.reshape(*x.shape[:-1], heads, dim), scale, _EPS).reshape(x.shape)
+    member = jnp.repeat(jnp.eye(heads, dtype=jnp.float32), dim, axis=0)  # [E, heads]
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGH)
+    x32 = x.astype(jnp.float32)
+    factor = jax.lax.rsqrt(product(jnp.square(x32), member) / dim + _EPS)
+    weights = spread(jnp.tile(scale, heads), x.shape, jnp.float32)
+    return (x32 * product(factor, member.T) * weights).astype(x.dtype)
 
 
 class _Scale(nn.Module):
@@ -254,8 +278,7 @@ class _Scale(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """f[N,T,E] -> f[N,T,E]."""
-        scale = self.param("scale", weight(nn.initializers.ones, "tower_norm"), (self.dim,))
-        return rms_norm(x.reshape(*x.shape[:-1], -1, self.dim), scale, _EPS).reshape(x.shape)
+        return head_norm(x, self.param("scale", weight(nn.initializers.ones, "tower_norm"), (self.dim,)))
 
 
 class JointAttention(_Part):
@@ -294,7 +317,7 @@ class FeedForward(_Part):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return self.linear(x.shape[-1], "net_2")(nn.gelu(_Proj(self.config, self.dtype, name="net_0")(x)))
+        return self.linear(x.shape[-1], "net_2")(_recomputed(nn.gelu)(_Proj(self.config, self.dtype, name="net_0")(x)))
 
 
 class _Proj(_Part):
@@ -317,26 +340,22 @@ class Block(_Part):
     @nn.compact
     def __call__(self, carry: tuple[Array, Array], clock: Array) -> tuple[tuple[Array, Array], None]:
         """(f[N,T,E], f[N,Q,E]), f32[N,E] -> the same two."""
-        (x, context), part, dtype = carry, (self.config, self.dtype), self.dtype
-        shift, scale, gate, *rest = Modulation(*part, 9 if self.dual else 6, name="norm1")(clock)
-        normalised = _normalised(x)
-        shift_ff, scale_ff, gate_ff, *second = rest
-        ours = Modulation(*part, 2 if self.last else 6, name="norm1_context")(clock)
-        context_scale, context_shift = ours if self.last else (ours[1], ours[0])
-        change, context_change = JointAttention(*part, self.last, name="attn")(
-            _modulated(normalised, shift, scale, dtype),
-            _modulated(_normalised(context), context_shift, context_scale, dtype),
-        )
+        (x, context), part = carry, (self.config, self.dtype)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = Modulation(
+            *part, 9 if self.dual else 6, name="norm1"
+        )(clock)
+        theirs = Modulation(*part, 2 if self.last else 6, name="norm1_context")(clock)
+        pair = theirs[1::-1] if self.last else theirs[:2]
+        first, *again = _modulated(x, (shift, scale), *([second[:2]] if self.dual else []))
+        change, context_change = JointAttention(*part, self.last, name="attn")(first, *_modulated(context, pair))
         x = _gated(x, gate, change)
         if self.dual:
-            shift, scale, gate = second
-            change, _ = JointAttention(*part, name="attn2")(_modulated(normalised, shift, scale, dtype))
-            x = _gated(x, gate, change)
-        x = _gated(x, gate_ff, FeedForward(*part, name="ff")(_modulated(_normalised(x), shift_ff, scale_ff, dtype)))
+            x = _gated(x, second[2], JointAttention(*part, name="attn2")(*again)[0])
+        x = _gated(x, gate_ff, FeedForward(*part, name="ff")(*_modulated(x, (shift_ff, scale_ff))))
         if not self.last:
-            gate, shift_ff, scale_ff, gate_ff = ours[2:]
+            gate, shift_ff, scale_ff, gate_ff = theirs[2:]
             context = _gated(context, gate, context_change)
-            change = FeedForward(*part, name="ff_context")(_modulated(_normalised(context), shift_ff, scale_ff, dtype))
+            change = FeedForward(*part, name="ff_context")(*_modulated(context, (shift_ff, scale_ff)))
             context = _gated(context, gate_ff, change)
         return (shard_images(x), shard_images(context)), None
 
@@ -428,7 +447,7 @@ class MMDiT(_Part):
         context = self.linear(config.width, "context_embedder")(shard_images(condition.sequence))
         x = Layers(config, self.dtype, self.remat, name="transformer_blocks")(shard_images(x), context, clock)
         scale, shift = Modulation(config, self.dtype, 2, name="norm_out")(clock)
-        x = _modulated(_normalised(x), shift, scale, self.dtype)
+        (x,) = _modulated(x, (shift, scale))
         x = self.linear(patch**2 * config.made_channels, "proj_out")(x).astype(jnp.float32)
         x = x.reshape(n, height // patch, width // patch, patch, patch, -1).swapaxes(2, 3)
         return shard_images(x.reshape(n, height, width, -1))
