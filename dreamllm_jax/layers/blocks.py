@@ -20,7 +20,7 @@ from dreamllm_jax.layers.weights import weight
 from dreamllm_jax.parallel.mesh import constrain, platform
 
 _kernel = nn.initializers.lecun_normal()
-_EXACT_CONV = weight(_kernel, None, None, "tower_in", "tower_out", exact=True)
+EXACT_CONV = weight(_kernel, None, None, "tower_in", "tower_out", exact=True)
 EXACT_DENSE = weight(_kernel, "tower_in", "tower_out", exact=True)
 _ONES = weight(nn.initializers.ones, "tower_norm")
 _ZEROS = weight(nn.initializers.zeros, "tower_norm")
@@ -193,7 +193,7 @@ class DoublingConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
         n, height, width, channels = x.shape
-        kernel = self.param("kernel", _EXACT_CONV, (3, 3, channels, self.features)).astype(jnp.float32)
+        kernel = self.param("kernel", EXACT_CONV, (3, 3, channels, self.features)).astype(jnp.float32)
         bias = spread(self.param("bias", Conv.bias_init, (self.features,)), (n, *size, self.features), self.dtype)
 
         def convolve(x: jax.Array, weights: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:

@@ -23,11 +23,11 @@ from tests.parity import assert_same, gradients, randomised, relative_error, ten
 # As SANA has it, and as the others have it: shuffled pixels, nothing at full resolution, no scales, no shortcuts.
 SANA = {
     "latent_channels": 4,
-    "attention_head_dim": 8,
+    "attention_head_dim": 16,
     "encoder_block_types": ("ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
     "decoder_block_types": ("ResBlock", "EfficientViTBlock", "EfficientViTBlock"),
-    "encoder_block_out_channels": (8, 16, 16),
-    "decoder_block_out_channels": (8, 16, 16),
+    "encoder_block_out_channels": (8, 16, 32),
+    "decoder_block_out_channels": (8, 16, 32),
     "encoder_layers_per_block": (2, 1, 1),
     "decoder_layers_per_block": (1, 2, 1),
     "encoder_qkv_multiscales": ((), (5,), (3, 5)),
@@ -38,6 +38,8 @@ SANA = {
     "scaling_factor": 0.41407,
 }
 SHUFFLED = SANA | {
+    "encoder_block_out_channels": (8, 32, 32),
+    "decoder_block_out_channels": (8, 32, 32),
     "encoder_layers_per_block": (0, 1, 1),
     "decoder_layers_per_block": (0, 1, 1),
     "encoder_qkv_multiscales": ((), (), ()),
@@ -200,11 +202,12 @@ def test_tiles_of_one_value_show_no_seams():
 def test_encoder_flops_are_the_compiled_ones(case):
     model = DCAutoencoder(DCAutoencoderConfig.from_public(CASES[case]))
     images = jax.ShapeDtypeStruct((2, 24, 16, 3), jnp.float32)
-    encode = jax.jit(functools.partial(model.apply, method="encode"))
+    encode = compiled(functools.partial(model.apply, method="encode"))
     text = encode.lower({"params": shapes_of(model)}, images).compile().as_text()
     tally = Tally(trained=lambda path: False)
     model.config.encoder_flops(tally, 2, 24, 16)
-    assert tally.forward == tally.total.model == pytest.approx(read_program(text, {"data": 1}).mxu_flops, rel=0.01)
+    assert tally.forward == tally.total.executed == pytest.approx(read_program(text, {"data": 1}).mxu_flops, rel=0.01)
+    assert 0.25 * tally.forward < tally.total.model < tally.forward
 
 
 def test_flops_count_every_kernel_of_the_encoder():
@@ -257,8 +260,8 @@ def test_settings_left_out_are_those_of_diffusers():
         ("encoder_block_types", "Block", "encoder_block_types"),
         ("encoder_layers_per_block", [1, 0, 1], "only the first stage"),
         ("encoder_qkv_multiscales", [[], [4], []], "odd"),
-        ("encoder_block_out_channels", [8, 24, 24], "24 does not divide 4 x 8"),
-        ("decoder_block_out_channels", [8, 18, 18], "heads of 8"),
+        ("decoder_block_out_channels", [8, 48, 48], "48 does not divide 4 x 8"),
+        ("decoder_block_out_channels", [8, 18, 18], "heads of 16"),
         ("decoder_block_out_channels", [8, 16], "3 stages|2 stages"),
         ("upsample_block_type", "nearest", "upsample_block_type"),
         ("a_setting_of_tomorrow", 1, "a_setting_of_tomorrow"),
