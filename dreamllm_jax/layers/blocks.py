@@ -191,7 +191,12 @@ class DoublingConv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def __call__(self, x: jax.Array, size: tuple[int, int], own: jax.Array | None = None) -> jax.Array:
+        """f[N,h,w,c] -> f[N,*size,features].
+
+        Args:
+          own: f[2,2,c,features], a shortcut from each pixel to the four that come of it, where nothing is cropped.
+        """
         n, height, width, channels = x.shape
         kernel = self.param("kernel", EXACT_CONV, (3, 3, channels, self.features)).astype(jnp.float32)
         bias = spread(self.param("bias", Conv.bias_init, (self.features,)), (n, *size, self.features), self.dtype)
@@ -209,7 +214,10 @@ class DoublingConv(nn.Module):
             return jnp.concatenate([first + second, third] if odd else [first, second + third], axis)
 
         def phase(row: int, column: int) -> jax.Array:
-            return convolve(x, merge(merge(kernel, 0, row), 1, column), ((1 - row, row), (1 - column, column)))
+            taps = merge(merge(kernel, 0, row), 1, column)
+            if own is not None:
+                taps = taps.at[1 - row, 1 - column].add(own[row, column])
+            return convolve(x, taps, ((1 - row, row), (1 - column, column)))
 
         rows = [jnp.stack([phase(row, 0), phase(row, 1)], axis=3) for row in (0, 1)]
         return jnp.stack(rows, axis=2).reshape(n, *size, self.features) + bias

@@ -250,6 +250,13 @@ def averaging(channels: int, features: int) -> jax.Array:
     return (place[..., None] // group == jnp.arange(features)) / group
 
 
+def repeating(channels: int, features: int) -> jax.Array:
+    """f32[2,2,channels,features]: what `pixel_shuffle` of repeated channels takes from a pixel into its four."""
+    place = jnp.arange(4 * features).reshape(features, 2, 2).transpose(1, 2, 0)
+    source = place // (4 * features // channels)
+    return (source[:, :, None] == jnp.arange(channels)[:, None]).astype(jnp.float32)
+
+
 def average_channels(x: jax.Array, channels: int) -> jax.Array:
     """The mean of each of so many groups of neighbouring channels: f[...,g c] -> f[...,c], summed in float32."""
     groups = x.reshape(*x.shape[:-1], channels, -1)
@@ -495,9 +502,9 @@ class DCUpBlock2d(nn.Module):
         """f[N,h,w,c] -> f[N,2h,2w,features]."""
         height, width, channels = x.shape[1:]
         if self.kind == "interpolate":
-            h = DoublingConv(self.features, self.dtype, name="conv")(x, (2 * height, 2 * width))
-        else:
-            h = pixel_shuffle(Conv(4 * self.features, dtype=self.dtype, name="conv")(x))
+            own = repeating(channels, self.features) if self.shortcut else None
+            return DoublingConv(self.features, self.dtype, name="conv")(x, (2 * height, 2 * width), own)
+        h = pixel_shuffle(Conv(4 * self.features, dtype=self.dtype, name="conv")(x))
         return h + pixel_shuffle(jnp.repeat(x, 4 * self.features // channels, axis=-1)) if self.shortcut else h
 
 
