@@ -20,7 +20,7 @@ from dreamllm_jax.layers.weights import weight
 from dreamllm_jax.parallel.mesh import constrain, platform
 
 _kernel = nn.initializers.lecun_normal()
-_EXACT_CONV = weight(_kernel, None, None, "tower_in", "tower_out", exact=True)
+EXACT_CONV = weight(_kernel, None, None, "tower_in", "tower_out", exact=True)
 EXACT_DENSE = weight(_kernel, "tower_in", "tower_out", exact=True)
 _ONES = weight(nn.initializers.ones, "tower_norm")
 _ZEROS = weight(nn.initializers.zeros, "tower_norm")
@@ -205,9 +205,14 @@ class DoublingConv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    def __call__(self, x: jax.Array, size: tuple[int, int], own: jax.Array | None = None) -> jax.Array:
+        """f[N,h,w,c] -> f[N,*size,features].
+
+        Args:
+          own: f[2,2,c,features], a shortcut from each pixel to the four that come of it, where nothing is cropped.
+        """
         n, height, width, channels = x.shape
-        kernel = self.param("kernel", _EXACT_CONV, (3, 3, channels, self.features)).astype(jnp.float32)
+        kernel = self.param("kernel", EXACT_CONV, (3, 3, channels, self.features)).astype(jnp.float32)
         bias = spread(self.param("bias", Conv.bias_init, (self.features,)), (n, *size, self.features), self.dtype)
 
         def convolve(x: jax.Array, weights: jax.Array, padding: tuple[tuple[int, int], ...]) -> jax.Array:
@@ -223,7 +228,10 @@ class DoublingConv(nn.Module):
             return jnp.concatenate([first + second, third] if odd else [first, second + third], axis)
 
         def phase(row: int, column: int) -> jax.Array:
-            return convolve(x, merge(merge(kernel, 0, row), 1, column), ((1 - row, row), (1 - column, column)))
+            taps = merge(merge(kernel, 0, row), 1, column)
+            if own is not None:
+                taps = taps.at[1 - row, 1 - column].add(own[row, column])
+            return convolve(x, taps, ((1 - row, row), (1 - column, column)))
 
         rows = [jnp.stack([phase(row, 0), phase(row, 1)], axis=3) for row in (0, 1)]
         return jnp.stack(rows, axis=2).reshape(n, *size, self.features) + bias

@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamllm_jax.layers.blocks import Conv, Dense, DoublingConv, RMSNorm, shard_images
+from dreamllm_jax.layers.blocks import EXACT_CONV, Conv, Dense, DoublingConv, RMSNorm, shard_images
 from dreamllm_jax.layers.flops import Flops, Tally, convolution, dense
+from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.towers.autoencoders.kl import require_multiple
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 from dreamllm_jax.towers.public import PublicForm
@@ -242,32 +243,76 @@ def pixel_shuffle(x: jax.Array) -> jax.Array:
     return x.transpose(0, 1, 4, 2, 5, 3).reshape(n, 2 * height, 2 * width, channels // 4)
 
 
+def averaging(channels: int, features: int) -> jax.Array:
+    """f32[2,2,channels,features]: a convolution of stride 2 with it averages the channels of `pixel_unshuffle`."""
+    place = jnp.arange(4 * channels).reshape(channels, 2, 2).transpose(1, 2, 0)
+    group = 4 * channels // features
+    return (place[..., None] // group == jnp.arange(features)) / group
+
+
+def repeating(channels: int, features: int) -> jax.Array:
+    """f32[2,2,channels,features]: what `pixel_shuffle` of repeated channels takes from a pixel into its four."""
+    place = jnp.arange(4 * features).reshape(features, 2, 2).transpose(1, 2, 0)
+    source = place // (4 * features // channels)
+    return (source[:, :, None] == jnp.arange(channels)[:, None]).astype(jnp.float32)
+
+
 def average_channels(x: jax.Array, channels: int) -> jax.Array:
     """The mean of each of so many groups of neighbouring channels: f[...,g c] -> f[...,c], summed in float32."""
     groups = x.reshape(*x.shape[:-1], channels, -1)
     return jnp.mean(groups.astype(jnp.float32), -1).astype(x.dtype)
 
 
-def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def same_head(channels: int, head_dim: int) -> jax.Array:
+    """bool[c,c]: whether two channels are of the same head."""
+    head = jnp.arange(channels) // head_dim
+    return head[:, None] == head
+
+
+def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int) -> jax.Array:
     """Attention whose weights are relu(q) relu(k), normalised to sum to one; sums are float32.
 
+    Heads are narrow against a matrix unit: one product of all channels with all, of which the heads' blocks are kept,
+    costs less there than many small ones, and channels stay where they lie.
+
     Args:
-      q, k, v: f[N,T,g,d] of g heads.
+      q, k, v: f[N,T,c], of heads that lie side by side.
 
     Returns:
-      f[N,T,g,d] in their type.
+      f[N,T,c] in their type.
     """
     q, k = nn.relu(q), nn.relu(k)
-    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)  # whose last result is the sum of the weights
-    state = jnp.einsum("ntgd,ntge->ngde", k, v, preferred_element_type=jnp.float32)
-    out = jnp.einsum("ntgd,ngde->ntge", q.astype(jnp.float32), state)
-    return (out[..., :-1] / (out[..., -1:] + _ATTENTION_EPS)).astype(q.dtype)
+    same = same_head(q.shape[-1], head_dim)
+    values = jnp.where(same, jnp.einsum("nti,ntj->nij", k, v, preferred_element_type=jnp.float32), 0)
+    ones = jnp.where(same, jnp.sum(k, axis=1, dtype=jnp.float32)[:, :, None], 0)
+
+    def weigh(sums: jax.Array) -> jax.Array:
+        return jnp.einsum("nti,nij->ntj", q, sums.astype(q.dtype), preferred_element_type=jnp.float32)
+
+    return (weigh(values) / (weigh(ones) + _ATTENTION_EPS)).astype(q.dtype)
+
+
+def sort_by_role(kernel: jax.Array, head_dim: int) -> jax.Array:
+    """The channels of a kernel's last axis from heads of (q, k, v) to the q of all heads, their k, their v.
+
+    The public class joins the outputs of to_q, to_k and to_v, and takes a head's q, k and v from three blocks that are
+    neighbours among them. Sorting weights leaves activations alone.
+    """
+    *rest, channels = kernel.shape
+    heads = kernel.reshape(*rest, channels // (3 * head_dim), 3, head_dim)
+    return heads.swapaxes(-3, -2).reshape(kernel.shape)
 
 
 def _count_attention(
     tally: Tally, path: str, images: int, size: tuple[int, int], width: int, scales: tuple[int, ...], head: int
 ) -> None:
     tokens, live = images * math.prod(size), tally.live
+
+    def between_heads(flops: float, times: int) -> None:
+        """What is multiplied with the zeros between heads."""
+        tally.forward += flops
+        tally.total += Flops(products=flops * times)
+
     for name in ("to_q", "to_k", "to_v"):
         tally.product(f"{path}/{name}/kernel", dense(tokens, width, width), live=live)
     live = tally.live
@@ -275,12 +320,16 @@ def _count_attention(
         scale, around = f"{path}/to_qkv_multiscale_{i}", (kernel // 2, kernel // 2)
         depthwise = convolution(images, size, 1, 3 * width, kernel, padding=around)
         tally.product(f"{scale}/proj_in/kernel", depthwise, live=live)
-        tally.product(f"{scale}/proj_out/kernel", dense(tokens, head, 3 * width))
-    # Of every head k^T [v, 1] and q times that; two products for each of them backwards.
-    flops = 2 * dense(tokens, head + 1, width * (1 + len(scales)))
+        within = f"{scale}/proj_out/kernel"
+        between_heads(dense(tokens, width - head, 3 * width), 1 + tally.live + tally.trained(within))
+        tally.product(within, dense(tokens, head, 3 * width))
+    # k^T v, q times that, q times the sum of k; backwards two products for each.
+    count, times = 1 + len(scales), 1 + 2 * tally.live
+    flops = count * (dense(tokens, head, 2 * width) + dense(tokens, 1, width))
     tally.forward += flops
-    tally.total += Flops(model=flops * (1 + 2 * tally.live), products=flops * (1 + 2 * tally.live))
-    tally.product(f"{path}/to_out/kernel", dense(tokens, width * (1 + len(scales)), width))
+    tally.total += Flops(model=flops * times, products=flops * times)
+    between_heads(count * dense(tokens, width, 3 * width) - flops, times)
+    tally.product(f"{path}/to_out/kernel", dense(tokens, width * count, width))
 
 
 def _count_glumb(tally: Tally, path: str, images: int, size: tuple[int, int], width: int) -> None:
@@ -304,6 +353,17 @@ class ResBlock(nn.Module):
         return shard_images(x + RMSNorm(_EPS, self.dtype, name="norm")(h))
 
 
+class _Kernel(nn.Module):
+    """A kernel alone, under the name of the layer that has it in the public class."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        init = Dense.kernel_init if len(self.shape) == 2 else Conv.kernel_init
+        return self.param("kernel", init, self.shape)
+
+
 class SanaMultiscaleAttentionProjection(nn.Module):
     """What stands around a token, in q, k and v: a depthwise convolution, then a product within each head."""
 
@@ -312,14 +372,23 @@ class SanaMultiscaleAttentionProjection(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """f[N,h,w,c] -> f[N,h,w,c]."""
-        channels, size = x.shape[-1], (self.kernel_size,) * 2
-        conv = {"use_bias": False, "dtype": self.dtype}
-        x = Conv(channels, size, padding=self.kernel_size // 2, feature_group_count=channels, **conv, name="proj_in")(x)
-        return Conv(
-            channels, (1, 1), padding=0, feature_group_count=channels // self.head_dim, **conv, name="proj_out"
-        )(x)
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """q, k and v side by side, f[N,h,w,3c] -> three of f[N,h,w,c]."""
+        channels, size, d = x.shape[-1], self.kernel_size, self.head_dim
+        depthwise = sort_by_role(_Kernel((size, size, 1, channels), name="proj_in")(), d).astype(self.dtype)
+        within = sort_by_role(_Kernel((1, 1, d, channels), name="proj_out")(), d).astype(self.dtype)
+        x = jax.lax.conv_general_dilated(
+            x,
+            depthwise,
+            (1, 1),
+            ((size // 2, size // 2),) * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=channels,
+        )
+        # As in `linear_attention`, the product of all channels with all.
+        same = same_head(channels // 3, d)
+        kernels = (jnp.where(same, jnp.tile(one, (channels // 3 // d, 1)), 0) for one in jnp.split(within[0, 0], 3, -1))
+        return tuple(y @ kernel for y, kernel in zip(jnp.split(x, 3, axis=-1), kernels, strict=True))
 
 
 class SanaMultiscaleLinearAttention(nn.Module):
@@ -333,19 +402,19 @@ class SanaMultiscaleLinearAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[N,h,w,c] -> f[N,h,w,c]."""
         n, height, width, channels = x.shape
-
-        def project(name: str, x: jax.Array) -> jax.Array:
-            return Dense(channels, use_bias=False, dtype=self.dtype, name=name)(x)
-
-        qkv = jnp.concatenate([project(name, x) for name in ("to_q", "to_k", "to_v")], axis=-1)
-        projections = [
-            SanaMultiscaleAttentionProjection(size, self.head_dim, self.dtype, name=f"to_qkv_multiscale_{i}")(qkv)
-            for i, size in enumerate(self.scales)
-        ]
-        # A head's q, k and v are neighbours among the joined channels.
-        heads = jnp.concatenate([qkv, *projections], axis=-1).reshape(n, height * width, -1, 3, self.head_dim)
-        out = linear_attention(*(heads[..., i, :] for i in range(3))).reshape(n, height, width, -1)
-        return x + RMSNorm(_EPS, self.dtype, name="norm_out")(project("to_out", out))
+        kernels = [_Kernel((channels, channels), name=name)() for name in ("to_q", "to_k", "to_v")]
+        qkv = x @ sort_by_role(jnp.concatenate(kernels, axis=-1), self.head_dim).astype(self.dtype)
+        every = [jnp.split(qkv, 3, axis=-1)]
+        for i, size in enumerate(self.scales):
+            scale = SanaMultiscaleAttentionProjection(size, self.head_dim, self.dtype, name=f"to_qkv_multiscale_{i}")
+            every.append(scale(qkv))
+        to_out = _Kernel((len(every) * channels, channels), name="to_out")().astype(self.dtype)
+        out = jnp.zeros((n, height * width, channels), jnp.float32)
+        for roles, kernel in zip(every, jnp.split(to_out, len(every)), strict=True):
+            heads = linear_attention(*(y.reshape(n, height * width, channels) for y in roles), self.head_dim)
+            out += jnp.matmul(heads, kernel, preferred_element_type=jnp.float32)
+        out = out.astype(self.dtype).reshape(x.shape)
+        return x + RMSNorm(_EPS, self.dtype, name="norm_out")(out)
 
 
 class GLUMBConv(nn.Module):
@@ -379,6 +448,30 @@ class EfficientViTBlock(nn.Module):
         return shard_images(GLUMBConv(self.dtype, name="conv_out")(x))
 
 
+class _HalvingConv(nn.Module):
+    """Halves height and width by a 3x3 convolution, with the parameters of a `Conv`, whose shortcut is in its kernel.
+
+    The shortcut too is linear in 2x2 pixels: as one more term of the kernel it costs nothing, whereas on TPU shuffling
+    pixels into channels takes as long as the convolution.
+    """
+
+    features: int
+    shortcut: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        kernel = self.param("kernel", EXACT_CONV, (3, 3, channels, self.features)).astype(jnp.float32)
+        bias = self.param("bias", Conv.bias_init, (self.features,))
+        if self.shortcut:
+            kernel = kernel.at[1:, 1:].add(averaging(channels, self.features))
+        layout = ("NHWC", "HWIO", "NHWC")
+        padding = ((1, 0), (1, 0))  # at the bottom and the right nothing is read beyond the edge
+        h = jax.lax.conv_general_dilated(x, kernel.astype(self.dtype), (2, 2), padding, dimension_numbers=layout)
+        return h + spread(bias, h.shape, self.dtype)
+
+
 class DCDownBlock2d(nn.Module):
     """Halves height and width by a convolution; the shortcut averages neighbours among 2x2 pixels' channels."""
 
@@ -391,9 +484,8 @@ class DCDownBlock2d(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[N,2h,2w,c] -> f[N,h,w,features]."""
         if self.kind == "conv":
-            h = Conv(self.features, strides=2, dtype=self.dtype, name="conv")(x)
-        else:
-            h = pixel_unshuffle(Conv(self.features // 4, dtype=self.dtype, name="conv")(x))
+            return _HalvingConv(self.features, self.shortcut, self.dtype, name="conv")(x)
+        h = pixel_unshuffle(Conv(self.features // 4, dtype=self.dtype, name="conv")(x))
         return h + average_channels(pixel_unshuffle(x), self.features) if self.shortcut else h
 
 
@@ -410,9 +502,9 @@ class DCUpBlock2d(nn.Module):
         """f[N,h,w,c] -> f[N,2h,2w,features]."""
         height, width, channels = x.shape[1:]
         if self.kind == "interpolate":
-            h = DoublingConv(self.features, self.dtype, name="conv")(x, (2 * height, 2 * width))
-        else:
-            h = pixel_shuffle(Conv(4 * self.features, dtype=self.dtype, name="conv")(x))
+            own = repeating(channels, self.features) if self.shortcut else None
+            return DoublingConv(self.features, self.dtype, name="conv")(x, (2 * height, 2 * width), own)
+        h = pixel_shuffle(Conv(4 * self.features, dtype=self.dtype, name="conv")(x))
         return h + pixel_shuffle(jnp.repeat(x, 4 * self.features // channels, axis=-1)) if self.shortcut else h
 
 
