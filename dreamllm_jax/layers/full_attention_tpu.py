@@ -58,11 +58,11 @@ def _dot(x: Array, y: Array, contract: tuple[int, int], **kwargs) -> Array:
 class _Step:
     """One head at one block of queries: grid (N, G, T / R, heads in a block)."""
 
-    def __init__(self, channels: int, dim: int, keys: int):
+    def __init__(self, channels: int, dim: int, keys: int, scale: float):
         lanes = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         self.head = pl.program_id(3)
         self.mine = lanes // dim == self.head
-        self.scale = dim**-0.5
+        self.scale = scale
         self.rows = _rows(keys, KEY_ROWS)
         self.chunks = keys // self.rows
         self.partial = channels % LANES != 0
@@ -87,8 +87,8 @@ class _Step:
         return body(0, init) if self.chunks == 1 else jax.lax.fori_loop(0, self.chunks, body, init)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, *, channels: int, dim: int):
-    step = _Step(channels, dim, k_ref.shape[1])
+def _forward_kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, *, channels: int, dim: int, scale: float):
+    step = _Step(channels, dim, k_ref.shape[1], scale)
 
     @pl.when(step.exists)
     def _():
@@ -112,9 +112,23 @@ def _forward_kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, *, channels: int, dim
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, out_ref, lse_ref, dout_ref, dq_ref, dk_ref, dv_ref, dk_sum, dv_sum, *, channels: int, dim: int
+    q_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    lse_ref,
+    dout_ref,
+    dq_ref,
+    dk_ref,
+    dv_ref,
+    dk_sum,
+    dv_sum,
+    *,
+    channels: int,
+    dim: int,
+    scale: float,
 ):
-    step = _Step(channels, dim, k_ref.shape[1])
+    step = _Step(channels, dim, k_ref.shape[1], scale)
 
     @pl.when((pl.program_id(2) == 0) & (step.head == 0))
     def _():
@@ -148,7 +162,9 @@ def _backward_kernel(
         dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
 
 
-def _call(kernel: Callable, products: int, outputs: str, heads: int, interpret: bool, *arrays: Array) -> list[Array]:
+def _call(
+    kernel: Callable, products: int, outputs: str, heads: int, interpret: bool, scale: float | None, *arrays: Array
+) -> list[Array]:
     """Runs a kernel on the images this device holds.
 
     `arrays` are q, k, v and, going backward, out, lse and dout; `outputs` names the array that each output is shaped
@@ -170,7 +186,7 @@ def _call(kernel: Callable, products: int, outputs: str, heads: int, interpret: 
     }
     nbytes = sum(x.size * x.dtype.itemsize for x in (*arrays, *(shapes[name] for name in outputs)))
     return pl.pallas_call(
-        functools.partial(kernel, channels=channels, dim=dim),
+        functools.partial(kernel, channels=channels, dim=dim, scale=scale or dim**-0.5),
         grid=(images, blocks, queries // rows, parts),
         in_specs=[specs[name] for name in "qkkqlq"[: len(arrays)]],
         out_specs=[specs[name] for name in outputs],
@@ -193,8 +209,10 @@ def _sharded(call: Callable, *arrays: Array) -> list[Array]:
     return on_shards(call, [("images",) + (None,) * (x.ndim - 1) for x in arrays], *arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def full_attention(q: Array, k: Array, v: Array, heads: int, interpret: bool = False) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def full_attention(
+    q: Array, k: Array, v: Array, heads: int, interpret: bool = False, scale: float | None = None
+) -> Array:
     """Softmax attention of every query to every key, the softmax in float32, on TPU.
 
     Args:
@@ -203,20 +221,21 @@ def full_attention(q: Array, k: Array, v: Array, heads: int, interpret: bool = F
       v: f[N, S, C] values.
       heads: number of heads, of 64 or 128 channels each; see `supported` for the lengths.
       interpret: emulates the kernel on any platform.
+      scale: of the scores, None for that of the heads' width.
 
     Returns:
       f[N, T, C] in the type of `q`.
     """
-    return _forward(q, k, v, heads, interpret)[0]
+    return _forward(q, k, v, heads, interpret, scale)[0]
 
 
-def _forward(q, k, v, heads, interpret):
-    out, lse = _sharded(functools.partial(_call, _forward_kernel, 2, "ql", heads, interpret), q, k, v)
+def _forward(q, k, v, heads, interpret, scale):
+    out, lse = _sharded(functools.partial(_call, _forward_kernel, 2, "ql", heads, interpret, scale), q, k, v)
     return out, (q, k, v, out, lse)
 
 
-def _backward(heads, interpret, saved, dout):
-    call = functools.partial(_call, _backward_kernel, 5, "qkk", heads, interpret)
+def _backward(heads, interpret, scale, saved, dout):
+    call = functools.partial(_call, _backward_kernel, 5, "qkk", heads, interpret, scale)
     return tuple(_sharded(call, *saved, dout))
 
 

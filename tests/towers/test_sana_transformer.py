@@ -25,12 +25,12 @@ from tests.parity import assert_same, gradients, random_weights, randomised, rel
 TINY = {
     "in_channels": 4,
     "out_channels": 4,
-    "num_attention_heads": 3,
-    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
     "num_layers": 2,
     "num_cross_attention_heads": 2,
     "cross_attention_head_dim": 12,
-    "cross_attention_dim": 24,
+    "cross_attention_dim": 32,
     "caption_channels": 10,
     "sample_size": 4,
 }
@@ -228,7 +228,7 @@ def test_every_weight_has_logical_axes():
 def test_config_reads_what_diffusers_writes():
     settings = dict(diffusers.SanaTransformer2DModel(**FAMILIES["all"]).config)
     config = SanaTransformerConfig.from_public(settings)
-    assert (config.width, config.inner, config.outputs, config.size_multiple) == (24, 60, 6, 2)
+    assert (config.width, config.inner, config.outputs, config.size_multiple) == (32, 80, 6, 2)
     assert (config.condition_width, config.pooled_width) == (10, 0)
     assert SanaTransformerConfig.from_public(config.to_public()) == config and hash(config) is not None
     written = dict(diffusers.SanaTransformer2DModel(**config.to_public()).config)

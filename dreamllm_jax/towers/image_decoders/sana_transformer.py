@@ -9,14 +9,16 @@ H heads, D their width, S caption tokens, C caption channels, I channels inside 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dreamllm_jax.layers import full_attention_tpu, gated_depthwise, linear_attention
 from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.blocks import EXACT_DENSE, Conv, Dense, shard_images
 from dreamllm_jax.layers.flops import Flops, Tally, convolution, dense
@@ -26,6 +28,7 @@ from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
+from dreamllm_jax.parallel.mesh import platform
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 from dreamllm_jax.towers.public import PublicForm
@@ -38,7 +41,6 @@ _FIXED = {
     "guidance_embeds_scale": 0.1,
 }
 _CLOCK_WIDTH = 256  # of the sinusoids that tell the time
-_SMALLEST = 1e-15  # added to linear attention's denominators
 _OURS = ("kind", "lora")
 
 
@@ -309,21 +311,22 @@ def position_table(size: tuple[int, int], base: int, interpolation_scale: float,
     return np.concatenate(both, axis=-1).reshape(-1, width).astype(np.float32)
 
 
-def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Attention with weights relu(q) · relu(k), normalised over the keys; its sums are float32.
+class Spacing(NamedTuple):
+    """So many heads of so many channels, each with zeros after them up to a width that a kernel takes."""
 
-    Args:
-      q, k, v: f[N,T,E], heads side by side.
+    count: int
+    channels: int
+    width: int
 
-    Returns:
-      f[N,T,E] in the type of `q`.
-    """
-    shape, dtype = q.shape, q.dtype
-    q, k, v = (x.astype(jnp.float32).reshape(*shape[:2], heads, -1) for x in (nn.relu(q), nn.relu(k), v))
-    sums = jnp.einsum("nthd,nthe->nhde", k, v)
-    out = jnp.einsum("nthd,nhde->nthe", q, sums)
-    total = jnp.einsum("nthd,nhd->nth", q, jnp.sum(k, axis=1))
-    return (out / (total[..., None] + _SMALLEST)).astype(dtype).reshape(shape)
+
+def _spaced(x: jax.Array, axis: int, heads: Spacing | None) -> jax.Array:
+    """Zeros after the channels of every head, along an axis of a weight."""
+    if heads is None:
+        return x
+    x = jnp.moveaxis(x, axis, -1)
+    split = x.reshape(*x.shape[:-1], heads.count, -1)
+    split = jnp.pad(split, [(0, 0)] * (x.ndim) + [(0, heads.width - split.shape[-1])])
+    return jnp.moveaxis(split.reshape(*x.shape[:-1], -1), -1, axis)
 
 
 def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: int) -> jax.Array:
@@ -345,27 +348,32 @@ def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | 
     return attend(*split, causal=False, **segments).reshape(q.shape)
 
 
-def depthwise(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """A 3x3 convolution of every channel by itself, zero padded by one, as nine shifted products.
-
-    Args:
-      x: f[N,h,w,I].
-      kernel: f[3,3,1,I].
-      bias: f[I].
-
-    Returns:
-      f32[N,h,w,I].
-    """
-    height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
-    taps = [
-        padded[:, i : i + height, j : j + width] * kernel[i, j, 0].astype(jnp.float32)
-        for i in range(3)
-        for j in range(3)
-    ]
-    return sum(taps) + bias.astype(jnp.float32)
+def spaced_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: Spacing, interpret: bool = False
+) -> jax.Array:
+    """The same by `full_attention`, of heads with zeros after each. A mask is a further channel of queries and keys,
+    which takes 10000 from the scores, as diffusers does."""
+    scale = heads.channels**-0.5
+    if mask is not None:
+        lane = jnp.zeros((heads.count, heads.width), q.dtype).at[:, heads.channels].set(1).reshape(-1)
+        away = jnp.where(mask, 0, -1e4 / scale).astype(k.dtype)
+        q, k = q + lane, k + away[..., None] * lane
+    return full_attention_tpu.full_attention(q, k, v, heads.count, interpret, scale)
 
 
+def _spacing(
+    config: SanaTransformerConfig, queries: tuple[int, ...], keys: int, dtype: Any, masked: bool
+) -> Spacing | None:
+    """How heads are spaced for the attention kernel; None where there is none, or no channel left for a mask."""
+    dim, count = config.cross_attention_head_dim, config.num_cross_attention_heads
+    width = next((width for width in (64, 128) if width >= dim + masked), None)
+    if platform() != "tpu" or dtype != jnp.bfloat16 or width is None:
+        return None
+    q, k = (jax.ShapeDtypeStruct((queries[0], n, count * width), dtype) for n in (queries[1], keys))
+    return Spacing(count, dim, width) if full_attention_tpu.supported(q, k, count) else None
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Layer normalisation without weights, scaled by 1 + `scale` and shifted, in float32.
 
@@ -386,30 +394,55 @@ _ZEROS = weight(nn.initializers.zeros, "tower_norm")
 
 
 class Product(nn.Module):
-    """A linear layer, perhaps adapted; `convolution` stores its kernel as that of a 1x1 convolution."""
+    """A linear layer, perhaps adapted.
+
+    Attributes:
+      convolution: the kernel is stored as that of a 1x1 convolution.
+      parts: the outputs come in so many equal parts: made apart, neither they nor their gradients are copied.
+      bias_apart: the bias is not added, but given after the parts.
+      inputs, outputs: they are heads with zeros after each, of which the kernel knows nothing.
+    """
 
     features: int
     use_bias: bool = True
     convolution: bool = False
+    parts: int = 1
+    bias_apart: bool = False
+    inputs: Spacing | None = None
+    outputs: Spacing | None = None
     lora: LoraConfig | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """f[...,i] -> f[...,features]."""
-        shape, axes = (x.shape[-1], self.features), ("tower_in", "tower_out")
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """f[...,i] -> f[...,features / parts] of every part."""
+        width = x.shape[-1] if self.inputs is None else self.inputs.count * self.inputs.channels
+        shape, axes = (width, self.features), ("tower_in", "tower_out")
         if self.convolution:
-            kernel = self.param("kernel", weight(_KERNEL, None, None, *axes), (1, 1, *shape)).reshape(shape)
+            kernel = self.param("kernel", weight(_KERNEL, None, None, *axes), (1, 1, *shape))
         else:
             kernel = self.param("kernel", weight(_KERNEL, *axes), shape)
-        y = x @ kernel.astype(self.dtype)
-        if self.use_bias:
-            y = y + spread(self.param("bias", _ZEROS, shape[1:]), y.shape, y.dtype)
+
+        def multiply(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
+            kernel = _spaced(kernel.reshape(shape).astype(self.dtype), 0, self.inputs)
+            return [x @ part for part in self._parts(kernel)]
+
+        # What is made of the kernel is made again: a scan would keep it for every layer.
+        outputs = jax.checkpoint(multiply, prevent_cse=False)(kernel, x)
+        bias = self.param("bias", _ZEROS, shape[1:]) if self.use_bias else None
+        if self.use_bias and not self.bias_apart:
+            biases = self._parts(bias)
+            outputs = [y + spread(bias, y.shape, y.dtype) for y, bias in zip(outputs, biases, strict=True)]
         if self.lora is not None:
             a = self.param(LORA_A, weight(initial_a, "tower_in", "lora"), (shape[0], self.lora.rank))
             b = self.param(LORA_B, weight(nn.initializers.zeros, "lora", "tower_out"), (self.lora.rank, shape[1]))
-            y = y + adapt(x, a.astype(self.dtype), b.astype(self.dtype), self.lora.scale)
-        return y
+            a = _spaced(a.astype(self.dtype), 0, self.inputs)
+            parts = self._parts(b.astype(self.dtype))
+            outputs = [y + adapt(x, a, part, self.lora.scale) for y, part in zip(outputs, parts, strict=True)]
+        return [*outputs, bias] if self.bias_apart else outputs
+
+    def _parts(self, x: jax.Array) -> list[jax.Array]:
+        return jnp.split(_spaced(x, x.ndim - 1, self.outputs), self.parts, axis=-1)
 
 
 class _Part(nn.Module):
@@ -418,22 +451,33 @@ class _Part(nn.Module):
     config: SanaTransformerConfig
     dtype: Any = jnp.float32
 
-    def product(self, name: str, features: int, use_bias: bool = True, convolution: bool = False) -> Product:
+    def product(self, x: jax.Array, name: str, features: int, **settings: Any) -> list[jax.Array]:
+        """The parts (`Product`) of what the product of this name makes of `x`."""
         lora = self.config.lora
         lora = lora if lora is not None and name in lora.targets else None
-        return Product(features, use_bias, convolution, lora, self.dtype, name=name)
+        return Product(features, lora=lora, dtype=self.dtype, name=name, **settings)(x)
 
-    def normalise(self, name: str, x: jax.Array) -> jax.Array:
+    def normalise(self, name: str, x: jax.Array, heads: Spacing | None = None) -> jax.Array:
         """Queries or keys, where the config asks for it."""
-        return x if self.config.qk_norm is None else RMSNorm(name=name)(x)
+        return x if self.config.qk_norm is None else RMSNorm(heads, name=name)(x)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation of the last axis, with a scale."""
+    """Root mean square normalisation of the last axis, with a scale; `heads` as of a product's outputs."""
+
+    heads: Spacing | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.param("scale", _ONES, x.shape[-1:]), 1e-5)
+        width, eps = x.shape[-1], 1e-5
+        share = 1.0 if self.heads is None else self.heads.channels / self.heads.width  # of channels that are there
+        scale = self.param("scale", _ONES, (round(width * share),))
+
+        def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+            # The mean of squares over all channels is `share` times that over those that are there.
+            return rms_norm(x, _spaced(scale * share**0.5, 0, self.heads), eps * share)
+
+        return jax.checkpoint(norm, prevent_cse=False)(x, scale)
 
 
 class LinearAttention(_Part):
@@ -442,10 +486,16 @@ class LinearAttention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[N,T,E] -> f[N,T,E]."""
-        config = self.config
-        q, k, v = (self.product(name, config.width, config.attention_bias)(x) for name in ("to_q", "to_k", "to_v"))
+        config, heads = self.config, self.config.num_attention_heads
+        q, k, v = (
+            self.product(x, name, config.width, use_bias=config.attention_bias)[0] for name in ("to_q", "to_k", "to_v")
+        )
         q, k = self.normalise("norm_q", q), self.normalise("norm_k", k)
-        return self.product("to_out_0", config.width)(linear_attention(q, k, v, config.num_attention_heads))
+        if platform() == "tpu" and linear_attention.supported(q, heads):
+            out = linear_attention.linear_attention(q, k, v, heads)
+        else:
+            out = linear_attention.linear_attention_xla(q, k, v, heads)
+        return self.product(out, "to_out_0", config.width)[0]
 
 
 class CrossAttention(_Part):
@@ -454,34 +504,45 @@ class CrossAttention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, caption: jax.Array, mask: jax.Array | None) -> jax.Array:
         """f[N,T,E], f[N,S,E], bool[N,S] -> f[N,T,E]."""
-        heads, width = self.config.num_cross_attention_heads, x.shape[-1]
-        inner = heads * self.config.cross_attention_head_dim
-        q, k, v = (self.product(f"to_{name}", inner)(y) for name, y in zip("qkv", (x, caption, caption), strict=True))
-        q, k = self.normalise("norm_q", q), self.normalise("norm_k", k)
-        return self.product("to_out_0", width)(cross_attention(q, k, v, mask, heads))
+        config, width = self.config, x.shape[-1]
+        inner = config.num_cross_attention_heads * config.cross_attention_head_dim
+        spacing = _spacing(config, x.shape, caption.shape[1], self.dtype, mask is not None)
+        q, k, v = (
+            self.product(y, f"to_{name}", inner, outputs=spacing)[0]
+            for name, y in zip("qkv", (x, caption, caption), strict=True)
+        )
+        q, k = self.normalise("norm_q", q, spacing), self.normalise("norm_k", k, spacing)
+        if spacing is None:
+            out = cross_attention(q, k, v, mask, config.num_cross_attention_heads)
+        else:
+            out = spaced_attention(q, k, v, mask, spacing)
+        return self.product(out, "to_out_0", width, inputs=spacing)[0]
 
 
-class _Depthwise(nn.Module):
-    """The parameters of a depthwise 3x3 convolution."""
+class _Taps(nn.Module):
+    """The parameters of a depthwise 3x3 convolution, and the bias before it (`gated_depthwise.stack_taps`)."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """f[N,h,w,I] -> f32[N,h,w,I]."""
+    def __call__(self, bias: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-        kernel = self.param("kernel", weight(init, None, None, None, "tower_out"), (3, 3, 1, x.shape[-1]))
-        return depthwise(x, kernel, self.param("bias", _ZEROS, x.shape[-1:]))
+        kernel = self.param("kernel", weight(init, None, None, None, "tower_out"), (3, 3, 1, bias.size))
+        return gated_depthwise.stack_taps(bias, kernel, self.param("bias", _ZEROS, bias.shape))
 
 
 class GLUMBConv(_Part):
     """The feed-forward: wider, a depthwise convolution, one half gated by the other, and back (Mix-FFN)."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """f[N,h,w,E] -> f[N,h,w,E]."""
-        h = nn.silu(self.product("conv_inverted", 2 * self.config.inner, convolution=True)(x))
-        values, gates = jnp.split(_Depthwise(name="conv_depth")(h), 2, axis=-1)
-        h = (values * nn.silu(gates)).astype(self.dtype)
-        return self.product("conv_point", self.config.width, use_bias=False, convolution=True)(h)
+    def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """f[N,T,E] of so many lines and columns -> f[N,T,E]."""
+        inner = self.config.inner
+        values, gates, bias = self.product(x, "conv_inverted", 2 * inner, convolution=True, parts=2, bias_apart=True)
+        taps = _Taps(name="conv_depth")(bias)
+        if platform() == "tpu" and gated_depthwise.supported(values, size):
+            h = gated_depthwise.gated_depthwise(values, gates, taps, size)
+        else:
+            h = gated_depthwise.gated_depthwise_xla(values, gates, taps, size)
+        return self.product(h, "conv_point", self.config.width, use_bias=False, convolution=True)[0]
 
 
 class SanaTransformerBlock(_Part):
@@ -505,7 +566,7 @@ class SanaTransformerBlock(_Part):
         x = x + gated(gate1, LinearAttention(*part, name="attn1")(h))
         x = x + CrossAttention(*part, name="attn2")(x, caption.astype(self.dtype), mask)
         h = modulated_norm(x, shift2, scale2, config.norm_eps)
-        h = GLUMBConv(*part, name="ff")(h.reshape(len(x), *self.size, -1)).reshape(x.shape)
+        h = GLUMBConv(*part, name="ff")(h, self.size)
         return shard_images(x + gated(gate2, h)), None
 
 
