@@ -237,11 +237,12 @@ def gated_depthwise(values: Array, gates: Array, taps: Array, size: tuple[int, i
     Returns:
       f[N,T,I] in the type of `values`.
     """
-    return on_shards(functools.partial(_call, size, interpret), (_IMAGES, _IMAGES, _TAPS), values, gates, taps)
+    return _forward(values, gates, taps, size, interpret)[0]
 
 
 def _forward(values, gates, taps, size, interpret):
-    return gated_depthwise(values, gates, taps, size, interpret), (values, gates, taps)
+    call = functools.partial(_call, size, interpret)
+    return on_shards(call, (_IMAGES, _IMAGES, _TAPS), values, gates, taps), (values, gates, taps)
 
 
 def _backward(size, interpret, saved, dout):

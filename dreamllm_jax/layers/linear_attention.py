@@ -43,6 +43,12 @@ def supported(q: Array, heads: int) -> bool:
     return q.dtype == jnp.bfloat16 and LANES % dim == 0 and q.shape[1] % 16 == 0 and q.shape[1] <= MAX_POSITIONS
 
 
+def kernel_flops(images: int, positions: int, channels: int) -> tuple[float, float]:
+    """What the kernels execute, forward and backward."""
+    product = 2.0 * images * positions * pl.cdiv(channels, LANES) * LANES**2
+    return 6 * product, 16 * product
+
+
 def _dot(x: Array, y: Array, contract: tuple[int, int]) -> Array:
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
@@ -116,15 +122,14 @@ def _backward_kernel(q_ref, k_ref, v_ref, dout_ref, dq_ref, dk_ref, dv_ref, *, c
     jax.lax.fori_loop(0, q_ref.shape[0], one, None)
 
 
-def _call(kernel, outputs: int, products: int, heads: int, interpret: bool, *arrays: Array) -> list[Array]:
+def _call(kernel, outputs: int, heads: int, interpret: bool, *arrays: Array) -> list[Array]:
     """Runs a kernel on the images that this device holds."""
     images, positions, channels = arrays[0].shape
     together = max(n for n in range(1, images + 1) if images % n == 0 and n * positions <= max(_BLOCK, positions))
     spec = pl.BlockSpec((together, positions, LANES), lambda g, n: (n, 0, g))
-    blocks = pl.cdiv(channels, LANES)
     return pl.pallas_call(
         functools.partial(kernel, channels=channels, dim=channels // heads),
-        grid=(blocks, images // together),
+        grid=(pl.cdiv(channels, LANES), images // together),
         in_specs=[spec] * len(arrays),
         out_specs=[spec] * outputs,
         out_shape=[jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)] * outputs,
@@ -132,7 +137,7 @@ def _call(kernel, outputs: int, products: int, heads: int, interpret: bool, *arr
             dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * images * positions * blocks * LANES**2,
+            flops=int(kernel_flops(*arrays[0].shape)[kernel is _backward_kernel]),
             transcendentals=0,
             bytes_accessed=(len(arrays) + outputs) * arrays[0].size * arrays[0].dtype.itemsize,
         ),
@@ -140,8 +145,8 @@ def _call(kernel, outputs: int, products: int, heads: int, interpret: bool, *arr
     )(*arrays)
 
 
-def _sharded(kernel, outputs: int, products: int, heads: int, interpret: bool, *arrays: Array) -> list[Array]:
-    call = functools.partial(_call, kernel, outputs, products, heads, interpret)
+def _sharded(kernel, outputs: int, heads: int, interpret: bool, *arrays: Array) -> list[Array]:
+    call = functools.partial(_call, kernel, outputs, heads, interpret)
     return on_shards(call, [("images", None, None)] * len(arrays), *arrays)
 
 
@@ -156,15 +161,15 @@ def linear_attention(q: Array, k: Array, v: Array, heads: int, interpret: bool =
     Returns:
       f[N,T,E] in the type of `q`.
     """
-    return _sharded(_forward_kernel, 1, 6, heads, interpret, q, k, v)[0]
+    return _forward(q, k, v, heads, interpret)[0]
 
 
 def _forward(q, k, v, heads, interpret):
-    return linear_attention(q, k, v, heads, interpret), (q, k, v)
+    return _sharded(_forward_kernel, 1, heads, interpret, q, k, v)[0], (q, k, v)
 
 
 def _backward(heads, interpret, saved, dout):
-    return tuple(_sharded(_backward_kernel, 3, 16, heads, interpret, *saved, dout))
+    return tuple(_sharded(_backward_kernel, 3, heads, interpret, *saved, dout))
 
 
 linear_attention.defvjp(_forward, _backward)

@@ -230,9 +230,13 @@ def _count(
     tally.product("patch_embed/proj/kernel", patches)
 
     # The layers are one scan: what is live in one is live in all.
-    shapes = {
+    cross_width = config.num_cross_attention_heads * config.cross_attention_head_dim
+    shapes = {  # vectors, width in and out
         **{f"attn1/{name}": (tokens, width, width) for name in ("to_q", "to_k", "to_v", "to_out_0")},
-        **_cross_shapes(config, tokens, captions),
+        "attn2/to_q": (tokens, width, cross_width),
+        "attn2/to_k": (captions, width, cross_width),
+        "attn2/to_v": (captions, width, cross_width),
+        "attn2/to_out_0": (tokens, cross_width, width),
         "ff/conv_inverted": (tokens, width, 2 * inner),
         "ff/conv_point": (tokens, inner, width),
     }
@@ -243,54 +247,60 @@ def _count(
     names += [f"{name}/{leaf}" for name in adapted for leaf in (LORA_A, LORA_B)]
     live = tally.live or clock.live or caption.live or any(tally.trained(f"{layers}/{name}") for name in names)
 
-    layer = tally.beside(live)
+    layer, kernels, on_tpu = tally.beside(live), Flops(), tally.platform == "tpu" and tally.dtype == "bfloat16"
+    again = live * (remat != "none")
+    spacing = _spacing(config, (images, positions), queries, jnp.bfloat16) if on_tpu else None
 
     def product(name: str, inputs_live: bool) -> None:
-        layer.product(f"{layers}/{name}/kernel", dense(*shapes[name]), live=inputs_live)
+        flops, path = dense(*shapes[name]), f"{layers}/{name}"
+        layer.product(f"{path}/kernel", flops, live=inputs_live)
+        if spacing and name.startswith("attn2"):
+            zeros = flops * (spacing.width / spacing.channels - 1)
+            layer.forward += zeros
+            layer.total += Flops(products=zeros * (1 + inputs_live + tally.trained(f"{path}/kernel")))
         if name in adapted:
             rows, before, after = shapes[name]
-            rank, path = config.lora.rank, f"{layers}/{name}"
+            rank = config.lora.rank
             layer.product(f"{path}/{LORA_A}", dense(rows, before, rank), live=inputs_live)
             inside = inputs_live or tally.trained(f"{path}/{LORA_A}")
             layer.product(f"{path}/{LORA_B}", dense(rows, rank, after), live=inside)
 
-    for name in shapes:
-        if name.startswith("attn1"):
-            product(name, live)
-    dim = config.attention_head_dim
-    linear = 2 * dense(tokens, dim, width) + dense(tokens, 1, width)
-    layer.forward += linear
-    layer.total += Flops(linear * (1 + 2 * live), products=linear * (1 + 2 * live))
+    for name in ("to_q", "to_k", "to_v"):
+        product(f"attn1/{name}", live)
+    linear = 2 * dense(tokens, config.attention_head_dim, width) + dense(tokens, 1, width)
+    like = jax.ShapeDtypeStruct((images, positions, width), jnp.bfloat16)
+    if on_tpu and linear_attention.supported(like, config.num_attention_heads):
+        forward, backward = linear_attention.kernel_flops(images, positions, width)
+        kernels += Flops(linear * (1 + 2 * live), kernels=forward * (1 + again) + backward * live)
+    else:
+        layer.forward += linear
+        layer.total += Flops(linear * (1 + 2 * live), products=linear * (1 + 2 * live))
+    product("attn1/to_out_0", live)
+
     product("attn2/to_q", live)
-    for name in ("attn2/to_k", "attn2/to_v"):
-        product(name, caption.live)
-    cross_width = config.num_cross_attention_heads * config.cross_attention_head_dim
+    for name in ("to_k", "to_v"):
+        product(f"attn2/{name}", caption.live)
     layer.live = live
-    layer.attention(images, positions, queries, cross_width, live)
+    if spacing:
+        one = dense(tokens, queries, 1)
+        executed = one * spacing.count * spacing.width * (2 * (1 + again) + 5 * live)
+        kernels += Flops(one * cross_width * (2 + 4 * live), kernels=executed)
+    else:
+        layer.attention(images, positions, queries, cross_width, live)
     product("attn2/to_out_0", live)
+
     product("ff/conv_inverted", live)
     depth = convolution(images, (height, columns), 1, 2 * inner)
     layer.total += Flops(model=depth * (1 + live + tally.trained(f"{layers}/ff/conv_depth/kernel")))
     inside = layer.forward
     product("ff/conv_point", live)
-    if remat != "none":  # what the last product gives is needed for the gradient of its gate alone
+    if again:  # what the last product gives is needed for the gradient of its gate alone
         gated = clock.live or tally.trained(f"{layers}/scale_shift_table")
         layer.recompute(layer.forward if gated else inside)
-    tally.total += layer.total * config.num_layers
+    tally.total += (layer.total + kernels) * config.num_layers
     tally.forward += layer.forward * config.num_layers
     tally.live = live or embedded or tally.trained("scale_shift_table")
     tally.product("proj_out/kernel", dense(tokens, width, patch**2 * config.outputs))
-
-
-def _cross_shapes(config: SanaTransformerConfig, tokens: int, captions: int) -> dict[str, tuple[int, int, int]]:
-    """Name -> vectors, width in and out of the products around the attention to the caption."""
-    width, cross = config.width, config.num_cross_attention_heads * config.cross_attention_head_dim
-    return {
-        "attn2/to_q": (tokens, width, cross),
-        "attn2/to_k": (captions, width, cross),
-        "attn2/to_v": (captions, width, cross),
-        "attn2/to_out_0": (tokens, cross, width),
-    }
 
 
 def position_table(size: tuple[int, int], base: int, interpolation_scale: float, width: int) -> np.ndarray:
@@ -362,12 +372,13 @@ def spaced_attention(
 
 
 def _spacing(
-    config: SanaTransformerConfig, queries: tuple[int, ...], keys: int, dtype: Any, masked: bool
+    config: SanaTransformerConfig, queries: tuple[int, int], keys: int, dtype: Any, masked: bool = False
 ) -> Spacing | None:
-    """How heads are spaced for the attention kernel; None where there is none, or no channel left for a mask."""
+    """How the heads of the attention of [N, T] queries to so many keys are spaced for its kernel; None if it does not
+    take them, or no channel is left for a mask."""
     dim, count = config.cross_attention_head_dim, config.num_cross_attention_heads
     width = next((width for width in (64, 128) if width >= dim + masked), None)
-    if platform() != "tpu" or dtype != jnp.bfloat16 or width is None:
+    if dtype != jnp.bfloat16 or width is None:
         return None
     q, k = (jax.ShapeDtypeStruct((queries[0], n, count * width), dtype) for n in (queries[1], keys))
     return Spacing(count, dim, width) if full_attention_tpu.supported(q, k, count) else None
@@ -506,7 +517,9 @@ class CrossAttention(_Part):
         """f[N,T,E], f[N,S,E], bool[N,S] -> f[N,T,E]."""
         config, width = self.config, x.shape[-1]
         inner = config.num_cross_attention_heads * config.cross_attention_head_dim
-        spacing = _spacing(config, x.shape, caption.shape[1], self.dtype, mask is not None)
+        spacing = None
+        if platform() == "tpu":
+            spacing = _spacing(config, x.shape[:2], caption.shape[1], self.dtype, mask is not None)
         q, k, v = (
             self.product(y, f"to_{name}", inner, outputs=spacing)[0]
             for name, y in zip("qkv", (x, caption, caption), strict=True)
