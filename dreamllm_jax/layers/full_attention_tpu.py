@@ -60,11 +60,11 @@ def _dot(x: Array, y: Array, contract: tuple[int, int], **kwargs) -> Array:
 class _Step:
     """One head at one block of queries: grid (N, G, T / R, heads in a block)."""
 
-    def __init__(self, channels: int, dim: int):
+    def __init__(self, channels: int, dim: int, scale: float):
         lanes = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         self.head = pl.program_id(3)
         self.mine = lanes // dim == self.head
-        self.scale = dim**-0.5
+        self.scale = scale
         self.partial = channels % LANES != 0
         left = channels - pl.program_id(1) * LANES
         self.inside = lanes < left
@@ -102,9 +102,9 @@ def _grouped(refs: Sequence, groups: str, parts: int) -> list:
     return [[next(refs) for _ in range(parts)] if letter == "k" else next(refs) for letter in groups]
 
 
-def _forward_kernel(*refs, channels: int, dim: int, parts: int):
+def _forward_kernel(*refs, channels: int, dim: int, parts: int, scale: float):
     q_ref, k_refs, v_refs, out_ref, lse_ref = _grouped(refs, "qkkql", parts)
-    step = _Step(channels, dim)
+    step = _Step(channels, dim, scale)
 
     @pl.when(step.exists)
     def _():
@@ -128,10 +128,10 @@ def _forward_kernel(*refs, channels: int, dim: int, parts: int):
         lse_ref[0, 0, pl.ds(step.head, 1)] = lse.T[:1]
 
 
-def _backward_kernel(*refs, channels: int, dim: int, parts: int):
+def _backward_kernel(*refs, channels: int, dim: int, parts: int, scale: float):
     refs = _grouped(refs, "qkkqlq" + "qkk" + "kk", parts)  # inputs, outputs, what is summed
     q_ref, k_refs, v_refs, out_ref, lse_ref, dout_ref, dq_ref, dk_refs, dv_refs, dk_sums, dv_sums = refs
-    step = _Step(channels, dim)
+    step = _Step(channels, dim, scale)
 
     @pl.when((pl.program_id(2) == 0) & (step.head == 0))
     def _():
@@ -167,7 +167,16 @@ def _backward_kernel(*refs, channels: int, dim: int, parts: int):
             dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
 
 
-def _call(kernel: Callable, products: int, outputs: str, heads: int, parts: int, interpret: bool, *arrays: Array):
+def _call(
+    kernel: Callable,
+    products: int,
+    outputs: str,
+    heads: int,
+    parts: int,
+    interpret: bool,
+    scale: float | None,
+    *arrays: Array,
+) -> list[Array]:
     """Runs a kernel on the images this device holds, whose keys are of so many sequences (`parts`).
 
     `arrays` are q, k, v and, going backward, out, lse and dout; `outputs` names the array that each output is shaped
@@ -191,7 +200,7 @@ def _call(kernel: Callable, products: int, outputs: str, heads: int, parts: int,
     total = sum(k.shape[1] for k in keys)
     out_shape = [shape for name in outputs for shape in shapes[name]]
     return pl.pallas_call(
-        functools.partial(kernel, channels=channels, dim=dim, parts=parts),
+        functools.partial(kernel, channels=channels, dim=dim, parts=parts, scale=scale or dim**-0.5),
         grid=(images, blocks, queries // rows, sharing),
         in_specs=[spec for name in inputs for spec in specs[name]],
         out_specs=[spec for name in outputs for spec in specs[name]],
@@ -217,8 +226,10 @@ def _sharded(call: Callable, *arrays: Array) -> list[Array]:
 Keys = Array | tuple[Array, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def full_attention(q: Array, k: Keys, v: Keys, heads: int, interpret: bool = False) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def full_attention(
+    q: Array, k: Keys, v: Keys, heads: int, interpret: bool = False, scale: float | None = None
+) -> Array:
     """Softmax attention of every query to every key, the softmax in float32, on TPU.
 
     Args:
@@ -227,23 +238,24 @@ def full_attention(q: Array, k: Keys, v: Keys, heads: int, interpret: bool = Fal
       v: f[N, S, C] values, likewise.
       heads: number of heads, of 64 or 128 channels each; see `supported` for the lengths.
       interpret: emulates the kernel on any platform.
+      scale: of the scores, None for that of the heads' width.
 
     Returns:
       f[N, T, C] in the type of `q`.
     """
-    return _forward(q, k, v, heads, interpret)[0]
+    return _forward(q, k, v, heads, interpret, scale)[0]
 
 
-def _forward(q, k, v, heads, interpret):
+def _forward(q, k, v, heads, interpret, scale):
     k_leaves, v_leaves = jax.tree.leaves(k), jax.tree.leaves(v)
-    call = functools.partial(_call, _forward_kernel, 2, "ql", heads, len(k_leaves), interpret)
+    call = functools.partial(_call, _forward_kernel, 2, "ql", heads, len(k_leaves), interpret, scale)
     out, lse = (keep(x, "attention") for x in _sharded(call, q, *k_leaves, *v_leaves))
     return out, (q, k, v, out, lse)
 
 
-def _backward(heads, interpret, saved, dout):
+def _backward(heads, interpret, scale, saved, dout):
     leaves, structure = jax.tree.flatten(saved[:3])
-    call = functools.partial(_call, _backward_kernel, 5, "qkk", heads, len(leaves) // 2, interpret)
+    call = functools.partial(_call, _backward_kernel, 5, "qkk", heads, len(leaves) // 2, interpret, scale)
     return jax.tree.unflatten(structure, _sharded(call, *leaves, *saved[3:], dout))
 
 

@@ -11,10 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.interop.names import from_torch, to_torch
+from dreamllm_jax.layers import gated_depthwise, linear_attention
 from dreamllm_jax.layers.flops import Tally
 from dreamllm_jax.layers.lora import LORA_A, LORA_B, is_adapter, merge
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.image_decoders import sana_transformer
 from dreamllm_jax.towers.image_decoders.sana_transformer import PUBLISHED, SanaLora, SanaTransformerConfig
 
 torch = pytest.importorskip("torch")
@@ -25,12 +27,12 @@ from tests.parity import assert_same, gradients, random_weights, randomised, rel
 TINY = {
     "in_channels": 4,
     "out_channels": 4,
-    "num_attention_heads": 3,
-    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
     "num_layers": 2,
     "num_cross_attention_heads": 2,
     "cross_attention_head_dim": 12,
-    "cross_attention_dim": 24,
+    "cross_attention_dim": 64,
     "caption_channels": 10,
     "sample_size": 4,
 }
@@ -151,6 +153,38 @@ def test_a_caption_of_which_nothing_counts_is_seen_whole(case):
     assert relative_error(got, nhwc(want)) <= 1e-3  # -10000 costs them the scores' last digits
 
 
+def monkeypatch_kernels(monkeypatch, config):
+    heads = config.num_cross_attention_heads
+    spacing = sana_transformer.Spacing(heads, config.cross_attention_head_dim, 64)
+    monkeypatch.setattr(sana_transformer, "platform", lambda: "tpu")
+    monkeypatch.setattr(sana_transformer, "_spacing", lambda *_: spacing)
+    for module in (gated_depthwise, linear_attention):
+        monkeypatch.setattr(module, "supported", lambda *_: True)
+    for module, name in (
+        (sana_transformer, "spaced_attention"),
+        (gated_depthwise, "gated_depthwise"),
+        (linear_attention, "linear_attention"),
+    ):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+
+
+@pytest.mark.slow
+def test_spaced_heads_and_kernels_are_the_same(case, monkeypatch):
+    """What a TPU executes, in float32 and emulated: heads with zeros after each, a mask as one of their channels."""
+    _, model, params, (latents, timesteps, condition, cotangent), _ = case
+    size = (16, 16) if model.config.patch_size == 2 else (4, 8)
+    rng = np.random.default_rng(2)
+    latents = rng.normal(size=(2, *size, model.config.in_channels)).astype(np.float32)
+    cotangent = rng.normal(size=(2, *size, model.config.outputs)).astype(np.float32)
+    inputs = latents, timesteps, condition, cotangent
+    want, plain = run(model, params, *inputs)
+    monkeypatch_kernels(monkeypatch, model.config)
+    jax.clear_caches()  # `run` is traced anew
+    got, weights = run(model, params, *inputs)
+    jax.clear_caches()
+    assert_same(got | to_torch(weights), want | to_torch(plain))
+
+
 ADAPTED = SanaTransformerConfig(**FAMILIES["all"], lora=SanaLora(rank=3, alpha=6.0))
 
 
@@ -228,7 +262,7 @@ def test_every_weight_has_logical_axes():
 def test_config_reads_what_diffusers_writes():
     settings = dict(diffusers.SanaTransformer2DModel(**FAMILIES["all"]).config)
     config = SanaTransformerConfig.from_public(settings)
-    assert (config.width, config.inner, config.outputs, config.size_multiple) == (24, 60, 6, 2)
+    assert (config.width, config.inner, config.outputs, config.size_multiple) == (64, 160, 6, 2)
     assert (config.condition_width, config.pooled_width) == (10, 0)
     assert SanaTransformerConfig.from_public(config.to_public()) == config and hash(config) is not None
     written = dict(diffusers.SanaTransformer2DModel(**config.to_public()).config)

@@ -9,14 +9,16 @@ H heads, D their width, S caption tokens, C caption channels, I channels inside 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dreamllm_jax.layers import full_attention_tpu, gated_depthwise, linear_attention
 from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.blocks import EXACT_DENSE, Conv, Dense, shard_images
 from dreamllm_jax.layers.flops import Flops, Tally, convolution, dense
@@ -26,6 +28,7 @@ from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
+from dreamllm_jax.parallel.mesh import platform
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 from dreamllm_jax.towers.public import PublicForm
@@ -38,7 +41,6 @@ _FIXED = {
     "guidance_embeds_scale": 0.1,
 }
 _CLOCK_WIDTH = 256  # of the sinusoids that tell the time
-_SMALLEST = 1e-15  # added to linear attention's denominators
 _OURS = ("kind", "lora")
 
 
@@ -228,9 +230,13 @@ def _count(
     tally.product("patch_embed/proj/kernel", patches)
 
     # The layers are one scan: what is live in one is live in all.
-    shapes = {
+    cross_width = config.num_cross_attention_heads * config.cross_attention_head_dim
+    shapes = {  # vectors, width in and out
         **{f"attn1/{name}": (tokens, width, width) for name in ("to_q", "to_k", "to_v", "to_out_0")},
-        **_cross_shapes(config, tokens, captions),
+        "attn2/to_q": (tokens, width, cross_width),
+        "attn2/to_k": (captions, width, cross_width),
+        "attn2/to_v": (captions, width, cross_width),
+        "attn2/to_out_0": (tokens, cross_width, width),
         "ff/conv_inverted": (tokens, width, 2 * inner),
         "ff/conv_point": (tokens, inner, width),
     }
@@ -241,54 +247,60 @@ def _count(
     names += [f"{name}/{leaf}" for name in adapted for leaf in (LORA_A, LORA_B)]
     live = tally.live or clock.live or caption.live or any(tally.trained(f"{layers}/{name}") for name in names)
 
-    layer = tally.beside(live)
+    layer, kernels, on_tpu = tally.beside(live), Flops(), tally.platform == "tpu" and tally.dtype == "bfloat16"
+    again = live * (remat != "none")
+    spacing = _spacing(config, (images, positions), queries, jnp.bfloat16) if on_tpu else None
 
     def product(name: str, inputs_live: bool) -> None:
-        layer.product(f"{layers}/{name}/kernel", dense(*shapes[name]), live=inputs_live)
+        flops, path = dense(*shapes[name]), f"{layers}/{name}"
+        layer.product(f"{path}/kernel", flops, live=inputs_live)
+        if spacing and name.startswith("attn2"):
+            zeros = flops * (spacing.width / spacing.channels - 1)
+            layer.forward += zeros
+            layer.total += Flops(products=zeros * (1 + inputs_live + tally.trained(f"{path}/kernel")))
         if name in adapted:
             rows, before, after = shapes[name]
-            rank, path = config.lora.rank, f"{layers}/{name}"
+            rank = config.lora.rank
             layer.product(f"{path}/{LORA_A}", dense(rows, before, rank), live=inputs_live)
             inside = inputs_live or tally.trained(f"{path}/{LORA_A}")
             layer.product(f"{path}/{LORA_B}", dense(rows, rank, after), live=inside)
 
-    for name in shapes:
-        if name.startswith("attn1"):
-            product(name, live)
-    dim = config.attention_head_dim
-    linear = 2 * dense(tokens, dim, width) + dense(tokens, 1, width)
-    layer.forward += linear
-    layer.total += Flops(linear * (1 + 2 * live), products=linear * (1 + 2 * live))
+    for name in ("to_q", "to_k", "to_v"):
+        product(f"attn1/{name}", live)
+    linear = 2 * dense(tokens, config.attention_head_dim, width) + dense(tokens, 1, width)
+    like = jax.ShapeDtypeStruct((images, positions, width), jnp.bfloat16)
+    if on_tpu and linear_attention.supported(like, config.num_attention_heads):
+        forward, backward = linear_attention.kernel_flops(images, positions, width)
+        kernels += Flops(linear * (1 + 2 * live), kernels=forward * (1 + again) + backward * live)
+    else:
+        layer.forward += linear
+        layer.total += Flops(linear * (1 + 2 * live), products=linear * (1 + 2 * live))
+    product("attn1/to_out_0", live)
+
     product("attn2/to_q", live)
-    for name in ("attn2/to_k", "attn2/to_v"):
-        product(name, caption.live)
-    cross_width = config.num_cross_attention_heads * config.cross_attention_head_dim
+    for name in ("to_k", "to_v"):
+        product(f"attn2/{name}", caption.live)
     layer.live = live
-    layer.attention(images, positions, queries, cross_width, live)
+    if spacing:
+        one = dense(tokens, queries, 1)
+        executed = one * spacing.count * spacing.width * (2 * (1 + again) + 5 * live)
+        kernels += Flops(one * cross_width * (2 + 4 * live), kernels=executed)
+    else:
+        layer.attention(images, positions, queries, cross_width, live)
     product("attn2/to_out_0", live)
+
     product("ff/conv_inverted", live)
     depth = convolution(images, (height, columns), 1, 2 * inner)
     layer.total += Flops(model=depth * (1 + live + tally.trained(f"{layers}/ff/conv_depth/kernel")))
     inside = layer.forward
     product("ff/conv_point", live)
-    if remat != "none":  # what the last product gives is needed for the gradient of its gate alone
+    if again:  # what the last product gives is needed for the gradient of its gate alone
         gated = clock.live or tally.trained(f"{layers}/scale_shift_table")
         layer.recompute(layer.forward if gated else inside)
-    tally.total += layer.total * config.num_layers
+    tally.total += (layer.total + kernels) * config.num_layers
     tally.forward += layer.forward * config.num_layers
     tally.live = live or embedded or tally.trained("scale_shift_table")
     tally.product("proj_out/kernel", dense(tokens, width, patch**2 * config.outputs))
-
-
-def _cross_shapes(config: SanaTransformerConfig, tokens: int, captions: int) -> dict[str, tuple[int, int, int]]:
-    """Name -> vectors, width in and out of the products around the attention to the caption."""
-    width, cross = config.width, config.num_cross_attention_heads * config.cross_attention_head_dim
-    return {
-        "attn2/to_q": (tokens, width, cross),
-        "attn2/to_k": (captions, width, cross),
-        "attn2/to_v": (captions, width, cross),
-        "attn2/to_out_0": (tokens, cross, width),
-    }
 
 
 def position_table(size: tuple[int, int], base: int, interpolation_scale: float, width: int) -> np.ndarray:
@@ -309,21 +321,22 @@ def position_table(size: tuple[int, int], base: int, interpolation_scale: float,
     return np.concatenate(both, axis=-1).reshape(-1, width).astype(np.float32)
 
 
-def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Attention with weights relu(q) · relu(k), normalised over the keys; its sums are float32.
+class Spacing(NamedTuple):
+    """So many heads of so many channels, each with zeros after them up to a width that a kernel takes."""
 
-    Args:
-      q, k, v: f[N,T,E], heads side by side.
+    count: int
+    channels: int
+    width: int
 
-    Returns:
-      f[N,T,E] in the type of `q`.
-    """
-    shape, dtype = q.shape, q.dtype
-    q, k, v = (x.astype(jnp.float32).reshape(*shape[:2], heads, -1) for x in (nn.relu(q), nn.relu(k), v))
-    sums = jnp.einsum("nthd,nthe->nhde", k, v)
-    out = jnp.einsum("nthd,nhde->nthe", q, sums)
-    total = jnp.einsum("nthd,nhd->nth", q, jnp.sum(k, axis=1))
-    return (out / (total[..., None] + _SMALLEST)).astype(dtype).reshape(shape)
+
+def _spaced(x: jax.Array, axis: int, heads: Spacing | None) -> jax.Array:
+    """Zeros after the channels of every head, along an axis of a weight."""
+    if heads is None:
+        return x
+    x = jnp.moveaxis(x, axis, -1)
+    split = x.reshape(*x.shape[:-1], heads.count, -1)
+    split = jnp.pad(split, [(0, 0)] * (x.ndim) + [(0, heads.width - split.shape[-1])])
+    return jnp.moveaxis(split.reshape(*x.shape[:-1], -1), -1, axis)
 
 
 def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: int) -> jax.Array:
@@ -345,27 +358,33 @@ def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | 
     return attend(*split, causal=False, **segments).reshape(q.shape)
 
 
-def depthwise(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """A 3x3 convolution of every channel by itself, zero padded by one, as nine shifted products.
-
-    Args:
-      x: f[N,h,w,I].
-      kernel: f[3,3,1,I].
-      bias: f[I].
-
-    Returns:
-      f32[N,h,w,I].
-    """
-    height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32)
-    taps = [
-        padded[:, i : i + height, j : j + width] * kernel[i, j, 0].astype(jnp.float32)
-        for i in range(3)
-        for j in range(3)
-    ]
-    return sum(taps) + bias.astype(jnp.float32)
+def spaced_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: Spacing, interpret: bool = False
+) -> jax.Array:
+    """The same by `full_attention`, of heads with zeros after each. A mask is a further channel of queries and keys,
+    which takes 10000 from the scores, as diffusers does."""
+    scale = heads.channels**-0.5
+    if mask is not None:
+        lane = jnp.zeros((heads.count, heads.width), q.dtype).at[:, heads.channels].set(1).reshape(-1)
+        away = jnp.where(mask, 0, -1e4 / scale).astype(k.dtype)
+        q, k = q + lane, k + away[..., None] * lane
+    return full_attention_tpu.full_attention(q, k, v, heads.count, interpret, scale)
 
 
+def _spacing(
+    config: SanaTransformerConfig, queries: tuple[int, int], keys: int, dtype: Any, masked: bool = False
+) -> Spacing | None:
+    """How the heads of the attention of [N, T] queries to so many keys are spaced for its kernel; None if it does not
+    take them, or no channel is left for a mask."""
+    dim, count = config.cross_attention_head_dim, config.num_cross_attention_heads
+    width = next((width for width in (64, 128) if width >= dim + masked), None)
+    if dtype != jnp.bfloat16 or width is None:
+        return None
+    q, k = (jax.ShapeDtypeStruct((queries[0], n, count * width), dtype) for n in (queries[1], keys))
+    return Spacing(count, dim, width) if full_attention_tpu.supported(q, k, count) else None
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Layer normalisation without weights, scaled by 1 + `scale` and shifted, in float32.
 
@@ -386,30 +405,55 @@ _ZEROS = weight(nn.initializers.zeros, "tower_norm")
 
 
 class Product(nn.Module):
-    """A linear layer, perhaps adapted; `convolution` stores its kernel as that of a 1x1 convolution."""
+    """A linear layer, perhaps adapted.
+
+    Attributes:
+      convolution: the kernel is stored as that of a 1x1 convolution.
+      parts: the outputs come in so many equal parts: made apart, neither they nor their gradients are copied.
+      bias_apart: the bias is not added, but given after the parts.
+      inputs, outputs: they are heads with zeros after each, of which the kernel knows nothing.
+    """
 
     features: int
     use_bias: bool = True
     convolution: bool = False
+    parts: int = 1
+    bias_apart: bool = False
+    inputs: Spacing | None = None
+    outputs: Spacing | None = None
     lora: LoraConfig | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """f[...,i] -> f[...,features]."""
-        shape, axes = (x.shape[-1], self.features), ("tower_in", "tower_out")
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """f[...,i] -> f[...,features / parts] of every part."""
+        width = x.shape[-1] if self.inputs is None else self.inputs.count * self.inputs.channels
+        shape, axes = (width, self.features), ("tower_in", "tower_out")
         if self.convolution:
-            kernel = self.param("kernel", weight(_KERNEL, None, None, *axes), (1, 1, *shape)).reshape(shape)
+            kernel = self.param("kernel", weight(_KERNEL, None, None, *axes), (1, 1, *shape))
         else:
             kernel = self.param("kernel", weight(_KERNEL, *axes), shape)
-        y = x @ kernel.astype(self.dtype)
-        if self.use_bias:
-            y = y + spread(self.param("bias", _ZEROS, shape[1:]), y.shape, y.dtype)
+
+        def multiply(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
+            kernel = _spaced(kernel.reshape(shape).astype(self.dtype), 0, self.inputs)
+            return [x @ part for part in self._parts(kernel)]
+
+        # What is made of the kernel is made again: a scan would keep it for every layer.
+        outputs = jax.checkpoint(multiply, prevent_cse=False)(kernel, x)
+        bias = self.param("bias", _ZEROS, shape[1:]) if self.use_bias else None
+        if self.use_bias and not self.bias_apart:
+            biases = self._parts(bias)
+            outputs = [y + spread(bias, y.shape, y.dtype) for y, bias in zip(outputs, biases, strict=True)]
         if self.lora is not None:
             a = self.param(LORA_A, weight(initial_a, "tower_in", "lora"), (shape[0], self.lora.rank))
             b = self.param(LORA_B, weight(nn.initializers.zeros, "lora", "tower_out"), (self.lora.rank, shape[1]))
-            y = y + adapt(x, a.astype(self.dtype), b.astype(self.dtype), self.lora.scale)
-        return y
+            a = _spaced(a.astype(self.dtype), 0, self.inputs)
+            parts = self._parts(b.astype(self.dtype))
+            outputs = [y + adapt(x, a, part, self.lora.scale) for y, part in zip(outputs, parts, strict=True)]
+        return [*outputs, bias] if self.bias_apart else outputs
+
+    def _parts(self, x: jax.Array) -> list[jax.Array]:
+        return jnp.split(_spaced(x, x.ndim - 1, self.outputs), self.parts, axis=-1)
 
 
 class _Part(nn.Module):
@@ -418,22 +462,33 @@ class _Part(nn.Module):
     config: SanaTransformerConfig
     dtype: Any = jnp.float32
 
-    def product(self, name: str, features: int, use_bias: bool = True, convolution: bool = False) -> Product:
+    def product(self, x: jax.Array, name: str, features: int, **settings: Any) -> list[jax.Array]:
+        """The parts (`Product`) of what the product of this name makes of `x`."""
         lora = self.config.lora
         lora = lora if lora is not None and name in lora.targets else None
-        return Product(features, use_bias, convolution, lora, self.dtype, name=name)
+        return Product(features, lora=lora, dtype=self.dtype, name=name, **settings)(x)
 
-    def normalise(self, name: str, x: jax.Array) -> jax.Array:
+    def normalise(self, name: str, x: jax.Array, heads: Spacing | None = None) -> jax.Array:
         """Queries or keys, where the config asks for it."""
-        return x if self.config.qk_norm is None else RMSNorm(name=name)(x)
+        return x if self.config.qk_norm is None else RMSNorm(heads, name=name)(x)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation of the last axis, with a scale."""
+    """Root mean square normalisation of the last axis, with a scale; `heads` as of a product's outputs."""
+
+    heads: Spacing | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.param("scale", _ONES, x.shape[-1:]), 1e-5)
+        width, eps = x.shape[-1], 1e-5
+        share = 1.0 if self.heads is None else self.heads.channels / self.heads.width  # of channels that are there
+        scale = self.param("scale", _ONES, (round(width * share),))
+
+        def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+            # The mean of squares over all channels is `share` times that over those that are there.
+            return rms_norm(x, _spaced(scale * share**0.5, 0, self.heads), eps * share)
+
+        return jax.checkpoint(norm, prevent_cse=False)(x, scale)
 
 
 class LinearAttention(_Part):
@@ -442,10 +497,16 @@ class LinearAttention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[N,T,E] -> f[N,T,E]."""
-        config = self.config
-        q, k, v = (self.product(name, config.width, config.attention_bias)(x) for name in ("to_q", "to_k", "to_v"))
+        config, heads = self.config, self.config.num_attention_heads
+        q, k, v = (
+            self.product(x, name, config.width, use_bias=config.attention_bias)[0] for name in ("to_q", "to_k", "to_v")
+        )
         q, k = self.normalise("norm_q", q), self.normalise("norm_k", k)
-        return self.product("to_out_0", config.width)(linear_attention(q, k, v, config.num_attention_heads))
+        if platform() == "tpu" and linear_attention.supported(q, heads):
+            out = linear_attention.linear_attention(q, k, v, heads)
+        else:
+            out = linear_attention.linear_attention_xla(q, k, v, heads)
+        return self.product(out, "to_out_0", config.width)[0]
 
 
 class CrossAttention(_Part):
@@ -454,34 +515,47 @@ class CrossAttention(_Part):
     @nn.compact
     def __call__(self, x: jax.Array, caption: jax.Array, mask: jax.Array | None) -> jax.Array:
         """f[N,T,E], f[N,S,E], bool[N,S] -> f[N,T,E]."""
-        heads, width = self.config.num_cross_attention_heads, x.shape[-1]
-        inner = heads * self.config.cross_attention_head_dim
-        q, k, v = (self.product(f"to_{name}", inner)(y) for name, y in zip("qkv", (x, caption, caption), strict=True))
-        q, k = self.normalise("norm_q", q), self.normalise("norm_k", k)
-        return self.product("to_out_0", width)(cross_attention(q, k, v, mask, heads))
+        config, width = self.config, x.shape[-1]
+        inner = config.num_cross_attention_heads * config.cross_attention_head_dim
+        spacing = None
+        if platform() == "tpu":
+            spacing = _spacing(config, x.shape[:2], caption.shape[1], self.dtype, mask is not None)
+        q, k, v = (
+            self.product(y, f"to_{name}", inner, outputs=spacing)[0]
+            for name, y in zip("qkv", (x, caption, caption), strict=True)
+        )
+        q, k = self.normalise("norm_q", q, spacing), self.normalise("norm_k", k, spacing)
+        if spacing is None:
+            out = cross_attention(q, k, v, mask, config.num_cross_attention_heads)
+        else:
+            out = spaced_attention(q, k, v, mask, spacing)
+        return self.product(out, "to_out_0", width, inputs=spacing)[0]
 
 
-class _Depthwise(nn.Module):
-    """The parameters of a depthwise 3x3 convolution."""
+class _Taps(nn.Module):
+    """The parameters of a depthwise 3x3 convolution, and the bias before it (`gated_depthwise.stack_taps`)."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """f[N,h,w,I] -> f32[N,h,w,I]."""
+    def __call__(self, bias: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
-        kernel = self.param("kernel", weight(init, None, None, None, "tower_out"), (3, 3, 1, x.shape[-1]))
-        return depthwise(x, kernel, self.param("bias", _ZEROS, x.shape[-1:]))
+        kernel = self.param("kernel", weight(init, None, None, None, "tower_out"), (3, 3, 1, bias.size))
+        return gated_depthwise.stack_taps(bias, kernel, self.param("bias", _ZEROS, bias.shape))
 
 
 class GLUMBConv(_Part):
     """The feed-forward: wider, a depthwise convolution, one half gated by the other, and back (Mix-FFN)."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """f[N,h,w,E] -> f[N,h,w,E]."""
-        h = nn.silu(self.product("conv_inverted", 2 * self.config.inner, convolution=True)(x))
-        values, gates = jnp.split(_Depthwise(name="conv_depth")(h), 2, axis=-1)
-        h = (values * nn.silu(gates)).astype(self.dtype)
-        return self.product("conv_point", self.config.width, use_bias=False, convolution=True)(h)
+    def __call__(self, x: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """f[N,T,E] of so many lines and columns -> f[N,T,E]."""
+        inner = self.config.inner
+        values, gates, bias = self.product(x, "conv_inverted", 2 * inner, convolution=True, parts=2, bias_apart=True)
+        taps = _Taps(name="conv_depth")(bias)
+        if platform() == "tpu" and gated_depthwise.supported(values, size):
+            h = gated_depthwise.gated_depthwise(values, gates, taps, size)
+        else:
+            h = gated_depthwise.gated_depthwise_xla(values, gates, taps, size)
+        return self.product(h, "conv_point", self.config.width, use_bias=False, convolution=True)[0]
 
 
 class SanaTransformerBlock(_Part):
@@ -505,7 +579,7 @@ class SanaTransformerBlock(_Part):
         x = x + gated(gate1, LinearAttention(*part, name="attn1")(h))
         x = x + CrossAttention(*part, name="attn2")(x, caption.astype(self.dtype), mask)
         h = modulated_norm(x, shift2, scale2, config.norm_eps)
-        h = GLUMBConv(*part, name="ff")(h.reshape(len(x), *self.size, -1)).reshape(x.shape)
+        h = GLUMBConv(*part, name="ff")(h, self.size)
         return shard_images(x + gated(gate2, h)), None
 
 
