@@ -257,11 +257,12 @@ def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
       f[N,T,g,d] in their type.
     """
-    q, k = nn.relu(q), nn.relu(k)
+    dtype = q.dtype
+    # Widened before, not by `preferred_element_type`: XLA's CPU backend has no such product of these axes.
+    q, k, v = (x.astype(jnp.float32) for x in (nn.relu(q), nn.relu(k), v))
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)  # whose last result is the sum of the weights
-    state = jnp.einsum("ntgd,ntge->ngde", k, v, preferred_element_type=jnp.float32)
-    out = jnp.einsum("ntgd,ngde->ntge", q.astype(jnp.float32), state)
-    return (out[..., :-1] / (out[..., -1:] + _ATTENTION_EPS)).astype(q.dtype)
+    out = jnp.einsum("ntgd,ngde->ntge", q, jnp.einsum("ntgd,ntge->ngde", k, v))
+    return (out[..., :-1] / (out[..., -1:] + _ATTENTION_EPS)).astype(dtype)
 
 
 def _count_attention(
