@@ -155,8 +155,16 @@ def save_sana(directory: Path, dtype: torch.dtype = torch.float32, version: str 
             ("qkv_multiscales", ((), (5,))),
         )
     }
-    more = {"downsample_block_type": "conv", "upsample_block_type": "interpolate", "decoder_act_fns": "silu"}
-    vae = AutoencoderDC(latent_channels=4, attention_head_dim=8, scaling_factor=0.41407, **more, **blocks)
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types=("rms_norm",) * 2,
+        decoder_act_fns=("silu",) * 2,
+        scaling_factor=0.41407,
+        **blocks,
+    )
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     scheduler = DPMSolverMultistepScheduler(**flow)
     return _save_decoder(directory, {"transformer": transformer, "vae": vae}, scheduler, dtype, pickled)

@@ -256,6 +256,7 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 GROWING = {"use_dynamic_shifting": True, "base_shift": 0.6, "max_shift": 1.3}
 
 
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # diffusers' DEIS
 @pytest.mark.parametrize(
     ("scheduler", "changes"),
     [
@@ -281,8 +282,7 @@ def test_flows_that_sample_alike_are_told_from_others(folders, scheduler, change
         pairs = compare_sampling(decoder, directory / SCHEDULER)
         own = {name for name in pairs if "Euler" not in name}
         assert own == {"noise levels", "timesteps", "latents"}
-        assert all(np.isfinite(array).all() for pair in pairs.values() for array in pair)
-        return any(got.shape != want.shape or relative_error(got, want) > 1e-6 for got, want in pairs.values())
+        return not all(verify._same(name, *pair).passed for name, pair in pairs.items())
 
     assert not differ()
     edit(directory / SCHEDULER, **changes)
@@ -445,7 +445,10 @@ def test_a_sampler_that_a_flow_does_not_have_is_refused_before_anything_is_compu
     model, _ = models[kind]
     for sampler, message in (
         (SamplerConfig("ddim"), "^a flow is not sampled with ddim: there are euler, dpmpp_2m, unipc$"),
-        (SamplerConfig(eta=0.5), r"^a flow has its own timesteps and no fresh noise: leave out eta=0\.5$"),
+        (
+            SamplerConfig(use_karras_sigmas=True),
+            "^a flow has its own timesteps and no fresh noise: leave out use_karras_",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             paint(model, {}, None, None, sampler=sampler)
