@@ -235,7 +235,7 @@ def test_verify_passes_and_sees_a_tensor_or_a_setting_that_differs(imported, kin
     directory = shutil.copytree(imported[kind] / "image_decoder", tmp_path / "given")
     file = directory / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
-    weights[OTHER_TENSOR[kind]][0] *= 1.01
+    weights[OTHER_TENSOR[kind]][0] *= 1.1
     save_file(weights, file, {"format": "pt"})
     edit(directory / SCHEDULER, **OTHER_SETTING[kind])
     differences = verify.compare(found.config, found.part, directory, ["float32"])
@@ -249,7 +249,8 @@ def test_torchs_float64_result_judges_what_float32_cannot(imported, kind, monkey
     monkeypatch.setattr(verify, "FLOAT32_LIMIT", 1e-9)
     found = saved.find(str(imported[kind] / "ours"))
     differences = verify.compare(found.config, found.part, imported[kind] / "image_decoder", ["float32"])
-    assert all(1e-9 < d.relative < d.limit for d in differences if d.tower != "scheduler"), verify.table(differences)
+    judged = [d for d in differences if d.tower != "scheduler"]
+    assert len(judged) == 2 and all(1e-9 < d.relative < d.limit < 1e-5 for d in judged), verify.table(differences)
 
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -436,8 +437,8 @@ def test_the_command_line_paints(imported, kind, flags, tmp_path):
     arguments = generate.make_parser().parse_args([*given, "a red bird"])
     arguments.main(arguments)
     (picture,) = (tmp_path / "to").rglob("*.png")
-    width, height = Image.open(picture).size
-    assert f"{height}x{width}" == flags["size"]
+    with Image.open(picture) as painted:
+        assert f"{painted.height}x{painted.width}" == flags["size"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
