@@ -2,8 +2,8 @@
 
 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.sana --chip=v5e --size=16 --images=32 [--remat=full]
 
-Needs no TPU. Prints a line of JSON: `ratio` is the estimated time over that of the model's FLOPs at the chip's peak. The
-estimate is the compiler's cycles and, for every Pallas kernel, the larger of its FLOPs at half of the peak and of its
+Needs no TPU. Prints a line of JSON: `ratio` is the estimated time over that of the model's FLOPs at the chip's peak.
+The estimate is the compiler's cycles and, for every Pallas kernel, the larger of its FLOPs at half of the peak and of its
 arguments' and results' bytes at 70 % of the memory's bandwidth.
 """
 

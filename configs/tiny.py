@@ -2,12 +2,13 @@
 
     python -m dreamllm_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-The argument may give the dream queries: `configs/tiny.py:queries=4`. After its 1000 steps it knows its 24 pictures by
+The argument may give the dream queries and the image decoder: `configs/tiny.py:queries=4,decoder=sana`; "sd" is a U-Net
+that learns velocity, "sana" a linear transformer that learns a flow. After its 1000 steps it knows its 24 pictures by
 heart, both ways; `python -m dreamllm_jax.report` shows the curves.
 
 Every part is built as the real one, only smaller. As there are no pretrained towers of this size, all of them are
-trained; in the image decoder an autoencoder in pixel space, without parameters (kind "pixel"), stands in for Stable
-Diffusion's (kind "kl").
+trained; in the image decoder an autoencoder in pixel space, without parameters (kind "pixel"), stands in for the one of
+Stable Diffusion (kind "kl") or SANA (kind "dc").
 """
 
 from ml_collections import ConfigDict
@@ -15,10 +16,45 @@ from ml_collections import ConfigDict
 from dreamllm_jax.experiment import recipes
 
 PICTURE = 32  # pixels on a side
+PIXELS = {"sample_size": PICTURE // 4, "in_channels": 48, "out_channels": 48}  # squares of 4 x 4 as latents
+DECODERS = {
+    "sd": {
+        "kind": "stable_diffusion",
+        "denoiser": PIXELS
+        | {
+            "block_out_channels": (128, 64),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 64,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+            "use_linear_projection": True,
+        },
+        "autoencoder": {"kind": "pixel", "patch_size": 4},
+        # Velocity: a small model's errors in epsilon would be blown up at the noisiest timesteps.
+        "schedule": {"prediction_type": "v_prediction"},
+    },
+    "sana": {
+        "kind": "sana",
+        "denoiser": PIXELS
+        | {
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "num_cross_attention_heads": 4,
+            "cross_attention_head_dim": 32,
+            "cross_attention_dim": 128,
+            "caption_channels": 64,
+            "qk_norm": "rms_norm_across_heads",
+        },
+        "autoencoder": {"kind": "pixel", "patch_size": 4},
+    },
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    given = recipes.parse(arg, queries=8)
+    given = recipes.parse(arg, {"decoder": DECODERS}, queries=8, decoder="sd")
     config = ConfigDict()
     config.seed = 0
     config.steps = 1000
@@ -44,25 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "image_size": PICTURE,
             "patch_size": 8,
         },
-        "image_decoder": {
-            "kind": "stable_diffusion",
-            "denoiser": {
-                "sample_size": PICTURE // 4,
-                "in_channels": 48,
-                "out_channels": 48,
-                "block_out_channels": (128, 64),
-                "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-                "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-                "layers_per_block": 1,
-                "cross_attention_dim": 64,
-                "attention_head_dim": 4,
-                "norm_num_groups": 8,
-                "use_linear_projection": True,
-            },
-            "autoencoder": {"kind": "pixel", "patch_size": 4},
-            # Velocity: a small model's errors in epsilon would be blown up at the noisiest timesteps.
-            "schedule": {"prediction_type": "v_prediction"},
-        },
+        "image_decoder": DECODERS[given.decoder],
         "num_queries": given.queries,
         "remat": "none",
     }

@@ -142,7 +142,7 @@ def create(arguments: argparse.Namespace) -> None:
     model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
     painting = creation.Painting(
         require_size(model, arguments.size)[0],
-        SamplerConfig(arguments.sampler, arguments.steps),
+        SamplerConfig(arguments.sampler or model.config.image_decoder.default_sampler, arguments.steps),
         arguments.guidance,
         arguments.each,
         arguments.seed,
@@ -234,7 +234,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
         "--size", type=positive, help="pixels on a side; if not given, what the image decoder was made for"
     )
     known = get_args(samplers.Name)
-    add.add_argument("--sampler", choices=known, help="if not given, the image decoder's own: ddim or dpmpp_2m")
+    add.add_argument("--sampler", choices=known, help="if not given, the image decoder's own")
     add.add_argument("--steps", type=positive, default=150, help="of denoising; %(default)s if not given")
     add.add_argument("--guidance", type=finite, default=2.0, help="1 for none; %(default)s if not given")
     add.add_argument("--inception", default="", help="TorchScript file of the features, inception-2015-12-05.pt")

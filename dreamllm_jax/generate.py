@@ -258,7 +258,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
     template.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
     painting.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
     known = get_args(samplers.Name)
-    painting.add_argument("--sampler", choices=known, help="if not given, the image decoder's own: ddim or dpmpp_2m")
+    painting.add_argument("--sampler", choices=known, help="if not given, the image decoder's own")
     for command, make, parents, what in (
         ("text", write, [checkpoint, template], "texts that go on with prompts, or answer them"),
         ("image", paint, [checkpoint, painting], "pictures for prompts"),

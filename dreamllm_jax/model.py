@@ -100,8 +100,7 @@ def painted_from(
     queries, tokens = take(hidden, slots, config.num_queries), config.connector.prompt_tokens
     if not tokens:
         return queries
-    start = slots - 1 - tokens  # before `<dream_start>`
-    index, rows = start[..., None] + jnp.arange(tokens), jnp.arange(len(hidden))[:, None, None]
+    index, rows = (slots - tokens)[..., None] + jnp.arange(tokens), jnp.arange(len(hidden))[:, None, None]
     there, segment_ids = jnp.maximum(index, 0), jnp.asarray(segment_ids)
     mask = (index >= 0) & (segment_ids[rows, there] == segment_ids[rows, jnp.maximum(slots, 0)[..., None]])
     return Hidden(queries, hidden.at[rows, there].get(mode="clip"), mask)
@@ -163,9 +162,18 @@ class DreamLLM(nn.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         cache: Any = None,
+        seen: Sequence[tuple[Float[Array, "B S P E"], Int[Array, "B S"]]] = (),
     ) -> tuple[Float[Array, "B T E"], Any]:
-        """The language model's hidden states after its final norm, and its cache."""
-        return self.language_model(embeddings, positions, segment_ids, cache)
+        """The language model's hidden states after its final norm, and its cache.
+
+        Args:
+          seen: as of `embed`; a connector that `sees` is given it in the place of the hidden states there, which no
+            token that is learned depends on.
+        """
+        hidden, cache = self.language_model(embeddings, positions, segment_ids, cache)
+        for features, slots in seen if self.config.connector.sees else ():
+            hidden = splice(hidden, features, slots)
+        return constrain(hidden, ("rows", "tokens", "act_embed")), cache
 
     def null_hidden(self, with_queries: bool = True) -> Float[Array, "Q E"] | Hidden:
         """Hidden states at the queries of the document without a prompt, for classifier-free guidance.

@@ -105,7 +105,7 @@ class Batch:
       segment_ids: i32[B, L] 0 is padding, 1.. are the documents packed in the row.
       positions: i32[B, L] positions, restarting at 0 in each document.
       loss_weights: f32[B, L] weight of predicting `tokens[i]` from its prefix; 0 at the start of a document, on
-        padding and on tokens that are not learned.
+        padding and on tokens that are not learned, below on those of an answer that is worse than the segment before.
       see: images that are read, by group.
       dream: images that are painted, by group.
     """

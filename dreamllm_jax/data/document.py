@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 Role = Literal["", "system", "user", "assistant"]
-Kind = Literal["pair", "image_image", "interleaved", "instruct_interleaved", "conversation", "text"]
+Kind = Literal["pair", "image_image", "interleaved", "instruct_interleaved", "conversation", "text", "preference"]
 KINDS: tuple[str, ...] = get_args(Kind)
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -45,7 +45,8 @@ class Document:
 
     pair: one text and one image; image_image: source image, then target image; interleaved: texts and images in any
     order; instruct_interleaved: the user's instruction, then as interleaved by the assistant; conversation: turns of
-    user and assistant, each segment with its role; text: texts only.
+    user and assistant, each segment with its role; text: texts only; preference: a conversation in texts, whose last
+    one, also the assistant's, is an answer that is worse than the one before it.
     """
 
     kind: Kind
@@ -59,8 +60,10 @@ class Document:
             raise ValueError(f"a pair has one text and one image, got {texts} and {images}")
         if self.kind == "image_image" and (texts, images) != (0, 2):
             raise ValueError(f"an image_image document has two images and no text, got {images} and {texts} texts")
-        if self.kind == "text" and images:
-            raise ValueError(f"a text document has no images, got {images}")
+        if self.kind in ("text", "preference") and images:
+            raise ValueError(f"a {self.kind} document has no images, got {images}")
+        if self.kind == "preference" and [s.role for s in self.segments[-3:]] != ["user", "assistant", "assistant"]:
+            raise ValueError("a preference ends with the user's turn, the better and the worse answer")
         for segment in self.segments:
             if segment.role not in ROLES:
                 raise ValueError(f"unknown role {segment.role!r}; known are {', '.join(map(repr, ROLES))}")

@@ -5,6 +5,7 @@ Legend: B rows, L tokens in a row, H x W pixels.
 
 import collections
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,13 +87,14 @@ def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, stri
       cannot be decoded.
     """
     counts: Counts = collections.Counter()
-    start = 0
-    for segment, item in enumerate(row, 1):
+    start = segment = 0
+    for item in row:
         encoded, corpus = item.encoded, item.corpus
         stop = start + len(encoded.tokens)
         batch.tokens[index, start:stop] = encoded.tokens
-        batch.segment_ids[index, start:stop] = segment
-        batch.positions[index, start:stop] = np.arange(stop - start)
+        for begin, end in itertools.pairwise((*encoded.starts, stop - start)):
+            segment, where = segment + 1, slice(start + begin, start + end)
+            batch.segment_ids[index, where], batch.positions[index, where] = segment, np.arange(end - begin)
         counts[corpus, "documents"] += 1
         counts[corpus, "tokens"] += stop - start
         try:

@@ -13,6 +13,8 @@ SEE is `<im_start> <im_patch>*P <im_end>`, DREAM is `<dream_start> <im_patch>*Q 
     conversation          turns in a template; the user's images are SEE, the assistant's DREAM SEE
                                                                learns the assistant's turns, images
     text                  <s> text </s>                        learns text, </s>
+    preference            a conversation with the better answer, then one with the worse, in half a row at most each
+                                                               learns the first; the second's answer has weight -1
 """
 
 import contextlib
@@ -84,12 +86,14 @@ class Encoded:
       tokens: i32[n].
       loss_weights: f32[n], weight of predicting `tokens[i]` from those before it.
       see, dream: the images in the order of their places.
+      starts: where parts begin that do not see each other, and are taken by one row.
     """
 
     tokens: np.ndarray
     loss_weights: np.ndarray
     see: tuple[Placed, ...] = ()
     dream: tuple[Placed, ...] = ()
+    starts: tuple[int, ...] = (0,)
 
     @property
     def learns(self) -> bool:
@@ -133,6 +137,14 @@ def encode_document(
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known are {', '.join(MODES)}")
+    if document.kind == "preference":
+        half, (*before, better, worse) = dataclasses.replace(shape, length=shape.length // 2), document.segments
+        alone = (Document("conversation", (*before, answer)) for answer in (better, worse))
+        first, second = (encode_document(one, tokenizer, half, template=template) for one in alone)
+        joined = [
+            np.concatenate(x) for x in ((first.tokens, second.tokens), (first.loss_weights, -second.loss_weights))
+        ]
+        return Encoded(*joined, starts=(0, len(first.tokens)))
     if document.kind == "pair" and mode == "joint":
         mode = "creation" if draw < 0.5 else "comprehension"
     row = _Row(tokenizer, shape, int(document.kind != "conversation"), see_first)

@@ -17,7 +17,7 @@ def make_steps(schedule: ScheduleConfig, config: SamplerConfig) -> tuple[Steps, 
     Raises:
       ValueError: more steps than the schedule has timesteps, or steps beyond the last.
     """
-    total, config = schedule.num_train_timesteps, config.named("ddim")
+    total = schedule.num_train_timesteps
     makers = {"ddpm": _ddpm, "ddim": _ddim, "euler": _euler, "euler_ancestral": _euler}
     make = makers.get(config.name, _multistep)
     most = total - (make is _multistep)

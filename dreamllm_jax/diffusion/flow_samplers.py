@@ -14,7 +14,7 @@ from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps
 
 
 def make_flow_steps(flow: FlowConfig, config: SamplerConfig, tokens: int | None = None) -> tuple[Steps, float]:
-    """The table of a sampler, DPM-Solver++ if none is named, and the scale of the noise it begins with.
+    """The table of a sampler, and the scale of the noise it begins with.
 
     Args:
       tokens: of the denoiser, by which a dynamic shift goes.
@@ -22,7 +22,6 @@ def make_flow_steps(flow: FlowConfig, config: SamplerConfig, tokens: int | None 
     Raises:
       ValueError: a sampler or a setting that a flow does not have.
     """
-    config = config.named("dpmpp_2m")
     makers = {"euler": _euler, "dpmpp_2m": multistep.dpmpp_2m, "unipc": multistep.unipc}
     if config.name not in makers:
         raise ValueError(f"a flow is not sampled with {config.name}: there are {', '.join(makers)}")

@@ -31,8 +31,8 @@ class SamplerConfig:
     Attributes:
       name: "ddpm" (Ho et al. 2020), "ddim" (Song et al. 2021), "dpmpp_2m" (DPM-Solver++ of second order, Lu et al.
         2022), "unipc" (Zhao et al. 2023, of second order), "euler" or "euler_ancestral" (Karras et al. 2022, as in
-        k-diffusion). A flow has "dpmpp_2m", "unipc" and "euler". None is the image decoder's own: "ddim" over DDPM's
-        noise process, "dpmpp_2m" for a flow.
+        k-diffusion). A flow has "dpmpp_2m", "unipc" and "euler". None is the image decoder's own
+        (`default_sampler`), which it puts there by `named`.
       steps: how often the model is asked.
       timestep_spacing: which timesteps: "trailing" begins at the last one (Lin et al. 2024), "leading" is what Stable
         Diffusion was published with, "linspace" has both ends.

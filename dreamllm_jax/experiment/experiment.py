@@ -69,7 +69,7 @@ class Experiment:
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         try:
-            self.objective.require(bool(rows.painted))
+            self.objective.require(model, self.parameters.trained, bool(rows.painted))
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if max(self.timeout, self.host_timeout) > threading.TIMEOUT_MAX:

@@ -15,8 +15,6 @@ Two totals differ:
                 attention kernel skips
 """
 
-import re
-
 from dreamllm_jax.experiment.experiment import Experiment
 from dreamllm_jax.layers.flops import Flops, Tally
 
@@ -37,11 +35,7 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
       platform: what the step is compiled for; "tpu" has attention kernels.
     """
     model, rows, objective = experiment.model, experiment.rows, experiment.objective
-    language_model, shape, rules = model.language_model, experiment.row_shape, experiment.parameters.trainable
-
-    def trained(path: str) -> bool:
-        return next((train for pattern, train in rules if re.fullmatch(pattern, path)), False)
-
+    language_model, shape, trained = model.language_model, experiment.row_shape, experiment.parameters.trained
     whole = Tally(trained, platform=platform, dtype=model.dtype)
     paints, learns_text = objective.dm_weight > 0, objective.lm_weight > 0
     flops: dict[str, Flops] = {}
@@ -84,6 +78,9 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
         if decoder.encodes_features and not group.stored:
             target = Tally(lambda _: False, platform=platform, dtype=model.dtype)  # no gradient goes there
             model.vision_encoder.flops(target, images, group.height, group.width, model.remat != "none")
+            if decoder.encodes_features == "visual_projector":
+                tokens, inputs = model.vision_encoder.tokens(group.height, group.width), model.vision_encoder.width
+                model.visual_projector.flops(target, images, tokens, inputs, language_model.width)
             _add(flops, {"vision_encoder": target.total})
         of_decoder = decoder.flops(
             whole.part("image_decoder"),

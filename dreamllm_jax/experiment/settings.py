@@ -87,6 +87,10 @@ class ParametersConfig:
             except re.error as error:
                 raise ValueError(f"trainable: {pattern!r} is not a regular expression: {error}") from None
 
+    def trained(self, path: str) -> bool:
+        """Whether the parameter at a path is."""
+        return next((train for pattern, train in self.trainable if re.fullmatch(pattern, path)), False)
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

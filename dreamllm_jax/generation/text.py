@@ -114,12 +114,12 @@ def choose(reading: Reading, sampling: Sampling | None) -> Int[Array, " B"]:
     return jnp.where(sampling.temperature > 0, token, greedy).astype(jnp.int32)
 
 
-def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array, counts: Array) -> tuple:
+def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array, counts: Array, seen=()) -> tuple:
     """The rows read those embeddings that count (padding is on the right): hidden states and Reading."""
     segment_ids = jnp.broadcast_to(counts, embeddings.shape[:2]).astype(jnp.int32)
     positions = reading.length[:, None] + jnp.arange(segment_ids.shape[1])
     joined = model.bind({"params": params})
-    hidden, cache = joined.decode(embeddings, positions, segment_ids, reading.cache)
+    hidden, cache = joined.decode(embeddings, positions, segment_ids, reading.cache, seen)
     count = jnp.sum(segment_ids, axis=1)
     final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = joined.language_model.logits(final)[:, 0]
@@ -140,11 +140,11 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
       prompts: one document a row from position 0, padded on the right with segment 0.
       cache_length: room for prompt and continuation (S).
     """
-    rows, joined, seen = len(prompts.tokens), model.bind({"params": params}), []
+    rows, joined, read = len(prompts.tokens), model.bind({"params": params}), []
     for slots in prompts.see:
         features = joined.see(slots.images.reshape(-1, *slots.images.shape[2:]))
-        seen.append((features.reshape(*slots.at.shape, *features.shape[1:]), slots.at))
-    embeddings = joined.embed(prompts.tokens, seen, [slots.at for slots in prompts.dream])
+        read.append((features.reshape(*slots.at.shape, *features.shape[1:]), slots.at))
+    embeddings = joined.embed(prompts.tokens, read, [slots.at for slots in prompts.dream])
     vocabulary = model.config.language_model.vocab_size
     cache = model.config.language_model.cache(rows, cache_length, jnp.dtype(model.config.dtype))
     ids = model.config.special_tokens
@@ -152,11 +152,11 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
     within = (prompts.segment_ids != 0) & ~jnp.isin(prompts.tokens, around)
     seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], prompts.tokens].max(within)
     recent, tokens = None, model.config.connector.prompt_tokens
-    if tokens:  # and `<dream_start>`
-        states = jnp.zeros((rows, tokens + 1, embeddings.shape[-1]), embeddings.dtype)
+    if tokens:
+        states = jnp.zeros((rows, tokens, embeddings.shape[-1]), embeddings.dtype)
         recent = states, jnp.zeros(states.shape[:2], bool)
     empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen, recent)
-    return _advance(model, params, empty, embeddings, prompts.segment_ids != 0)[1]
+    return _advance(model, params, empty, embeddings, prompts.segment_ids != 0, read)[1]
 
 
 def begin(
@@ -242,8 +242,9 @@ def read_image(
     tokens = jnp.asarray([ids.im_start, *[ids.im_patch] * patches, ids.im_end], jnp.int32)
     tokens = jnp.broadcast_to(tokens, (images.shape[0], patches + 2))
     slots = jnp.ones((images.shape[0], 1), jnp.int32)
-    embeddings = joined.embed(tokens, [(joined.see(images)[:, None], slots)])
-    return _advance(model, params, reading, embeddings, True if active is None else active[:, None])[1]
+    read = [(joined.see(images)[:, None], slots)]
+    counts = True if active is None else active[:, None]
+    return _advance(model, params, reading, joined.embed(tokens, read), counts, read)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "announced"), donate_argnames=("reading",))
@@ -268,7 +269,10 @@ def read_queries(
     embeddings = model.bind({"params": params}).embed(tokens, dream_slots=[slots])
     recent = reading.recent
     hidden, reading = _advance(model, params, reading, embeddings, True if active is None else active[:, None])
-    hidden = hidden[:, start : start + queries]
+    first, hidden = hidden[:, :1], hidden[:, start : start + queries]
     if recent is not None:
-        hidden = Hidden(hidden, *(x[:, :-1] if announced else x[:, 1:] for x in recent))
+        if not announced:
+            begun = first, jnp.ones(first.shape[:2], bool)
+            recent = [jnp.concatenate([old[:, 1:], new], axis=1) for old, new in zip(recent, begun, strict=True)]
+        hidden = Hidden(hidden, *recent)
     return hidden, reading

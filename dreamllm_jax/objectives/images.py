@@ -27,7 +27,7 @@ def hidden_states(model: DreamLLM, params: dict, batch: Batch, chunk: int = 0) -
     joined = model.bind({"params": params})
     seen = [(see(model, params, slots, chunk), slots.at) for slots in batch.see]
     x = joined.embed(batch.tokens, seen, [slots.at for slots in batch.dream])
-    return joined.decode(x, batch.positions, batch.segment_ids)[0]
+    return joined.decode(x, batch.positions, batch.segment_ids, seen=seen)[0]
 
 
 def see(model: DreamLLM, params: dict, slots: Slots, chunk: int) -> Float[Array, "B S P E"]:
@@ -68,13 +68,15 @@ def painting_error(
         condition, images, draws, filled = jax.tree.map(flat, items)
         joined = model.bind({"params": towers})
         decoder, features = joined.image_decoder, {}
-        if sees:
-            features = {"features": jax.lax.stop_gradient(joined.vision_encoder(images))}
+        if read:
+            seen = joined.see(images) if "visual_projector" in read else joined.vision_encoder(images)
+            features = {"features": jax.lax.stop_gradient(seen)}
         error = decoder.error(condition, decoder.encode(images, draws, slots.stored, **features), draws)
         return jnp.sum(jnp.where(filled, error, 0.0))
 
-    sees = model.config.image_decoder.encodes_features and not slots.stored
-    towers, weights = _towers(model, params, "image_decoder", *(["vision_encoder"] if sees else []))
+    made_of = "" if slots.stored else model.config.image_decoder.encodes_features
+    read = {"": (), "vision_encoder": ("vision_encoder",)}.get(made_of, ("vision_encoder", "visual_projector"))
+    towers, weights = _towers(model, params, "image_decoder", *read)
     filled: Bool[Array, "B S"] = slots.filled
     condition = jax.tree.map(lambda x: x.reshape(*filled.shape, *x.shape[1:]), condition)
     items = jax.tree.map(_by_device, (condition, slots.images, draws, filled))

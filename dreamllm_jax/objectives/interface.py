@@ -1,6 +1,6 @@
 """What the training loop knows of an objective, and the objectives that there are."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -31,8 +31,9 @@ class ObjectiveRole(Protocol):
     drop_prob: float
     detach_condition: bool
 
-    def require(self, paints: bool) -> None:
-        """Raises ValueError where it cannot be learned from rows that have, or have no, room for images to paint."""
+    def require(self, model: DreamLLMConfig, trained: Callable[[str], bool], paints: bool) -> None:
+        """Raises ValueError where it cannot be learned: by this model, of which these parameters are `trained`, or from
+        rows that have, or have no, room for images to paint."""
 
     def make(self, model: DreamLLM) -> "Objective": ...
     def held_out(self, config: DreamLLMConfig, parts: int) -> "HeldOutLosses": ...

@@ -7,7 +7,7 @@ Legend: B rows, S slots of a group, N images, Q dream queries, E language model'
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -72,7 +72,7 @@ class JointConfig:
             self.lm_weight + self.dm_weight if self.scaling == "l1_norm" else math.hypot(self.lm_weight, self.dm_weight)
         )
 
-    def require(self, paints: bool) -> None:
+    def require(self, model: DreamLLMConfig, trained: Callable[[str], bool], paints: bool) -> None:
         """Raises ValueError if rows that have, or have no, room for images to paint leave nothing to learn."""
         if self.lm_weight == 0 and not paints:
             raise ValueError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
@@ -119,7 +119,7 @@ class Joint:
     def totals(self, batch: Batch) -> Totals:
         """The losses' denominators."""
         images = sum((jnp.sum(slots.filled) for slots in batch.dream), start=jnp.zeros((), jnp.int32))
-        return Totals(jnp.sum(batch.loss_weights), images.astype(jnp.float32))
+        return Totals(jnp.sum(jnp.maximum(batch.loss_weights, 0.0)), images.astype(jnp.float32))
 
     def draws(self, key: jax.Array, batch: Batch) -> tuple[Draws, ...]:
         """The draws of a batch by group, each number a function of (key, row, slot) alone.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 class Hidden:
     """What a connector with `prompt_tokens` is given instead of the hidden states at the queries alone.
 
-    `mask` says which of the prompt's are there: of the same document, before `<dream_start>`.
+    `mask` says which of the prompt's are there: of the same document, `<dream_start>` being the last.
     """
 
     queries: Float[Array, "N Q E"]

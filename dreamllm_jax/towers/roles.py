@@ -8,14 +8,14 @@ Legend: B rows, T tokens, N images, P patches, F width of features, Q dream quer
 V vocabulary, H x W pixels, h x w x c latents.
 """
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps
+from dreamllm_jax.diffusion.samplers import Name, SamplerConfig, Steps
 from dreamllm_jax.layers.flops import Flops, Tally
 from dreamllm_jax.towers.condition import Condition, Hidden
 
@@ -102,11 +102,13 @@ class ConnectorRole(Protocol):
 
     Attributes:
       prompt_tokens: how many of the prompt's hidden states it is given beside the queries', as `Hidden`; 0 for none.
+      sees: whether, where these are of an image, it is given what the language model was given of it instead.
       condition_tokens: length of the condition of so many queries.
     """
 
     kind: str
     prompt_tokens: int
+    sees: bool
 
     def require_tokens(self, tokens: int) -> None: ...
     def condition_tokens(self, tokens: int) -> int: ...
@@ -125,18 +127,20 @@ class ImageDecoderRole(Protocol):
 
     Attributes:
       condition_width: channels of the condition's sequence; `pooled_width` of its pooled vector, 0 for none.
-      encodes_features: its latents are made of the vision encoder's features, which its module's `encode` is then given
-        as `features`.
+      encodes_features: the tower of whose features its latents are made, `vision_encoder` or, for what the language
+        model is given, `visual_projector`; its module's `encode` is then given them as `features`. Empty for none.
       default_size: pixels on a side of the images that it was made for.
       size_multiple: what the sides of a painted image must be multiples of; `training_size_multiple` of a learned one.
       plain: the same decoder with the training error that held-out documents are measured by.
       draws: the randomness of one image's error, of six keys, the fourth of which is the objective's.
       within: draws moved into one of so many equal ranges of time; `time_range` says which that is.
+      default_sampler: the one that it is sampled with if none is named.
       steps: a sampler's table for images of so many pixels, and the scale of the noise that it begins with.
     """
 
     kind: str
-    encodes_features: bool
+    default_sampler: Name
+    encodes_features: Literal["", "vision_encoder", "visual_projector"]
 
     @property
     def stored_depends(self) -> tuple[str, ...]: ...

@@ -223,3 +223,22 @@ def upside(orientation):
     exif = Picture.Exif()
     exif[0x0112] = orientation
     return exif
+
+
+def test_the_two_answers_of_a_preference_share_a_row_and_not_a_segment(text_tokenizer):
+    before = (Text("what is red ?", "user"), Text("a red square", "assistant"), Text("and blue ?", "user"))
+    better, worse = Text("a blue square", "assistant"), Text("red", "assistant")
+    documents = [Document("preference", (*before, better, worse)), Document("text", (Text("a red square"),))]
+    shape = RowShape(512)
+    (batch, held), alone = packed(documents, text_tokenizer, shape), RowShape(256)
+    assert held["documents"] == 2 and held["rows"] == 1 and batch.segment_ids.max() == 3
+    for segment, answer, sign in ((1, better, 1), (2, worse, -1)):
+        inside = batch.segment_ids[0] == segment
+        want = encode_document(Document("conversation", (*before, answer)), text_tokenizer, alone)
+        assert batch.tokens[0][inside].tolist() == want.tokens.tolist()
+        assert batch.positions[0][inside].tolist() == list(range(inside.sum()))
+        own = batch.loss_weights[0][inside]
+        assert own.any() and own.tolist() == (sign * want.loss_weights).tolist()
+    for segments in ((*before, better), (better, worse), (before[0], Image(PAIRS[0][0]), better, worse)):
+        with pytest.raises(ValueError, match="preference"):
+            Document("preference", segments)

@@ -142,7 +142,7 @@ def test_sampling_runs_the_table_and_images_are_independent(name):
 )
 def test_samplers_that_there_are_not(settings, message):
     with pytest.raises(ValueError, match=message):
-        make_steps(ScheduleConfig(), SamplerConfig(**settings))
+        make_steps(ScheduleConfig(), SamplerConfig(**settings).named("ddim"))
 
 
 def test_guidance():

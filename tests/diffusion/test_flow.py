@@ -143,9 +143,9 @@ def test_every_step_equals_diffusers(name, shift):
 
 def test_the_timesteps_of_sana():
     config = FlowConfig(sampling_shift=3.0, integer_timesteps=True)
-    assert make_flow_steps(config, SamplerConfig(steps=5))[0].timestep.tolist() == [999, 922, 817, 666, 428]
+    assert make_flow_steps(config, SamplerConfig("dpmpp_2m", 5))[0].timestep.tolist() == [999, 922, 817, 666, 428]
     whole = dataclasses.replace(config, integer_timesteps=False)
-    assert make_flow_steps(whole, SamplerConfig(steps=5))[0].timestep[-1] == pytest.approx(428.27, abs=0.01)
+    assert make_flow_steps(whole, SamplerConfig("dpmpp_2m", 5))[0].timestep[-1] == pytest.approx(428.27, abs=0.01)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -181,12 +181,12 @@ def test_even_the_greatest_shift_leaves_multistep_solvers_some_signal(name):
 )
 def test_samplers_that_a_flow_does_not_have(settings, message):
     with pytest.raises(ValueError, match=message):
-        make_flow_steps(FlowConfig(), SamplerConfig(**settings))
+        make_flow_steps(FlowConfig(), SamplerConfig(**settings).named("dpmpp_2m"))
 
 
 def test_a_dynamic_shift_needs_tokens():
     with pytest.raises(ValueError, match="depends on the number of tokens"):
-        make_flow_steps(FlowConfig(use_dynamic_shifting=True), SamplerConfig())
+        make_flow_steps(FlowConfig(use_dynamic_shifting=True), SamplerConfig("euler"))
 
 
 SANA = {

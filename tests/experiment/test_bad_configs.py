@@ -55,7 +55,10 @@ BROKEN = [
         "config.objective.snr_gamma is called config.model.image_decoder.training.snr_gamma",
     ),
     # Kinds.
-    ({"model.image_decoder.kind": "sana"}, "config.model.image_decoder.kind must be one of 'stable_diffusion'"),
+    (
+        {"model.image_decoder.kind": "dit"},
+        "image_decoder.kind must be one of 'stable_diffusion', 'sana', 'stable_diffusion_3', got 'dit'",
+    ),
     ({"model.language_model.kind": "lama"}, "config.model.language_model.kind must be one of 'llama', got 'lama'"),
     ({"model.image_decoder.autoencoder": {"patch_size": 4}}, "autoencoder.kind is missing: it is one of 'kl', 'pixel'"),
     ({"model.image_decoder.autoencoder.kind": [1]}, "autoencoder.kind must be one of 'kl', 'pixel', got [1]"),

@@ -208,3 +208,11 @@ def test_impossible_objectives(settings, message):
         JointConfig(**settings)
     with pytest.raises(ValueError, match="snr_gamma must be positive"):
         DenoisingConfig(snr_gamma=0.0)
+
+
+def test_worse_answers_count_for_nothing(everything):
+    batch, objective = everything.batch, everything.objective
+    worse = batch.replace(loss_weights=np.where(batch.segment_ids == 1, 1, -1) * batch.loss_weights)
+    without = batch.replace(loss_weights=np.where(batch.segment_ids == 1, batch.loss_weights, 0))
+    assert objective.totals(worse).tokens == objective.totals(without).tokens > 0
+    assert everything.run(worse)[0]["lm_loss"] == everything.run(without)[0]["lm_loss"]

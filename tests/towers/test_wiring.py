@@ -8,12 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.data.batch import Slots
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import paint
-from dreamllm_jax.generation.text import read_prompts, read_queries
+from dreamllm_jax.generation.text import read_image, read_prompts, read_queries
 from dreamllm_jax.layers.blocks import Dense
 from dreamllm_jax.model import DreamLLM, painted_from
 from dreamllm_jax.objectives.images import hidden_states
@@ -31,6 +32,7 @@ class PromptedConfig(ProjectorConfig):
     """Linear maps of the hidden states at the queries and of the prompt's, one after the other (as UniLIP has them)."""
 
     prompt_tokens: ClassVar[int] = 5
+    sees: ClassVar[bool] = True
 
     def condition_tokens(self, tokens):
         return tokens + self.prompt_tokens
@@ -53,19 +55,26 @@ class PromptedConnector(nn.Module):
 class FeatureDecoderConfig(StableDiffusionConfig):
     """Latents are the vision encoder's features, as UniLIP's are."""
 
-    encodes_features: ClassVar[bool] = True
+    encodes_features: ClassVar[str] = "vision_encoder"
 
     def make(self, dtype):
         return FeatureDecoder(self, dtype=dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class ProjectedDecoderConfig(FeatureDecoderConfig):
+    """Latents are the first channels of what the language model is given."""
+
+    encodes_features: ClassVar[str] = "visual_projector"
+
+
 class FeatureDecoder(StableDiffusion):
     def encode(self, images, draws, stored=False, features=None):
         side = math.isqrt(features.shape[1])
-        return features.reshape(len(features), side, side, -1).astype(jnp.float32)
+        return features.reshape(len(features), side, side, -1)[..., :16].astype(jnp.float32)
 
 
-def decoder():
+def decoder(cls=FeatureDecoderConfig):
     """Of 2 x 2 latents of 16 channels, as the tiny vision encoder's features are."""
     unet = dataclasses.replace(DECODER.denoiser, in_channels=16, out_channels=16, sample_size=2)
     levels = 4
@@ -77,7 +86,7 @@ def decoder():
         layers_per_block=1,
         norm_num_groups=4,
     )
-    return FeatureDecoderConfig(unet, autoencoder)
+    return cls(unet, autoencoder)
 
 
 CONFIG = tiny_config(image_decoder=decoder(), connector=PromptedConfig())
@@ -85,32 +94,48 @@ MODEL = DreamLLM(CONFIG)
 PARAMS = tiny_params(CONFIG)
 
 
-def test_a_step_learns_from_both():
-    objective = JointConfig(lm_weight=0.0, drop_prob=0.4, image_chunk=2).make(MODEL)
+@pytest.mark.parametrize("cls", [FeatureDecoderConfig, ProjectedDecoderConfig])
+def test_a_step_learns_from_both(cls):
+    model = DreamLLM(dataclasses.replace(CONFIG, image_decoder=decoder(cls)))
+    objective = JointConfig(lm_weight=0.0, drop_prob=0.4, image_chunk=2).make(model)
     batch, leaves = make_batch(CONFIG, random_rows(CONFIG)), flatten_dict(PARAMS, sep="/")
     step = jax.jit(lambda leaves, batch, draws: loss_and_gradients(objective, leaves, {}, batch, draws))
     draws = objective.draws(jax.random.key(1), batch)
     _, gradients = step(leaves, batch, draws)
     for name in ("queries", "prompt"):
         assert np.abs(gradients[f"connector/{name}/kernel"]).max() > 0
-    # The targets move with the encoder, but no gradient goes back through them: images that are seen alone give it one.
+    # The targets move with the towers, but no gradient goes back through them: images that are seen alone give it one.
     unseen = batch.replace(see=tuple(Slots(np.full_like(s.at, -1), s.images) for s in batch.see))
-    moved = {path: x * 1.1 if path.startswith("vision_encoder/") else x for path, x in leaves.items()}
     alone, gradients = step(leaves, unseen, draws)
-    assert step(moved, unseen, draws)[0]["dm_loss"] != alone["dm_loss"]
-    assert all(not g.any() for path, g in gradients.items() if path.startswith("vision_encoder/"))
+    for tower in ("vision_encoder", "visual_projector"):
+        moved = {path: x * 1.1 if path.startswith(f"{tower}/") else x for path, x in leaves.items()}
+        depends = tower in ("vision_encoder", cls.encodes_features)
+        assert (step(moved, unseen, draws)[0]["dm_loss"] != alone["dm_loss"]) == depends
+        assert all(not g.any() for path, g in gradients.items() if path.startswith(f"{tower}/"))
+
+
+def test_in_place_of_hidden_states_stands_what_was_given_of_images():
+    batch, blind = make_batch(CONFIG, random_rows(CONFIG)), dataclasses.replace(CONFIG, connector=ProjectorConfig())
+    (slots,), hidden = batch.see, hidden_states(MODEL, PARAMS, batch)
+    row, slot = np.argwhere(slots.filled)[0]
+    at = slice(start := int(slots.at[row, slot]), start + CONFIG.vision_encoder.num_patches)
+    given = MODEL.bind({"params": PARAMS}).see(slots.images[row, slot][None])[0]
+    np.testing.assert_allclose(hidden[row, at], given, rtol=1e-4, atol=1e-5)
+    objectives = (JointConfig(dm_weight=0.0).make(DreamLLM(config)) for config in (CONFIG, blind))
+    seeing, other = (objective.loss(PARAMS, batch, ())[0] for objective in objectives)
+    np.testing.assert_allclose(seeing, other, rtol=1e-6)  # no token that is learned depends on it
 
 
 def test_generation_gives_what_training_gives():
     rng = np.random.default_rng(4)
-    for parts in ("td", "tttd"):
+    for parts in ("td", "tttd", "tsd", "std"):
         whole = make_batch(CONFIG, [[random_document(rng, CONFIG, parts)]])
         hidden, slot = hidden_states(MODEL, PARAMS, whole), int(whole.dream[0].at[0, 0])
         want = painted_from(CONFIG, hidden, whole.segment_ids, whole.dream[0].at[:, :1])
         for announced in (False, True):
             names = ("tokens", "segment_ids", "positions", "loss_weights")
             cut = {name: getattr(whole, name)[:, : slot - 1 + announced] for name in names}
-            reading = read_prompts(MODEL, PARAMS, whole.replace(**cut, see=(), dream=()), 64)
+            reading = read_prompts(MODEL, PARAMS, whole.replace(**cut, dream=()), 64)
             got, _ = read_queries(MODEL, PARAMS, reading, announced)
             np.testing.assert_array_equal(got.mask, want.mask[:, 0])
             np.testing.assert_allclose(got.queries, want.queries[:, 0], rtol=1e-4, atol=1e-5)
@@ -118,3 +143,14 @@ def test_generation_gives_what_training_gives():
             np.testing.assert_allclose(got.prompt * there, want.prompt[:, 0] * there, rtol=1e-4, atol=1e-5)
     images = paint(MODEL, PARAMS, got, np.array([1]), size=16, sampler=SamplerConfig(steps=2), guidance=2.0)
     assert images.shape == (1, 16, 16, 3) and np.asarray(images).std() > 0
+
+
+def test_an_image_that_is_read_later_is_given_alike():
+    whole = make_batch(CONFIG, [[random_document(np.random.default_rng(5), CONFIG, "tsd")]])
+    names, before = ("tokens", "segment_ids", "positions", "loss_weights"), int(whole.see[0].at[0, 0]) - 1
+    cut = {name: getattr(whole, name)[:, :before] for name in names}
+    reading = read_prompts(MODEL, PARAMS, whole.replace(**cut, see=(), dream=()), 64)
+    got, _ = read_queries(MODEL, PARAMS, read_image(MODEL, PARAMS, reading, whole.see[0].images[:, 0]))
+    hidden = hidden_states(MODEL, PARAMS, whole)
+    want = painted_from(CONFIG, hidden, whole.segment_ids, whole.dream[0].at[:, :1])
+    np.testing.assert_allclose(got.prompt, want.prompt[:, 0], rtol=1e-4, atol=1e-5)

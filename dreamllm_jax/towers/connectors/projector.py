@@ -35,6 +35,7 @@ class ProjectorConfig:
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
 
     prompt_tokens: ClassVar[int] = 0
+    sees: ClassVar[bool] = False
 
     kind: Literal["linear", "mlp", "conv"] = "linear"
     depth: int = 1

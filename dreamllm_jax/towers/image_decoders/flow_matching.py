@@ -100,7 +100,7 @@ class FlowDecoderRole(LatentDecoderRole):
     def steps(self, sampler: SamplerConfig, height: int, width: int) -> tuple[Steps, float]:
         """The sampler's table for images of so many pixels, and the scale of the noise that it begins with."""
         h, w, _ = self.latent_shape(height, width)
-        return make_flow_steps(self.flow, sampler, h * w // self.denoiser.size_multiple**2)
+        return make_flow_steps(self.flow, sampler.named(self.default_sampler), h * w // self.denoiser.size_multiple**2)
 
 
 @struct.dataclass

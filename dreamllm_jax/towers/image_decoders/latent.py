@@ -21,7 +21,7 @@ from dreamllm_jax.towers.condition import Condition
 class LatentDecoderRole:
     """Of a configuration with the fields `denoiser`, `autoencoder` and `remat`; see `towers.roles.ImageDecoderRole`."""
 
-    encodes_features: ClassVar[bool] = False
+    encodes_features: ClassVar[str] = ""
 
     denoiser: Any
     autoencoder: Any

@@ -1,5 +1,5 @@
-"""SANA as an image decoder (Xie et al., arXiv 2410.10629; 1.5: 2501.18427): a linear transformer that learns a rectified
-flow over the latents of a deep compression autoencoder. MetaQuery, OpenUni and UniLIP paint with it.
+"""SANA as an image decoder (Xie et al., arXiv 2410.10629; 1.5: 2501.18427): a linear transformer that learns a
+rectified flow over the latents of a deep compression autoencoder. MetaQuery, OpenUni and UniLIP paint with it.
 
 The scheduler's file that was published with it is of a DPM-Solver with `flow_shift` 3: programs that train read it as a
 FlowMatchEuler one, which knows no `flow_shift`. So times are learned unshifted, and sampled with a shift of 3.
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from dreamllm_jax.diffusion.flow import FlowConfig
+from dreamllm_jax.diffusion.samplers import Name
 from dreamllm_jax.towers.autoencoders.dc import DCAutoencoderConfig
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig
 from dreamllm_jax.towers.image_decoders import sana_transformer
@@ -30,6 +31,8 @@ class SanaConfig(FlowDecoderRole):
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
+
+    default_sampler: ClassVar[Name] = "dpmpp_2m"
 
     denoiser: SanaTransformerConfig
     autoencoder: DCAutoencoderConfig | PixelAutoencoderConfig = DCAutoencoderConfig()

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dreamllm_jax.diffusion import schedule
 from dreamllm_jax.diffusion.ddpm_samplers import make_steps
-from dreamllm_jax.diffusion.samplers import SamplerConfig, Steps
+from dreamllm_jax.diffusion.samplers import Name, SamplerConfig, Steps
 from dreamllm_jax.diffusion.schedule import ScheduleConfig
 from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig
@@ -73,6 +73,8 @@ class StableDiffusionConfig(LatentDecoderRole):
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
+
+    default_sampler: ClassVar[Name] = "ddim"
 
     denoiser: UNetConfig
     autoencoder: AutoencoderConfig | PixelAutoencoderConfig = AutoencoderConfig()
@@ -153,7 +155,7 @@ class StableDiffusionConfig(LatentDecoderRole):
 
     def steps(self, sampler: SamplerConfig, height: int, width: int) -> tuple[Steps, float]:
         """The sampler's table, which is the same for images of any size, and the scale of the noise it begins with."""
-        return make_steps(self.schedule, sampler)
+        return make_steps(self.schedule, sampler.named(self.default_sampler))
 
     def make(self, dtype: Any) -> "StableDiffusion":
         """The module; see there."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from dreamllm_jax.diffusion.flow import FlowConfig
+from dreamllm_jax.diffusion.samplers import Name
 from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig
 from dreamllm_jax.towers.image_decoders import mmdit
@@ -36,6 +37,8 @@ class StableDiffusion3Config(FlowDecoderRole):
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
+
+    default_sampler: ClassVar[Name] = "euler"
 
     denoiser: MMDiTConfig
     autoencoder: AutoencoderConfig | PixelAutoencoderConfig = AutoencoderConfig(**_AUTOENCODER)
