@@ -57,7 +57,7 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument(
         "--vision-encoder", type=Path, help="such as CLIP, whole or its vision tower: likewise a directory"
     )
-    add.add_argument("--image-decoder", type=Path, help="such as Stable Diffusion: a diffusers directory")
+    add.add_argument("--image-decoder", type=Path, help="Stable Diffusion or SANA: a diffusers directory")
     add.add_argument("--dreamllm", type=Path, help="a checkpoint of the original program, instead of the three")
     add.add_argument("--tokenizer", type=Path, help="tokenizer, if not the one beside the language model")
     add.add_argument(

@@ -30,7 +30,7 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.generation.documents import generate_documents, load_document, png, save_document
-from dreamllm_jax.generation.images import generate_images, require_size
+from dreamllm_jax.generation.images import generate_images, require_sampler, require_size
 from dreamllm_jax.generation.prompts import Painted
 from dreamllm_jax.generation.results import INDEX, Results
 from dreamllm_jax.generation.text import Sampling
@@ -107,6 +107,7 @@ def serve(arguments: argparse.Namespace) -> None:
     with server.listen(arguments.host, arguments.port) as listening:
         mesh, devices = _mesh(arguments)
         model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
+        require_sampler(model, samplers.SamplerConfig(arguments.sampler))
         painting = {"size": require_size(model, arguments.size), "sampler": arguments.sampler}
         within = functools.partial(use, mesh, devices)
         reply = server.make_reply(model, params, tokenizer, template=arguments.template, within=within, **painting)

@@ -4,7 +4,17 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -27,13 +37,16 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(TEXTS, BASE_VOCABULARY + 8)
 
 
-def save_towers(directory: Path, dtype: torch.dtype = torch.float32, **options: dict) -> dict[str, Path]:
-    """A LLaMA, a CLIP and a Stable Diffusion in folders named by their roles, and where they are, by `convert`'s flags.
+def save_towers(
+    directory: Path, dtype: torch.dtype = torch.float32, decoder: str = "stable_diffusion", **options: dict
+) -> dict[str, Path]:
+    """A LLaMA, a CLIP and an image decoder in folders named by their roles, and where they are, by `convert`'s flags.
 
     Args:
+      decoder: the kind of image decoder, of `DECODERS`.
       options: those of one of the towers, by its name.
     """
-    saving = {"language_model": save_llama, "vision_encoder": save_clip, "image_decoder": save_diffusion}
+    saving = {"language_model": save_llama, "vision_encoder": save_clip, "image_decoder": DECODERS[decoder]}
     return {name: save(directory / name, dtype, **options.get(name, {})) for name, save in saving.items()}
 
 
@@ -111,12 +124,96 @@ def save_diffusion(
         norm_num_groups=4,
         latent_channels=4,
     )
-    for name, model in (("unet", unet), ("vae", vae)):
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = DDIMScheduler(prediction_type="v_prediction", **betas) if new else PNDMScheduler(**betas)
+    return _save_decoder(directory, {"unet": unet, "vae": vae}, scheduler, dtype, pickled)
+
+
+def save_sana(directory: Path, dtype: torch.dtype = torch.float32, version: str = "1.5", pickled: bool = False) -> Path:
+    """A SANA of three layers, shaped as version "1.0" or "1.5" (the latter normalises queries and keys), over an
+    autoencoder of two stages, with the scheduler that it was published with."""
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=3,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=16,
+        caption_channels=24,
+        sample_size=8,
+        qk_norm="rms_norm_across_heads" if version == "1.5" else None,
+    )
+    blocks = {
+        f"{half}_{name}": value
+        for half in ("encoder", "decoder")
+        for name, value in (
+            ("block_types", ("ResBlock", "EfficientViTBlock")),
+            ("block_out_channels", (8, 16)),
+            ("layers_per_block", (1, 1)),
+            ("qkv_multiscales", ((), (5,))),
+        )
+    }
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types=("rms_norm",) * 2,
+        decoder_act_fns=("silu",) * 2,
+        scaling_factor=0.41407,
+        **blocks,
+    )
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = DPMSolverMultistepScheduler(**flow)
+    return _save_decoder(directory, {"transformer": transformer, "vae": vae}, scheduler, dtype, pickled)
+
+
+def save_sd3(directory: Path, dtype: torch.dtype = torch.float32, version: str = "3.5", pickled: bool = False) -> Path:
+    """A Stable Diffusion 3 of four layers, shaped as version "3" or "3.5" (whose first have a second attention)."""
+    new = version == "3.5"
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=12,
+        dual_attention_layers=(0, 1) if new else (),
+        qk_norm="rms_norm" if new else None,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return _save_decoder(directory, {"transformer": transformer, "vae": vae}, scheduler, dtype, pickled)
+
+
+DECODERS = {"stable_diffusion": save_diffusion, "sana": save_sana, "stable_diffusion_3": save_sd3}
+
+
+def _save_decoder(
+    directory: Path, parts: dict[str, torch.nn.Module], scheduler, dtype: torch.dtype, pickled: bool
+) -> Path:
+    """Random weights, a folder for each part, and the scheduler's."""
+    for name, model in parts.items():
         randomised(model).to(dtype).save_pretrained(directory / name)
         if pickled:
             _pickle(directory / name, "diffusion_pytorch_model", "diffusion_pytorch_model")
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    scheduler = DDIMScheduler(prediction_type="v_prediction", **betas) if new else PNDMScheduler(**betas)
     scheduler.save_pretrained(directory / "scheduler")
     return directory
 

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,7 +30,15 @@ from dreamllm_jax.common.directories import absolute, is_remote, read_json, writ
 from dreamllm_jax.common.recognise import looks
 from dreamllm_jax.data.tokenizer import FOLDER as TOKENIZER
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.layers.lora import LoraConfig, adapters_of, is_adapter, merge
+from dreamllm_jax.layers.lora import (
+    LoraConfig,
+    adapters_in,
+    adapters_of,
+    is_adapter,
+    merge,
+    tower_of,
+    without_adapters,
+)
 from dreamllm_jax.model import DreamLLMConfig
 
 MODEL, PARAMS, AVERAGE, FROZEN, CHECKPOINTS = "model.json", "params", "average", "frozen", "checkpoints"
@@ -63,13 +72,17 @@ class SavedModel:
         """Shapes and stored types of all parameters, by path."""
         return self._stored()
 
-    def merged(self) -> "SavedModel":
-        """The same model without adapters (`layers.lora`), which are added to the kernels as these are read."""
-        adapters = self.config.language_model.lora
-        if adapters is None:
+    def merged(self, kept: Mapping[str, LoraConfig] = MappingProxyType({})) -> "SavedModel":
+        """The same model without adapters (`layers.lora`), which are added to the kernels as these are read.
+
+        Args:
+          kept: path of a tower -> adapters that stay, where it has exactly these.
+        """
+        found = adapters_in(self.config).items()
+        adapters = {tower: lora for tower, lora in found if kept.get(tower) != lora}
+        if not adapters:
             return self
-        language_model = dataclasses.replace(self.config.language_model, lora=None)
-        config = dataclasses.replace(self.config, language_model=language_model)
+        config = without_adapters(self.config, adapters)
         return _Merged(self.directory, config, self.stores, self.step, adapters)
 
     @functools.cached_property
@@ -114,34 +127,39 @@ class SavedModel:
 
 @dataclasses.dataclass(frozen=True)
 class _Merged(SavedModel):
-    """What `merged` gives; `config` is without `adapters`."""
+    """What `merged` gives; `config` is without `adapters`, which are those of the towers at these paths."""
 
-    adapters: LoraConfig
+    adapters: Mapping[str, LoraConfig]
 
     def leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return {path: leaf for path, leaf in self._stored().items() if not is_adapter(path)}
+        return {path: leaf for path, leaf in self._stored().items() if not (is_adapter(path) and self._is_of(path))}
 
     def restore(self, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         stored = self._stored()
-        adapted = {path: names for path in abstract if (names := adapters_of(path)) and stored.keys() >= set(names)}
+        adapted = {path: names for path in abstract if (names := self._names(path)) and stored.keys() >= set(names)}
         found = super().restore({path: leaf for path, leaf in abstract.items() if path not in adapted})
         for path, names in adapted.items():  # one after the other: its adapter is whole on every device meanwhile
             whole = _whole(abstract[path].sharding)
             parts = {name: jax.ShapeDtypeStruct(stored[name].shape, "float32", sharding=whole) for name in names}
             parts = super().restore({path: abstract[path], **parts})
-            found[path] = jax.jit(self._merge, out_shardings=abstract[path].sharding)(*parts.values())
+            found[path] = jax.jit(self._merge(path), out_shardings=abstract[path].sharding)(*parts.values())
         return {path: found[path] for path in abstract}
 
     def read(self, paths: Iterable[str]) -> dict[str, np.ndarray]:
-        wanted = {path: adapters_of(path) for path in paths}
+        wanted = {path: self._names(path) for path in paths}
         found = super().read([*wanted, *(name for names in wanted.values() for name in names)])
         adapted = {path: names for path, names in wanted.items() if names and found.keys() >= set(names)}
-        merged = {path: self._merge(found[path], *map(found.get, names)) for path, names in adapted.items()}
+        merged = {path: self._merge(path)(found[path], *map(found.get, names)) for path, names in adapted.items()}
         return {path: merged.get(path, found[path]) for path in wanted}
 
-    @property
-    def _merge(self):
-        return functools.partial(merge, scale=self.adapters.scale)
+    def _is_of(self, path: str) -> bool:
+        return tower_of(path, self.adapters) is not None
+
+    def _names(self, path: str) -> tuple[str, ...]:
+        return adapters_of(path) if self._is_of(path) else ()
+
+    def _merge(self, path: str):
+        return functools.partial(merge, scale=self.adapters[tower_of(path, self.adapters)].scale)
 
 
 def _whole(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

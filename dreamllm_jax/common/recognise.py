@@ -53,15 +53,33 @@ def require(directory: Path, *names: str) -> None:
     Raises:
       FileNotFoundError: naming the one that is missing, and what stands there instead.
     """
+    _require_there(directory)
+    for name in names:
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / name} is missing{_instead(directory)}")
+
+
+def require_one(directory: Path, *names: str) -> None:
+    """Checks that a model's directory has one of these files.
+
+    Raises:
+      FileNotFoundError: naming them, and what stands there instead.
+    """
+    _require_there(directory)
+    if not any((directory / name).is_file() for name in names):
+        raise FileNotFoundError(f"{directory} has no {' and no '.join(names)}{_instead(directory)}")
+
+
+def _require_there(directory: Path) -> None:
     if not directory.exists():
         hub = f": is it a name on the Hugging Face Hub? `hf download {directory} --local-dir=DIR` brings it"
         raise FileNotFoundError(f"there is no {directory}{hub if _is_hub_name(directory) else ''}")
-    for name in names:
-        if not (directory / name).is_file():
-            empty = directory.is_dir() and not any(directory.iterdir())
-            raise FileNotFoundError(
-                f"{directory / name} is missing{'; the directory is empty' if empty else looks(directory)}"
-            )
+
+
+def _instead(directory: Path) -> str:
+    """The end of a message that something is missing there."""
+    empty = directory.is_dir() and not any(directory.iterdir())
+    return "; the directory is empty" if empty else looks(directory)
 
 
 def require_no_adapter(directory: Path) -> None:
@@ -153,9 +171,9 @@ def _directory(path: Path) -> str:
         )
     if (config := path / "config.json").is_file():
         return _configured(path, _json(config), names)
-    if "model_index.json" in names or {"unet", "vae"} <= names:
+    if "model_index.json" in names or ("vae" in names and names & {"unet", "transformer"}):
         kind = _json(path / "model_index.json").get("_class_name", "diffusion")
-        return f"a {kind} directory of diffusers: --image-decoder takes Stable Diffusion's"
+        return f"a {kind} directory of diffusers: --image-decoder takes Stable Diffusion's and SANA's"
     if steps := sorted(name for name in names if re.fullmatch(r"(checkpoint-|global_step)\d+", name)):
         return f"a trainer's directory of checkpoints: give one of them, such as {path / steps[-1]}"
     if files := sorted(path.glob("*.gguf")):
@@ -183,7 +201,7 @@ def _configured(path: Path, settings: dict, names: set[str]) -> str:
     if others := sorted(names & {"flax_model.msgpack", "tf_model.h5", "model.onnx"}):
         return f"a model for another library ({', '.join(others)}): take its weights for PyTorch"
     if kind := settings.get("_class_name"):
-        return f"diffusers' {kind} alone: give the folder above, which has unet, vae and scheduler"
+        return f"diffusers' {kind} alone: give the folder above, which has the other parts and scheduler/"
     if kind := settings.get("model_type"):
         return f"a model of type {kind!r} in Hugging Face's layout, which `convert import` reads if it can"
     return ""
@@ -193,7 +211,7 @@ def _weights(path: Path, files: list[Path]) -> str:
     for file in files:
         if found := content_of(file):
             return f"{file.name} is {found}"
-    if path.name in ("unet", "vae", "clip"):
+    if path.name in ("unet", "transformer", "vae", "clip"):
         return "download its config.json too"
     return (
         "weights in single files need a directory with config.json; of a Stable Diffusion, diffusers' "

@@ -18,7 +18,7 @@ from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.generation.images import DEFAULT, paint, require_interval, require_size
+from dreamllm_jax.generation.images import DEFAULT, paint, require_interval, require_sampler, require_size
 from dreamllm_jax.generation.prompts import Painted, Written, bucket
 from dreamllm_jax.generation.text import STRETCH, Reading, Sampling, begin, read_image, read_queries, write
 from dreamllm_jax.model import DreamLLM
@@ -90,11 +90,12 @@ def generate_documents(
 
     Raises:
       ValueError: the documents could become longer than the model can read or is allowed, a size that cannot be
-        painted, no interval, no budget.
+        painted, no interval, no budget, a sampler that the image decoder does not have.
       ImageError: an image of a prompt cannot be decoded.
     """
     require_size(model, size)
     require_interval(guidance_interval)
+    require_sampler(model, sampler)
     if max_tokens < 1 or max_images < 0:
         raise ValueError(f"max_tokens must be positive and max_images not negative, got {max_tokens} and {max_images}")
     ids = tokenizer.special

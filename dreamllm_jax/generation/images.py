@@ -16,12 +16,13 @@ from dreamllm_jax.diffusion.samplers import SamplerConfig, guided, sample
 from dreamllm_jax.generation.text import begin, read_queries
 from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.parallel.collectives import replicate
+from dreamllm_jax.towers.autoencoders.tiles import decode_tiled
 
 DEFAULT = SamplerConfig()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "sampler"))
-def _paint(model, params, hidden, null_hidden, seeds, guiding, size: tuple[int, int], sampler: SamplerConfig):
+def _sample(model, params, hidden, null_hidden, seeds, guiding, size: tuple[int, int], sampler: SamplerConfig):
     joined, config = model.bind({"params": params}), model.config.image_decoder
     decoder, condition = joined.image_decoder, joined.condition(hidden)
     if null_hidden is None:
@@ -33,9 +34,34 @@ def _paint(model, params, hidden, null_hidden, seeds, guiding, size: tuple[int, 
         between = tuple(first + share * (end - first) for share in interval)
         denoiser = guided(decoder.denoise, condition, null, guidance, rescale, between)
     keys = jax.vmap(jax.random.key)(seeds)
-    latents = sample(denoiser, keys, config.latent_shape(*size), *config.steps(sampler, *size))
-    pixels = decoder.decode(latents).astype(jnp.float32)
+    return sample(denoiser, keys, config.latent_shape(*size), *config.steps(sampler, *size))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _decode(model, params, latents):
+    return model.bind({"params": params}).image_decoder.decode(latents).astype(jnp.float32)
+
+
+@jax.jit
+def _levels(pixels):
     return replicate(jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8))
+
+
+def decode(
+    model: DreamLLM, params: dict, latents: Float[Array, "N h w c"], size: tuple[int, int]
+) -> UInt8[Array, "N H W 3"]:
+    """The pictures, of this height and width, that latents stand for.
+
+    Those with a side of more than twice what the image decoder was made for are decoded in tiles of that size, which
+    overlap by a quarter: else the activations at full resolution would take more memory than all the rest.
+    """
+    config, decoded = model.config.image_decoder, functools.partial(_decode, model, params)
+    side = config.default_size
+    if max(size) <= 2 * side:
+        return _levels(decoded(latents))
+    small = config.latent_shape(side, side)[0]
+    downscale = side // small
+    return _levels(decode_tiled(decoded, latents, downscale, tile=side, stride=(small - small // 4) * downscale))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -68,17 +94,19 @@ def paint(
       negative: hidden states that guidance leads away from; None for those of the document without a prompt.
 
     Raises:
-      ValueError: a size that is not a multiple of the image decoder's, no interval.
+      ValueError: a size that is not a multiple of the image decoder's, no interval, a sampler that it does not have.
     """
     size = require_size(model, size)
     require_interval(guidance_interval)
+    require_sampler(model, sampler)
     if guidance == 1.0:
         negative = None
     elif negative is None:
         negative = _null_hidden(model, params)
     seeds = jnp.asarray(seeds, jnp.uint32)
     guiding = jax.tree.map(jnp.float32, (guidance, rescale, tuple(guidance_interval)))
-    return _paint(model, params, hidden, negative, seeds, guiding, size, sampler)
+    latents = _sample(model, params, hidden, negative, seeds, guiding, size, sampler)
+    return decode(model, params, latents, size)
 
 
 def generate_images(
@@ -104,11 +132,13 @@ def generate_images(
       negative: what guidance leads away from; nothing for the document without a prompt.
 
     Raises:
-      ValueError: a prompt too long for the model, a size that cannot be painted, or no interval.
+      ValueError: a prompt too long for the model, a size that cannot be painted, no interval, or a sampler that the
+        image decoder does not have.
       ImageError: an image of a prompt cannot be decoded.
     """
     require_size(model, size)
     require_interval(guidance_interval)
+    require_sampler(model, sampler)
 
     def hidden(given: Sequence[Sequence[Segment]]) -> Float[Array, "N Q E"]:
         return read_queries(model, params, begin(model, params, tokenizer, given, model.config.num_queries + 2))[0]
@@ -141,3 +171,9 @@ def require_interval(interval: tuple[float, float]) -> None:
     low, high = interval
     if not 0 <= low <= high <= 1:
         raise ValueError(f"guidance_interval must be two ascending numbers from 0 to 1, got {low} and {high}")
+
+
+def require_sampler(model: DreamLLM, sampler: SamplerConfig) -> None:
+    """Raises `ValueError` unless the image decoder paints by this sampler and its settings."""
+    decoder = model.config.image_decoder
+    decoder.steps(sampler, *(decoder.default_size,) * 2)

@@ -1,7 +1,10 @@
-"""An image decoder in diffusers' layout: a folder for each of its parts, and the scheduler's file."""
+"""An image decoder in diffusers' layout: a folder for each of its parts, and the scheduler's file.
+
+What kind of decoder it is say its parts: the `_class_name` of each one's config.json.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,8 @@ def read_decoder_config(directory: Path) -> ImageDecoderConfig:
     Raises:
       FileNotFoundError, ValueError: naming the file, and the setting that is not supported.
     """
-    cls = next((cls for cls in registry.IMAGE_DECODERS if _is_of(cls, directory)), registry.IMAGE_DECODERS[0])
-    places = {part: f"{classes[0].public.folder}/config.json" for part, classes in cls.public_parts.items()}
+    cls = _kind_of(directory)
+    places = {part: _config_of(classes) for part, classes in cls.public_parts.items()}
     recognise.require(directory, *places.values(), cls.public_scheduler)
     parts = {
         part: files.read_config(directory / place, lambda settings, part=part: _read(cls.public_parts[part], settings))
@@ -36,16 +39,52 @@ def _read(classes: tuple[type, ...], settings: dict[str, Any]) -> Any:
     return reader(classes, settings).from_public(settings)
 
 
-def _is_of(cls: type, directory: Path) -> bool:
-    """Whether a directory's parts say that they are of this kind of decoder."""
-    for classes in cls.public_parts.values():
-        try:
-            name = json.loads((directory / classes[0].public.folder / "config.json").read_text()).get("_class_name")
-        except (OSError, ValueError, AttributeError):
-            return False
-        if not any(name in part.public.names for part in classes):
-            return False
-    return bool(cls.public_parts)
+def _config_of(classes: Sequence[type]) -> str:
+    return f"{classes[0].public.folder}/config.json"
+
+
+def _kind_of(directory: Path) -> type:
+    """The kind of decoder in a directory: that of its denoiser, and of several such the one whose other parts stand
+    there too. What does not say its class may be any.
+
+    Raises:
+      FileNotFoundError: there is no denoiser.
+      ValueError: it is of no known kind, naming what was found and what is known.
+    """
+    known = [cls for cls in registry.IMAGE_DECODERS if cls.public_parts]
+    denoisers = dict.fromkeys(_config_of(cls.public_parts["denoiser"]) for cls in known)
+    there = [place for place in denoisers if (directory / place).is_file()]
+    if len(there) != 1:
+        recognise.require_one(directory, *denoisers)
+        raise ValueError(f"{directory} has {' and '.join(there)}, which are two image decoders: take one of them away")
+
+    def fits(classes: Sequence[type]) -> bool:
+        name = _class_name(directory / _config_of(classes))
+        return name is None or any(name in part.public.names for part in classes)
+
+    of = [
+        cls for cls in known if _config_of(cls.public_parts["denoiser"]) in there and fits(cls.public_parts["denoiser"])
+    ]
+    if not of:
+        name = _class_name(directory / there[0])
+        kinds = ", ".join(
+            f"{part.public.torch_class} in {part.public.folder}/"
+            for cls in known
+            for part in cls.public_parts["denoiser"]
+        )
+        raise ValueError(
+            f"{directory} is no image decoder of a known kind: it has {name} in {Path(there[0]).parent}/; known are "
+            f"{kinds}"
+        )
+    return next((cls for cls in of if all(map(fits, cls.public_parts.values()))), of[0])
+
+
+def _class_name(file: Path) -> str | None:
+    """What a part's config.json says that it is of; None if nothing is said, or there is none that can be read."""
+    try:
+        return json.loads(file.read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def open_image_decoder(directory: Path) -> tuple[ImageDecoderConfig, dict[str, Part]]:

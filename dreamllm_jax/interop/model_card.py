@@ -70,8 +70,9 @@ def _loading(config: DreamLLMConfig, kind: str) -> str:
 
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = {cls}.from_pretrained(path)"""
-    sampler, vision = config.image_decoder.public_sampler, config.vision_encoder.public
-    forms = [tower.public for tower in public_parts(config.image_decoder).values()]
+    decoder, vision = config.image_decoder, config.vision_encoder.public
+    sampler = decoder.to_public_scheduler().get("_class_name", decoder.public_sampler)
+    forms = [tower.public for tower in public_parts(decoder).values()]
     classes = sorted([sampler, *(form.torch_class for form in forms)])
     loads = [f'{form.folder} = {form.torch_class}.from_pretrained(path, subfolder="{form.folder}")' for form in forms]
     return "\n".join(

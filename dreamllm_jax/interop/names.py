@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.common import recognise
 from dreamllm_jax.interop.files import Tensor, is_float, require_finite
+from dreamllm_jax.layers.lora import is_adapter
 
 STACKS = frozenset({"layers", "transformer_blocks"})  # modules that are scanned stacks of layers
 _LISTED = re.compile(
@@ -62,7 +63,13 @@ def _is_scanned(path: str) -> bool:
 
 
 def _sources(path: str, shape: tuple[int, ...]) -> list[str]:
-    """The torch tensors one of our leaves is made of: one, or one a layer."""
+    """The torch tensors one of our leaves is made of: one, or one a layer.
+
+    Raises:
+      ValueError: the leaf is of an adapter, of which torch's classes know nothing.
+    """
+    if is_adapter(path):
+        raise ValueError(f"{path} is of an adapter, which has no PyTorch name: merge it first (SavedModel.merged)")
     if not _is_scanned(path):
         return [torch_name(path)]
     first, step = 0, 1

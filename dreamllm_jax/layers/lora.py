@@ -7,6 +7,7 @@ Legend: N layers, I width in, O width out, R rank.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -69,6 +70,35 @@ def adapters_of(path: str) -> tuple[str, ...]:
     """Paths of the adapter, there or not, of the kernel at `path`; none for another parameter."""
     module, _, leaf = path.rpartition("/")
     return (f"{module}/{LORA_A}", f"{module}/{LORA_B}") if leaf == "kernel" else ()
+
+
+def adapters_in(config: Any, path: str = "") -> dict[str, LoraConfig]:
+    """The adapters of the towers that a configuration is made of: path of a tower -> its adapters."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, LoraConfig):
+            found[path] = value
+        elif dataclasses.is_dataclass(value):
+            found |= adapters_in(value, f"{path}/{field.name}" if path else field.name)
+    return found
+
+
+def without_adapters(config: Any, towers: Mapping[str, Any], path: str = "") -> Any:
+    """The configuration whose towers at these paths have no adapters."""
+    changed = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, LoraConfig):
+            changed |= {field.name: None} if path in towers else {}
+        elif dataclasses.is_dataclass(value):
+            changed[field.name] = without_adapters(value, towers, f"{path}/{field.name}" if path else field.name)
+    return dataclasses.replace(config, **changed)
+
+
+def tower_of(path: str, towers: Mapping[str, LoraConfig]) -> str | None:
+    """Of these towers the one that the parameter at `path` is of."""
+    return next((tower for tower in towers if path.startswith(f"{tower}/")), None)
 
 
 def merge(kernel, a, b, scale: float):

@@ -11,7 +11,7 @@ from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.checkpoints.saved import SavedModel
 from dreamllm_jax.interop.dreamllm import open_dreamllm
 from dreamllm_jax.interop.source import Source
-from dreamllm_jax.layers.lora import is_adapter
+from dreamllm_jax.layers.lora import adapters_in, is_adapter, tower_of
 from dreamllm_jax.model import DreamLLMConfig
 
 
@@ -35,19 +35,20 @@ def restore_initial(
 ) -> dict[str, jax.Array]:
     """The parameters that `parameters.init_from` names, laid out as `abstract` asks.
 
-    Adapters (`layers.lora`) stay where `model` has the same; others are merged into the kernels. Those that only
-    `model` has are not among the result.
+    Adapters (`layers.lora`) stay in towers where `model` has the same; others are merged into the kernels. Those that
+    only `model` has are not among the result.
 
     Raises:
       ValueError: the checkpoint is of another model.
     """
     initial = open_initial(name)
     require_same_model(initial.config, model, name)
-    same = initial.config.language_model.lora == model.language_model.lora
-    if not same:
-        initial = initial.merged() if isinstance(initial, SavedModel) else initial
-        abstract = {path: leaf for path, leaf in abstract.items() if not is_adapter(path)}
-    return initial.restore(abstract)
+    wanted = adapters_in(model)
+    if isinstance(initial, SavedModel):
+        initial = initial.merged(kept=wanted)
+    kept = adapters_in(initial.config)
+    there = {path: leaf for path, leaf in abstract.items() if not is_adapter(path) or tower_of(path, kept)}
+    return initial.restore(there)
 
 
 def require_same_model(theirs: DreamLLMConfig, ours: DreamLLMConfig, name: str) -> None:

@@ -95,8 +95,9 @@ class PublicImageDecoder(Protocol):
       public_parts: field of the configuration -> classes that may stand there; those have `run_public` too. None of a
         decoder without a public form, and then nothing of what follows.
       public_scheduler: place of the scheduler's file.
-      public_sampler: a class of diffusers that samples by it.
+      public_sampler: a class of diffusers that samples by it, if it does not say which.
       public_trainer: the class as which programs that train read any such file.
+      public_noise_levels: by the file as its own class and as that one read it.
       noise_levels: what `public_noise_levels` says of our schedule.
     """
 
@@ -111,7 +112,7 @@ class PublicImageDecoder(Protocol):
     @property
     def noise_levels(self) -> Any: ...
     @staticmethod
-    def public_noise_levels(scheduler: Any) -> Any: ...
+    def public_noise_levels(own: Any, trainer: Any) -> Any: ...
 
 
 def reader(classes: Sequence[type], settings: Mapping[str, Any]) -> type:

@@ -156,13 +156,13 @@ def test_other_shapes_seeds_and_scales_of_images():
 
     first = painted()
     assert first.shape == (2, DREAM_SIZE, DREAM_SIZE + 6, 3)
-    compiled = painting._paint._cache_size()
+    compiled = painting._sample._cache_size()
     others = [painted(guidance=5.0), painted(rescale=0.7), painted(negative=hidden[::-1])]
     others.append(painted(guidance_interval=(0.3, 0.7)))
     assert all(np.abs(first - other).max() > 1 for other in others)
-    assert painting._paint._cache_size() <= compiled + 1  # a negative prompt has a row each
+    assert painting._sample._cache_size() <= compiled + 1  # a negative prompt has a row each
     without, hardly = painted(guidance=1.0), painted(guidance=1.000001)  # the null condition is left out, and is not
     assert np.abs(without - painted(guidance_interval=(0.0, 0.0))).max() <= 1
     with pytest.raises(ValueError, match=r"two ascending numbers from 0 to 1, got 0\.7 and 0\.3"):
         painted(guidance_interval=(0.7, 0.3))
-    assert np.abs(without - hardly).max() <= 1 and painting._paint._cache_size() <= compiled + 2
+    assert np.abs(without - hardly).max() <= 1 and painting._sample._cache_size() <= compiled + 2

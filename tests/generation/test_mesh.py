@@ -36,7 +36,7 @@ def test_eight_devices_tell_the_same_documents_as_one(monkeypatch):
 
 
 def test_other_prompts_seeds_and_scales_do_not_compile_again():
-    programs = (text.read_prompts, text.write, text.read_queries, text.read_image, images._paint)
+    programs = (text.read_prompts, text.write, text.read_queries, text.read_image, images._sample, images._decode)
 
     def painted(words, seed, guidance, temperature):
         sampling = Sampling.of([seed], temperature, top_k=seed, repetition_penalty=1 + seed / 100)

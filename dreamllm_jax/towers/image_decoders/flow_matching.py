@@ -42,7 +42,7 @@ class FlowDecoderRole(LatentDecoderRole):
     flow: FlowConfig
 
     public_scheduler = "scheduler/scheduler_config.json"
-    public_sampler = "FlowMatchEulerDiscreteScheduler"  # a class that samples by that file
+    public_sampler = "FlowMatchEulerDiscreteScheduler"  # samples by a file that does not say its class
     public_trainer = "FlowMatchEulerDiscreteScheduler"  # as which programs that train read any such file
 
     def __post_init__(self):
@@ -67,9 +67,10 @@ class FlowDecoderRole(LatentDecoderRole):
         return flow.sigmas(self.flow)
 
     @staticmethod
-    def public_noise_levels(scheduler: Any) -> np.ndarray:
-        """The noise level at each index by a scheduler of diffusers that trains, f32[T]."""
-        return scheduler.sigmas.numpy()
+    def public_noise_levels(own: Any, trainer: Any) -> np.ndarray:
+        """The noise level at each index by a scheduler of diffusers that trains, f32[T]; others have theirs of sampling
+        alone."""
+        return trainer.sigmas.numpy()
 
     @property
     def plain(self) -> "FlowDecoderRole":

@@ -89,7 +89,7 @@ class StableDiffusionConfig(LatentDecoderRole):
         "autoencoder": (AutoencoderConfig,),
     }
     public_scheduler = "scheduler/scheduler_config.json"
-    public_sampler = "DDIMScheduler"  # a class that samples by that file
+    public_sampler = "DDIMScheduler"  # samples by a file that does not say its class
     public_trainer = "DDPMScheduler"  # as which programs that train, the original among them, read any such file
 
     def __post_init__(self):
@@ -119,9 +119,9 @@ class StableDiffusionConfig(LatentDecoderRole):
         return schedule.alphas_cumprod(self.schedule)
 
     @staticmethod
-    def public_noise_levels(scheduler: Any) -> np.ndarray:
-        """The signal's share at each training timestep by a scheduler of diffusers, f32[T]."""
-        return scheduler.alphas_cumprod.numpy()
+    def public_noise_levels(own: Any, trainer: Any) -> np.ndarray:
+        """The signal's share at each training timestep by the file's own scheduler of diffusers, f32[T]."""
+        return own.alphas_cumprod.numpy()
 
     @property
     def plain(self) -> "StableDiffusionConfig":
