@@ -38,14 +38,16 @@ def _read(classes: tuple[type, ...], settings: dict[str, Any]) -> Any:
 
 def _is_of(cls: type, directory: Path) -> bool:
     """Whether a directory's parts say that they are of this kind of decoder."""
-    for classes in cls.public_parts.values():
+    parts = {}
+    for part, classes in cls.public_parts.items():
         try:
-            name = json.loads((directory / classes[0].public.folder / "config.json").read_text()).get("_class_name")
+            parts[part] = json.loads((directory / classes[0].public.folder / "config.json").read_text())
+            name = parts[part].get("_class_name")
         except (OSError, ValueError, AttributeError):
             return False
         if not any(name in part.public.names for part in classes):
             return False
-    return bool(cls.public_parts)
+    return bool(parts) and cls.describes(parts)
 
 
 def open_image_decoder(directory: Path) -> tuple[ImageDecoderConfig, dict[str, Part]]:

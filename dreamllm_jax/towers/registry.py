@@ -7,6 +7,7 @@ from typing import Any
 
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
+from dreamllm_jax.towers.image_decoders.stable_diffusion_xl import StableDiffusionXLConfig
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 
@@ -15,7 +16,7 @@ LANGUAGE_MODELS = (LlamaConfig,)
 VISION_ENCODERS = (ClipVisionConfig,)
 VISUAL_PROJECTORS = (ProjectorConfig,)
 CONNECTORS = (ProjectorConfig,)
-IMAGE_DECODERS = (StableDiffusionConfig,)
+IMAGE_DECODERS = (StableDiffusionConfig, StableDiffusionXLConfig)
 
 
 def _any_of(classes: Sequence[type]) -> Any:
