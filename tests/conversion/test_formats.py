@@ -24,7 +24,10 @@ from dreamllm_jax.interop.dreamllm import open_dreamllm  # noqa: E402
 from tests import public_models  # noqa: E402
 from tests.conversion.helpers import assert_identical, run, tensors, towers  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),  # diffusers
+]
 
 LAYOUTS = {
     "safetensors": {},
@@ -38,6 +41,7 @@ LAYOUTS = {
         "vision_encoder": {"whole": True},
         "image_decoder": {"version": "1.5"},
     },
+    "xl": {"image_decoder": {"version": "xl"}},
 }
 
 
@@ -98,7 +102,10 @@ def test_out_and_in_again_is_bit_identical(imported, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "imported", [("safetensors", "float32"), ("tied and scaled, whole clip, 1.5", "float32")], indirect=True, ids=str
+    "imported",
+    [(layout, "float32") for layout in ("safetensors", "tied and scaled, whole clip, 1.5", "xl")],
+    indirect=True,
+    ids=str,
 )
 def test_the_libraries_load_what_is_exported_and_compute_the_same(imported, tmp_path, monkeypatch):
     found, check = [], conversion._check

@@ -17,6 +17,8 @@ from dreamllm_jax.towers.image_decoders.unet import Transformer2DModel, UNet, UN
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from diffusers.models.transformers import transformer_2d  # noqa: E402
+
 from tests.parity import assert_same, gradients, randomised, relative_error, tensors  # noqa: E402
 
 TINY = {
@@ -190,7 +192,7 @@ def test_wrong_channels_are_named():
 def test_a_condition_without_sizes_is_refused():
     config = UNetConfig(**FAMILIES["xl"])
     latents, timesteps, condition = make_inputs(config)
-    with pytest.raises(ValueError, match="pooled vectors have 0 channels.*7"):
+    with pytest.raises(ValueError, match=r"pooled vectors have 0 channels.*7"):
         jax.eval_shape(UNet(config).init, jax.random.key(0), latents, timesteps, condition.replace(pooled=None))
     for extra in ({}, {"time_ids": np.zeros((2, 5), np.float32)}):
         with pytest.raises(ValueError, match="the condition needs 6 time_ids of each picture"):
@@ -255,7 +257,7 @@ def test_stable_diffusion_xl_transformer_at_true_width():
     """Two of the ten blocks of its coarsest level: outputs, and the gradients of inputs, condition and weights."""
     width, heads, context = 1280, 20, 2048
     reference = randomised(
-        diffusers.Transformer2DModel(
+        transformer_2d.Transformer2DModel(
             heads,
             width // heads,
             width,

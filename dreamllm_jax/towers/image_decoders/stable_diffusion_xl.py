@@ -1,5 +1,5 @@
-"""Stable Diffusion XL as an image decoder (Podell et al., arXiv 2307.01952): a larger U-Net over the same noise process,
-which is told a pooled vector, the size of each picture and where it was cropped.
+"""Stable Diffusion XL as an image decoder (Podell et al., arXiv 2307.01952): a larger U-Net over the same noise
+process, which is given a pooled vector as well, and told how large each picture was and where it was cropped.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ class StableDiffusionXLConfig(StableDiffusionConfig):
     """As `StableDiffusionConfig`, with a denoiser whose `addition_embed_type` is "text_time".
 
     Attributes:
-      upcast: the autoencoder computes in float32 whatever the model does (diffusers' `force_upcast`); DreamLLM's authors
-        found that it may not converge otherwise.
+      upcast: the autoencoder computes in float32 whatever the model does (diffusers' `force_upcast`); DreamLLM's
+        authors say that training may not converge otherwise.
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings

@@ -1,5 +1,5 @@
-"""The denoising U-Net of Stable Diffusion 1.x, 2.x and XL (diffusers' `UNet2DConditionModel`), Rombach et al. 2112.10752
-and Podell et al. 2307.01952.
+"""The denoising U-Net of Stable Diffusion 1.x, 2.x and XL (diffusers' `UNet2DConditionModel`), Rombach et al.
+2112.10752 and Podell et al. 2307.01952.
 
 Parameters are named as in diffusers, so that `dreamllm_jax.interop.names` maps its checkpoints. Legend: N images,
 h,w,c latent height, width and channels, Q condition tokens, C condition width, T time embedding width.
@@ -143,12 +143,13 @@ class UNetConfig:
         )
         require(self.act_fn == "silu", f"act_fn={self.act_fn!r}: only 'silu' is implemented")
         added = self.addition_embed_type
-        require(added in (None, "text_time"), f"addition_embed_type={added!r}: only null and 'text_time' are implemented")
+        require(added in (None, "text_time"), f"addition_embed_type={added!r}: only 'text_time' is implemented")
         widths = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
         if added is None:
             require(
                 widths == (None, None),
-                "addition_time_embed_dim and projection_class_embeddings_input_dim need addition_embed_type='text_time'",
+                f"addition_time_embed_dim and projection_class_embeddings_input_dim are {widths} without "
+                "addition_embed_type='text_time'",
             )
         else:
             require(
