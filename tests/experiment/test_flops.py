@@ -83,11 +83,7 @@ CASES = {
     "adapters": {"model": ADAPTED, "trainable": ((".*lora_.", True), (".*", False)), "remat": "full"},
     "text alone, chunks": {"rows": NO_IMAGES, "objective": {"loss_chunk": 8}, "remat": "attention+up"},
     "images computed beforehand": {"stored": ("moments", "features"), "trainable": ALIGNMENT},
-    "sizes are told, recomputed": {
-        "model": tiny_config(
-            image_decoder=dataclasses.replace(DECODER_XL, remat="full"), connector=ProjectorConfig("mlp", 2)
-        )
-    },
+    "sizes are told": {"model": tiny_config(image_decoder=DECODER_XL, connector=ProjectorConfig("mlp", 2))},
     "seen alone": {"rows": {"dream_slots": 0}},
     "painted alone, detached": {"rows": {"see_slots": 0}, "objective": {"lm_weight": 0.0, "detach_condition": True}},
 }
