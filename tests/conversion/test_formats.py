@@ -226,6 +226,29 @@ def test_projectors_that_convolve(original, tmp_path):
     assert_identical(tensors(tmp_path / "again"), tensors(tmp_path / "ours"))
 
 
+def test_the_original_s_head_for_stable_diffusion_xl(tmp_path):
+    """Its file, its class, and the biases that some of its pooled projectors have; the other head's file is not read."""
+    run("import", **public_models.save_towers(tmp_path, image_decoder={"version": "xl"}), to=tmp_path / "ours")
+    run("export", checkpoint=tmp_path / "ours", format="dreamllm", to=tmp_path / "out", no_check=True)
+    file = tmp_path / "out" / "stable_diffusion_xl_head.bin"
+    plugin = json.loads((tmp_path / "out" / "config.json").read_text())["plugins_init_kwargs"]["stable_diffusion_head"]
+    assert plugin["_target_"] == "omni.models.dreamllm_sdxl.modeling_plugins.StableDiffusionXLHead"
+    assert plugin["global_condition_hidden_size"] == 10 and plugin["projector_type"] == "linear"
+    head = torch.load(file)
+    own = {name: tuple(x.shape) for name, x in head.items() if not name.startswith(("vae.", "unet."))}
+    assert own == {"projector.projector.weight": (24, 32), "global_projector.projector.weight": (10, 32)}
+    biased = head | {"global_projector.projector.bias": torch.arange(10.0)}
+    torch.save(biased, file)
+    run("import", dreamllm=tmp_path / "out", to=tmp_path / "biased")
+    assert saved.find(str(tmp_path / "biased")).config.connector.pooled_bias
+    assert conversion.export_model(saved.find(str(tmp_path / "biased")), tmp_path / "again", ("dreamllm",))
+    again = torch.load(tmp_path / "again" / file.name)
+    assert again.keys() == biased.keys() and all(torch.equal(again[name], biased[name]) for name in biased)
+    file.rename(file.with_name("stable_diffusion_head.bin"))
+    with pytest.raises(FileNotFoundError, match=r"has neither stable_diffusion_xl_head\.bin nor unet_projector\.pt$"):
+        run("import", dreamllm=tmp_path / "out", to=tmp_path / "wrong")
+
+
 def test_older_names_are_read(original, tmp_path):
     """Queries and projectors in files of their own; the towers' weights from the directories of the towers."""
     older = shutil.copytree(original / "original", tmp_path / "checkpoint")
