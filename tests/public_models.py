@@ -97,6 +97,7 @@ def save_diffusion(
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "transformer_layers_per_block": (1, 2),
         "use_linear_projection": True,
+        "upcast_attention": None,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 4,
         "projection_class_embeddings_input_dim": 34,

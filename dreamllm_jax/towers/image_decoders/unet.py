@@ -183,7 +183,8 @@ class UNetConfig:
         Raises:
           ValueError: naming every setting that is not implemented.
         """
-        return read_diffusers_config(cls, settings, _FIXED)
+        off = {"upcast_attention": False} if settings.get("upcast_attention", True) is None else {}  # as XL's has it
+        return read_diffusers_config(cls, {**settings, **off}, _FIXED)
 
     def to_public(self) -> dict[str, Any]:
         """The settings of a `UNet2DConditionModel`'s config.json."""
