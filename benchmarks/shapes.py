@@ -129,7 +129,7 @@ def random_batch(experiment: Experiment, seed: int = 0) -> Batch:
     def filled(groups: tuple[Slots, ...], at: np.ndarray) -> tuple[Slots, ...]:
         images = (rng.integers(0, 256, slots.images.shape).astype(np.uint8) for slots in groups)
         return tuple(
-            Slots(np.broadcast_to(at, slots.at.shape).astype(np.int32), pixels)
+            slots.replace(at=np.broadcast_to(at, slots.at.shape).astype(np.int32), images=pixels)
             for slots, pixels in zip(groups, images, strict=True)
         )
 

@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
     SanaTransformer2DModel,
@@ -103,18 +104,31 @@ def save_clip(directory: Path, dtype: torch.dtype = torch.float32, whole: bool =
 def save_diffusion(
     directory: Path, dtype: torch.dtype = torch.float32, version: str = "2.1", pickled: bool = False
 ) -> Path:
-    """A Stable Diffusion of two levels, shaped as version "1.5" or "2.1" (the latter predicts velocity)."""
+    """A Stable Diffusion of two levels, shaped as version "1.5", "2.1" (which predicts velocity) or "xl"."""
     new = version == "2.1"
+    xl = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "upcast_attention": None,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 34,
+    }
     unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=24,
-        attention_head_dim=[2, 4] if new else 4,
-        norm_num_groups=4,
-        use_linear_projection=new,
+        **{
+            "sample_size": 8,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 24,
+            "attention_head_dim": 4 if version == "1.5" else [2, 4],
+            "norm_num_groups": 4,
+            "use_linear_projection": new,
+        }
+        | (xl if version == "xl" else {})
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
@@ -125,7 +139,11 @@ def save_diffusion(
         latent_channels=4,
     )
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    scheduler = DDIMScheduler(prediction_type="v_prediction", **betas) if new else PNDMScheduler(**betas)
+    scheduler = {
+        "1.5": PNDMScheduler(**betas),
+        "2.1": DDIMScheduler(prediction_type="v_prediction", **betas),
+        "xl": EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading", **betas),
+    }[version]
     return _save_decoder(directory, {"unet": unet, "vae": vae}, scheduler, dtype, pickled)
 
 

@@ -14,6 +14,7 @@ from dreamllm_jax.model import DreamLLMConfig, abstract_params
 from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
+from dreamllm_jax.towers.image_decoders.stable_diffusion_xl import StableDiffusionXLConfig
 from dreamllm_jax.towers.image_decoders.unet import UNetConfig
 from dreamllm_jax.towers.language_models.decoder import Decoder
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
@@ -49,6 +50,19 @@ DECODER = StableDiffusionConfig(
         attention_head_dim=2,
         norm_num_groups=4,
         use_linear_projection=True,
+    ),
+)
+
+DECODER_XL = StableDiffusionXLConfig(
+    autoencoder=DECODER.autoencoder,
+    denoiser=dataclasses.replace(
+        DECODER.denoiser,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=34,
     ),
 )
 
@@ -135,8 +149,14 @@ def row_shape(
     config: DreamLLMConfig, length: int = LENGTH, see_slots: int = SEE_SLOTS, dream_slots: int = DREAM_SLOTS
 ) -> RowShape:
     see = SlotGroup(see_slots, config.vision_encoder.num_patches, SEE_SIZE, SEE_SIZE) if see_slots else None
-    dream = SlotGroup(dream_slots, config.num_queries, DREAM_SIZE, DREAM_SIZE) if dream_slots else None
+    sizes = config.image_decoder.wants_sizes
+    dream = SlotGroup(dream_slots, config.num_queries, DREAM_SIZE, DREAM_SIZE, sizes=sizes) if dream_slots else None
     return RowShape(length, (see,) if see else (), (dream,) if dream else ())
+
+
+def told_sizes(image: np.ndarray) -> np.ndarray:
+    """Sizes that differ from one random image to another, f32[6]."""
+    return image[0, :2].reshape(6).astype(np.float32)
 
 
 def make_batch(
@@ -155,6 +175,9 @@ def make_batch(
             for slot, image in document.see:
                 batch.see[0].at[b, k], batch.see[0].images[b, k], k = start + slot, image, k + 1
             for slot, image in document.dream:
-                batch.dream[0].at[b, d], batch.dream[0].images[b, d], d = start + slot, image, d + 1
+                batch.dream[0].at[b, d], batch.dream[0].images[b, d] = start + slot, image
+                if batch.dream[0].sizes is not None:
+                    batch.dream[0].sizes[b, d] = told_sizes(image)
+                d += 1
             start += len(document.tokens)
     return batch

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from dreamllm_jax.interop.names import to_torch
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.objectives.joint import Draws, JointConfig
-from tests.tiny import TinyDocument
+from tests.tiny import TinyDocument, told_sizes
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -32,8 +32,8 @@ def _projector(config, width_in: int, width_out: int, bias: bool) -> nn.ModuleDi
 
 
 def _project(projector: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
-    for part in projector.values():
-        x = part(x)
+    for name, part in projector.items():
+        x = x if name == "pooled_projector" else part(x)
     return x
 
 
@@ -80,6 +80,9 @@ class TorchDreamLLM(nn.Module):
         self.visual_projector = _projector(config.visual_projector, clip.hidden_size, width, bias=True)
         self.dream_queries = nn.ParameterDict({"embedding": torch.zeros(config.num_queries, width)})
         self.connector = _projector(config.connector, width, unet.cross_attention_dim, bias=False)
+        if unet.pooled_width:
+            pooled = _projector(config.connector, width, unet.pooled_width, config.connector.pooled_bias)
+            self.connector["pooled_projector"] = pooled["projector"]
         autoencoder = AutoencoderKL(
             block_out_channels=vae.block_out_channels,
             down_block_types=vae.down_block_types,
@@ -88,17 +91,7 @@ class TorchDreamLLM(nn.Module):
             norm_num_groups=vae.norm_num_groups,
             latent_channels=vae.latent_channels,
         )
-        denoiser = UNet2DConditionModel(
-            sample_size=unet.sample_size,
-            block_out_channels=unet.block_out_channels,
-            down_block_types=unet.down_block_types,
-            up_block_types=unet.up_block_types,
-            layers_per_block=unet.layers_per_block,
-            cross_attention_dim=unet.cross_attention_dim,
-            attention_head_dim=unet.attention_head_dim,
-            norm_num_groups=unet.norm_num_groups,
-            use_linear_projection=unet.use_linear_projection,
-        )
+        denoiser = UNet2DConditionModel(**unet.to_public())
         self.image_decoder = nn.ModuleDict({"autoencoder": autoencoder, "denoiser": denoiser})
         schedule = config.image_decoder.schedule
         self.scheduler = DDPMScheduler(
@@ -173,6 +166,10 @@ class TorchDreamLLM(nn.Module):
             condition = self._null(objective)
         if objective.detach_condition:
             condition = condition.detach()
+        added = None
+        if "pooled_projector" in self.connector:  # DreamLLM's head for Stable Diffusion XL
+            pooled = self.connector["pooled_projector"](condition.mean(0))[None]
+            added = {"text_embeds": pooled, "time_ids": torch.tensor(told_sizes(image))[None]}
         condition = _project(self.connector, condition)[None]
         pixels = (torch.tensor(image).float() / 127.5 - 1).permute(2, 0, 1)[None]
         posterior = self.image_decoder["autoencoder"].encode(pixels).latent_dist
@@ -189,7 +186,7 @@ class TorchDreamLLM(nn.Module):
         noisy = self.scheduler.add_noise(latents, given, timestep)
         velocity = self.config.image_decoder.schedule.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timestep) if velocity else noise
-        predicted = self.image_decoder["denoiser"](noisy, timestep, condition).sample
+        predicted = self.image_decoder["denoiser"](noisy, timestep, condition, added_cond_kwargs=added).sample
         error = F.mse_loss(predicted, target)
         if training.snr_gamma is not None:
             alpha = self.scheduler.alphas_cumprod[timestep]

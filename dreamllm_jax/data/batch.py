@@ -26,6 +26,7 @@ class SlotGroup:
       height, width: pixels.
       stored: shape of the stored array that stands for an image; empty where its pixels do.
       dtype: the type of stored arrays.
+      sizes: whether the sizes of each picture stand beside it.
     """
 
     slots: int
@@ -34,6 +35,7 @@ class SlotGroup:
     width: int
     stored: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    sizes: bool = False
 
     def __post_init__(self):
         for name in ("slots", "tokens", "height", "width"):
@@ -84,11 +86,13 @@ class Slots:
       images: u8[B, S, H, W, 3] pixels (floats are taken as normalised for the tower), or f[B, S, ...] what is stored of
         them; None where images are only painted from, not learned.
       stored: whether `images` are stored arrays.
+      sizes: f32[B, S, 6] what was done to pictures, see `data.images.paint_sizes`; None where the denoiser is not told.
     """
 
     at: Array
     images: Array | None
     stored: bool = struct.field(pytree_node=False, default=False)
+    sizes: Array | None = None
 
     @property
     def filled(self) -> Array:
@@ -126,7 +130,8 @@ def empty_batch(count: int, shape: RowShape, pad: int = 0) -> Batch:
         if group.stored:
             size, dtype = group.stored, jnp.dtype(group.dtype)
         at = np.full((count, group.slots), -1, np.int32)
-        return Slots(at, np.zeros((count, group.slots, *size), dtype), bool(group.stored))
+        sizes = np.zeros((count, group.slots, 6), np.float32) if group.sizes else None
+        return Slots(at, np.zeros((count, group.slots, *size), dtype), bool(group.stored), sizes)
 
     return Batch(
         tokens=np.full((count, shape.length), pad, np.int32),

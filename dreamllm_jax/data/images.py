@@ -74,6 +74,7 @@ def size_of(data: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            turned = turned and image.format != "TIFF"  # whose size Pillow gives as it is seen
             return (image.height, image.width) if turned else image.size
     except Exception:  # Pillow's plugins raise whatever a damaged header leads them to
         return 1, 1
@@ -128,15 +129,21 @@ def centre_crop(
     Returns:
       u8[height, width, 3].
     """
-    if height * image.width <= width * image.height:
-        new = width, int(width * image.height / image.width)
-    else:
-        new = int(height * image.width / image.height), height
+    new, (left, top) = _covering(image.size, height, width, rounded)
     if new != image.size:
         image = image.resize(new, resample)
-    over = image.width - width, image.height - height
-    left, top = (round(x / 2) if rounded else x // 2 for x in over)
     return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def _covering(size: tuple[int, int], height: int, width: int, rounded: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of an image of this size when it just covers a result, and (left, top) of the centre there."""
+    if height * size[0] <= width * size[1]:
+        new = width, int(width * size[1] / size[0])
+    else:
+        new = int(height * size[0] / size[1]), height
+    over = new[0] - width, new[1] - height
+    left, top = (round(x / 2) if rounded else x // 2 for x in over)
+    return new, (left, top)
 
 
 def paint_pixels(image: Image.Image, height: int, width: int, flip: bool = False) -> np.ndarray:
@@ -149,6 +156,19 @@ def paint_pixels(image: Image.Image, height: int, width: int, flip: bool = False
     """
     pixels = centre_crop(image, height, width, Image.Resampling.BILINEAR, rounded=True)
     return pixels[:, ::-1] if flip else pixels
+
+
+def paint_sizes(size: tuple[int, int], height: int, width: int, flip: bool = False) -> np.ndarray:
+    """What `paint_pixels` does to an image of this (width, height), as some denoisers are told (Podell et al.
+    2307.01952, section 2.2).
+
+    Returns:
+      f32[6]: height and width of the image; top and left of the crop in what it was resized to, and mirrored if so;
+      height and width of the result.
+    """
+    new, (left, top) = _covering(size, height, width, rounded=True)
+    left = new[0] - width - left if flip else left
+    return np.array([size[1], size[0], top, left, height, width], np.float32)
 
 
 def normalise(data: bytes, size: int, least: int = 1) -> bytes:

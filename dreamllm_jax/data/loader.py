@@ -87,7 +87,7 @@ class Loader:
         # All that the stream depends on, as JSON gives it back.
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
         settings |= {"corpora": {name: dataclasses.asdict(use) for name, use in self._uses.items()}}
-        settings |= {"documents": {name: summary[name] for name in self._uses}, "shape": dataclasses.asdict(shape)}
+        settings |= {"documents": {name: summary[name] for name in self._uses}, "shape": _room_of(shape)}
         settings |= {"vocab_size": tokenizer.vocab_size, "seed": seed, "rows_per_step": rows_per_step}
         self._settings = json.loads(json.dumps(settings))
         window = config.window if config.pack else 1
@@ -322,6 +322,11 @@ class Loader:
     def close(self) -> None:
         """Ends the threads; what they have not begun is left undone, and a read that hangs is not waited for long."""
         self._stop()
+
+
+def _room_of(shape: RowShape) -> dict[str, Any]:
+    """What the stream depends on of the rows' shape: all but whether pictures have their sizes beside them."""
+    return dataclasses.asdict(shape, dict_factory=lambda items: {name: x for name, x in items if name != "sizes"})
 
 
 def joined_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Pixels:
     """What stands for images in a batch: what is stored of them, or their pixels in the sizes of a row.
 
     The latest pixels are remembered, up to `memory` bytes: a small data set is then decoded once; a large one pays only
-    the memory. Threads may share it. Both methods raise `ImageError` for an image that cannot be used.
+    the memory. Threads may share it. `see` and `dream` raise `ImageError` for an image that cannot be used.
 
     Args:
       see, dream: the vision encoder's and the image decoder's `preprocess`.
@@ -55,6 +55,11 @@ class Pixels:
         if group.stored:
             return _stored(placed.image, "moments")
         return self._remember("dream", placed.image.data, group.height, group.width, *([True] if flip else []))
+
+    def sizes(self, placed: Placed, flip: bool = False) -> np.ndarray:
+        """f32[6] of what is painted; see `images.paint_sizes`."""
+        group = self._shape.dream[placed.group]
+        return images.paint_sizes(images.size_of(placed.image.data), group.height, group.width, flip)
 
     def _remember(self, use: str, data: bytes, *options: Any) -> np.ndarray:
         key = (use, data, *options)
@@ -107,7 +112,8 @@ def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, stri
         else:
             batch.loss_weights[index, start:stop] = encoded.loss_weights
             _fill_slots(batch.see, index, start, encoded.see, see)
-            _fill_slots(batch.dream, index, start, encoded.dream, dream)
+            told = functools.partial(pixels.sizes, flip=item.flip)
+            _fill_slots(batch.dream, index, start, encoded.dream, dream, told)
             counts[corpus, "see"] += len(see)
             counts[corpus, "dream"] += len(dream)
         start = stop
@@ -115,13 +121,20 @@ def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, stri
 
 
 def _fill_slots(
-    groups: Sequence[Slots], index: int, start: int, places: Sequence[Placed], images: Sequence[np.ndarray]
+    groups: Sequence[Slots],
+    index: int,
+    start: int,
+    places: Sequence[Placed],
+    images: Sequence[np.ndarray],
+    sizes: Callable[[Placed], np.ndarray] | None = None,
 ) -> None:
-    """Puts a document's images and their places into the first empty slots of their groups."""
+    """Puts a document's images, their places and, where wanted, sizes into the first empty slots of their groups."""
     for placed, image in zip(places, images, strict=True):
         slots = groups[placed.group]
         slot = int((slots.at[index] >= 0).sum())
         slots.at[index, slot], slots.images[index, slot] = start + placed.at, image
+        if slots.sizes is not None:
+            slots.sizes[index, slot] = sizes(placed)
 
 
 def _stored(image: Image, name: str) -> np.ndarray:

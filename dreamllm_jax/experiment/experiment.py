@@ -127,15 +127,16 @@ class Experiment:
         stored, dtype = self.data.stored, self.data.stored_dtype
         encoder, decoder = self.model.vision_encoder, self.model.image_decoder
 
-        def group(given: SlotsConfig, tokens: int, tower: Any, name: str) -> SlotGroup:
+        def group(given: SlotsConfig, tokens: int, tower: Any, name: str, sizes: bool = False) -> SlotGroup:
             size = given.height, given.width
-            return SlotGroup(given.slots, tokens, *size, tower.stored_shape(*size) if name in stored else (), dtype)
+            kept = tower.stored_shape(*size) if name in stored else ()
+            return SlotGroup(given.slots, tokens, *size, kept, dtype, sizes)
 
         seen, painted = self.rows.seen(encoder.image_size), self.rows.painted
         return RowShape(
             self.rows.length,
             tuple(group(given, encoder.tokens(given.height, given.width), encoder, "features") for given in seen),
-            tuple(group(given, self.model.num_queries, decoder, "moments") for given in painted),
+            tuple(group(given, self.model.num_queries, decoder, "moments", decoder.wants_sizes) for given in painted),
         )
 
 

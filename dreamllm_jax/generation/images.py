@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from dreamllm_jax.data.document import Segment
+from dreamllm_jax.data.images import paint_sizes
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig, guided, sample
 from dreamllm_jax.generation.text import begin, read_queries
@@ -24,11 +25,20 @@ DEFAULT = SamplerConfig()
 @functools.partial(jax.jit, static_argnames=("model", "size", "sampler"))
 def _sample(model, params, hidden, null_hidden, seeds, guiding, size: tuple[int, int], sampler: SamplerConfig):
     joined, config = model.bind({"params": params}), model.config.image_decoder
-    decoder, condition = joined.image_decoder, joined.condition(hidden)
+    decoder = joined.image_decoder
+
+    def condition_of(hidden):
+        condition = joined.condition(hidden)
+        if not config.wants_sizes:
+            return condition
+        whole = jnp.asarray(paint_sizes(size[::-1], *size))  # of a picture that nothing was done to
+        return condition.with_sizes(jnp.tile(whole, (len(condition.sequence), 1)))
+
+    condition = condition_of(hidden)
     if null_hidden is None:
         denoiser = functools.partial(decoder.denoise, condition=condition)
     else:
-        null = jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), joined.condition(null_hidden), condition)
+        null = jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), condition_of(null_hidden), condition)
         guidance, rescale, interval = guiding
         first, end = config.time_range(0, 1)
         between = tuple(first + share * (end - first) for share in interval)

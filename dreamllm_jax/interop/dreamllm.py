@@ -1,10 +1,10 @@
 """Checkpoints of the original program (RunpeiDong/DreamLLM).
 
-The language model is stored as Hugging Face's; its plugins have a file each (`save_model` of
-`omni/models/dreamllm/modeling_plugins.py`): `dream_embedding.bin`, `clip_vision_embedding.bin`,
-`stable_diffusion_head.bin`, or, in older checkpoints, only queries and projectors in `dream_queries.pt`,
-`clip_vision_model_projector.pt`, `unet_projector.pt`. The towers' shapes are those of the directories that
-`config.json` refers to, and so are their weights where no plugin file holds them.
+The language model is stored as Hugging Face's; its plugins have a file each (`save_model` of `modeling_plugins.py` in
+`omni/models/dreamllm` and `dreamllm_sdxl`): `dream_embedding.bin`, `clip_vision_embedding.bin`,
+`stable_diffusion_head.bin` or `stable_diffusion_xl_head.bin`, or, in older checkpoints, only queries and projectors in
+`dream_queries.pt`, `clip_vision_model_projector.pt`, `unet_projector.pt`. The towers' shapes are those of the
+directories that `config.json` refers to, and so are their weights where no plugin file holds them.
 """
 
 import dataclasses
@@ -35,6 +35,13 @@ _OLD = {VISION: "clip_vision_model_projector.pt", QUERIES: "dream_queries.pt", H
 VISION_PARTS = {"clip_vision_model.": "vision_encoder", "projector.": "visual_projector"}
 HEAD_PARTS = {"vae.": "image_decoder/autoencoder", "unet.": "image_decoder/denoiser", "projector.": "connector"}
 NORM, QUERIES_NAME = "post_layernorm.", "dream_queries"
+# The head of each kind of image decoder: its file, and its class in `omni.models`.
+HEADS = {
+    "stable_diffusion": ("stable_diffusion_head", "dreamllm.modeling_plugins.StableDiffusionHead"),
+    "stable_diffusion_xl": ("stable_diffusion_xl_head", "dreamllm_sdxl.modeling_plugins.StableDiffusionXLHead"),
+}
+# The way to a pooled vector, in a head's file and in our connector.
+POOLED, OUR_POOLED = "global_projector.projector.", "pooled_projector."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +54,11 @@ class _Layout:
     vision_encoder: Path
     image_decoder: Path
 
-    def plugin(self, name: str) -> tuple[Path | None, Path | None]:
-        """A plugin's file and that of older checkpoints: in this one itself, else where its settings name another."""
+    def plugin(self, name: str, stem: str = "") -> tuple[Path | None, Path | None]:
+        """A plugin's file, called as it is or so, and that of older checkpoints: in this one itself, else where its
+        settings name another."""
         places = [self.directory, *_places(self.directory, self.plugins[name].get("pretrained_model_name_or_path"))]
-        new, old = f"{name}.bin", _OLD[name]
+        new, old = f"{stem or name}.bin", _OLD[name]
         found = [next((place / file for place in places if (place / file).is_file()), None) for file in (new, old)]
         if not any(found):
             raise FileNotFoundError(f"{self.directory} has neither {new} nor {old}")
@@ -122,7 +130,7 @@ def _config(layout: _Layout) -> DreamLLMConfig:
                 post_layernorm=vision.get("use_additional_post_layernorm", False),
                 layer_norm_eps=encoder.layer_norm_eps,
             ),
-            connector=_projector(HEAD, head),
+            connector=_projector(HEAD, head, **_pooled(layout, decoder)),
             num_queries=queries.get("num_dream_queries", 64),
             special_tokens=_special_tokens(layout.settings.get("special_tokens2ids_dict", {})),
         )
@@ -135,6 +143,21 @@ def _projector(plugin: str, settings: Mapping[str, Any], **more) -> ProjectorCon
     if kind not in ("linear", "mlp", "conv"):
         raise ValueError(f"projector_type {kind!r} of {plugin} is not supported: only linear, mlp and conv are")
     return ProjectorConfig(kind=kind, depth=settings.get("projector_depth", 1), **more)
+
+
+def _pooled(layout: _Layout, decoder: Any) -> dict[str, Any]:
+    """The settings of the way to a pooled vector, of which the head's file alone says whether it has biases."""
+    if not decoder.pooled_width:
+        return {}
+    path, _ = layout.plugin(HEAD, _head_file(decoder))
+    names = [name for name in files.open_tensors(path) if name.startswith(POOLED)] if path else []
+    return {"pooled_bias": any(name.endswith(".bias") for name in names)}
+
+
+def _head_file(decoder: Any) -> str:
+    if decoder.kind not in HEADS:
+        raise ValueError(f"the original program has no head for an image decoder of kind {decoder.kind!r}")
+    return HEADS[decoder.kind][0]
 
 
 def _special_tokens(ids: Mapping[str, Any]) -> SpecialTokens:
@@ -201,11 +224,13 @@ def _vision(layout: _Layout, config: DreamLLMConfig) -> tuple[dict[str, dict[str
 
 
 def _head(layout: _Layout, config: DreamLLMConfig) -> dict[str, dict[str, Tensor]]:
-    path, old = layout.plugin(HEAD)
+    path, old = layout.plugin(HEAD, _head_file(config.image_decoder))
     if path:
-        found = split(files.open_tensors(path), HEAD_PARTS, path.name)
-        towers = {part: Part.of(config_of(config, part), found[part]) for part in found if part != "connector"}
-        return {"connector": found["connector"], **{part: tower.tensors for part, tower in towers.items()}}
+        found = split(files.open_tensors(path), {**HEAD_PARTS, POOLED: POOLED}, path.name)
+        pooled = {OUR_POOLED + name: tensor for name, tensor in found.pop(POOLED).items()}
+        connector = found.pop("connector") | pooled
+        towers = {part: Part.of(config_of(config, part), tensors) for part, tensors in found.items()}
+        return {"connector": connector, **{part: tower.tensors for part, tower in towers.items()}}
     _, towers = open_image_decoder(layout.image_decoder)
     return {"connector": files.open_tensors(old), **{part: tower.tensors for part, tower in towers.items()}}
 
@@ -250,7 +275,8 @@ def write_dreamllm(
             for prefix, part in parts.items()
             for name, tensor in tensors[part].items()
         }
-        files.write_pickle(directory / f"{plugin}.bin", named)
+        file = HEADS[config.image_decoder.kind][0] if plugin == HEAD else plugin
+        files.write_pickle(directory / f"{file}.bin", named)
 
     write_vision_encoder(directory / "clip", config, tensors, max_shard_size)
     write_image_decoder(directory / "diffusion", config, tensors, max_shard_size)
@@ -258,6 +284,8 @@ def write_dreamllm(
 
 def _name_in_plugin(prefix: str, tower: Any, name: str) -> str:
     if isinstance(tower, ProjectorConfig):
+        if name.startswith(OUR_POOLED):
+            return POOLED + name.removeprefix(OUR_POOLED)
         return name if name.startswith(NORM) else prefix + name
     return prefix + tower.public.theirs(name)
 
@@ -270,17 +298,18 @@ def require_expressible(config: DreamLLMConfig) -> None:
         "vision_encoder": (encoder, ("clip",)),
         "visual_projector": (projector, ("linear", "mlp", "conv")),
         "connector": (config.connector, ("linear", "mlp", "conv")),
-        "image_decoder": (config.image_decoder, ("stable_diffusion",)),
+        "image_decoder": (config.image_decoder, tuple(HEADS)),
     }
     problems = [f"{role} of kind {tower.kind!r}" for role, (tower, known) in kinds.items() if tower.kind not in known]
     if not problems:
-        scaling = llama.rope_scaling
+        scaling, pooled = llama.rope_scaling, config.image_decoder.pooled_width > 0
         checks = {
             "language_model.mlp_bias": llama.mlp_bias,
             f"language_model.head_dim={llama.head_dim}": llama.head_dim * llama.num_attention_heads
             != llama.hidden_size,
             "language_model.rope_scaling of type llama3": scaling and scaling.rope_type not in ("linear", "dynamic"),
             "connector.post_layernorm": config.connector.post_layernorm,
+            "connector of kind 'conv' for a pooled vector": pooled and config.connector.kind == "conv",
             "visual_projector.layer_norm_eps other than vision_encoder.layer_norm_eps": projector.post_layernorm
             and projector.layer_norm_eps != encoder.layer_norm_eps,
         }
@@ -295,7 +324,7 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
 
     def plugin(kind: str, **settings) -> dict[str, Any]:
         return {
-            "_target_": f"omni.models.dreamllm.modeling_plugins.{kind}",
+            "_target_": f"omni.models.{kind}",
             "embed_hidden_size": config.language_model.hidden_size,
             "pretrained_model_name_or_path": None,
             **settings,
@@ -304,10 +333,13 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
     def projector(chosen: ProjectorConfig) -> dict[str, Any]:
         return {"projector_type": chosen.kind, "projector_depth": chosen.depth, "freeze_projector": False}
 
+    width = config.image_decoder.pooled_width
+    pooled = {"global_condition_hidden_size": width} if width else {}
+
     return {
         "plugins_init_kwargs": {
             VISION: plugin(
-                "CLIPVisionEmbedding",
+                "dreamllm.modeling_plugins.CLIPVisionEmbedding",
                 clip_vision_model_name_or_path=str(Path(location, "clip")),
                 select_layer=config.vision_encoder.select_layer,
                 use_additional_post_layernorm=config.visual_projector.post_layernorm,
@@ -316,14 +348,19 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
                 local_files_only=True,
                 **projector(config.visual_projector),
             ),
-            QUERIES: plugin("DreamEmbedding", num_dream_queries=config.num_queries, freeze_dream_queries=False),
+            QUERIES: plugin(
+                "dreamllm.modeling_plugins.DreamEmbedding",
+                num_dream_queries=config.num_queries,
+                freeze_dream_queries=False,
+            ),
             HEAD: plugin(
-                "StableDiffusionHead",
+                HEADS[config.image_decoder.kind][1],
                 diffusion_name_or_path=str(Path(location, "diffusion")),
                 freeze_unet=True,
                 freeze_vae=True,
                 local_files_only=True,
                 **projector(config.connector),
+                **pooled,
             ),
         },
         "plugins_type": {VISION: "embedding", QUERIES: "embedding", HEAD: "head"},

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from dreamllm_jax.interop.dreamllm import (
     HEAD,
     HEAD_PARTS,
+    HEADS,
     NORM,
+    POOLED,
     QUERIES,
     QUERIES_NAME,
     VISION,
@@ -44,10 +46,10 @@ def loaders(
     import torch
     from torch import nn
 
-    width, plugins = config.language_model.width, settings.get("plugins_init_kwargs", {})
+    width, referred = config.language_model.width, settings.get("plugins_init_kwargs", {})
 
     def place(tower: str) -> Path:
-        return tower_directory(directory, plugins, tower, towers.get(tower))
+        return tower_directory(directory, referred, tower, towers.get(tower))
 
     def language_model() -> nn.Module:
         form = config.language_model.public
@@ -82,16 +84,21 @@ def loaders(
                     form = config_of(config, part).public
                     cls = public_class(form)
                     modules[part] = cls.from_config(cls.load_config(where / form.folder))
-            condition = config.image_decoder.condition_width
-            modules["connector"] = _projector(config.connector, width, condition, bias=False)
-        _fill(directory / f"{HEAD}.bin", config, HEAD_PARTS, modules)
-        return modules
+            chosen, pooled = config.connector, config.image_decoder.pooled_width
+            modules["connector"] = _projector(chosen, width, config.image_decoder.condition_width, bias=False)
+            more = {}
+            if pooled:
+                more = {POOLED: _projector(chosen, width, pooled, bias=chosen.pooled_bias).projector}
+        _fill(directory / f"{head_file}.bin", config, HEAD_PARTS, modules, more)
+        return {**modules, "connector": _connector(modules["connector"], *more.values())}
 
     found = {"language_model": language_model}
-    there = {plugin for plugin in (VISION, QUERIES, HEAD) if (directory / f"{plugin}.bin").is_file()}
-    for plugin in sorted({VISION, QUERIES, HEAD} - there):
+    head_file, _ = HEADS.get(config.image_decoder.kind, (HEAD, ""))
+    plugins = {VISION, QUERIES, head_file}
+    there = {plugin for plugin in plugins if (directory / f"{plugin}.bin").is_file()}
+    for plugin in sorted(plugins - there):
         _logger.warning("%s has no %s.bin: what it would hold is not compared", directory, plugin)
-    for plugin, load, parts in ((VISION, vision, VISION_PARTS), (HEAD, head, HEAD_PARTS)):
+    for plugin, load, parts in ((VISION, vision, VISION_PARTS), (head_file, head, HEAD_PARTS)):
         if plugin in there:
             found |= {part: functools.partial(_only, load, part) for part in parts.values()}
     if len(there) == 3:
@@ -101,6 +108,22 @@ def loaders(
 
 def _only(load: Callable[[], Mapping[str, "nn.Module"]], part: str) -> "nn.Module":
     return load()[part]
+
+
+def _connector(sequence: "nn.Module", pooled: "nn.Module | None" = None) -> "nn.Module":
+    """What gives the parts of a condition, as `towers.condition.Condition` names them, from hidden states."""
+    from torch import nn
+
+    class Connector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sequence, self.pooled = sequence, pooled
+
+        def forward(self, hidden):
+            found = {"sequence": self.sequence(hidden)}
+            return found if self.pooled is None else {**found, "pooled": self.pooled(hidden.mean(1))}
+
+    return Connector()
 
 
 def _projector(chosen: ProjectorConfig, width_in: int, width_out: int, bias: bool) -> "nn.Module":

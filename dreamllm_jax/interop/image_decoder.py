@@ -76,15 +76,26 @@ def _kind_of(directory: Path) -> type:
             f"{directory} is no image decoder of a known kind: it has {name} in {Path(there[0]).parent}/; known are "
             f"{kinds}"
         )
-    return next((cls for cls in of if all(map(fits, cls.public_parts.values()))), of[0])
+
+    def describes(cls: type) -> bool:
+        parts = {part: _settings(directory / _config_of(classes)) for part, classes in cls.public_parts.items()}
+        return all(map(fits, cls.public_parts.values())) and cls.describes(parts)
+
+    return next(filter(describes, of), of[0])
 
 
 def _class_name(file: Path) -> str | None:
-    """What a part's config.json says that it is of; None if nothing is said, or there is none that can be read."""
+    """What a part's config.json says that it is of; None if nothing is said."""
+    return _settings(file).get("_class_name")
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What stands in a part's config.json; nothing if there is none that can be read."""
     try:
-        return json.loads(file.read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError):
-        return None
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def open_image_decoder(directory: Path) -> tuple[ImageDecoderConfig, dict[str, Part]]:

@@ -21,7 +21,7 @@ from dreamllm_jax.layers.lora import is_adapter
 
 STACKS = frozenset({"layers", "transformer_blocks"})  # modules that are scanned stacks of layers
 _LISTED = re.compile(
-    r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|to_qkv_multiscale|net|projector)_(\d+)$"
+    r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|to_qkv_multiscale|net|projector|pooled_projector)_(\d+)$"
 )
 _KIND = re.compile(r"^(\d+)_of_(\d+)$")
 _RANGE = re.compile(r"^(\d+)_to_(\d+)$")

@@ -78,6 +78,8 @@ def painting_error(
     read = {"": (), "vision_encoder": ("vision_encoder",)}.get(made_of, ("vision_encoder", "visual_projector"))
     towers, weights = _towers(model, params, "image_decoder", *read)
     filled: Bool[Array, "B S"] = slots.filled
+    if slots.sizes is not None:
+        condition = condition.with_sizes(flat(slots.sizes))
     condition = jax.tree.map(lambda x: x.reshape(*filled.shape, *x.shape[1:]), condition)
     items = jax.tree.map(_by_device, (condition, slots.images, draws, filled))
     number, over = chunks.count(items[-1].shape[1], chunk), split_over("images", filled.size)

@@ -21,6 +21,9 @@ class Hidden:
     mask: Bool[Array, "N P"]
 
 
+SIZES = "time_ids"  # the name of pictures' sizes in `Condition.extra`, as diffusers has it
+
+
 @struct.dataclass
 class Condition:
     """A connector's result, one for each image.
@@ -36,3 +39,7 @@ class Condition:
     mask: Bool[Array, "N Q"] | None = None
     pooled: Float[Array, "N P"] | None = None
     extra: Mapping[str, Array] = struct.field(default_factory=dict)
+
+    def with_sizes(self, sizes: Float[Array, "N 6"]) -> "Condition":
+        """With the sizes of `data.images.paint_sizes`."""
+        return self.replace(extra={**self.extra, SIZES: sizes})

@@ -94,6 +94,8 @@ class PublicImageDecoder(Protocol):
     Attributes:
       public_parts: field of the configuration -> classes that may stand there; those have `run_public` too. None of a
         decoder without a public form, and then nothing of what follows.
+      describes: whether the config.json of such parts, by name, are of this decoder and not of another with the same
+        classes.
       public_scheduler: place of the scheduler's file.
       public_sampler: a class of diffusers that samples by it, if it does not say which.
       public_trainer: the class as which programs that train read any such file.
@@ -106,6 +108,8 @@ class PublicImageDecoder(Protocol):
     public_sampler: str
     public_trainer: str
 
+    @classmethod
+    def describes(cls, parts: Mapping[str, Mapping[str, Any]]) -> bool: ...
     @classmethod
     def from_public(cls, parts: Mapping[str, Any], scheduler: Mapping[str, Any]) -> "PublicImageDecoder": ...
     def to_public_scheduler(self) -> dict[str, Any]: ...

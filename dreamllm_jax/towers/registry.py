@@ -9,6 +9,7 @@ from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.image_decoders.sana import SanaConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion_3 import StableDiffusion3Config
+from dreamllm_jax.towers.image_decoders.stable_diffusion_xl import StableDiffusionXLConfig
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 
@@ -17,7 +18,7 @@ LANGUAGE_MODELS = (LlamaConfig,)
 VISION_ENCODERS = (ClipVisionConfig,)
 VISUAL_PROJECTORS = (ProjectorConfig,)
 CONNECTORS = (ProjectorConfig,)
-IMAGE_DECODERS = (StableDiffusionConfig, SanaConfig, StableDiffusion3Config)
+IMAGE_DECODERS = (StableDiffusionConfig, StableDiffusionXLConfig, SanaConfig, StableDiffusion3Config)
 
 
 def _any_of(classes: Sequence[type]) -> Any:

@@ -129,6 +129,7 @@ class ImageDecoderRole(Protocol):
       condition_width: channels of the condition's sequence; `pooled_width` of its pooled vector, 0 for none.
       encodes_features: the tower of whose features its latents are made, `vision_encoder` or, for what the language
         model is given, `visual_projector`; its module's `encode` is then given them as `features`. Empty for none.
+      wants_sizes: it `preprocess`es by `data.images.paint_pixels`, and its conditions tell it of that by `with_sizes`.
       default_size: pixels on a side of the images that it was made for.
       size_multiple: what the sides of a painted image must be multiples of; `training_size_multiple` of a learned one.
       plain: the same decoder with the training error that held-out documents are measured by.
@@ -141,6 +142,7 @@ class ImageDecoderRole(Protocol):
     kind: str
     default_sampler: Name
     encodes_features: Literal["", "vision_encoder", "visual_projector"]
+    wants_sizes: bool
 
     @property
     def stored_depends(self) -> tuple[str, ...]: ...

@@ -24,7 +24,10 @@ from dreamllm_jax.interop.dreamllm import open_dreamllm  # noqa: E402
 from tests import public_models  # noqa: E402
 from tests.conversion.helpers import assert_identical, run, tensors, towers  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),  # diffusers
+]
 
 LAYOUTS = {
     "safetensors": {},
@@ -38,6 +41,7 @@ LAYOUTS = {
         "vision_encoder": {"whole": True},
         "image_decoder": {"version": "1.5"},
     },
+    "xl": {"image_decoder": {"version": "xl"}},
 }
 
 
@@ -98,7 +102,10 @@ def test_out_and_in_again_is_bit_identical(imported, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "imported", [("safetensors", "float32"), ("tied and scaled, whole clip, 1.5", "float32")], indirect=True, ids=str
+    "imported",
+    [(layout, "float32") for layout in ("safetensors", "tied and scaled, whole clip, 1.5", "xl")],
+    indirect=True,
+    ids=str,
 )
 def test_the_libraries_load_what_is_exported_and_compute_the_same(imported, tmp_path, monkeypatch):
     found, check = [], conversion._check
@@ -217,6 +224,29 @@ def test_projectors_that_convolve(original, tmp_path):
     assert conversion.export_model(saved.find(str(tmp_path / "ours")), tmp_path / "out", ("dreamllm",))
     run("import", dreamllm=tmp_path / "out", to=tmp_path / "again")
     assert_identical(tensors(tmp_path / "again"), tensors(tmp_path / "ours"))
+
+
+def test_the_original_s_head_for_stable_diffusion_xl(tmp_path):
+    """Its file, its class, the biases that some of its pooled projectors have; the other head's file is not read."""
+    run("import", **public_models.save_towers(tmp_path, image_decoder={"version": "xl"}), to=tmp_path / "ours")
+    run("export", checkpoint=tmp_path / "ours", format="dreamllm", to=tmp_path / "out", no_check=True)
+    file = tmp_path / "out" / "stable_diffusion_xl_head.bin"
+    plugin = json.loads((tmp_path / "out" / "config.json").read_text())["plugins_init_kwargs"]["stable_diffusion_head"]
+    assert plugin["_target_"] == "omni.models.dreamllm_sdxl.modeling_plugins.StableDiffusionXLHead"
+    assert plugin["global_condition_hidden_size"] == 10 and plugin["projector_type"] == "linear"
+    head = torch.load(file)
+    own = {name: tuple(x.shape) for name, x in head.items() if not name.startswith(("vae.", "unet."))}
+    assert own == {"projector.projector.weight": (24, 32), "global_projector.projector.weight": (10, 32)}
+    biased = head | {"global_projector.projector.bias": torch.arange(10.0)}
+    torch.save(biased, file)
+    run("import", dreamllm=tmp_path / "out", to=tmp_path / "biased")
+    assert saved.find(str(tmp_path / "biased")).config.connector.pooled_bias
+    assert conversion.export_model(saved.find(str(tmp_path / "biased")), tmp_path / "again", ("dreamllm",))
+    again = torch.load(tmp_path / "again" / file.name)
+    assert again.keys() == biased.keys() and all(torch.equal(again[name], biased[name]) for name in biased)
+    file.rename(file.with_name("stable_diffusion_head.bin"))
+    with pytest.raises(FileNotFoundError, match=r"has neither stable_diffusion_xl_head\.bin nor unet_projector\.pt$"):
+        run("import", dreamllm=tmp_path / "out", to=tmp_path / "wrong")
 
 
 def test_older_names_are_read(original, tmp_path):

@@ -113,6 +113,23 @@ def test_paint_pixels_are_bilinear():
     np.testing.assert_array_equal(images.paint_pixels(picture, 16, 16), expected)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("size", [(64, 48), (19, 16), (21, 30), (100, 37), (16, 16), (7, 5)])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 24)])
+def test_sizes_say_what_was_done_to_a_picture(size, height, width, flip):
+    """From what a denoiser is told, a picture's pixels are made again."""
+    picture = noise(*size)
+    told = images.paint_sizes(size, height, width, flip)
+    tall, wide, top, left, *target = map(int, told)
+    assert told.dtype == np.float32 and (wide, tall) == size and target == [height, width]
+    scale = max(width / wide, height / tall)
+    whole = picture.resize((max(int(wide * scale), width), max(int(tall * scale), height)), Image.Resampling.BILINEAR)
+    whole = whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else whole
+    assert 0 <= top <= whole.height - height and 0 <= left <= whole.width - width
+    pixels = np.asarray(whole)[top : top + height, left : left + width]
+    np.testing.assert_array_equal(images.paint_pixels(picture, height, width, flip), pixels)
+
+
 def test_jpeg_is_shrunk_only():
     assert images.decode(images.to_jpeg(noise(100, 80), 40)).size == (50, 40)
     assert images.decode(images.to_jpeg(noise(30, 20), 40)).size == (30, 20)

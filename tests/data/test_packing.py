@@ -9,7 +9,7 @@ from PIL import Image as Picture
 
 from dreamllm_jax.data.batch import RowShape, SlotGroup, empty_batch
 from dreamllm_jax.data.document import Document, Image, Text
-from dreamllm_jax.data.images import ImageError, size_of, to_png
+from dreamllm_jax.data.images import ImageError, decode, size_of, to_png
 from dreamllm_jax.data.packing import Item, RowStream
 from dreamllm_jax.data.rows import Pixels, fill_row
 from dreamllm_jax.data.tokens import Placed, encode_document
@@ -213,9 +213,34 @@ def test_images_take_slots_of_their_shape(text_tokenizer):
         assert colour(slots.images[0, 0]) == (250, 10, 20)
 
 
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("stored", [(), (2, 2, 4)])
+def test_sizes_stand_beside_their_pictures(text_tokenizer, flip, stored):
+    """In every group that has them; of a picture whose latents are stored too; none of one that cannot be decoded."""
+    groups = (SlotGroup(2, 3, 16, 16, stored, "float32", sizes=True), SlotGroup(1, 3, 8, 24))
+    shape = RowShape(128, (SlotGroup(4, 4, 8, 8),), groups)
+    latents = {"moments": np.ones(stored, np.float32)} if stored else {}
+    tall, square = (Image(png((250, 10, 20), size=size), stored=latents) for size in ((21, 30), (40, 40)))
+    wide = Image(png((250, 10, 20), size=(60, 20)))
+    broken = Image(b"no picture", stored={name: array * np.nan for name, array in latents.items()})
+    batch = empty_batch(2, shape, text_tokenizer.special.pad)
+    assert batch.dream[0].sizes.shape == (2, 2, 6) and batch.dream[1].sizes is None
+    documents = (tall, wide, square), (Text("a"), broken)
+    for row, segments in enumerate(documents):
+        encoded = encode_document(Document("interleaved", segments), text_tokenizer, shape, "creation")
+        held = fill_row(batch, row, [Item(row, "corpus", encoded, flip=flip)], Pixels(shape, *CROPS))
+        assert held["corpus", "dream"] == (3 if row == 0 else 0)
+    # 21 x 30 becomes 16 x 22, of which three rows above are left out.
+    assert batch.dream[0].sizes[0].tolist() == [[30, 21, 3, 0, 16, 16], [40, 40, 0, 0, 16, 16]]
+    assert not batch.dream[0].sizes[1].any()
+    assert batch.dream[1].filled[0].all()  # which has none
+
+
 def test_a_photograph_s_shape_is_that_which_is_seen():
-    turned = encode(Picture.new("RGB", (30, 10)), "JPEG", exif=upside(6))
-    assert size_of(turned) == (10, 30) == size_of(encode(Picture.new("RGB", (10, 30)), "JPEG"))
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        for orientation in range(1, 9):
+            turned = encode(Picture.new("RGB", (30, 10)), kind, exif=upside(orientation))
+            assert size_of(turned) == decode(turned).size == ((10, 30) if orientation > 4 else (30, 10))
     assert size_of(b"no image") == (1, 1)
 
 

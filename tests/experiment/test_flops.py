@@ -11,7 +11,7 @@ from dreamllm_jax.layers.lora import LoraConfig
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.planning.step import lower_step
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
-from tests.tiny import DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
+from tests.tiny import DECODER_XL, DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
 
 STAGE_2 = (("(language_model|visual_projector|dream_queries|connector)/.*", True), (".*", False))
 ALIGNMENT = (("(visual_projector|dream_queries|connector)/.*", True), (".*", False))
@@ -31,6 +31,8 @@ SCOPES = {
     "DreamLLM.condition": "connector",
     "StableDiffusion.stored": "autoencoder",
     "StableDiffusion.denoise": "denoiser",
+    "StableDiffusionXL.stored": "autoencoder",
+    "StableDiffusionXL.denoise": "denoiser",
 }
 PARTS = {*SCOPES.values(), "head"}
 
@@ -81,6 +83,7 @@ CASES = {
     "adapters": {"model": ADAPTED, "trainable": ((".*lora_.", True), (".*", False)), "remat": "full"},
     "text alone, chunks": {"rows": NO_IMAGES, "objective": {"loss_chunk": 8}, "remat": "attention+up"},
     "images computed beforehand": {"stored": ("moments", "features"), "trainable": ALIGNMENT},
+    "sizes are told": {"model": tiny_config(image_decoder=DECODER_XL, connector=ProjectorConfig("mlp", 2))},
     "seen alone": {"rows": {"dream_slots": 0}},
     "painted alone, detached": {"rows": {"see_slots": 0}, "objective": {"lm_weight": 0.0, "detach_condition": True}},
 }

@@ -17,7 +17,7 @@ from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import DenoisingConfig
 from dreamllm_jax.training.step import loss_and_gradients
 from tests.parity import assert_same
-from tests.tiny import DREAM_SIZE, DREAM_SLOTS, MLP, make_batch, random_rows, tiny_config, tiny_params
+from tests.tiny import DECODER_XL, DREAM_SIZE, DREAM_SLOTS, MLP, make_batch, random_rows, tiny_config, tiny_params
 
 EVERYTHING = JointConfig(
     lm_weight=1.0,
@@ -83,10 +83,13 @@ def reference(case):
     return [float(loss.detach()) for loss in losses], torch_model.gradients()
 
 
-@pytest.mark.parametrize("kind", ["everything", pytest.param("velocity", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["everything", *(pytest.param(k, marks=pytest.mark.slow) for k in ("velocity", "xl"))])
 def test_joint_loss_and_every_gradient_equal_torch(kind, request):
     if kind == "everything":
         case = request.getfixturevalue("everything")
+    elif kind == "xl":
+        projector = dataclasses.replace(MLP, post_layernorm=False)
+        case = Case(tiny_config(image_decoder=DECODER_XL, connector=projector), EVERYTHING)
     else:
         velocity = ScheduleConfig(prediction_type="v_prediction")
         changes = {"image_decoder": training(schedule=velocity, training=DenoisingConfig(snr_gamma=0.5))}

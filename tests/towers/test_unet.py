@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.layers.timesteps import timestep_embedding
 from dreamllm_jax.towers.condition import Condition
-from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig
+from dreamllm_jax.towers.image_decoders.unet import Transformer2DModel, UNet, UNetConfig
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -31,6 +31,17 @@ TINY = {
 FAMILIES = {
     "1.5": TINY | {"attention_head_dim": 2, "use_linear_projection": False},
     "2.x": TINY | {"attention_head_dim": (4, 2), "use_linear_projection": True, "transformer_layers_per_block": (1, 2)},
+    "xl": TINY
+    | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 3),
+        "attention_head_dim": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": 43,
+    },
 }
 
 # Compilation is nearly all the time these tests take, and half of it goes without the optimiser.
@@ -40,8 +51,20 @@ compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimizatio
 def make_inputs(config, size=(4, 6), n=2, q=5):
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(n, *size, config.in_channels)).astype(np.float32)
-    condition = rng.normal(size=(n, q, config.cross_attention_dim)).astype(np.float32)
+    sequence = rng.normal(size=(n, q, config.cross_attention_dim)).astype(np.float32)
+    condition = Condition(sequence)
+    if config.addition_embed_type:
+        sizes = np.array([[1024, 683, 0, 127, 1024, 1024], [96, 64, 3, 0, 512, 768]][:n], np.float32)
+        pooled = rng.normal(size=(n, config.pooled_width)).astype(np.float32)
+        condition = condition.replace(pooled=pooled, extra={"time_ids": sizes})
     return latents, np.array([999, 3][:n], np.int32), condition
+
+
+def named(condition):
+    """The arrays of a condition, or of its gradient, by name."""
+    return {"condition": condition.sequence} | (
+        {"pooled": condition.pooled, **condition.extra} if condition.pooled is not None else {}
+    )
 
 
 def nchw(x):
@@ -58,15 +81,17 @@ def shapes_of(model, inputs):
 
 def weights_of(model, inputs):
     latents, timesteps, condition = inputs
-    return jax.eval_shape(model.init, jax.random.key(0), latents, timesteps, Condition(condition))["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), latents, timesteps, condition)["params"]
 
 
 def run_torch(model, latents, timesteps, condition, cotangent):
     model.zero_grad()
-    latents, condition = nchw(latents).requires_grad_(), torch.tensor(condition, requires_grad=True)
-    out = model(latents, torch.tensor(timesteps), condition).sample
+    latents = nchw(latents).requires_grad_()
+    condition = jax.tree.map(lambda x: torch.tensor(x, requires_grad=True), condition)
+    out = UNetConfig.from_public(dict(model.config)).run_public(model, latents, torch.tensor(timesteps), condition)
     out.backward(nchw(cotangent))
-    return {"output": nhwc(out), "latents": nhwc(latents.grad), "condition": condition.grad.numpy(), **gradients(model)}
+    given = {name: leaf.grad.numpy() for name, leaf in named(condition).items()}
+    return {"output": nhwc(out), "latents": nhwc(latents.grad), **given, **gradients(model)}
 
 
 @functools.partial(compiled, static_argnums=0)
@@ -74,14 +99,14 @@ def run(model, params, latents, timesteps, condition, cotangent):
     """Output, and gradients with respect to latents, condition and weights."""
 
     def forward(params, latents, condition):
-        return model.apply({"params": params}, latents, timesteps, Condition(condition))
+        return model.apply({"params": params}, latents, timesteps, condition)
 
     out, pull = jax.vjp(forward, params, latents, condition)
     weights, latents, condition = pull(cotangent)
-    return {"output": out, "latents": latents, "condition": condition}, weights
+    return {"output": out, "latents": latents, **named(condition)}, weights
 
 
-@pytest.fixture(scope="module", params=["1.5", "2.x"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request):
     """A torch U-Net, ours with its weights, inputs, and what ours makes of them."""
     reference = randomised(diffusers.UNet2DConditionModel(**FAMILIES[request.param]))
@@ -107,7 +132,7 @@ def test_state_dict_round_trip(case):
 def test_bfloat16_is_near_float32(case):
     _, model, params, (latents, timesteps, condition, _), (want, _) = case
     apply = compiled(model.clone(dtype=jnp.bfloat16).apply)
-    got = apply({"params": params}, latents, timesteps, Condition(condition))
+    got = apply({"params": params}, latents, timesteps, condition)
     assert got.dtype == jnp.float32
     assert relative_error(got, want["output"]) < 0.03
 
@@ -121,9 +146,10 @@ def test_rematerialised_gradients_are_the_same(case):
 def test_odd_sizes_upsample_to_the_skip_connection(case):
     reference, model, params, *_ = case
     latents, timesteps, condition = make_inputs(model.config, size=(7, 10))
-    got = compiled(model.apply)({"params": params}, latents, timesteps, Condition(condition))
+    got = compiled(model.apply)({"params": params}, latents, timesteps, condition)
     with torch.no_grad():
-        want = reference(nchw(latents), torch.tensor(timesteps), torch.tensor(condition)).sample
+        theirs = jax.tree.map(torch.tensor, condition)
+        want = model.config.run_public(reference, nchw(latents), torch.tensor(timesteps), theirs)
     assert relative_error(got, nhwc(want)) <= 1e-5
 
 
@@ -137,8 +163,9 @@ def test_timestep_embedding_equals_diffusers(width, flip, shift):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_every_weight_has_logical_axes():
-    config = UNetConfig(**FAMILIES["2.x"])
+@pytest.mark.parametrize("family", ["2.x", "xl"])
+def test_every_weight_has_logical_axes(family):
+    config = UNetConfig(**FAMILIES[family])
     params = weights_of(UNet(config), make_inputs(config))
     leaves = flatten_dict(nn.get_partition_spec(params), sep="/")
     shapes = flatten_dict(nn.unbox(params), sep="/")
@@ -150,16 +177,31 @@ def test_every_weight_has_logical_axes():
 def test_wrong_channels_are_named():
     config = UNetConfig(**TINY, attention_head_dim=2)
     latents, timesteps, condition = make_inputs(config)
+    narrow = condition.replace(sequence=condition.sequence[..., :11])
     with pytest.raises(ValueError, match=r"condition have 11 channels.*12"):
-        jax.eval_shape(UNet(config).init, jax.random.key(0), latents, timesteps, Condition(condition[..., :11]))
+        jax.eval_shape(UNet(config).init, jax.random.key(0), latents, timesteps, narrow)
     with pytest.raises(ValueError, match=r"latents have 3 channels.*4"):
-        jax.eval_shape(UNet(config).init, jax.random.key(0), latents[..., :3], timesteps, Condition(condition))
+        jax.eval_shape(UNet(config).init, jax.random.key(0), latents[..., :3], timesteps, condition)
+    pooled = condition.replace(pooled=latents[:, 0, 0])
+    with pytest.raises(ValueError, match=r"pooled vectors have 4 channels.*0"):
+        jax.eval_shape(UNet(config).init, jax.random.key(0), latents, timesteps, pooled)
 
 
-def test_config_reads_what_diffusers_writes():
-    settings = dict(diffusers.UNet2DConditionModel(**FAMILIES["2.x"]).config)
+def test_a_condition_without_sizes_is_refused():
+    config = UNetConfig(**FAMILIES["xl"])
+    latents, timesteps, condition = make_inputs(config)
+    with pytest.raises(ValueError, match=r"pooled vectors have 0 channels.*7"):
+        jax.eval_shape(UNet(config).init, jax.random.key(0), latents, timesteps, condition.replace(pooled=None))
+    for extra in ({}, {"time_ids": np.zeros((2, 5), np.float32)}):
+        with pytest.raises(ValueError, match="the condition needs 6 time_ids of each picture"):
+            jax.eval_shape(UNet(config).init, jax.random.key(0), latents, timesteps, condition.replace(extra=extra))
+
+
+@pytest.mark.parametrize(("family", "heads", "pooled"), [("2.x", (4, 2), 0), ("xl", (1, 2), 7)])
+def test_config_reads_what_diffusers_writes(family, heads, pooled):
+    settings = dict(diffusers.UNet2DConditionModel(**FAMILIES[family]).config)
     config = UNetConfig.from_public(settings)
-    assert config.heads == (4, 2) and config.use_linear_projection
+    assert config.heads == heads and config.use_linear_projection and config.pooled_width == pooled
     as_json = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
     assert UNetConfig.from_public(as_json) == config
     assert hash(config) is not None
@@ -178,7 +220,9 @@ def test_num_attention_heads_wins():
     ("key", "value"),
     [
         ("class_embed_type", "timestep"),
+        ("addition_embed_type", "text"),
         ("addition_embed_type", "text_time"),
+        ("addition_time_embed_dim", 6),
         ("resnet_time_scale_shift", "scale_shift"),
         ("dual_cross_attention", True),
         ("time_cond_proj_dim", 256),
@@ -194,7 +238,8 @@ def test_num_attention_heads_wins():
     ],
 )
 def test_unsupported_setting_is_named(key, value):
-    named = "block_out_channels" if value in (3, 5) else key
+    named = {3: "block_out_channels", 5: "block_out_channels", "text_time": "projection_class_embeddings_input_dim"}
+    named = named.get(value, key) if isinstance(value, int | str) else key
     with pytest.raises(ValueError, match=named):
         UNetConfig.from_public(TINY | {"attention_head_dim": 2, key: value})
 
@@ -203,6 +248,40 @@ def test_switched_off_settings_are_accepted():
     off = {"class_embed_type": None, "mid_block_only_cross_attention": False, "_class_name": "UNet2DConditionModel"}
     settings = FAMILIES["1.5"]
     assert UNetConfig.from_public(settings | off) == UNetConfig(**settings)
+
+
+@pytest.mark.slow
+def test_stable_diffusion_xl_transformer_at_true_width():
+    """Two of the ten blocks of its coarsest level: outputs, and the gradients of inputs, condition and weights."""
+    width, heads, context = 1280, 20, 2048
+    reference = randomised(
+        diffusers.Transformer2DModel(
+            heads,
+            width // heads,
+            width,
+            num_layers=2,
+            cross_attention_dim=context,
+            use_linear_projection=True,
+            norm_num_groups=32,
+        )
+    )
+    rng = np.random.default_rng(0)
+    x, condition = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 4, 4, width), (1, 8, context)))
+    inputs, given = nchw(x).requires_grad_(), torch.tensor(condition, requires_grad=True)
+    (out,) = reference(inputs, encoder_hidden_states=given, return_dict=False)
+    out.backward(nchw(x))
+    want = {"output": nhwc(out), "inputs": nhwc(inputs.grad), "condition": given.grad.numpy(), **gradients(reference)}
+
+    model = Transformer2DModel(heads, 2, 32, use_linear_projection=True)
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), x, condition)["params"])
+    params = from_torch(shapes, tensors(reference))
+    run = jax.jit(lambda params, *given: jax.vjp(lambda p, *xs: model.apply({"params": p}, *xs), params, *given))
+    got, pull = run(params, x, condition)
+    weights, *given = pull(x)
+    error = assert_same(
+        {"output": got, **dict(zip(("inputs", "condition"), given, strict=True)), **to_torch(weights)}, want
+    )
+    print(f"largest relative error {error:.1e}")
 
 
 @pytest.mark.slow
@@ -216,7 +295,7 @@ def test_stable_diffusion_2_1_at_true_width():
     latents, timesteps, condition = make_inputs(config, size=(16, 16), n=1, q=64)
     cotangent = np.random.default_rng(1).normal(size=latents.shape).astype(np.float32)
 
-    leaf = torch.tensor(condition, requires_grad=True)
+    leaf = torch.tensor(condition.sequence, requires_grad=True)
     out = reference(nchw(latents), torch.tensor(timesteps), leaf).sample
     out.backward(nchw(cotangent))
 
@@ -227,9 +306,9 @@ def test_stable_diffusion_2_1_at_true_width():
 
     @jax.jit
     def output_and_gradient(params, condition):
-        got, pull = jax.vjp(lambda c: model.apply({"params": params}, latents, timesteps, Condition(c)), condition)
+        got, pull = jax.vjp(lambda c: model.apply({"params": params}, latents, timesteps, c), condition)
         return got, pull(jnp.asarray(cotangent))[0]
 
     got, gradient = output_and_gradient(params, condition)
-    error = assert_same({"output": got, "condition": gradient}, want)
+    error = assert_same({"output": got, **named(gradient)}, want)
     print(f"largest relative error {error:.1e}")

@@ -30,6 +30,7 @@ class ProjectorConfig:
       depth: number of linear layers; 1 but for "mlp".
       post_layernorm: a LayerNorm after the last layer.
       layer_norm_eps: its epsilon (the original takes it from the CLIP tower).
+      pooled_bias: whether the layers on the way to a pooled vector have biases, for image decoders that want one.
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
@@ -41,6 +42,7 @@ class ProjectorConfig:
     depth: int = 1
     post_layernorm: bool = False
     layer_norm_eps: float = 1e-5
+    pooled_bias: bool = False
 
     def __post_init__(self):
         if self.layer_norm_eps <= 0:
@@ -73,14 +75,19 @@ class ProjectorConfig:
         """Adds the products of `images` of so many tokens."""
         if pooled:
             beside = tally.beside(tally.live)
-            beside.product("pooled_projector/kernel", dense(images, inputs, pooled))
+            for i, name in enumerate(_names("pooled_projector", self.depth)):
+                beside.product(f"{name}/kernel", dense(images, pooled if i else inputs, pooled))
             tally.total += beside.total
         if self.kind == "conv":
             tally.product("projector/kernel", convolution(images, (math.isqrt(tokens),) * 2, inputs, outputs))
             return
-        for i in range(self.depth):
-            name = "projector" if self.kind == "linear" else f"projector_{2 * i}"
+        for i, name in enumerate(_names("projector", self.depth)):
             tally.product(f"{name}/kernel", dense(images * tokens, outputs if i else inputs, outputs))
+
+
+def _names(name: str, depth: int) -> list[str]:
+    """Of linear layers: numbered as torch counts a Sequential, where every second entry is the activation."""
+    return [name] if depth == 1 else [f"{name}_{2 * i}" for i in range(depth)]
 
 
 class Projector(nn.Module):
@@ -97,7 +104,10 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "N T I"]) -> Float[Array, "N T O"]:
-        x = self._convolve(x) if self.config.kind == "conv" else self._multiply(x)
+        if self.config.kind == "conv":
+            x = self._convolve(x)
+        else:
+            x = self._multiply(x, "projector", self.config.depth, self.features, self.use_bias)
         if self.config.post_layernorm:
             x = nn.LayerNorm(
                 epsilon=self.config.layer_norm_eps,
@@ -109,18 +119,18 @@ class Projector(nn.Module):
             )(x)
         return x
 
-    def _multiply(self, x: Float[Array, "N T I"]) -> Float[Array, "N T O"]:
-        for i in range(self.config.depth):
-            # Numbered as torch counts a Sequential, where every second entry is the activation.
-            name = "projector" if self.config.kind == "linear" else f"projector_{2 * i}"
+    def _multiply(
+        self, x: Float[Array, "... I"], name: str, depth: int, features: int, use_bias: bool
+    ) -> Float[Array, "... O"]:
+        for i, layer in enumerate(_names(name, depth)):
             x = nn.gelu(x, approximate=False) if i else x
             x = Dense(
-                self.features,
-                use_bias=self.use_bias,
+                features,
+                use_bias=use_bias,
                 dtype=self.dtype,
                 kernel_init=weight(_INIT, "tower_in", "tower_out"),
                 bias_init=weight(nn.initializers.zeros, "tower_norm"),
-                name=name,
+                name=layer,
             )(x)
         return x
 
@@ -142,7 +152,8 @@ class Projector(nn.Module):
 class ProjectorConnector(Projector):
     """A projector of the hidden states at the dream queries.
 
-    A pooled vector is another projection, with bias, of their mean: so DreamLLM's fork has it for Stable Diffusion 3.5.
+    A pooled vector is another projection of their mean, as deep (of "conv" one layer): so the original has it for
+    Stable Diffusion XL, and its fork for 3.5.
     """
 
     pooled: int = 0
@@ -152,13 +163,9 @@ class ProjectorConnector(Projector):
         return Condition(super().__call__(hidden), pooled=self._pool(hidden) if self.pooled else None)
 
     def _pool(self, hidden: Float[Array, "N T I"]) -> Float[Array, "N P"]:
-        return Dense(
-            self.pooled,
-            dtype=self.dtype,
-            kernel_init=weight(_INIT, "tower_in", "tower_out"),
-            bias_init=weight(nn.initializers.zeros, "tower_norm"),
-            name="pooled_projector",
-        )(jnp.mean(hidden.astype(jnp.float32), axis=1))
+        mean = jnp.mean(hidden.astype(jnp.float32), axis=1)
+        config = self.config
+        return self._multiply(mean, "pooled_projector", config.depth, self.pooled, config.pooled_bias)
 
 
 ProjectorConfig.PUBLISHED = {"linear": {"kind": "linear"}, "mlp": {"kind": "mlp", "depth": 2}, "conv": {"kind": "conv"}}

@@ -5,6 +5,7 @@ Legend: N images, H x W pixels, h x w x c latents.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -22,10 +23,17 @@ class LatentDecoderRole:
     """Of a configuration with the fields `denoiser`, `autoencoder` and `remat`; see `towers.roles.ImageDecoderRole`."""
 
     encodes_features: ClassVar[str] = ""
+    wants_sizes: ClassVar[bool] = False
+    upcast: ClassVar[bool] = False  # whether the autoencoder computes in float32, whatever the model does
 
     denoiser: Any
     autoencoder: Any
     remat: str
+
+    @classmethod
+    def describes(cls, parts: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether the config.json of parts, by name, that are of its classes are of this decoder."""
+        return True
 
     def require_channels(self) -> None:
         """Raises ValueError if the denoiser is not for the autoencoder's latents."""
@@ -113,7 +121,7 @@ class LatentDecoder(nn.Module):
 
     def setup(self):
         self.denoiser = self.config.denoiser.make(self.dtype, self.config.remat)
-        self.autoencoder = self.config.autoencoder.make(self.dtype)
+        self.autoencoder = self.config.autoencoder.make(jnp.float32 if self.config.upcast else self.dtype)
 
     def stored(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N h w c"]:
         """What can be stored of images: what the autoencoder makes of them, before scaling."""
@@ -142,5 +150,7 @@ class LatentDecoder(nn.Module):
         config, side = self.config, self.config.training_size_multiple
         encoded = self.stored(jnp.zeros((1, side, side, 3), jnp.uint8))
         latents = encoded[..., : config.autoencoder.latent_channels]
+        if config.wants_sizes:
+            condition = condition.with_sizes(jnp.zeros((1, 6)))
         self.denoise(latents, jnp.zeros(1, jnp.int32), condition)
         self.decode(latents)

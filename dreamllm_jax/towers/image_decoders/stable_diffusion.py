@@ -73,6 +73,7 @@ class StableDiffusionConfig(LatentDecoderRole):
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
+    added: ClassVar[str | None] = None  # `addition_embed_type` of its denoisers
 
     default_sampler: ClassVar[Name] = "ddim"
 
@@ -94,6 +95,16 @@ class StableDiffusionConfig(LatentDecoderRole):
 
     def __post_init__(self):
         self.require_channels()
+        if (found := self.denoiser.addition_embed_type) != self.added:
+            other = "stable_diffusion_xl" if found else "stable_diffusion"
+            raise ValueError(
+                f"{self.kind} has a denoiser of addition_embed_type {self.added!r}, got {found!r}: its kind is {other}"
+            )
+
+    @classmethod
+    def describes(cls, parts: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether the config.json of its parts are of this decoder; those of other decoders have the same classes."""
+        return parts["denoiser"].get("addition_embed_type") == cls.added
 
     @property
     def training_size_multiple(self) -> int:

@@ -1,4 +1,5 @@
-"""The denoising U-Net of Stable Diffusion 1.x and 2.x (diffusers' `UNet2DConditionModel`), Rombach et al. 2112.10752.
+"""The denoising U-Net of Stable Diffusion 1.x, 2.x and XL (diffusers' `UNet2DConditionModel`), Rombach et al.
+2112.10752 and Podell et al. 2307.01952.
 
 Parameters are named as in diffusers, so that `dreamllm_jax.interop.names` maps its checkpoints. Legend: N images,
 h,w,c latent height, width and channels, Q condition tokens, C condition width, T time embedding width.
@@ -29,7 +30,7 @@ from dreamllm_jax.layers.blocks import (
 from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
-from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.condition import SIZES, Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 from dreamllm_jax.towers.public import PublicForm
 
@@ -56,10 +57,7 @@ _FIXED = {
     "class_embed_type": None,
     "class_embeddings_concat": False,
     "num_class_embeds": None,
-    "projection_class_embeddings_input_dim": None,
-    "addition_embed_type": None,
     "addition_embed_type_num_heads": 64,
-    "addition_time_embed_dim": None,
     "resnet_time_scale_shift": "default",
     "resnet_skip_time_act": False,
     "resnet_out_scale_factor": 1,
@@ -70,14 +68,18 @@ _FIXED = {
     "time_cond_proj_dim": None,
 }
 
+_SIZES = 6  # of a picture
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The settings of diffusers' `UNet2DConditionModel` that vary among Stable Diffusion 1.x and 2.x models.
+    """The settings of diffusers' `UNet2DConditionModel` that vary among Stable Diffusion 1.x, 2.x and XL models.
 
     `PerBlock` values are one number, or one for each level from the finest to the coarsest. `attention_head_dim` is the
     *number* of heads unless `num_attention_heads` is given: the name is a historical slip of diffusers that every
-    published config keeps. `upcast_attention` has no effect, for the softmax is always float32.
+    published config keeps. `upcast_attention` has no effect, for the softmax is always float32. With
+    `addition_embed_type` "text_time" the condition has a pooled vector and six sizes, each of which is embedded in
+    `addition_time_embed_dim` channels: together `projection_class_embeddings_input_dim`.
     """
 
     sample_size: int | None = 64
@@ -98,12 +100,15 @@ class UNetConfig:
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     upcast_attention: bool = False
+    addition_embed_type: Literal["text_time"] | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     kind: Literal["unet"] = "unet"
     public = PublicForm(
         library="diffusers",
         torch_class="UNet2DConditionModel",
         folder="unet",
-        settings=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim"),
+        settings=("in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "addition_embed_type"),
     )
 
     def __post_init__(self) -> None:
@@ -137,6 +142,21 @@ class UNetConfig:
             f"cross_attention_dim={self.cross_attention_dim!r} must be one positive integer",
         )
         require(self.act_fn == "silu", f"act_fn={self.act_fn!r}: only 'silu' is implemented")
+        added = self.addition_embed_type
+        require(added in (None, "text_time"), f"addition_embed_type={added!r}: only 'text_time' is implemented")
+        widths = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if added is None:
+            require(
+                widths == (None, None),
+                f"addition_time_embed_dim and projection_class_embeddings_input_dim are {widths} without "
+                "addition_embed_type='text_time'",
+            )
+        else:
+            require(
+                None not in widths and 0 < _SIZES * widths[0] < widths[1],
+                f"projection_class_embeddings_input_dim={widths[1]} must be more than {_SIZES} times "
+                f"addition_time_embed_dim={widths[0]}",
+            )
         for channels, heads in zip(self.block_out_channels, self.heads, strict=True):
             require(channels % heads == 0, f"block_out_channels: {channels} cannot be split into {heads} heads")
             groups = self.norm_num_groups
@@ -163,18 +183,21 @@ class UNetConfig:
         Raises:
           ValueError: naming every setting that is not implemented.
         """
-        return read_diffusers_config(cls, settings, _FIXED)
+        off = {"upcast_attention": False} if settings.get("upcast_attention", True) is None else {}  # as XL's has it
+        return read_diffusers_config(cls, {**settings, **off}, _FIXED)
 
     def to_public(self) -> dict[str, Any]:
         """The settings of a `UNet2DConditionModel`'s config.json."""
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
-        if self.num_attention_heads is None:
-            del settings["num_attention_heads"]
-        return settings
+        unused = ["num_attention_heads"] if self.num_attention_heads is None else []
+        if self.addition_embed_type is None:
+            unused += ["addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"]
+        return {name: value for name, value in settings.items() if name not in unused}
 
     def run_public(self, module: Any, latents: Any, timesteps: Any, condition: Condition) -> Any:
         """The prediction as the public class computes it, f[N,c,h,w], i[N] and a condition of torch -> f[N,c',h,w]."""
-        return module(latents, timesteps, condition.sequence).sample
+        added = {"text_embeds": condition.pooled, **condition.extra} if self.addition_embed_type else None
+        return module(latents, timesteps, condition.sequence, added_cond_kwargs=added).sample
 
     def make(self, dtype: Any, remat: str = "none") -> "UNet":
         """The module; see there."""
@@ -187,8 +210,10 @@ class UNetConfig:
 
     @property
     def pooled_width(self) -> int:
-        """Of the condition's pooled vector: it has none."""
-        return 0
+        """Of the condition's pooled vector; 0 for none."""
+        if self.addition_embed_type is None:
+            return 0
+        return self.projection_class_embeddings_input_dim - _SIZES * self.addition_time_embed_dim
 
     @property
     def size_multiple(self) -> int:
@@ -211,8 +236,16 @@ class UNetConfig:
         clock = tally.beside()
         clock.product("time_embedding/linear_1/kernel", dense(images, widths[0], 4 * widths[0]))
         clock.product("time_embedding/linear_2/kernel", dense(images, 4 * widths[0], 4 * widths[0]))
-        time = (4 * widths[0], clock.live)
         tally.total += clock.total
+        live = clock.live
+        if self.addition_embed_type:
+            added = tally.beside(condition_live)
+            inputs = self.projection_class_embeddings_input_dim
+            added.product("add_embedding/linear_1/kernel", dense(images, inputs, 4 * widths[0]))
+            added.product("add_embedding/linear_2/kernel", dense(images, 4 * widths[0], 4 * widths[0]))
+            tally.total += added.total
+            live |= added.live
+        time = (4 * widths[0], live)
 
         def resnet(name: str, inputs: int, outputs: int) -> None:
             count_resnet(tally, name, images, size, inputs, outputs, time)
@@ -450,14 +483,18 @@ class UNet(nn.Module):
         """
         require(given.mask is None, "Stable Diffusion's U-Net attends to all of its condition: it knows no mask")
         config, condition = self.config, given.sequence
+        pooled = 0 if given.pooled is None else given.pooled.shape[-1]
         for name, got, want in (
             ("latents", latents.shape[-1], config.in_channels),
             ("condition", condition.shape[-1], config.cross_attention_dim),
+            ("pooled vectors", pooled, config.pooled_width),
         ):
             require(got == want, f"the {name} have {got} channels where the U-Net's config says {want}")
         finest = config.block_out_channels[0]
         temb = timestep_embedding(timesteps, finest, config.flip_sin_to_cos, config.freq_shift)
         temb = TimestepEmbedding(4 * finest, name="time_embedding")(temb)
+        if config.addition_embed_type:
+            temb += TimestepEmbedding(4 * finest, name="add_embedding")(self.added(given))
         condition = shard_images(condition.astype(self.dtype))
 
         def block(cls: type[_Level], level: int, name: str, kind: str = "CrossAttn") -> _Level:
@@ -475,3 +512,13 @@ class UNet(nn.Module):
             num_groups=config.norm_num_groups, epsilon=config.norm_eps, dtype=self.dtype, name="conv_norm_out"
         )
         return Conv(config.out_channels, dtype=self.dtype, name="conv_out")(nn.silu(norm(x))).astype(jnp.float32)
+
+    def added(self, given: Condition) -> jax.Array:
+        """The pooled vectors and the embedded sizes, f32[N,A] (Podell et al., section 2.2)."""
+        config, sizes = self.config, given.extra.get(SIZES)
+        require(
+            sizes is not None and sizes.shape[1:] == (_SIZES,), f"the condition needs {_SIZES} {SIZES} of each picture"
+        )
+        width = config.addition_time_embed_dim
+        waves = timestep_embedding(sizes.reshape(-1), width, config.flip_sin_to_cos, config.freq_shift)
+        return jnp.concatenate([given.pooled.astype(jnp.float32), waves.reshape(len(sizes), -1)], axis=-1)
