@@ -156,7 +156,7 @@ def _worst(found: Sequence[Difference]) -> Difference:
 
 
 def _same(tower: str, got: np.ndarray, want: np.ndarray) -> Difference:
-    """Of what depends on no type, and may have another shape; a few schedulers give no numbers, which are alike then."""
+    """Of what depends on no type, and may have another shape; two that are no numbers at all are alike."""
     if np.array_equal(got, want, equal_nan=True):
         return Difference(tower, "any", 0.0, 0.0, FLOAT32_LIMIT)
     if got.shape != want.shape:
