@@ -304,9 +304,9 @@ def _run_theirs(run: Callable, config: DreamLLMConfig, loaders: Mapping, sides: 
     stored = {}
     for part, module in modules.items():
         _require_same_settings(part, config, module)
-        tensors = _in_files(module)
-        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-        stored[part] = str(dtype).removeprefix("torch."), sum(tensor.numel() for tensor in tensors)
+        # By the parameters: other tensors are loaded as float32 from files of any type.
+        dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in module.parameters()))
+        stored[part] = str(dtype).removeprefix("torch."), sum(tensor.numel() for tensor in _in_files(module))
     for dtype, values in sides.items():  # float32 comes first: there is no way back from bfloat16
         to = getattr(torch, dtype)
         for module in modules.values():
