@@ -54,6 +54,10 @@ def main(arguments: argparse.Namespace) -> None:
         _sampling(arguments, [0])  # which settings it refuses is told at once
     mesh, devices = _mesh(arguments)
     loaded = load_model(arguments.checkpoint, mesh, devices)
+    if arguments.command != "text":
+        painting = _painting(arguments)
+        require_size(loaded[0], painting["size"])
+        require_sampler(loaded[0], painting["sampler"])
     apart = ("main", "make", "continue", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
     with (

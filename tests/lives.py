@@ -53,6 +53,7 @@ def micro(path: str, **changes) -> dict:
                 "patch_size": 4,
             },
             "image_decoder": {
+                "kind": "stable_diffusion",
                 "denoiser": {
                     "sample_size": 4,
                     "in_channels": 12,

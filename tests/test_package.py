@@ -136,7 +136,7 @@ def files_of(part):
 
 @pytest.mark.parametrize("file", INTEROP_KNOWS_NAMES_AND_SHAPES)
 def test_interop_knows_names_and_shapes(file):
-    assert set(parts_imported(PACKAGE / file)) <= {"interop", "common"}
+    assert set(parts_imported(PACKAGE / file)) <= {"interop", "common", "layers"}
 
 
 def test_training_needs_neither_tensorflow_nor_torch():

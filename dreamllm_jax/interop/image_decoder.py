@@ -67,11 +67,8 @@ def _kind_of(directory: Path) -> type:
     ]
     if not of:
         name = _class_name(directory / there[0])
-        kinds = ", ".join(
-            f"{part.public.torch_class} in {part.public.folder}/"
-            for cls in known
-            for part in cls.public_parts["denoiser"]
-        )
+        named = (part.public for cls in known for part in cls.public_parts["denoiser"])
+        kinds = ", ".join(dict.fromkeys(f"{form.torch_class} in {form.folder}/" for form in named))
         raise ValueError(
             f"{directory} is no image decoder of a known kind: it has {name} in {Path(there[0]).parent}/; known are "
             f"{kinds}"

@@ -26,7 +26,6 @@ from dreamllm_jax.interop.sampling import compare_sampling
 from dreamllm_jax.interop.source import config_of
 from dreamllm_jax.model import DreamLLM, DreamLLMConfig, take
 from dreamllm_jax.towers.condition import Condition
-from dreamllm_jax.towers.registry import ImageDecoderConfig
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +156,7 @@ def _worst(found: Sequence[Difference]) -> Difference:
 
 
 def _same(tower: str, got: np.ndarray, want: np.ndarray) -> Difference:
-    """Of what depends on no type, and may have another shape; where schedulers give no numbers, they are alike."""
+    """Of what depends on no type, and may have another shape; two that are no numbers at all are alike."""
     if np.array_equal(got, want, equal_nan=True):
         return Difference(tower, "any", 0.0, 0.0, FLOAT32_LIMIT)
     if got.shape != want.shape:
@@ -217,16 +216,14 @@ def _inputs(config: DreamLLMConfig) -> Values:
         "timesteps": [1.3, 17.7],
         "conditions": rng.normal(size=(2, config.num_queries, decoder.condition_width)),
         "pooled": rng.normal(size=(2, decoder.pooled_width)),
-        "sizes": [[96.0, 64.0, 16.0, 0.0, 64.0, 64.0], [64.0, 128.0, 0.0, 32.0, 64.0, 64.0]],
     }
     arrays = {name: np.asarray(value) for name, value in values.items()}
     return {name: x.astype(np.float32 if x.dtype.kind == "f" else np.int32) for name, x in arrays.items()}
 
 
-def _condition(decoder: ImageDecoderConfig, values: Mapping) -> Condition:
-    """What its denoiser is given, of arrays or tensors."""
-    condition = Condition(values["conditions"], pooled=values["pooled"] if decoder.pooled_width else None)
-    return condition.with_sizes(values["sizes"]) if decoder.wants_sizes else condition
+def _condition(values: Mapping) -> Condition:
+    """What a denoiser is given, of arrays or tensors."""
+    return Condition(values["conditions"], pooled=values["pooled"] if values["pooled"].shape[-1] else None)
 
 
 # ---- Our side -------------------------------------------------------------------------------------------------------
@@ -277,16 +274,12 @@ def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
         hidden = decode(joined.embed(values["document"], [(seen, values["see_slots"])], [slots]))
         at_queries = take(hidden, slots, joined.config.num_queries)[:, 0]
         outputs["multimodal forward/logits"] = logits(hidden)
-        condition = joined.condition(at_queries)
-        outputs["multimodal forward/condition"] = condition.sequence
-        if condition.pooled is not None:
-            outputs["multimodal forward/pooled"] = condition.pooled
+        outputs["multimodal forward/condition"] = joined.condition(at_queries).sequence
     return outputs
 
 
 def _our_denoiser(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
-    condition = _condition(joined.config.image_decoder, values)
-    prediction = joined.image_decoder.denoise(values["latents"], values["timesteps"], condition)
+    prediction = joined.image_decoder.denoise(values["latents"], values["timesteps"], _condition(values))
     return {"denoiser/prediction": prediction}
 
 
@@ -311,9 +304,9 @@ def _run_theirs(run: Callable, config: DreamLLMConfig, loaders: Mapping, sides: 
     stored = {}
     for part, module in modules.items():
         _require_same_settings(part, config, module)
-        tensors = _in_files(module)
-        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-        stored[part] = str(dtype).removeprefix("torch."), sum(tensor.numel() for tensor in tensors)
+        # By the parameters: other tensors are loaded as float32 from files of any type.
+        dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in module.parameters()))
+        stored[part] = str(dtype).removeprefix("torch."), sum(tensor.numel() for tensor in _in_files(module))
     for dtype, values in sides.items():  # float32 comes first: there is no way back from bfloat16
         to = getattr(torch, dtype)
         for module in modules.values():
@@ -360,15 +353,12 @@ def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMCon
         (x[:, at_queries],) = modules["dream_queries"].values()
         hidden = language_model.model(inputs_embeds=x).last_hidden_state
         outputs["multimodal forward/logits"] = language_model.lm_head(hidden)
-        condition = modules["connector"](hidden[:, at_queries])
-        outputs["multimodal forward/condition"] = condition["sequence"]
-        if "pooled" in condition:
-            outputs["multimodal forward/pooled"] = condition["pooled"]
+        outputs["multimodal forward/condition"] = modules["connector"](hidden[:, at_queries])
     return outputs
 
 
 def _their_denoiser(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
-    given = values["latents"], values["timesteps"], _condition(config.image_decoder, values)
+    given = values["latents"], values["timesteps"], _condition(values)
     return {"denoiser/prediction": config.image_decoder.denoiser.run_public(modules[DENOISER], *given)}
 
 

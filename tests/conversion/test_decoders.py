@@ -244,6 +244,14 @@ def test_verify_passes_and_sees_a_tensor_or_a_setting_that_differs(imported, kin
 
 
 @pytest.mark.slow
+def test_what_goes_out_in_fewer_digits_is_verified(imported, tmp_path):
+    """The table of positions, no parameter in torch, among it."""
+    given = {"checkpoint": imported["stable_diffusion_3"] / "ours", "format": "diffusers", "dtype": "bfloat16"}
+    run("export", **given, to=tmp_path / "out")
+    assert {tensor.dtype for tensor in in_folder(tmp_path / "out" / "transformer").values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchs_float64_result_judges_what_float32_cannot(imported, kind, monkeypatch):
     monkeypatch.setattr(verify, "FLOAT32_LIMIT", 1e-9)
@@ -395,8 +403,8 @@ def models(imported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "sampler"), [("sana", None), ("stable_diffusion_3", "euler")])
-def test_pictures_are_those_of_diffusers(imported, models, kind, sampler):
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_are_those_of_diffusers(imported, models, kind):
     """By the scheduler that came with the model, with guidance away from something, of an oblong size."""
     model, params = models[kind]
     rng, decoder = np.random.default_rng(0), model.config.image_decoder
@@ -409,7 +417,7 @@ def test_pictures_are_those_of_diffusers(imported, models, kind, sampler):
             hidden,
             seeds,
             size=size,
-            sampler=SamplerConfig(sampler, 6),
+            sampler=SamplerConfig(steps=6),
             guidance=2.0,
             negative=negative,
         )
@@ -435,6 +443,10 @@ def test_the_command_line_paints(imported, kind, flags, tmp_path):
     words += ["--guidance_interval", interval, "0.8"] if interval else []
     given = ["image", f"--checkpoint={imported[kind] / 'ours'}", f"--to={tmp_path / 'to'}", "--steps=3", *words]
     arguments = generate.make_parser().parse_args([*given, "a red bird"])
+    other = generate.make_parser().parse_args([*given, "--sampler=ddim", "a red bird"])
+    with pytest.raises(ValueError, match="^a flow is not sampled with ddim"):
+        other.main(other)
+    assert not (tmp_path / "to").exists()
     arguments.main(arguments)
     (picture,) = (tmp_path / "to").rglob("*.png")
     with Image.open(picture) as painted:

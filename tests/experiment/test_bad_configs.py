@@ -57,7 +57,7 @@ BROKEN = [
     # Kinds.
     (
         {"model.image_decoder.kind": "dit"},
-        "image_decoder.kind must be one of 'stable_diffusion', 'sana', 'stable_diffusion_3', got 'dit'",
+        "image_decoder.kind must be one of 'stable_diffusion', 'stable_diffusion_xl', 'sana', ",
     ),
     ({"model.language_model.kind": "lama"}, "config.model.language_model.kind must be one of 'llama', got 'lama'"),
     ({"model.image_decoder.autoencoder": {"patch_size": 4}}, "autoencoder.kind is missing: it is one of 'kl', 'pixel'"),
