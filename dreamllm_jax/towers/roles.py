@@ -206,8 +206,8 @@ class DenoiserRole(Protocol):
 class AutoencoderRole(Protocol):
     """What makes latents of pixels and pixels of latents, beside a denoiser.
 
-    Its module has `encode`, from pixels in [-1, 1] to what can be stored of an image, and `decode`, from unscaled latents
-    to pixels.
+    Its module has `encode`, from pixels in [-1, 1] to what can be stored of an image, and `decode`, from unscaled
+    latents to pixels.
 
     Attributes:
       downscale: pixels along a side of the square that a latent stands for.
