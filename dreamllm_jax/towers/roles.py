@@ -176,6 +176,61 @@ class ImageDecoderRole(Protocol):
     ) -> dict[str, Flops]: ...
 
 
+class DenoiserRole(Protocol):
+    """The network of an image decoder that denoises latents; see `towers.image_decoders.latent`.
+
+    Its module is called with latents [N, h, w, c], timesteps [N] and a `Condition`, and gives what the decoder's noise
+    process asks for, f32[N, h, w, c].
+
+    Attributes:
+      sample_size: latents on a side of the images that it was made for.
+      size_multiple: what the latents' height and width must be multiples of.
+    """
+
+    kind: str
+    in_channels: int
+    sample_size: int
+
+    @property
+    def condition_width(self) -> int: ...
+    @property
+    def pooled_width(self) -> int: ...
+    @property
+    def size_multiple(self) -> int: ...
+    def make(self, dtype: Any, remat: str) -> Any: ...
+    def flops(
+        self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool, remat: str
+    ) -> None: ...
+
+
+class AutoencoderRole(Protocol):
+    """What makes latents of pixels and pixels of latents, beside a denoiser.
+
+    Its module has `encode`, from pixels in [-1, 1] to what can be stored of an image, and `decode`, from unscaled latents
+    to pixels.
+
+    Attributes:
+      downscale: pixels along a side of the square that a latent stands for.
+      encoded_channels: of what `encode` gives; `encode_depends` is how the paths begin of the parameters that it needs.
+      deterministic: `latents` need no noise.
+      latents, unscaled: from what `encode` gives to scaled latents; from these to what `decode` takes.
+    """
+
+    kind: str
+    latent_channels: int
+    deterministic: bool
+    encode_depends: tuple[str, ...]
+
+    @property
+    def downscale(self) -> int: ...
+    @property
+    def encoded_channels(self) -> int: ...
+    def latents(self, encoded: Float[Array, "N h w e"], noise: Any) -> Float[Array, "N h w c"]: ...
+    def unscaled(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]: ...
+    def make(self, dtype: Any) -> Any: ...
+    def encoder_flops(self, tally: Tally, images: int, height: int, width: int) -> None: ...
+
+
 class ImageDecoder(Protocol):
     """Its module."""
 

@@ -37,6 +37,18 @@ def test_a_tower_has_what_its_role_is_asked_for(tower, role, module):
     assert tower.PUBLISHED and all("kind" in settings for settings in tower.PUBLISHED.values())
 
 
+PARTS = {"denoiser": roles.DenoiserRole, "autoencoder": roles.AutoencoderRole}
+
+
+@pytest.mark.parametrize("decoder", registry.IMAGE_DECODERS, ids=lambda cls: cls.__name__)
+def test_parts_of_image_decoders_have_what_is_asked_of_them(decoder):
+    for name, role in PARTS.items():
+        annotated = typing.get_type_hints(decoder)[name]
+        for part in typing.get_args(annotated) or (annotated,):
+            fields = {field.name for field in dataclasses.fields(part)}
+            assert not members(role) - fields - set(dir(part)), (part, members(role) - fields - set(dir(part)))
+
+
 def test_objectives_have_what_is_asked_of_them():
     for objective in (JointConfig,):
         missing = members(interface.ObjectiveRole) - set(dir(objective))
