@@ -26,6 +26,7 @@ from dreamllm_jax.interop.sampling import compare_sampling
 from dreamllm_jax.interop.source import config_of
 from dreamllm_jax.model import DreamLLM, DreamLLMConfig, take
 from dreamllm_jax.towers.condition import Condition
+from dreamllm_jax.towers.registry import ImageDecoderConfig
 
 if TYPE_CHECKING:
     import torch
@@ -216,14 +217,16 @@ def _inputs(config: DreamLLMConfig) -> Values:
         "timesteps": [1.3, 17.7],
         "conditions": rng.normal(size=(2, config.num_queries, decoder.condition_width)),
         "pooled": rng.normal(size=(2, decoder.pooled_width)),
+        "sizes": [[96.0, 64.0, 16.0, 0.0, 64.0, 64.0], [64.0, 128.0, 0.0, 32.0, 64.0, 64.0]],
     }
     arrays = {name: np.asarray(value) for name, value in values.items()}
     return {name: x.astype(np.float32 if x.dtype.kind == "f" else np.int32) for name, x in arrays.items()}
 
 
-def _condition(values: Mapping) -> Condition:
-    """What a denoiser is given, of arrays or tensors."""
-    return Condition(values["conditions"], pooled=values["pooled"] if values["pooled"].shape[-1] else None)
+def _condition(decoder: ImageDecoderConfig, values: Mapping) -> Condition:
+    """What its denoiser is given, of arrays or tensors."""
+    condition = Condition(values["conditions"], pooled=values["pooled"] if decoder.pooled_width else None)
+    return condition.with_sizes(values["sizes"]) if decoder.wants_sizes else condition
 
 
 # ---- Our side -------------------------------------------------------------------------------------------------------
@@ -274,12 +277,16 @@ def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
         hidden = decode(joined.embed(values["document"], [(seen, values["see_slots"])], [slots]))
         at_queries = take(hidden, slots, joined.config.num_queries)[:, 0]
         outputs["multimodal forward/logits"] = logits(hidden)
-        outputs["multimodal forward/condition"] = joined.condition(at_queries).sequence
+        condition = joined.condition(at_queries)
+        outputs["multimodal forward/condition"] = condition.sequence
+        if condition.pooled is not None:
+            outputs["multimodal forward/pooled"] = condition.pooled
     return outputs
 
 
 def _our_denoiser(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
-    prediction = joined.image_decoder.denoise(values["latents"], values["timesteps"], _condition(values))
+    condition = _condition(joined.config.image_decoder, values)
+    prediction = joined.image_decoder.denoise(values["latents"], values["timesteps"], condition)
     return {"denoiser/prediction": prediction}
 
 
@@ -353,12 +360,15 @@ def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMCon
         (x[:, at_queries],) = modules["dream_queries"].values()
         hidden = language_model.model(inputs_embeds=x).last_hidden_state
         outputs["multimodal forward/logits"] = language_model.lm_head(hidden)
-        outputs["multimodal forward/condition"] = modules["connector"](hidden[:, at_queries])
+        condition = modules["connector"](hidden[:, at_queries])
+        outputs["multimodal forward/condition"] = condition["sequence"]
+        if "pooled" in condition:
+            outputs["multimodal forward/pooled"] = condition["pooled"]
     return outputs
 
 
 def _their_denoiser(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
-    given = values["latents"], values["timesteps"], _condition(values)
+    given = values["latents"], values["timesteps"], _condition(config.image_decoder, values)
     return {"denoiser/prediction": config.image_decoder.denoiser.run_public(modules[DENOISER], *given)}
 
 
