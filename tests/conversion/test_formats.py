@@ -227,7 +227,7 @@ def test_projectors_that_convolve(original, tmp_path):
 
 
 def test_the_original_s_head_for_stable_diffusion_xl(tmp_path):
-    """Its file, its class, and the biases that some of its pooled projectors have; the other head's file is not read."""
+    """Its file and class, and the biases that some of its pooled projectors have; the other head's file is not read."""
     run("import", **public_models.save_towers(tmp_path, image_decoder={"version": "xl"}), to=tmp_path / "ours")
     run("export", checkpoint=tmp_path / "ours", format="dreamllm", to=tmp_path / "out", no_check=True)
     file = tmp_path / "out" / "stable_diffusion_xl_head.bin"
