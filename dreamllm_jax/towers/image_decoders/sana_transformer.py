@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dreamllm_jax.layers import full_attention_tpu, gated_depthwise, linear_attention
 from dreamllm_jax.layers.attention import attend
@@ -28,6 +29,7 @@ from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
+from dreamllm_jax.parallel.collectives import on_shards
 from dreamllm_jax.parallel.mesh import platform
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
@@ -321,6 +323,15 @@ def position_table(size: tuple[int, int], base: int, interpolation_scale: float,
     return np.concatenate(both, axis=-1).reshape(-1, width).astype(np.float32)
 
 
+def _channels_together(x: jax.Array) -> jax.Array:
+    """Lays the channels side by side in memory, as the kernels read them, and those of the gradient too. XLA would
+    rather have positions there, of which there are multiples of a register's lanes, and copy at every kernel."""
+    if platform() != "tpu":
+        return x
+    together = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
+    return on_shards(together, [("images", None, None)], x)  # by itself the partitioner would gather it
+
+
 class Spacing(NamedTuple):
     """So many heads of so many channels, each with zeros after them up to a width that a kernel takes."""
 
@@ -439,7 +450,7 @@ class Product(nn.Module):
             return [x @ part for part in self._parts(kernel)]
 
         # What is made of the kernel is made again: a scan would keep it for every layer.
-        outputs = jax.checkpoint(multiply, prevent_cse=False)(kernel, x)
+        outputs = list(map(_channels_together, jax.checkpoint(multiply, prevent_cse=False)(kernel, x)))
         bias = self.param("bias", _ZEROS, shape[1:]) if self.use_bias else None
         if self.use_bias and not self.bias_apart:
             biases = self._parts(bias)
@@ -575,12 +586,12 @@ class SanaTransformerBlock(_Part):
         def gated(gate: jax.Array, y: jax.Array) -> jax.Array:
             return (gate[:, None] * y.astype(jnp.float32)).astype(self.dtype)
 
-        h = modulated_norm(x, shift1, scale1, config.norm_eps)
+        h = _channels_together(modulated_norm(x, shift1, scale1, config.norm_eps))
         x = x + gated(gate1, LinearAttention(*part, name="attn1")(h))
         x = x + CrossAttention(*part, name="attn2")(x, caption.astype(self.dtype), mask)
-        h = modulated_norm(x, shift2, scale2, config.norm_eps)
+        h = _channels_together(modulated_norm(x, shift2, scale2, config.norm_eps))
         h = GLUMBConv(*part, name="ff")(h, self.size)
-        return shard_images(x + gated(gate2, h)), None
+        return _channels_together(shard_images(x + gated(gate2, h))), None
 
 
 def _table(width: int) -> nn.initializers.Initializer:
