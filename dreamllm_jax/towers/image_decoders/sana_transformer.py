@@ -432,7 +432,7 @@ class Product(nn.Module):
     convolution: bool = False
     parts: int = 1
     bias_apart: bool = False
-    before: Callable[..., jax.Array] = lambda x: x  # noqa: E731
+    before: Callable[..., jax.Array] = lambda x: x
     inputs: Spacing | None = None
     outputs: Spacing | None = None
     lora: LoraConfig | None = None
