@@ -266,6 +266,8 @@ def _count(
             layer.product(f"{path}/{LORA_A}", dense(rows, before, rank), live=inputs_live)
             inside = inputs_live or tally.trained(f"{path}/{LORA_A}")
             layer.product(f"{path}/{LORA_B}", dense(rows, rank, after), live=inside)
+            if not again and tally.trained(f"{path}/{LORA_B}"):  # see `Product`
+                layer.recompute(dense(rows, before, rank))
 
     for name in ("to_q", "to_k", "to_v"):
         product(f"attn1/{name}", live)
