@@ -10,13 +10,14 @@ H heads, D their width, S caption tokens, C caption channels, I channels inside 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dreamllm_jax.layers import full_attention_tpu, gated_depthwise, linear_attention
 from dreamllm_jax.layers.attention import attend
@@ -28,6 +29,7 @@ from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
+from dreamllm_jax.parallel.collectives import on_shards
 from dreamllm_jax.parallel.mesh import platform
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
@@ -264,6 +266,8 @@ def _count(
             layer.product(f"{path}/{LORA_A}", dense(rows, before, rank), live=inputs_live)
             inside = inputs_live or tally.trained(f"{path}/{LORA_A}")
             layer.product(f"{path}/{LORA_B}", dense(rows, rank, after), live=inside)
+            if not again and tally.trained(f"{path}/{LORA_B}"):  # see `Product`
+                layer.recompute(dense(rows, before, rank))
 
     for name in ("to_q", "to_k", "to_v"):
         product(f"attn1/{name}", live)
@@ -321,6 +325,15 @@ def position_table(size: tuple[int, int], base: int, interpolation_scale: float,
     return np.concatenate(both, axis=-1).reshape(-1, width).astype(np.float32)
 
 
+def _channels_together(x: jax.Array) -> jax.Array:
+    """Lays the channels side by side in memory, as the kernels read them, and those of the gradient too. XLA would
+    rather have positions there, of which there are multiples of a register's lanes, and copy at every kernel."""
+    if platform() != "tpu":
+        return x
+    together = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
+    return on_shards(together, [("images", None, None)], x)  # by itself the partitioner would gather it
+
+
 class Spacing(NamedTuple):
     """So many heads of so many channels, each with zeros after them up to a width that a kernel takes."""
 
@@ -336,7 +349,8 @@ def _spaced(x: jax.Array, axis: int, heads: Spacing | None) -> jax.Array:
     x = jnp.moveaxis(x, axis, -1)
     split = x.reshape(*x.shape[:-1], heads.count, -1)
     split = jnp.pad(split, [(0, 0)] * (x.ndim) + [(0, heads.width - split.shape[-1])])
-    return jnp.moveaxis(split.reshape(*x.shape[:-1], -1), -1, axis)
+    # Behind a barrier, for a product of heads would be copied where one of plain channels is not.
+    return jax.lax.optimization_barrier(jnp.moveaxis(split.reshape(*x.shape[:-1], -1), -1, axis))
 
 
 def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: int) -> jax.Array:
@@ -411,6 +425,7 @@ class Product(nn.Module):
       convolution: the kernel is stored as that of a 1x1 convolution.
       parts: the outputs come in so many equal parts: made apart, neither they nor their gradients are copied.
       bias_apart: the bias is not added, but given after the parts.
+      before: what is multiplied, made of what is given.
       inputs, outputs: they are heads with zeros after each, of which the kernel knows nothing.
     """
 
@@ -419,37 +434,45 @@ class Product(nn.Module):
     convolution: bool = False
     parts: int = 1
     bias_apart: bool = False
+    before: Callable[..., jax.Array] = lambda x: x
     inputs: Spacing | None = None
     outputs: Spacing | None = None
     lora: LoraConfig | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
+    def __call__(self, *given: jax.Array) -> list[jax.Array]:
         """f[...,i] -> f[...,features / parts] of every part."""
-        width = x.shape[-1] if self.inputs is None else self.inputs.count * self.inputs.channels
+        width = jax.eval_shape(self.before, *given).shape[-1]
+        width = width if self.inputs is None else self.inputs.count * self.inputs.channels
         shape, axes = (width, self.features), ("tower_in", "tower_out")
         if self.convolution:
             kernel = self.param("kernel", weight(_KERNEL, None, None, *axes), (1, 1, *shape))
         else:
             kernel = self.param("kernel", weight(_KERNEL, *axes), shape)
+        adapters = []
+        if self.lora is not None:
+            a = self.param(LORA_A, weight(initial_a, "tower_in", "lora"), (shape[0], self.lora.rank))
+            b = self.param(LORA_B, weight(nn.initializers.zeros, "lora", "tower_out"), (self.lora.rank, shape[1]))
+            adapters = [a, b]
 
-        def multiply(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
+        def multiply(given: tuple[jax.Array, ...], kernel: jax.Array, adapters: list[jax.Array]) -> list[jax.Array]:
+            x = self.before(*given)
             kernel = _spaced(kernel.reshape(shape).astype(self.dtype), 0, self.inputs)
-            return [x @ part for part in self._parts(kernel)]
+            outputs = [x @ part for part in self._parts(kernel)]
+            if adapters:
+                a, b = (x.astype(self.dtype) for x in adapters)
+                a, parts = _spaced(a, 0, self.inputs), self._parts(b)
+                outputs = [y + adapt(x, a, part, self.lora.scale) for y, part in zip(outputs, parts, strict=True)]
+            return outputs
 
-        # What is made of the kernel is made again: a scan would keep it for every layer.
-        outputs = jax.checkpoint(multiply, prevent_cse=False)(kernel, x)
+        # What is made of the kernel, and before it, is made again: a scan would keep it for every layer.
+        outputs = jax.checkpoint(multiply, prevent_cse=False)(given, kernel, adapters)
+        outputs = list(map(_channels_together, outputs))
         bias = self.param("bias", _ZEROS, shape[1:]) if self.use_bias else None
         if self.use_bias and not self.bias_apart:
             biases = self._parts(bias)
             outputs = [y + spread(bias, y.shape, y.dtype) for y, bias in zip(outputs, biases, strict=True)]
-        if self.lora is not None:
-            a = self.param(LORA_A, weight(initial_a, "tower_in", "lora"), (shape[0], self.lora.rank))
-            b = self.param(LORA_B, weight(nn.initializers.zeros, "lora", "tower_out"), (self.lora.rank, shape[1]))
-            a = _spaced(a.astype(self.dtype), 0, self.inputs)
-            parts = self._parts(b.astype(self.dtype))
-            outputs = [y + adapt(x, a, part, self.lora.scale) for y, part in zip(outputs, parts, strict=True)]
         return [*outputs, bias] if self.bias_apart else outputs
 
     def _parts(self, x: jax.Array) -> list[jax.Array]:
@@ -462,11 +485,14 @@ class _Part(nn.Module):
     config: SanaTransformerConfig
     dtype: Any = jnp.float32
 
-    def product(self, x: jax.Array, name: str, features: int, **settings: Any) -> list[jax.Array]:
-        """The parts (`Product`) of what the product of this name makes of `x`."""
+    def product(
+        self, given: jax.Array | tuple[jax.Array, ...], name: str, features: int, **settings: Any
+    ) -> list[jax.Array]:
+        """The parts (`Product`) of what the product of this name makes of what is given."""
+        given = given if isinstance(given, tuple) else (given,)
         lora = self.config.lora
         lora = lora if lora is not None and name in lora.targets else None
-        return Product(features, lora=lora, dtype=self.dtype, name=name, **settings)(x)
+        return Product(features, lora=lora, dtype=self.dtype, name=name, **settings)(*given)
 
     def normalise(self, name: str, x: jax.Array, heads: Spacing | None = None) -> jax.Array:
         """Queries or keys, where the config asks for it."""
@@ -542,6 +568,10 @@ class _Taps(nn.Module):
         return gated_depthwise.stack_taps(bias, kernel, self.param("bias", _ZEROS, bias.shape))
 
 
+def _gated(gate: Callable[..., jax.Array], size: tuple[int, int], *given: jax.Array) -> jax.Array:
+    return gate(*given, size)
+
+
 class GLUMBConv(_Part):
     """The feed-forward: wider, a depthwise convolution, one half gated by the other, and back (Mix-FFN)."""
 
@@ -551,11 +581,16 @@ class GLUMBConv(_Part):
         inner = self.config.inner
         values, gates, bias = self.product(x, "conv_inverted", 2 * inner, convolution=True, parts=2, bias_apart=True)
         taps = _Taps(name="conv_depth")(bias)
-        if platform() == "tpu" and gated_depthwise.supported(values, size):
-            h = gated_depthwise.gated_depthwise(values, gates, taps, size)
-        else:
-            h = gated_depthwise.gated_depthwise_xla(values, gates, taps, size)
-        return self.product(h, "conv_point", self.config.width, use_bias=False, convolution=True)[0]
+        on_tpu = platform() == "tpu" and gated_depthwise.supported(values, size)
+        gate = gated_depthwise.gated_depthwise if on_tpu else gated_depthwise.gated_depthwise_xla
+        return self.product(
+            (values, gates, taps),
+            "conv_point",
+            self.config.width,
+            use_bias=False,
+            convolution=True,
+            before=functools.partial(_gated, gate, size),
+        )[0]
 
 
 class SanaTransformerBlock(_Part):
@@ -575,12 +610,12 @@ class SanaTransformerBlock(_Part):
         def gated(gate: jax.Array, y: jax.Array) -> jax.Array:
             return (gate[:, None] * y.astype(jnp.float32)).astype(self.dtype)
 
-        h = modulated_norm(x, shift1, scale1, config.norm_eps)
+        h = _channels_together(modulated_norm(x, shift1, scale1, config.norm_eps))
         x = x + gated(gate1, LinearAttention(*part, name="attn1")(h))
         x = x + CrossAttention(*part, name="attn2")(x, caption.astype(self.dtype), mask)
-        h = modulated_norm(x, shift2, scale2, config.norm_eps)
+        h = _channels_together(modulated_norm(x, shift2, scale2, config.norm_eps))
         h = GLUMBConv(*part, name="ff")(h, self.size)
-        return shard_images(x + gated(gate2, h)), None
+        return _channels_together(shard_images(x + gated(gate2, h))), None
 
 
 def _table(width: int) -> nn.initializers.Initializer:
