@@ -99,5 +99,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # All images at once: on CPU, convolutions in a loop are several times slower.
     config.objective = {"kind": "joint", "lm_weight": 1.0, "dm_weight": 10.0, "drop_prob": 0.1, "image_chunk": 0}
     config.optimizer = {"learning_rate": 2e-3, "warmup_ratio": 0.05, "b2": 0.95}
+    if given.decoder == "sana":  # whose gates are small at first
+        config.optimizer.learning_rates = (("image_decoder/.*", 2.5),)
     config.checkpoint = {"every": 250, "keep": 2}
     return config

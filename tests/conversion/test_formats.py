@@ -236,14 +236,16 @@ def test_the_original_s_head_for_stable_diffusion_xl(tmp_path):
     assert plugin["global_condition_hidden_size"] == 10 and plugin["projector_type"] == "linear"
     head = torch.load(file)
     own = {name: tuple(x.shape) for name, x in head.items() if not name.startswith(("vae.", "unet."))}
-    assert own == {"projector.projector.weight": (24, 32), "global_projector.projector.weight": (10, 32)}
-    biased = head | {"global_projector.projector.bias": torch.arange(10.0)}
-    torch.save(biased, file)
-    run("import", dreamllm=tmp_path / "out", to=tmp_path / "biased")
-    assert saved.find(str(tmp_path / "biased")).config.connector.pooled_bias
-    assert conversion.export_model(saved.find(str(tmp_path / "biased")), tmp_path / "again", ("dreamllm",))
+    bias = "global_projector.projector.bias"
+    shapes = {"projector.projector.weight": (24, 32), "global_projector.projector.weight": (10, 32), bias: (10,)}
+    assert own == shapes
+    unbiased = {name: tensor for name, tensor in head.items() if name != bias}
+    torch.save(unbiased, file)
+    run("import", dreamllm=tmp_path / "out", to=tmp_path / "unbiased")
+    assert not saved.find(str(tmp_path / "unbiased")).config.connector.pooled_bias
+    assert conversion.export_model(saved.find(str(tmp_path / "unbiased")), tmp_path / "again", ("dreamllm",))
     again = torch.load(tmp_path / "again" / file.name)
-    assert again.keys() == biased.keys() and all(torch.equal(again[name], biased[name]) for name in biased)
+    assert again.keys() == unbiased.keys() and all(torch.equal(again[name], unbiased[name]) for name in unbiased)
     file.rename(file.with_name("stable_diffusion_head.bin"))
     with pytest.raises(FileNotFoundError, match=r"has neither stable_diffusion_xl_head\.bin nor unet_projector\.pt$"):
         run("import", dreamllm=tmp_path / "out", to=tmp_path / "wrong")

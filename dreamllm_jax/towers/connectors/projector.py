@@ -42,7 +42,7 @@ class ProjectorConfig:
     depth: int = 1
     post_layernorm: bool = False
     layer_norm_eps: float = 1e-5
-    pooled_bias: bool = False
+    pooled_bias: bool = True
 
     def __post_init__(self):
         if self.layer_norm_eps <= 0:
