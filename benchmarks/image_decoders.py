@@ -73,7 +73,7 @@ def encoder(config: Any, arguments: argparse.Namespace, shape: Callable) -> tupl
 
 def parameters(model: nn.Module, shape: Callable, *inputs: Any) -> Any:
     """The shapes of a module's parameters, in bfloat16."""
-    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
+    params = nn.unbox(jax.eval_shape(lambda *given: model.init(jax.random.key(0), *given), *inputs)["params"])
     return jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16), params)
 
 
