@@ -1,4 +1,6 @@
-"""Norms of language models."""
+"""Norms that are functions of their weights."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,3 +27,18 @@ def rms_norm(x: Array, scale: Array, eps: float, unit_offset: bool = False) -> A
     if unit_offset:
         return (x32 * (1 + spread(scale, x.shape, jnp.float32))).astype(x.dtype)
     return x32.astype(x.dtype) * spread(scale, x.shape, x.dtype)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Layer normalisation without weights, scaled by 1 + `scale` and shifted, in float32.
+
+    Args:
+      x: f[N,T,E].
+      shift, scale: f32[N,E].
+    """
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(variance + eps) * (1 + scale[:, None]) + shift[:, None]
+    return y.astype(x.dtype)

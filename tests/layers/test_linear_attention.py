@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamllm_jax.layers.linear_attention import linear_attention, linear_attention_xla, supported
+from dreamllm_jax.layers.linear_attention import (
+    linear_attention,
+    linear_attention_wide,
+    linear_attention_xla,
+    supported,
+)
 from tests.parity import relative_error
 
 
@@ -19,7 +24,8 @@ def output_and_gradients(function, q, k, v, dout):
     return out, *pull(dout)
 
 
-def test_sums_serve_all_queries():
+@pytest.mark.parametrize("function", [linear_attention_xla, linear_attention_wide])
+def test_sums_serve_all_queries(function):
     q, k, v, dout = arrays(2, 6, 12)
 
     def plain(q, k, v):
@@ -28,9 +34,7 @@ def test_sums_serve_all_queries():
         weights /= weights.sum(-1, keepdims=True) + 1e-15
         return jnp.einsum("nhts,nshd->nthd", weights, v).reshape(2, 6, 12)
 
-    got, want = (
-        output_and_gradients(f, q, k, v, dout) for f in (lambda q, k, v: linear_attention_xla(q, k, v, 3), plain)
-    )
+    got, want = (output_and_gradients(f, q, k, v, dout) for f in (lambda q, k, v: function(q, k, v, 3), plain))
     assert max(map(relative_error, got, want)) < 1e-5
 
 

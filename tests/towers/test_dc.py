@@ -144,20 +144,20 @@ def test_run_public_is_what_ours_computes_of_fewer_pixels_than_channels_too(sana
 
 def test_latents_are_scaled_and_unscaled():
     config = DCAutoencoderConfig()
-    assert config.deterministic and config.stored_channels == config.latent_channels == 32 and config.downscale == 32
+    assert config.deterministic and config.encoded_channels == config.latent_channels == 32 and config.downscale == 32
     stored = np.random.default_rng(0).normal(size=(1, 2, 2, 32)).astype(np.float32)
     np.testing.assert_allclose(config.latents(stored, None), stored * 0.41407, rtol=1e-6)
     np.testing.assert_allclose(config.unscaled(config.latents(stored)), stored, rtol=1e-6)
 
 
-def test_what_is_stored_depends_on_the_encoder(sana):
+def test_encoding_depends_on_the_encoder(sana):
     _, model, params = sana
     images = np.ones((1, 8, 8, 3), np.float32)
     encode = jax.make_jaxpr(functools.partial(model.apply, method="encode"))({"params": params}, images).jaxpr
     used = {variable for equation in encode.eqns for variable in equation.invars if not hasattr(variable, "val")}
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)]
     read = {path for path, variable in zip(paths, encode.invars, strict=False) if variable in used}
-    assert read == {path for path in paths if path.startswith(model.config.stored_depends)}
+    assert read == {path for path in paths if path.startswith(model.config.encode_depends)}
 
 
 def test_bfloat16_is_near_float32(sana):

@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.interop.names import from_torch, to_torch
-from dreamllm_jax.layers import gated_depthwise, linear_attention
+from dreamllm_jax.layers import gated_depthwise, linear_attention, spaced_heads
 from dreamllm_jax.layers.flops import Tally
 from dreamllm_jax.layers.lora import LORA_A, LORA_B, is_adapter, merge
 from dreamllm_jax.planning.program import read_program
@@ -155,9 +155,10 @@ def test_a_caption_of_which_nothing_counts_is_seen_whole(case):
 
 def monkeypatch_kernels(monkeypatch, config):
     heads = config.num_cross_attention_heads
-    spacing = sana_transformer.Spacing(heads, config.cross_attention_head_dim, 64)
-    monkeypatch.setattr(sana_transformer, "platform", lambda: "tpu")
-    monkeypatch.setattr(sana_transformer, "_spacing", lambda *_: spacing)
+    spacing = spaced_heads.Spacing(heads, config.cross_attention_head_dim, 64)
+    for module in (sana_transformer, spaced_heads):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    monkeypatch.setattr(sana_transformer, "find_spacing", lambda *_: spacing)
     for module in (gated_depthwise, linear_attention):
         monkeypatch.setattr(module, "supported", lambda *_: True)
     for module, name in (

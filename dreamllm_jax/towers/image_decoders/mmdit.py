@@ -17,12 +17,12 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dreamllm_jax.layers.blocks import Conv, Dense, attend_packed, moments, shard_images
 from dreamllm_jax.layers.flops import Tally, dense
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.norms import rms_norm
+from dreamllm_jax.layers.positions import line_table
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.layers.weights import LAYERS, weight
@@ -401,10 +401,7 @@ class PatchEmbed(_Part):
 
     def _sinusoids(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         config, side = self.config, self.config.pos_embed_max_size
-        base = config.sample_size // config.patch_size
-        frequencies = 10_000.0 ** (-np.arange(config.width // 4) / (config.width // 4))
-        angles = np.outer(np.arange(side, dtype=np.float32) / np.float32(side / base), frequencies)
-        line = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=-1), dtype)
+        line = jnp.asarray(line_table(side, config.sample_size // config.patch_size, config.width // 2), dtype)
         columns, rows = (jnp.broadcast_to(y, (side, side, line.shape[-1])) for y in (line[None], line[:, None]))
         return jnp.concatenate([columns, rows], axis=-1).reshape(shape)
 

@@ -9,30 +9,36 @@ H heads, D their width, S caption tokens, C caption channels, I channels inside 
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from dreamllm_jax.layers import full_attention_tpu, gated_depthwise, linear_attention
-from dreamllm_jax.layers.attention import attend
+from dreamllm_jax.layers import gated_depthwise, linear_attention
 from dreamllm_jax.layers.blocks import EXACT_DENSE, Conv, Dense, shard_images
-from dreamllm_jax.layers.flops import Flops, Tally, convolution, dense
-from dreamllm_jax.layers.linear import spread
-from dreamllm_jax.layers.lora import LORA_A, LORA_B, LoraConfig, adapt, initial_a
-from dreamllm_jax.layers.norms import rms_norm
+from dreamllm_jax.layers.flops import Tally
+from dreamllm_jax.layers.lora import LoraConfig
+from dreamllm_jax.layers.norms import modulated_norm
+from dreamllm_jax.layers.positions import position_table
 from dreamllm_jax.layers.remat import rematerialised
+from dreamllm_jax.layers.spaced_heads import (
+    Product,
+    RMSNorm,
+    Spacing,
+    channels_together,
+    cross_attention,
+    find_spacing,
+    spaced_attention,
+)
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
-from dreamllm_jax.parallel.collectives import on_shards
 from dreamllm_jax.parallel.mesh import platform
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
+from dreamllm_jax.towers.image_decoders import sana_flops
 from dreamllm_jax.towers.public import PublicForm
 
 # Settings of a config.json with the only value that is implemented.
@@ -42,7 +48,6 @@ _FIXED = {
     "guidance_embeds": False,
     "guidance_embeds_scale": 0.1,
 }
-_CLOCK_WIDTH = 256  # of the sinusoids that tell the time
 _OURS = ("kind", "lora")
 
 
@@ -89,6 +94,7 @@ class SanaTransformerConfig:
     timestep_scale: float = 1.0
     lora: SanaLora | None = None
     kind: Literal["sana_transformer"] = "sana_transformer"
+    clock_width: ClassVar[int] = 256  # of the sinusoids that tell the time
     public = PublicForm(
         library="diffusers",
         torch_class="SanaTransformer2DModel",
@@ -128,6 +134,11 @@ class SanaTransformerConfig:
     def width(self) -> int:
         """Of the transformer (E)."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def cross_heads(self) -> tuple[int, int]:
+        """Heads of the attention to the caption, and their width."""
+        return self.num_cross_attention_heads, self.cross_attention_head_dim
 
     @property
     def inner(self) -> int:
@@ -170,25 +181,15 @@ class SanaTransformerConfig:
     def run_public(self, module: Any, latents: Any, timesteps: Any, condition: Condition) -> Any:
         """The prediction as the public class computes it, f[N,c,h,w], f[N] of torch -> f[N,c',h,w]; the condition holds
         torch's tensors too."""
-        return module(
-            latents,
-            condition.sequence,
-            timesteps * self.timestep_scale,
-            encoder_attention_mask=condition.mask,
-        ).sample
+        timesteps = timesteps * self.timestep_scale
+        return module(latents, condition.sequence, timesteps, encoder_attention_mask=condition.mask).sample
 
     def make(self, dtype: Any, remat: str = "none") -> "SanaTransformer":
         """The module; see there."""
         return SanaTransformer(self, dtype=dtype, remat=remat)
 
     def flops(
-        self,
-        tally: Tally,
-        images: int,
-        size: tuple[int, int],
-        queries: int,
-        condition_live: bool,
-        remat: str = "none",
+        self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool, remat: str = "none"
     ) -> None:
         """Adds one prediction for latents of this height and width, under conditions of so many tokens.
 
@@ -196,287 +197,7 @@ class SanaTransformerConfig:
           condition_live: whether gradients go back to the conditions.
           remat: as of `make`.
         """
-        _count(self, tally, images, size, queries, condition_live, remat)
-
-
-def _count(
-    config: SanaTransformerConfig,
-    tally: Tally,
-    images: int,
-    size: tuple[int, int],
-    queries: int,
-    condition_live: bool,
-    remat: str,
-) -> None:
-    """See `SanaTransformerConfig.flops`."""
-    width, inner, patch = config.width, config.inner, config.patch_size
-    height, columns = size[0] // patch, size[1] // patch
-    positions, layers = height * columns, "transformer_blocks"
-    tokens, captions = images * positions, images * queries
-
-    clock = tally.beside()
-    embedder = "time_embed/emb/timestep_embedder"
-    clock.product(f"{embedder}/linear_1/kernel", dense(images, _CLOCK_WIDTH, width))
-    clock.product(f"{embedder}/linear_2/kernel", dense(images, width, width))
-    embedded = clock.live
-    clock.product("time_embed/linear/kernel", dense(images, width, 6 * width))
-    tally.total += clock.total
-
-    caption = tally.beside(condition_live)
-    caption.product("caption_projection/linear_1/kernel", dense(captions, config.caption_channels, width))
-    caption.product("caption_projection/linear_2/kernel", dense(captions, width, width))
-    caption.live |= tally.trained("caption_norm/scale")
-    tally.total += caption.total
-
-    patches = dense(tokens, patch**2 * config.in_channels, width)
-    tally.product("patch_embed/proj/kernel", patches)
-
-    # The layers are one scan: what is live in one is live in all.
-    cross_width = config.num_cross_attention_heads * config.cross_attention_head_dim
-    shapes = {  # vectors, width in and out
-        **{f"attn1/{name}": (tokens, width, width) for name in ("to_q", "to_k", "to_v", "to_out_0")},
-        "attn2/to_q": (tokens, width, cross_width),
-        "attn2/to_k": (captions, width, cross_width),
-        "attn2/to_v": (captions, width, cross_width),
-        "attn2/to_out_0": (tokens, cross_width, width),
-        "ff/conv_inverted": (tokens, width, 2 * inner),
-        "ff/conv_point": (tokens, inner, width),
-    }
-    names = [f"{name}/kernel" for name in shapes] + ["scale_shift_table", "ff/conv_depth/kernel"]
-    if config.qk_norm:
-        names += [f"{attention}/norm_{x}/scale" for attention in ("attn1", "attn2") for x in "qk"]
-    adapted = [] if config.lora is None else [name for name in shapes if name.split("/")[1] in config.lora.targets]
-    names += [f"{name}/{leaf}" for name in adapted for leaf in (LORA_A, LORA_B)]
-    live = tally.live or clock.live or caption.live or any(tally.trained(f"{layers}/{name}") for name in names)
-
-    layer, kernels, on_tpu = tally.beside(live), Flops(), tally.platform == "tpu" and tally.dtype == "bfloat16"
-    again = live * (remat != "none")
-    spacing = _spacing(config, (images, positions), queries, jnp.bfloat16) if on_tpu else None
-
-    def product(name: str, inputs_live: bool) -> None:
-        flops, path = dense(*shapes[name]), f"{layers}/{name}"
-        layer.product(f"{path}/kernel", flops, live=inputs_live)
-        if spacing and name.startswith("attn2"):
-            zeros = flops * (spacing.width / spacing.channels - 1)
-            layer.forward += zeros
-            layer.total += Flops(products=zeros * (1 + inputs_live + tally.trained(f"{path}/kernel")))
-        if name in adapted:
-            rows, before, after = shapes[name]
-            rank = config.lora.rank
-            layer.product(f"{path}/{LORA_A}", dense(rows, before, rank), live=inputs_live)
-            inside = inputs_live or tally.trained(f"{path}/{LORA_A}")
-            layer.product(f"{path}/{LORA_B}", dense(rows, rank, after), live=inside)
-            if not again and tally.trained(f"{path}/{LORA_B}"):  # see `Product`
-                layer.recompute(dense(rows, before, rank))
-
-    for name in ("to_q", "to_k", "to_v"):
-        product(f"attn1/{name}", live)
-    linear = 2 * dense(tokens, config.attention_head_dim, width) + dense(tokens, 1, width)
-    like = jax.ShapeDtypeStruct((images, positions, width), jnp.bfloat16)
-    if on_tpu and linear_attention.supported(like, config.num_attention_heads):
-        forward, backward = linear_attention.kernel_flops(images, positions, width)
-        kernels += Flops(linear * (1 + 2 * live), kernels=forward * (1 + again) + backward * live)
-    else:
-        layer.forward += linear
-        layer.total += Flops(linear * (1 + 2 * live), products=linear * (1 + 2 * live))
-    product("attn1/to_out_0", live)
-
-    product("attn2/to_q", live)
-    for name in ("to_k", "to_v"):
-        product(f"attn2/{name}", caption.live)
-    layer.live = live
-    if spacing:
-        one = dense(tokens, queries, 1)
-        executed = one * spacing.count * spacing.width * (2 * (1 + again) + 5 * live)
-        kernels += Flops(one * cross_width * (2 + 4 * live), kernels=executed)
-    else:
-        layer.attention(images, positions, queries, cross_width, live)
-    product("attn2/to_out_0", live)
-
-    product("ff/conv_inverted", live)
-    depth = convolution(images, (height, columns), 1, 2 * inner)
-    layer.total += Flops(model=depth * (1 + live + tally.trained(f"{layers}/ff/conv_depth/kernel")))
-    inside = layer.forward
-    product("ff/conv_point", live)
-    if again:  # what the last product gives is needed for the gradient of its gate alone
-        gated = clock.live or tally.trained(f"{layers}/scale_shift_table")
-        layer.recompute(layer.forward if gated else inside)
-    tally.total += (layer.total + kernels) * config.num_layers
-    tally.forward += layer.forward * config.num_layers
-    tally.live = live or embedded or tally.trained("scale_shift_table")
-    tally.product("proj_out/kernel", dense(tokens, width, patch**2 * config.outputs))
-
-
-def position_table(size: tuple[int, int], base: int, interpolation_scale: float, width: int) -> np.ndarray:
-    """Sinusoids of columns and, after them, of rows, f32[T, width] (diffusers' `get_2d_sincos_pos_embed`).
-
-    Args:
-      size: rows and columns of patches.
-      base: how many there are on a side in images of the size that the model was made for.
-    """
-
-    def waves(length: int) -> np.ndarray:
-        places = np.arange(length, dtype=np.float32) / np.float32(length / base) / np.float32(interpolation_scale)
-        angles = np.outer(places, 10_000.0 ** (-np.arange(width // 4) / (width / 4)))
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
-
-    rows, columns = map(waves, size)
-    both = np.broadcast_arrays(columns[None], rows[:, None])
-    return np.concatenate(both, axis=-1).reshape(-1, width).astype(np.float32)
-
-
-def _channels_together(x: jax.Array) -> jax.Array:
-    """Lays the channels side by side in memory, as the kernels read them, and those of the gradient too. XLA would
-    rather have positions there, of which there are multiples of a register's lanes, and copy at every kernel."""
-    if platform() != "tpu":
-        return x
-    together = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
-    return on_shards(together, [("images", None, None)], x)  # by itself the partitioner would gather it
-
-
-class Spacing(NamedTuple):
-    """So many heads of so many channels, each with zeros after them up to a width that a kernel takes."""
-
-    count: int
-    channels: int
-    width: int
-
-
-def _spaced(x: jax.Array, axis: int, heads: Spacing | None) -> jax.Array:
-    """Zeros after the channels of every head, along an axis of a weight."""
-    if heads is None:
-        return x
-    x = jnp.moveaxis(x, axis, -1)
-    split = x.reshape(*x.shape[:-1], heads.count, -1)
-    split = jnp.pad(split, [(0, 0)] * (x.ndim) + [(0, heads.width - split.shape[-1])])
-    # Behind a barrier, for a product of heads would be copied where one of plain channels is not.
-    return jax.lax.optimization_barrier(jnp.moveaxis(split.reshape(*x.shape[:-1], -1), -1, axis))
-
-
-def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: int) -> jax.Array:
-    """Softmax attention to a caption. One of which no token counts is seen whole, as adding -10000 to all has it.
-
-    Args:
-      q: f[N,T,H*D].
-      k, v: f[N,S,H*D].
-      mask: bool[N,S], None for all.
-
-    Returns:
-      f[N,T,H*D] in the type of `q`.
-    """
-    segments = {}
-    if mask is not None:
-        seen = mask | ~mask.any(axis=-1, keepdims=True)
-        segments = {"q_segments": jnp.ones(q.shape[:2], jnp.int32), "k_segments": seen.astype(jnp.int32)}
-    split = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-    return attend(*split, causal=False, **segments).reshape(q.shape)
-
-
-def spaced_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: Spacing, interpret: bool = False
-) -> jax.Array:
-    """The same by `full_attention`, of heads with zeros after each. A mask is a further channel of queries and keys,
-    which takes 10000 from the scores, as diffusers does."""
-    scale = heads.channels**-0.5
-    if mask is not None:
-        lane = jnp.zeros((heads.count, heads.width), q.dtype).at[:, heads.channels].set(1).reshape(-1)
-        away = jnp.where(mask, 0, -1e4 / scale).astype(k.dtype)
-        q, k = q + lane, k + away[..., None] * lane
-    return full_attention_tpu.full_attention(q, k, v, heads.count, interpret, scale)
-
-
-def _spacing(
-    config: SanaTransformerConfig, queries: tuple[int, int], keys: int, dtype: Any, masked: bool = False
-) -> Spacing | None:
-    """How the heads of the attention of [N, T] queries to so many keys are spaced for its kernel; None if it does not
-    take them, or no channel is left for a mask."""
-    dim, count = config.cross_attention_head_dim, config.num_cross_attention_heads
-    width = next((width for width in (64, 128) if width >= dim + masked), None)
-    if dtype != jnp.bfloat16 or width is None:
-        return None
-    q, k = (jax.ShapeDtypeStruct((queries[0], n, count * width), dtype) for n in (queries[1], keys))
-    return Spacing(count, dim, width) if full_attention_tpu.supported(q, k, count) else None
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
-def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Layer normalisation without weights, scaled by 1 + `scale` and shifted, in float32.
-
-    Args:
-      x: f[N,T,E].
-      shift, scale: f32[N,E].
-    """
-    wide = x.astype(jnp.float32)
-    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(variance + eps) * (1 + scale[:, None]) + shift[:, None]
-    return y.astype(x.dtype)
-
-
-_KERNEL = nn.initializers.lecun_normal()
-_ONES = weight(nn.initializers.ones, "tower_norm")
-_ZEROS = weight(nn.initializers.zeros, "tower_norm")
-
-
-class Product(nn.Module):
-    """A linear layer, perhaps adapted.
-
-    Attributes:
-      convolution: the kernel is stored as that of a 1x1 convolution.
-      parts: the outputs come in so many equal parts: made apart, neither they nor their gradients are copied.
-      bias_apart: the bias is not added, but given after the parts.
-      before: what is multiplied, made of what is given.
-      inputs, outputs: they are heads with zeros after each, of which the kernel knows nothing.
-    """
-
-    features: int
-    use_bias: bool = True
-    convolution: bool = False
-    parts: int = 1
-    bias_apart: bool = False
-    before: Callable[..., jax.Array] = lambda x: x
-    inputs: Spacing | None = None
-    outputs: Spacing | None = None
-    lora: LoraConfig | None = None
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, *given: jax.Array) -> list[jax.Array]:
-        """f[...,i] -> f[...,features / parts] of every part."""
-        width = jax.eval_shape(self.before, *given).shape[-1]
-        width = width if self.inputs is None else self.inputs.count * self.inputs.channels
-        shape, axes = (width, self.features), ("tower_in", "tower_out")
-        if self.convolution:
-            kernel = self.param("kernel", weight(_KERNEL, None, None, *axes), (1, 1, *shape))
-        else:
-            kernel = self.param("kernel", weight(_KERNEL, *axes), shape)
-        adapters = []
-        if self.lora is not None:
-            a = self.param(LORA_A, weight(initial_a, "tower_in", "lora"), (shape[0], self.lora.rank))
-            b = self.param(LORA_B, weight(nn.initializers.zeros, "lora", "tower_out"), (self.lora.rank, shape[1]))
-            adapters = [a, b]
-
-        def multiply(given: tuple[jax.Array, ...], kernel: jax.Array, adapters: list[jax.Array]) -> list[jax.Array]:
-            x = self.before(*given)
-            kernel = _spaced(kernel.reshape(shape).astype(self.dtype), 0, self.inputs)
-            outputs = [x @ part for part in self._parts(kernel)]
-            if adapters:
-                a, b = (x.astype(self.dtype) for x in adapters)
-                a, parts = _spaced(a, 0, self.inputs), self._parts(b)
-                outputs = [y + adapt(x, a, part, self.lora.scale) for y, part in zip(outputs, parts, strict=True)]
-            return outputs
-
-        # What is made of the kernel, and before it, is made again: a scan would keep it for every layer.
-        outputs = jax.checkpoint(multiply, prevent_cse=False)(given, kernel, adapters)
-        outputs = list(map(_channels_together, outputs))
-        bias = self.param("bias", _ZEROS, shape[1:]) if self.use_bias else None
-        if self.use_bias and not self.bias_apart:
-            biases = self._parts(bias)
-            outputs = [y + spread(bias, y.shape, y.dtype) for y, bias in zip(outputs, biases, strict=True)]
-        return [*outputs, bias] if self.bias_apart else outputs
-
-    def _parts(self, x: jax.Array) -> list[jax.Array]:
-        return jnp.split(_spaced(x, x.ndim - 1, self.outputs), self.parts, axis=-1)
+        sana_flops.count(self, tally, images, size, queries, condition_live, remat)
 
 
 class _Part(nn.Module):
@@ -497,24 +218,6 @@ class _Part(nn.Module):
     def normalise(self, name: str, x: jax.Array, heads: Spacing | None = None) -> jax.Array:
         """Queries or keys, where the config asks for it."""
         return x if self.config.qk_norm is None else RMSNorm(heads, name=name)(x)
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation of the last axis, with a scale; `heads` as of a product's outputs."""
-
-    heads: Spacing | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width, eps = x.shape[-1], 1e-5
-        share = 1.0 if self.heads is None else self.heads.channels / self.heads.width  # of channels that are there
-        scale = self.param("scale", _ONES, (round(width * share),))
-
-        def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-            # The mean of squares over all channels is `share` times that over those that are there.
-            return rms_norm(x, _spaced(scale * share**0.5, 0, self.heads), eps * share)
-
-        return jax.checkpoint(norm, prevent_cse=False)(x, scale)
 
 
 class LinearAttention(_Part):
@@ -542,10 +245,10 @@ class CrossAttention(_Part):
     def __call__(self, x: jax.Array, caption: jax.Array, mask: jax.Array | None) -> jax.Array:
         """f[N,T,E], f[N,S,E], bool[N,S] -> f[N,T,E]."""
         config, width = self.config, x.shape[-1]
-        inner = config.num_cross_attention_heads * config.cross_attention_head_dim
+        inner = math.prod(config.cross_heads)
         spacing = None
         if platform() == "tpu":
-            spacing = _spacing(config, x.shape[:2], caption.shape[1], self.dtype, mask is not None)
+            spacing = find_spacing(config.cross_heads, x.shape[:2], caption.shape[1], self.dtype, mask is not None)
         q, k, v = (
             self.product(y, f"to_{name}", inner, outputs=spacing)[0]
             for name, y in zip("qkv", (x, caption, caption), strict=True)
@@ -565,13 +268,10 @@ class _Taps(nn.Module):
     def __call__(self, bias: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         kernel = self.param("kernel", weight(init, None, None, None, "tower_out"), (3, 3, 1, bias.size))
-        return gated_depthwise.stack_taps(bias, kernel, self.param("bias", _ZEROS, bias.shape))
+        return gated_depthwise.stack_taps(bias, kernel, self.param("bias", Conv.bias_init, bias.shape))
 
 
-def _gated(gate: Callable[..., jax.Array], size: tuple[int, int], *given: jax.Array) -> jax.Array:
-    return gate(*given, size)
-
-
+# Other than the autoencoder's layer of this name (`autoencoders/dc_blocks.py`): see there.
 class GLUMBConv(_Part):
     """The feed-forward: wider, a depthwise convolution, one half gated by the other, and back (Mix-FFN)."""
 
@@ -589,7 +289,7 @@ class GLUMBConv(_Part):
             self.config.width,
             use_bias=False,
             convolution=True,
-            before=functools.partial(_gated, gate, size),
+            before=lambda *given: gate(*given, size),
         )[0]
 
 
@@ -610,12 +310,12 @@ class SanaTransformerBlock(_Part):
         def gated(gate: jax.Array, y: jax.Array) -> jax.Array:
             return (gate[:, None] * y.astype(jnp.float32)).astype(self.dtype)
 
-        h = _channels_together(modulated_norm(x, shift1, scale1, config.norm_eps))
+        h = channels_together(modulated_norm(x, shift1, scale1, config.norm_eps))
         x = x + gated(gate1, LinearAttention(*part, name="attn1")(h))
         x = x + CrossAttention(*part, name="attn2")(x, caption.astype(self.dtype), mask)
-        h = _channels_together(modulated_norm(x, shift2, scale2, config.norm_eps))
+        h = channels_together(modulated_norm(x, shift2, scale2, config.norm_eps))
         h = GLUMBConv(*part, name="ff")(h, self.size)
-        return _channels_together(shard_images(x + gated(gate2, h))), None
+        return channels_together(shard_images(x + gated(gate2, h))), None
 
 
 def _table(width: int) -> nn.initializers.Initializer:
@@ -629,7 +329,7 @@ class _Clock(nn.Module):
 
     @nn.compact
     def __call__(self, timesteps: jax.Array) -> jax.Array:
-        waves = timestep_embedding(timesteps, _CLOCK_WIDTH)
+        waves = timestep_embedding(timesteps, SanaTransformerConfig.clock_width)
         return TimestepEmbedding(self.width, name="timestep_embedder")(waves)
 
 
@@ -658,7 +358,7 @@ class PatchEmbed(_Part):
         if config.interpolation_scale is None:
             return x
         base = config.sample_size // config.patch_size
-        return (x + position_table(size, base, config.interpolation_scale, config.width)).astype(self.dtype)
+        return (x + position_table(size, base, config.width, config.interpolation_scale)).astype(self.dtype)
 
 
 class CaptionProjection(nn.Module):
