@@ -193,17 +193,19 @@ class MMDiTConfig:
                 ("add_k_proj", "add_v_proj") if last else ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
             ):
                 square(f"attn/{name}", queries)
+            before = layer.forward
             for count in (tokens,) if last else (tokens, queries):
                 layer.attention(images, count, (tokens, queries), width, layer.live, heads=heads)
             if dual:
-                for name in ("to_q", "to_k", "to_v", "to_out_0"):
-                    square(f"attn2/{name}", tokens)
                 layer.attention(images, tokens, tokens, width, layer.live, heads=heads)
+            scores = layer.forward - before
+            for name in ("to_q", "to_k", "to_v", "to_out_0") if dual else ():
+                square(f"attn2/{name}", tokens)
             for name, count in (("ff", tokens),) if last else (("ff", tokens), ("ff_context", queries)):
                 square(f"{name}/net_0/proj", count, 4)
                 square(f"{name}/net_2", count, 4)
             if remat != "none":
-                layer.recompute(layer.forward)
+                layer.recompute(layer.forward - (scores if remat == "attention" else 0))
             tally.total += layer.total * (end - first)
         tally.product("norm_out/linear/kernel", dense(images, width, 2 * width))
         tally.product("proj_out/kernel", dense(images * tokens, width, pixels * self.made_channels))
@@ -423,7 +425,7 @@ class MMDiT(_Part):
     Attributes:
       config: the network's shape.
       dtype: type of the computation; norms' statistics, modulation and softmax are float32 in any case.
-      remat: what a layer keeps for the backward pass: "none" (everything) or "full" (its input).
+      remat: what a layer keeps for the backward pass: "none" (everything) or "attention" (that of its kernels) or "full" (its input).
     """
 
     remat: str = "none"

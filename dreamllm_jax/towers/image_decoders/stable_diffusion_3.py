@@ -33,7 +33,8 @@ class StableDiffusion3Config(FlowDecoderRole):
     Attributes:
       denoiser, autoencoder: their shapes.
       flow: the noise process, which of its times are learned and how they are weighted.
-      remat: what the denoiser's layers keep for their backward pass: "none" (everything) or "full" (their input).
+      remat: what the denoiser's layers keep for their backward pass: "none" (everything), "attention" (what its
+        kernels on TPU give) or "full" (their input).
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
@@ -43,7 +44,7 @@ class StableDiffusion3Config(FlowDecoderRole):
     denoiser: MMDiTConfig
     autoencoder: AutoencoderConfig | PixelAutoencoderConfig = AutoencoderConfig(**_AUTOENCODER)
     flow: FlowConfig = FlowConfig(shift=3.0)
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "attention", "full"] = "none"
     kind: Literal["stable_diffusion_3"] = "stable_diffusion_3"
 
     public_parts: ClassVar[Mapping[str, tuple[type, ...]]] = {
