@@ -425,7 +425,8 @@ class MMDiT(_Part):
     Attributes:
       config: the network's shape.
       dtype: type of the computation; norms' statistics, modulation and softmax are float32 in any case.
-      remat: what a layer keeps for the backward pass: "none" (everything) or "attention" (that of its kernels) or "full" (its input).
+      remat: what a layer keeps for the backward pass: "none" (everything), "attention" (what its kernels give) or
+        "full" (its input).
     """
 
     remat: str = "none"
