@@ -28,7 +28,7 @@ from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.evaluation import annotations, comprehension, creation, features, fid, recall, scores, table
 from dreamllm_jax.generation.documents import generate_documents, save_document
-from dreamllm_jax.generation.images import require_size
+from dreamllm_jax.generation.images import require_sampler, require_size
 from dreamllm_jax.parallel import distributed
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
 from dreamllm_jax.runs.load import load_model, load_run, require_run
@@ -140,9 +140,11 @@ def create(arguments: argparse.Namespace) -> None:
     similarity = features.clip_similarity(arguments.clip) if arguments.clip else None
     checkpoint, mesh, devices = _start(arguments)
     model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
+    sampler = SamplerConfig(arguments.sampler or model.config.image_decoder.default_sampler, arguments.steps)
+    require_sampler(model, sampler)
     painting = creation.Painting(
         require_size(model, arguments.size)[0],
-        SamplerConfig(arguments.sampler or model.config.image_decoder.default_sampler, arguments.steps),
+        sampler,
         arguments.guidance,
         arguments.each,
         arguments.seed,

@@ -30,7 +30,7 @@ from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.generation.documents import generate_documents, load_document, png, save_document
-from dreamllm_jax.generation.images import generate_images, require_sampler, require_size
+from dreamllm_jax.generation.images import generate_images, require_interval, require_sampler, require_size
 from dreamllm_jax.generation.prompts import Painted
 from dreamllm_jax.generation.results import INDEX, Results
 from dreamllm_jax.generation.text import Sampling
@@ -58,6 +58,7 @@ def main(arguments: argparse.Namespace) -> None:
         painting = _painting(arguments)
         require_size(loaded[0], painting["size"])
         require_sampler(loaded[0], painting["sampler"])
+        require_interval(painting["guidance_interval"])
     apart = ("main", "make", "continue", "prompt", "prompts", "image", "to", "batch", "seed", "fsdp", "tensor")
     settings = {name: value for name, value in vars(arguments).items() if name not in apart}
     with (

@@ -88,12 +88,15 @@ class Experiment:
                 f"{language_model.max_position_embeddings}{scaled}: shorten the rows or set "
                 "model.language_model.rope_scaling"
             )
-        multiple = model.image_decoder.training_size_multiple
+        multiple, most = model.image_decoder.training_size_multiple, model.image_decoder.largest_size
         for group in rows.painted:
             for side in (group.height, group.width):
-                if side < 1 or side % multiple:
+                if side < 1 or side % multiple or (most is not None and side > most):
                     name = "rows.dream: side" if rows.dream else "rows.dream_size"
-                    raise ConfigError(f"{name}={side} must be a positive multiple of {multiple} for this image decoder")
+                    bound = "" if most is None else f", at most {most},"
+                    raise ConfigError(
+                        f"{name}={side} must be a positive multiple of {multiple}{bound} for this image decoder"
+                    )
         try:
             shape = self.row_shape
         except ValueError as error:

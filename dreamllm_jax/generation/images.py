@@ -173,6 +173,8 @@ def require_size(model: DreamLLM, size: int | tuple[int, int] | None) -> tuple[i
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < least or height % least or width % least:
         raise ValueError(f"the sides of a painted image must be multiples of {least} pixels, got {height} x {width}")
+    if (most := decoder.largest_size) is not None and max(height, width) > most:
+        raise ValueError(f"this image decoder paints at most {most} pixels on a side, got {height} x {width}")
     return height, width
 
 

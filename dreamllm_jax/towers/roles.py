@@ -132,6 +132,7 @@ class ImageDecoderRole(Protocol):
       wants_sizes: it `preprocess`es by `data.images.paint_pixels`, and its conditions tell it of that by `with_sizes`.
       default_size: pixels on a side of the images that it was made for.
       size_multiple: what the sides of a painted image must be multiples of; `training_size_multiple` of a learned one.
+      largest_size: the most that the sides of either may be; None for any.
       plain: the same decoder with the training error that held-out documents are measured by.
       draws: the randomness of one image's error, of six keys, the fourth of which is the objective's.
       within: draws moved into one of so many equal ranges of time; `time_range` says which that is.
@@ -156,6 +157,8 @@ class ImageDecoderRole(Protocol):
     def size_multiple(self) -> int: ...
     @property
     def training_size_multiple(self) -> int: ...
+    @property
+    def largest_size(self) -> int | None: ...
     @property
     def plain(self) -> "ImageDecoderRole": ...
     @property
@@ -184,7 +187,8 @@ class DenoiserRole(Protocol):
 
     Attributes:
       sample_size: latents on a side of the images that it was made for.
-      size_multiple: what the latents' height and width must be multiples of.
+      size_multiple: what the latents' height and width must be multiples of; `largest_size` the most that they may be,
+        None for any.
     """
 
     kind: str
@@ -197,6 +201,8 @@ class DenoiserRole(Protocol):
     def pooled_width(self) -> int: ...
     @property
     def size_multiple(self) -> int: ...
+    @property
+    def largest_size(self) -> int | None: ...
     def make(self, dtype: Any, remat: str) -> Any: ...
     def flops(
         self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool, remat: str

@@ -23,7 +23,7 @@ from dreamllm_jax import generate  # noqa: E402
 from dreamllm_jax.checkpoints import saved  # noqa: E402
 from dreamllm_jax.diffusion.samplers import SamplerConfig  # noqa: E402
 from dreamllm_jax.generation import images  # noqa: E402
-from dreamllm_jax.generation.images import paint  # noqa: E402
+from dreamllm_jax.generation.images import paint, require_size  # noqa: E402
 from dreamllm_jax.interop import names, verify  # noqa: E402
 from dreamllm_jax.interop.image_decoder import open_image_decoder, read_decoder_config  # noqa: E402
 from dreamllm_jax.interop.sampling import compare_sampling  # noqa: E402
@@ -443,10 +443,15 @@ def test_the_command_line_paints(imported, kind, flags, tmp_path):
     words += ["--guidance_interval", interval, "0.8"] if interval else []
     given = ["image", f"--checkpoint={imported[kind] / 'ours'}", f"--to={tmp_path / 'to'}", "--steps=3", *words]
     arguments = generate.make_parser().parse_args([*given, "a red bird"])
-    other = generate.make_parser().parse_args([*given, "--sampler=ddim", "a red bird"])
-    with pytest.raises(ValueError, match=r"^a flow is not sampled with ddim"):
-        other.main(other)
-    assert not (tmp_path / "to").exists()
+    for wrong, message in (
+        (["--sampler=ddim"], r"^a flow is not sampled with ddim"),
+        (["--guidance_interval", "0.9", "0.1"], r"^guidance_interval must be two ascending numbers"),
+        (["--size=7"], r"^the sides of a painted image must be multiples of"),
+    ):
+        other = generate.make_parser().parse_args([*given, *wrong, "--seed=0", "a red bird"])
+        with pytest.raises(ValueError, match=message):
+            other.main(other)
+        assert not (tmp_path / "to").exists()
     arguments.main(arguments)
     (picture,) = (tmp_path / "to").rglob("*.png")
     with Image.open(picture) as painted:
@@ -465,6 +470,14 @@ def test_a_sampler_that_a_flow_does_not_have_is_refused_before_anything_is_compu
     ):
         with pytest.raises(ValueError, match=message):
             paint(model, {}, None, None, sampler=sampler)
+
+
+def test_pictures_beyond_the_table_of_positions_are_refused_before_anything_is_computed(models):
+    decoder = models["stable_diffusion_3"][0].config.image_decoder
+    assert decoder.largest_size == 48 and models["sana"][0].config.image_decoder.largest_size is None
+    assert require_size(models["stable_diffusion_3"][0], (48, 8)) == (48, 8)
+    with pytest.raises(ValueError, match=r"^this image decoder paints at most 48 pixels on a side, got 8 x 52$"):
+        require_size(models["stable_diffusion_3"][0], (8, 52))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
+from dreamllm_jax import evaluate
 from dreamllm_jax.evaluate import make_parser
 from dreamllm_jax.evaluation import creation, features, fid
 from tests import processes
@@ -106,6 +107,17 @@ def command(tmp_path_factory):
         "--steps=2",
         "--batch=8",
     ]
+
+
+def test_a_sampler_that_the_model_does_not_have_is_refused_before_a_directory_is_begun(command, tmp_path, monkeypatch):
+    def refuse(model, sampler):
+        raise ValueError(f"no {sampler.name} of {sampler.steps}")
+
+    monkeypatch.setattr(evaluate, "require_sampler", refuse)
+    arguments = evaluate.make_parser().parse_args([*command, f"--pictures={tmp_path / 'to'}", "--sampler=euler"])
+    with pytest.raises(ValueError, match=r"^no euler of 2$"):
+        arguments.main(arguments)
+    assert not (tmp_path / "to").exists()
 
 
 @pytest.mark.slow

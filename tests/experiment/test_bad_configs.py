@@ -296,6 +296,22 @@ def test_broken_configurations(changes, message, data):
     assert time.monotonic() - began < SECONDS
 
 
+def test_pictures_beyond_a_table_of_positions_are_named():
+    """Of 6 patches of 2 x 2 latents, each of which stands for 4 x 4 pixels."""
+    settings = recipes.load(ROOT / "configs" / "tiny.py").to_dict()
+    denoiser = {"sample_size": 8, "in_channels": 48, "out_channels": 48, "num_layers": 1, "pos_embed_max_size": 6}
+    denoiser |= {"num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    autoencoder = {"kind": "pixel", "patch_size": 4}
+    settings["model"]["image_decoder"] = {
+        "kind": "stable_diffusion_3",
+        "denoiser": denoiser,
+        "autoencoder": autoencoder,
+    }
+    read_experiment(changed(settings, {"rows.dream_size": 48}, ""))
+    with pytest.raises(ConfigError, match=r"^rows.dream_size=56 must be a positive multiple of 8, at most 48, for"):
+        read_experiment(changed(settings, {"rows.dream_size": 56}, ""))
+
+
 def test_a_missing_setting_is_named():
     settings = recipes.load(ROOT / "configs" / "tiny.py").to_dict()
     del settings["optimizer"]

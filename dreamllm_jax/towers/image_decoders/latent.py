@@ -64,6 +64,12 @@ class LatentDecoderRole:
         return self.autoencoder.downscale * self.denoiser.size_multiple
 
     @property
+    def largest_size(self) -> int | None:
+        """Of the height and width of images; None for any."""
+        most = self.denoiser.largest_size
+        return most and most * self.autoencoder.downscale
+
+    @property
     def training_size_multiple(self) -> int:
         """Height and width of what is learned must be multiples of it."""
         return self.size_multiple

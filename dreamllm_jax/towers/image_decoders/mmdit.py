@@ -120,6 +120,11 @@ class MMDiTConfig:
         return self.patch_size
 
     @property
+    def largest_size(self) -> int:
+        """Of the latents' height and width: the table of positions goes no further."""
+        return self.patch_size * self.pos_embed_max_size
+
+    @property
     def stacks(self) -> tuple[tuple[int, int, bool, bool], ...]:
         """Layers of one kind that follow each other: first, end, whether they have the second attention, whether the
         condition ends there."""
@@ -463,7 +468,7 @@ class MMDiT(_Part):
             ("condition's pooled vectors", condition.pooled.shape[-1], config.pooled_width),
         ):
             require(got == want, f"the {name} have {got} channels where the MMDiT's config says {want}")
-        patch, most = config.patch_size, config.patch_size * config.pos_embed_max_size
+        patch, most = config.patch_size, config.largest_size
         for name, got in zip(("high", "wide"), latents.shape[1:3], strict=True):
             require(got % patch == 0, f"the latents are {got} {name}, which is no multiple of patch_size={patch}")
             require(got <= most, f"the latents are {got} {name}; pos_embed_max_size allows at most {most}")

@@ -165,6 +165,11 @@ class SanaTransformerConfig:
         """What a latent's height and width must be multiples of."""
         return self.patch_size
 
+    @property
+    def largest_size(self) -> None:
+        """They may be as large as they like."""
+        return None
+
     @classmethod
     def from_public(cls, settings: Mapping[str, Any]) -> "SanaTransformerConfig":
         """Reads the `config.json` of a diffusers `SanaTransformer2DModel`.

@@ -220,6 +220,11 @@ class UNetConfig:
         """Height and width of latents may be any."""
         return 1
 
+    @property
+    def largest_size(self) -> None:
+        """They may be as large as they like."""
+        return None
+
     def flops(
         self, tally: Tally, images: int, size: tuple[int, int], queries: int, condition_live: bool, remat: str = "none"
     ) -> None:
