@@ -191,9 +191,12 @@ def with_initial(
 
 
 def require_initial(experiment: Experiment) -> None:
-    """Raises ValueError, naming a setting, if the model that a run begins with is another than the run's."""
+    """Raises ValueError, naming a setting, if the model that a run begins with is another than its own; special tokens
+    are left out, which a tokenizer tells later."""
     if name := experiment.parameters.init_from:
-        require_same_model(open_initial(name).config, experiment.model, name)
+        theirs = open_initial(name).config
+        ours = dataclasses.replace(experiment.model, special_tokens=theirs.special_tokens)
+        require_same_model(theirs, ours, name)
 
 
 def _merged(below: Any, above: Any) -> Any:
