@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamllm_jax.common.recognise import looks
-from dreamllm_jax.interop.files import find_model, open_model, require_beside
+from dreamllm_jax.interop.files import find_model, open_model, read_json, require_beside
 from dreamllm_jax.interop.image_decoder import public_parts
 from dreamllm_jax.interop.source import IMAGE_DECODER
 from dreamllm_jax.model import DreamLLMConfig
@@ -62,8 +62,12 @@ def pretrained(form: PublicForm, folder: Path, **more: Any) -> "nn.Module":
     """A public class's own loader, which by itself only warns of tensors that do not fit and follows an index anywhere.
 
     Raises:
-      ValueError: naming tensors that are missing, unexpected or wrongly shaped.
+      ValueError: a model of another class of diffusers, or naming tensors that are missing, unexpected or wrongly
+        shaped.
     """
+    found = read_json(folder / "config.json").get("_class_name", form.torch_class)
+    if form.library == "diffusers" and found != form.torch_class:
+        raise ValueError(f"{folder} holds a {found}, not a {form.torch_class}")
     path, variant = find_model(folder, *form.stems)
     if path.suffix == ".json":
         require_beside(path)

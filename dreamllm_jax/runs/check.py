@@ -16,7 +16,7 @@ from dreamllm_jax.experiment import recipes
 from dreamllm_jax.experiment.experiment import Experiment, read_experiment, require_mesh_fits, require_packages
 from dreamllm_jax.model import abstract_params
 from dreamllm_jax.parallel.mesh import MESH_AXES
-from dreamllm_jax.runs.start import require_room, with_initial
+from dreamllm_jax.runs.start import require_initial, require_room, with_initial
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN, count_and_bytes, count_parameters, parameter_lines
 from dreamllm_jax.training.state import Leaves, split_params
@@ -36,6 +36,7 @@ def check(config: Mapping[str, Any]) -> tuple[Experiment, Leaves, Leaves]:
     """
     complete, _ = with_initial(config, None)
     experiment = read_experiment(complete)
+    require_initial(experiment)
     require_packages(experiment)
     mesh = {name: max(getattr(experiment.sharding, name), 1) for name in MESH_AXES}  # what is left to the devices: 1
     require_mesh_fits(experiment, mesh)

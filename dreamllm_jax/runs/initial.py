@@ -9,6 +9,7 @@ from etils import epath
 
 from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.checkpoints.saved import SavedModel
+from dreamllm_jax.diffusion.flow import FlowConfig
 from dreamllm_jax.interop.dreamllm import open_dreamllm
 from dreamllm_jax.interop.source import Source
 from dreamllm_jax.layers.lora import adapters_in, is_adapter, tower_of
@@ -60,8 +61,10 @@ def require_same_model(theirs: DreamLLMConfig, ours: DreamLLMConfig, name: str) 
     _require_same(dataclasses.asdict(theirs), dataclasses.asdict(ours), "config.model", name)
 
 
-# How a model is computed, trained or was begun, not what it is; adapters can be added and merged.
-_FREE = ("dtype", "remat", "training", "initializer_range", "sample_size", "lora")
+# How a model is computed, trained, sampled or was begun, not what it is; adapters can be added and merged. Of a flow it
+# is a velocity at each noise level, whichever of these are learned.
+_FLOW = tuple(field.name for field in dataclasses.fields(FlowConfig) if field.name != "num_train_timesteps")
+_FREE = ("dtype", "remat", "upcast", "training", "initializer_range", "sample_size", "lora", *_FLOW)
 
 
 def _require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str, name: str) -> None:

@@ -27,7 +27,7 @@ from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.experiment.experiment import Experiment, read_experiment, require_packages
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.parallel.distributed import gather, require_same
-from dreamllm_jax.runs.initial import open_initial, restore_initial
+from dreamllm_jax.runs.initial import open_initial, require_same_model, restore_initial
 
 DATA = "data"
 _logger = logging.getLogger(__name__)
@@ -81,8 +81,10 @@ def start_run(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
             )
         for change in changed:
             _logger.warning("%s was begun with another %s", workdir, change)
-    elif first:
-        workdir.mkdir(parents=True, exist_ok=True)
+    else:
+        require_initial(experiment)
+        if first:
+            workdir.mkdir(parents=True, exist_ok=True)
 
     data = experiment.data
     if initial_tokenizer is not None and not data.tokenizer:
@@ -186,6 +188,15 @@ def with_initial(
     else:
         model, text_tokenizer = read_json(begun / CONFIG_FILE)["model"], begun / TOKENIZER
     return {**config, "model": _merged(model, config.get("model", {}))}, text_tokenizer
+
+
+def require_initial(experiment: Experiment) -> None:
+    """Raises ValueError, naming a setting, if the model that a run begins with is another than its own; special tokens
+    are left out, which a tokenizer tells later."""
+    if name := experiment.parameters.init_from:
+        theirs = open_initial(name).config
+        ours = dataclasses.replace(experiment.model, special_tokens=theirs.special_tokens)
+        require_same_model(theirs, ours, name)
 
 
 def _merged(below: Any, above: Any) -> Any:

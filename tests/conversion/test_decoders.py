@@ -243,6 +243,14 @@ def test_verify_passes_and_sees_a_tensor_or_a_setting_that_differs(imported, kin
     assert told == {"denoiser": False, "autoencoder": True, "scheduler": False}, verify.table(differences)
 
 
+def test_verify_names_another_decoders_class(imported):
+    found, other = saved.find(str(imported["stable_diffusion_3"] / "ours")), imported["sana"] / "image_decoder"
+    with pytest.raises(ValueError) as refused:
+        verify.compare(found.config, found.part, other, ["float32"])
+    told = f"{other}, denoiser: {other}/transformer holds a SanaTransformer2DModel, not a SD3Transformer2DModel"
+    assert str(refused.value) == told
+
+
 @pytest.mark.slow
 def test_what_goes_out_in_fewer_digits_is_verified(imported, tmp_path):
     """The table of positions, no parameter in torch, among it."""

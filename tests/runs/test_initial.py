@@ -1,12 +1,15 @@
 """A run begins with a checkpoint only if it is of the same model."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from dreamllm_jax.data.vocabulary import SpecialTokens
+from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.runs.initial import open_initial, require_same_model
-from tests.tiny import tiny_config
+from tests.tiny import DECODER_XL, tiny_config
+from tests.towers.test_flow_decoders import SANA
 
 CONFIG = tiny_config()
 
@@ -31,6 +34,22 @@ def test_another_model_is_refused_and_another_computation_is_not(changes, messag
     require_same_model(CONFIG, dataclasses.replace(CONFIG, **computed), "DIR")
     with pytest.raises(ValueError, match=message):
         require_same_model(CONFIG, dataclasses.replace(CONFIG, **computed, **changes), "DIR")
+
+
+def test_another_way_of_learning_sampling_and_computing_is_not_another_decoder():
+    flow = {"shift": 3.0, "sampling_shift": 2.0, "density": "mode", "weighting": "cosmap", "use_dynamic_shifting": True}
+
+    def of(decoder: Any, **settings) -> DreamLLMConfig:
+        return dataclasses.replace(CONFIG, image_decoder=dataclasses.replace(decoder, **settings))
+
+    def flowing(**settings) -> DreamLLMConfig:
+        return of(SANA, flow=dataclasses.replace(SANA.flow, **settings))
+
+    require_same_model(flowing(), flowing(**flow), "DIR")
+    require_same_model(of(DECODER_XL), of(DECODER_XL, upcast=False, remat="full"), "DIR")
+    message = r"^config\.model\.image_decoder\.flow\.num_train_timesteps is 500, but DIR has 1000$"
+    with pytest.raises(ValueError, match=message):
+        require_same_model(flowing(), flowing(num_train_timesteps=500), "DIR")
 
 
 def test_a_directory_without_a_model_is_named(tmp_path):

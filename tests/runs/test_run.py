@@ -286,8 +286,12 @@ def test_a_run_begins_with_another_runs_model(finished, tmp_path):
         ValueError, match=r"config\.model\.language_model\.rope_theta is 500000\.0, but .*@4 has 10000\.0"
     ):
         start_and_train(tmp_path / "other", **other)
-    other["model"] = {"image_decoder": {"autoencoder": {"kind": "kl"}}}  # whose settings are its own
-    with pytest.raises(ValueError, match=r"@4 has"):
+    with pytest.raises(ValueError, match=r"rope_theta is 500000\.0, but .*@4 has 10000\.0"):
+        check(settings() | other)
+    assert not (tmp_path / "other").exists()
+    check(settings() | changes | {"model": {"special_tokens": None}})  # which its tokenizer tells
+    other["model"] = {"image_decoder": {"autoencoder": {"kind": "pixel"}}}  # whose settings are its own
+    with pytest.raises(ValueError, match=r"denoiser\.in_channels is 4, but the autoencoder's latents have"):
         start_and_train(tmp_path / "other", **other)
     with pytest.raises(FileNotFoundError, match=r"a checkpoint of step 3 \(there are \[4, 6\]\)"):
         start_and_train(tmp_path / "third", parameters=settings()["parameters"] | {"init_from": f"{first}@3"})
