@@ -462,7 +462,7 @@ class _HalvingConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
-        kernel = self.param("kernel", EXACT_CONV, (3, 3, channels, self.features)).astype(jnp.float32)
+        kernel = jnp.asarray(self.param("kernel", EXACT_CONV, (3, 3, channels, self.features)), jnp.float32)
         bias = self.param("bias", Conv.bias_init, (self.features,))
         if self.shortcut:
             kernel = kernel.at[1:, 1:].add(averaging(channels, self.features))
