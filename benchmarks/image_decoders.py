@@ -73,7 +73,7 @@ def encoder(config: Any, arguments: argparse.Namespace, shape: Callable) -> tupl
 
 def parameters(model: nn.Module, shape: Callable, *inputs: Any) -> Any:
     """The shapes of a module's parameters, in bfloat16."""
-    params = nn.unbox(jax.eval_shape(lambda *given: model.init(jax.random.key(0), *given), *inputs)["params"])
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"])
     return jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16), params)
 
 
@@ -110,8 +110,8 @@ def main() -> None:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=SingleDeviceSharding(devices[0]))
 
     sharding, build = ShardingConfig(), {"denoiser": denoiser, "encoder": encoder}[arguments.part]
+    run, inputs, tally = build(config_of(arguments.decoder), arguments, shape)
     with use(make_mesh(sharding, devices), sharding):
-        run, inputs, tally = build(config_of(arguments.decoder), arguments, shape)
         lowered = jax.jit(run).lower(*inputs)
     began = time.monotonic()
     compiled = lowered.compile()
