@@ -20,9 +20,11 @@ from dreamllm_jax.interop.files import Tensor, is_float, require_finite
 from dreamllm_jax.layers.lora import is_adapter
 
 STACKS = frozenset({"layers", "transformer_blocks"})  # modules that are scanned stacks of layers
-_LISTED = re.compile(
-    r"^(down_blocks|up_blocks|resnets|attentions|transformer_blocks|downsamplers|upsamplers|to_out|to_qkv_multiscale|net|projector|pooled_projector)_(\d+)$"
+_LISTS = (
+    *("down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers"),
+    *("to_out", "to_qkv_multiscale", "net", "projector", "pooled_projector"),
 )
+_LISTED = re.compile(rf"^({'|'.join(_LISTS)})_(\d+)$")
 _KIND = re.compile(r"^(\d+)_of_(\d+)$")
 _RANGE = re.compile(r"^(\d+)_to_(\d+)$")
 _LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}

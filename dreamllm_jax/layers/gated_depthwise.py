@@ -84,6 +84,19 @@ class _Image:
         """A chunk of a margined image: the lines above its, its own, and those below."""
         return [ref[half, pl.ds(pl.multiple_of(start + i * self.width, 8), self.rows)] for i in range(3)]
 
+    def put(self, ref, half: int, start: Array, x: Array) -> None:
+        """Writes a chunk of a margined image."""
+        ref[half, pl.ds(pl.multiple_of(start + self.width, 8), self.rows)] = x
+
+    def activate(self, refs, n: Array, inside) -> None:
+        """Fills a margined image with what comes in, activated."""
+
+        def chunk(start):
+            for half, ref in enumerate(refs):
+                self.put(inside, half, start, jax.nn.silu(self.given(ref, n, half, start)))
+
+        self.each(chunk)
+
     def from_left(self, x: Array) -> Array:
         return jnp.where(self.has_left, pltpu.roll(x, 1, 0), 0.0)
 
@@ -110,16 +123,11 @@ def _forward_kernel(values_ref, gates_ref, taps_ref, out_ref, inside, *, size):
     image.clear_margins(inside)
 
     def one(n, _):
-        def activate(start):
-            for half, ref in enumerate((values_ref, gates_ref)):
-                x = image.given(ref, n, half, start)
-                inside[half, pl.ds(pl.multiple_of(start + image.width, 8), image.rows)] = jax.nn.silu(x)
-
         def gate(start):
             values, gates = (image.convolved(inside, half, start) for half in range(2))
             out_ref[n, pl.ds(start, image.rows)] = (values * jax.nn.silu(gates)).astype(out_ref.dtype)
 
-        image.each(activate)
+        image.activate((values_ref, gates_ref), n, inside)
         image.each(gate)
 
     jax.lax.fori_loop(0, values_ref.shape[0], one, None)
@@ -140,18 +148,13 @@ def _backward_kernel(
         sums[half, row] += jnp.sum(x.reshape(-1, 8, LANES), axis=0)
 
     def one(n, _):
-        def activate(start):
-            for half, ref in enumerate((values_ref, gates_ref)):
-                x = image.given(ref, n, half, start)
-                inside[half, pl.ds(pl.multiple_of(start + image.width, 8), image.rows)] = jax.nn.silu(x)
-
         def ungate(start):
             values, gates = (image.convolved(inside, half, start) for half in range(2))
             dout = dout_ref[n, pl.ds(start, image.rows)].astype(jnp.float32)
             open_ = jax.nn.sigmoid(gates)
             gradients = dout * gates * open_, dout * values * open_ * (1 + gates * (1 - open_))
             for half, gradient in enumerate(gradients):
-                outside[half, pl.ds(pl.multiple_of(start + image.width, 8), image.rows)] = gradient
+                image.put(outside, half, start, gradient)
                 add(half, _AFTER, gradient)
 
         def back(start):
@@ -170,8 +173,9 @@ def _backward_kernel(
                     for i, line in enumerate(lines):
                         add(half, 3 * i + j, line * shifted)
 
-        for body in (activate, ungate, back):
-            image.each(body)
+        image.activate((values_ref, gates_ref), n, inside)
+        image.each(ungate)
+        image.each(back)
 
     jax.lax.fori_loop(0, values_ref.shape[0], one, None)
 

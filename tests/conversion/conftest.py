@@ -1,6 +1,6 @@
 import pytest
 
-from tests.conversion.helpers import run
+from tests.conversion.helpers import FLOWS, run
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +13,15 @@ def original(tmp_path_factory):
     run("import", **public_models.save_towers(root), to=root / "ours", num_queries=3)
     run("export", checkpoint=root / "ours", format="dreamllm", to=root / "original", no_check=True)
     return root
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory):
+    """Kind -> a directory with three public towers and the checkpoint made of them, `ours`."""
+    pytest.importorskip("torch")
+    from tests import public_models
+
+    roots = {kind: tmp_path_factory.mktemp(kind) for kind in FLOWS}
+    for kind, root in roots.items():
+        run("import", **public_models.save_towers(root, decoder=kind), to=root / "ours", num_queries=3)
+    return roots

@@ -7,6 +7,9 @@ import numpy as np
 from dreamllm_jax import convert
 from dreamllm_jax.checkpoints import saved
 
+FLOWS = ("sana", "stable_diffusion_3")  # image decoders that learn a flow
+SCHEDULER = "scheduler/scheduler_config.json"
+
 
 def run(command: str, **flags) -> None:
     """The command line without a process of its own; `True` is a flag without a value."""

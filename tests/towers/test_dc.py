@@ -18,7 +18,7 @@ from dreamllm_jax.towers.autoencoders.tiles import decode_tiled
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests.parity import assert_same, gradients, randomised, relative_error, tensors  # noqa: E402
+from tests.parity import assert_same, compiled, gradients, nchw, nhwc, randomised, relative_error, tensors  # noqa: E402
 
 # As SANA has it, and as the others have it: shuffled pixels, nothing at full resolution, no scales, no shortcuts.
 SANA = {
@@ -58,16 +58,6 @@ CASES = {
     "shuffled": SHUFFLED,
     "nothing at full resolution": SHUFFLED | {"downsample_block_type": "conv", "upsample_block_type": "interpolate"},
 }
-
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def nchw(x):
-    return torch.from_numpy(np.moveaxis(np.asarray(x), -1, 1).copy())
-
-
-def nhwc(x):
-    return x.detach().movedim(1, -1).numpy()
 
 
 def shapes_of(model):

@@ -20,7 +20,7 @@ from dreamllm_jax.towers.image_decoders.mmdit import PUBLISHED, MMDiTConfig
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests.parity import assert_same, gradients, randomised, relative_error, tensors  # noqa: E402
+from tests.parity import assert_same, compiled, gradients, nchw, nhwc, randomised, relative_error, tensors  # noqa: E402
 
 TINY = {
     "sample_size": 8,
@@ -39,8 +39,6 @@ FAMILIES = {
     "3.5": TINY | {"dual_attention_layers": (0,), "qk_norm": "rms_norm"},
 }
 
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def make_inputs(config, size=(6, 10), n=2, q=5):
     rng = np.random.default_rng(0)
@@ -54,14 +52,6 @@ def make_inputs(config, size=(6, 10), n=2, q=5):
 def make_cotangent(config, latents):
     shape = (*latents.shape[:-1], config.made_channels)
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
-
-
-def nchw(x):
-    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
-
-
-def nhwc(x):
-    return x.detach().movedim(1, -1).numpy()
 
 
 def shapes_of(model, inputs):

@@ -22,7 +22,17 @@ from dreamllm_jax.towers.image_decoders.sana_transformer import PUBLISHED, SanaL
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests.parity import assert_same, gradients, random_weights, randomised, relative_error, tensors  # noqa: E402
+from tests.parity import (  # noqa: E402
+    assert_same,
+    compiled,
+    gradients,
+    nchw,
+    nhwc,
+    random_weights,
+    randomised,
+    relative_error,
+    tensors,
+)
 
 TINY = {
     "in_channels": 4,
@@ -51,9 +61,6 @@ FAMILIES = {
     "1.0": TINY,
 }
 
-# Compilation is nearly all the time these tests take, and half of it goes without the optimiser.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def make_inputs(config, size=(4, 6), n=2, tokens=5, masked=True):
     rng = np.random.default_rng(0)
@@ -61,14 +68,6 @@ def make_inputs(config, size=(4, 6), n=2, tokens=5, masked=True):
     sequence = rng.normal(size=(n, tokens, config.caption_channels)).astype(np.float32)
     mask = np.arange(tokens) < np.array([tokens, tokens - 2])[:n, None] if masked else None
     return latents, np.array([999, 3.5][:n], np.float32), Condition(sequence, mask)
-
-
-def nchw(x):
-    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
-
-
-def nhwc(x):
-    return x.detach().movedim(1, -1).numpy()
 
 
 def shapes_of(model, inputs):

@@ -17,7 +17,7 @@ from dreamllm_jax.towers.image_decoders.unet import Transformer2DModel, UNet, UN
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests.parity import assert_same, gradients, randomised, relative_error, tensors  # noqa: E402
+from tests.parity import assert_same, compiled, gradients, nchw, nhwc, randomised, relative_error, tensors  # noqa: E402
 
 TINY = {
     "sample_size": 8,
@@ -44,9 +44,6 @@ FAMILIES = {
     },
 }
 
-# Compilation is nearly all the time these tests take, and half of it goes without the optimiser.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def make_inputs(config, size=(4, 6), n=2, q=5):
     rng = np.random.default_rng(0)
@@ -65,14 +62,6 @@ def named(condition):
     return {"condition": condition.sequence} | (
         {"pooled": condition.pooled, **condition.extra} if condition.pooled is not None else {}
     )
-
-
-def nchw(x):
-    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
-
-
-def nhwc(x):
-    return x.detach().movedim(1, -1).numpy()
 
 
 def shapes_of(model, inputs):

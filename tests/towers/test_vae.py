@@ -16,7 +16,7 @@ from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoder, PixelAutoen
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests.parity import assert_same, gradients, randomised, relative_error, tensors  # noqa: E402
+from tests.parity import assert_same, compiled, gradients, nchw, nhwc, randomised, relative_error, tensors  # noqa: E402
 
 TINY = {
     "block_out_channels": (8, 16),
@@ -26,17 +26,6 @@ TINY = {
     "norm_num_groups": 4,
     "sample_size": 8,
 }
-
-
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def nchw(x):
-    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
-
-
-def nhwc(x):
-    return x.detach().movedim(1, -1).numpy()
 
 
 def shapes_of(model):

@@ -229,7 +229,7 @@ class _Part(nn.Module):
 class Modulation(_Part):
     """Vectors for each image that shift, scale and gate its tokens (adaLN, Peebles & Xie 2212.09748).
 
-    They are float32, and so are the sums over all tokens that their gradients are.
+    What the product gives is widened to float32, so that the sums over all tokens that its gradients are are float32.
     """
 
     chunks: int = 6

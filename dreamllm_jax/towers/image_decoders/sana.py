@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from dreamllm_jax.diffusion.flow import FlowConfig
 from dreamllm_jax.diffusion.samplers import Name
+from dreamllm_jax.towers.autoencoders import dc
 from dreamllm_jax.towers.autoencoders.dc import DCAutoencoderConfig
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig
 from dreamllm_jax.towers.image_decoders import sana_transformer
@@ -60,7 +61,7 @@ SanaConfig.PUBLISHED = {
     name: {
         "kind": "sana",
         "denoiser": settings,
-        "autoencoder": {"kind": "dc", "scaling_factor": 0.41407},
+        "autoencoder": dc.PUBLISHED["dc-ae-f32c32-sana-1.0"],
         "flow": {"sampling_shift": _FLOW.sampling_shift, "integer_timesteps": _FLOW.integer_timesteps},
     }
     for name, settings in sana_transformer.PUBLISHED.items()

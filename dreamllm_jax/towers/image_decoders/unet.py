@@ -6,7 +6,6 @@ h,w,c latent height, width and channels, Q condition tokens, C condition width, 
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -23,15 +22,14 @@ from dreamllm_jax.layers.blocks import (
     LayerNorm,
     ResnetBlock2D,
     Upsample2D,
-    count_resnet,
-    count_self_attention,
     shard_images,
 )
-from dreamllm_jax.layers.flops import Tally, convolution, dense
+from dreamllm_jax.layers.flops import Tally
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.towers.condition import SIZES, Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
+from dreamllm_jax.towers.image_decoders import unet_flops
 from dreamllm_jax.towers.public import PublicForm
 
 PerBlock = int | tuple[int, ...]
@@ -234,81 +232,7 @@ class UNetConfig:
           condition_live: whether gradients go back to the conditions.
           remat: as of `make`.
         """
-        widths = self.block_out_channels
-        layers = self.per_block(self.layers_per_block)
-        depths = self.per_block(self.transformer_layers_per_block)
-
-        clock = tally.beside()
-        clock.product("time_embedding/linear_1/kernel", dense(images, widths[0], 4 * widths[0]))
-        clock.product("time_embedding/linear_2/kernel", dense(images, 4 * widths[0], 4 * widths[0]))
-        tally.total += clock.total
-        live = clock.live
-        if self.addition_embed_type:
-            added = tally.beside(condition_live)
-            inputs = self.projection_class_embeddings_input_dim
-            added.product("add_embedding/linear_1/kernel", dense(images, inputs, 4 * widths[0]))
-            added.product("add_embedding/linear_2/kernel", dense(images, 4 * widths[0], 4 * widths[0]))
-            tally.total += added.total
-            live |= added.live
-        time = (4 * widths[0], live)
-
-        def resnet(name: str, inputs: int, outputs: int) -> None:
-            count_resnet(tally, name, images, size, inputs, outputs, time)
-            if remat != "none":  # what comes after the first convolution is not needed again
-                tally.recompute(convolution(images, size, inputs, outputs))
-
-        def transformer(name: str, level: int) -> None:
-            width, tokens, before = widths[level], images * math.prod(size), tally.forward
-            tally.product(f"{name}/proj_in/kernel", dense(tokens, width, width))
-            for i in range(depths[level]):
-                block = f"{name}/transformer_blocks_{i}"
-                count_self_attention(tally, f"{block}/attn1", images, math.prod(size), width, self.heads[level])
-                tally.product(f"{block}/attn2/to_q/kernel", dense(tokens, width, width))
-                context = tally.beside(condition_live)
-                for projection in ("to_k", "to_v"):
-                    product = dense(images * queries, self.cross_attention_dim, width)
-                    context.product(f"{block}/attn2/{projection}/kernel", product, live=condition_live)
-                before -= context.forward
-                tally.total += context.total
-                tally.attention(images, math.prod(size), queries, width, context.live, heads=self.heads[level])
-                tally.product(f"{block}/attn2/to_out_0/kernel", dense(tokens, width, width))
-                tally.product(f"{block}/ff/net_0/proj/kernel", dense(tokens, width, 8 * width))
-                tally.product(f"{block}/ff/net_2/kernel", dense(tokens, 4 * width, width))
-            if remat != "none":
-                tally.recompute(tally.forward - before)
-            tally.product(f"{name}/proj_out/kernel", dense(tokens, width, width))
-
-        tally.product("conv_in/kernel", convolution(images, size, self.in_channels, widths[0]))
-        width, skips = widths[0], [widths[0]]
-        for level, kind in enumerate(self.down_block_types):
-            for i in range(layers[level]):
-                resnet(f"down_blocks_{level}/resnets_{i}", width, widths[level])
-                width = widths[level]
-                if kind.startswith("CrossAttn"):
-                    transformer(f"down_blocks_{level}/attentions_{i}", level)
-                skips.append(width)
-            if level < self.levels - 1:
-                halved = convolution(images, size, width, width, stride=2)
-                tally.product(f"down_blocks_{level}/downsamplers_0/conv/kernel", halved)
-                size = size[0] // 2, size[1] // 2  # exactly, in training
-                skips.append(width)
-
-        resnet("mid_block/resnets_0", width, width)
-        transformer("mid_block/attentions_0", self.levels - 1)
-        resnet("mid_block/resnets_1", width, width)
-
-        for block, kind in enumerate(self.up_block_types):
-            level = self.levels - 1 - block
-            for i in range(layers[level] + 1):
-                resnet(f"up_blocks_{block}/resnets_{i}", width + skips.pop(), widths[level])
-                width = widths[level]
-                if kind.startswith("CrossAttn"):
-                    transformer(f"up_blocks_{block}/attentions_{i}", level)
-            if level:  # even and odd rows and columns: four convolutions of 2x2
-                doubled = 4 * convolution(images, size, width, width, kernel=2, padding=(1, 0))
-                size = 2 * size[0], 2 * size[1]
-                tally.product(f"up_blocks_{block}/upsamplers_0/conv/kernel", doubled)
-        tally.product("conv_out/kernel", convolution(images, size, width, self.out_channels))
+        unet_flops.count(self, tally, images, size, queries, condition_live, remat)
 
 
 class _Halves(Dense):
