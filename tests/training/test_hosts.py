@@ -1,6 +1,7 @@
 """Several hosts train as one: the same losses, saved and stopped together, and none waits for one that is gone."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -101,7 +102,8 @@ def test_all_that_are_left_by_a_host_end_with_the_same_status(data, tmp_path):
         os.kill(lives[3].process.pid, signal.SIGSTOP)
         assert [life.end() for life in lives[:3]] == [HUNG] * 3, "".join(life.said() for life in lives)
         said = [life.said() for life in lives[:3]]
-        assert all("nothing was heard of process 3 for" in one for one in said), "".join(said)
+        # For 8 s by the first, for 10 by one that is more patient: on a busy machine that may be the first to look.
+        assert all(re.search("nothing was heard of process 3 for (8|10) s", one) for one in said), "".join(said)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
