@@ -22,8 +22,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
     LlamaForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
 )
 
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -47,17 +48,23 @@ def save_towers(
       decoder: the kind of image decoder, of `DECODERS`.
       options: those of one of the towers, by its name.
     """
-    saving = {"language_model": save_llama, "vision_encoder": save_clip, "image_decoder": DECODERS[decoder]}
+    saving = {"language_model": save_language_model, "vision_encoder": save_clip, "image_decoder": DECODERS[decoder]}
     return {name: save(directory / name, dtype, **options.get(name, {})) for name, save in saving.items()}
 
 
-def save_llama(directory: Path, dtype: torch.dtype = torch.float32, pickled: bool = False, **settings) -> Path:
-    """A LLaMA of two layers with its SentencePiece model; in shards, for they are very small.
+LANGUAGE_MODELS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+
+
+def save_language_model(
+    directory: Path, dtype: torch.dtype = torch.float32, pickled: bool = False, family: str = "llama", **settings
+) -> Path:
+    """A LLaMA, or of another family, of two layers with a SentencePiece model; in shards, for they are very small.
 
     Args:
       pickled: `pytorch_model-*.bin` in place of safetensors.
     """
-    config = LlamaConfig(
+    cls = LANGUAGE_MODELS[family]
+    config = cls.config_class(
         **{
             "vocab_size": BASE_VOCABULARY,
             "hidden_size": 32,
@@ -69,7 +76,7 @@ def save_llama(directory: Path, dtype: torch.dtype = torch.float32, pickled: boo
         }
         | settings
     )
-    model = randomised(LlamaForCausalLM(config)).to(dtype)
+    model = randomised(cls(config)).to(dtype)
     model.save_pretrained(directory, max_shard_size="30KB")
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
     if pickled:

@@ -297,21 +297,23 @@ def _bpe(pieces: list[tuple[str, float, int]], unknown: int, bos: int) -> FastTo
 
 # How text is split before merging, by the name that GGUF files give: llama.cpp's `llama_vocab_pre_type`.
 _WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _words_with(digits: str) -> pre_tokenizers.PreTokenizer:
+    """Words as GPT-4 splits them, and runs of digits as the expression says."""
+    split = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(split, behavior="isolated"), bytes_])
+
+
 _SPLITS = {
     "gpt-2": _WORDS,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS]),
-    "llama-bpe": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(
-                Regex(
-                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-                ),
-                behavior="isolated",
-            ),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
+    "llama-bpe": _words_with(r"\p{N}{1,3}"),
+    "qwen2": _words_with(r"\p{N}"),
 }
 
 
