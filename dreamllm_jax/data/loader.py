@@ -36,7 +36,7 @@ _TRIED = 8  # first records of a corpus, of which one must be of use
 # Settings that change nothing in what a step trains on.
 _ASIDE = ("path", "pairs", "tokenizer", "workers", "readers", "max_bad")
 # Each document is counted as one of them.
-READ = ("documents", "dropped_record", "dropped_room", "dropped_empty", "dropped_changed")
+READ = ("documents", "dropped_record", "dropped_template", "dropped_room", "dropped_empty", "dropped_changed")
 
 
 class Loader:

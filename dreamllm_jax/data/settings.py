@@ -53,7 +53,7 @@ class DataConfig:
       path: the data set's directory, as `python -m dreamllm_jax.data` leaves it; or what a training run is to prepare
         by itself: openmoji, photographs, or a folder of pictures with captions.
       pairs: how many captioned pictures to prepare then; 0 for 24 of openmoji and photographs, or all of a folder.
-      tokenizer: a SentencePiece model, a tokenizer.json or a directory; empty for the data set's own.
+      tokenizer: a SentencePiece model, a tokenizer.json, Qwen's .tiktoken or a directory; empty for the data set's own.
       corpora: which of its corpora, and how; empty for all of them.
       window: documents that wait to be packed into each row.
       workers: threads that tokenise, pack and decode ahead; 0 does it, and reads, in the training thread.

@@ -75,10 +75,10 @@ class Tokenizer:
         if getattr(fast.model, "dropout", None):  # for training it: a text would have other tokens each time
             fast.model.dropout = None
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """Number of ids, the special tokens included."""
-        return self.fast.get_vocab_size()
+        return max(self.fast.get_vocab().values()) + 1
 
     def encode_text(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of the text, taken literally, without bos or eos; nothing for the empty text.
@@ -410,6 +410,9 @@ def _with_special_tokens(
     wanted = sorted(ours, key=lambda token: (recorded.get(token, 1 << 30), ours.index(token)))
     new = [token for token in wanted if fast.token_to_id(token) is None and token not in recorded]
     _mark_special(fast, dict.fromkeys([*wanted, *marks.tokens]))
+    for token in wanted:
+        if fast.model.id_to_token(fast.token_to_id(token)) not in (None, token):
+            raise ValueError(f"the vocabulary has gaps, so that {token} has the id of another token: close them")
     for token, index in recorded.items():
         if fast.token_to_id(token) != index:
             raise ValueError(f"the special token {token} should have the id {index}, got {fast.token_to_id(token)}")

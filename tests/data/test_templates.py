@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.data.chat_template import ends_of, find_template
 from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.settings import CorpusConfig, DataConfig
 from dreamllm_jax.data.templates import INTERNVL_SYSTEM, TemplateError
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.data.tokens import encode_document
+from dreamllm_jax.runs.start import require_templates
 from tests import byte_level
-from tests.data.conftest import row_shape
+from tests.data.conftest import row_shape, write
+from tests.data.test_loader import loader
 
 SHAPE = row_shape(4000, 40, 4)
 SHAPE = dataclasses.replace(SHAPE, see=(dataclasses.replace(SHAPE.see[0], tokens=1),))
@@ -214,12 +218,21 @@ def test_what_a_template_changes_is_refused(tmp_path):
     turns = Text("a", "user"), Text("<think>b</think>c", "assistant")
     with pytest.raises(TemplateError, match="it does not write '<think>b</think>c' as it is said"):
         encode_document(Document("conversation", turns), ours, SHAPE, template="chat_template")
-    for name, message in (("llava_1", "unknown template 'llava_1'; known are vicuna_v1"),):
-        with pytest.raises(ValueError, match=message):
-            find_template(name, ours)
+    good = Document("conversation", (turns[0], Text("c", "assistant")))
+    path = write(tmp_path / "set", ours, chat=[good, Document("conversation", turns)] * 6)
+    corpora = {"chat": CorpusConfig(template="chat_template")}
+    stream = loader(path, row_shape(64, 0, 0), ours, rows=1, workers=0, pack=False, corpora=corpora, max_bad=1.0)
+    for _ in range(6):
+        next(stream)
+    assert stream.counts()["chat"]["dropped_template"] > 0 and stream.counts()["chat"]["documents"] == 6
 
 
 def test_a_tokenizer_without_the_tokens_is_told_so(text_tokenizer):
     with pytest.raises(ValueError, match=r"template chatml writes <\|im_start\|>, which is no special token"):
         find_template("chatml", text_tokenizer)
+    with pytest.raises(ValueError, match="unknown template 'llava_1'; known are vicuna_v1, llama_2"):
+        find_template("llava_1", text_tokenizer)
+    require_templates(text_tokenizer, DataConfig(path="", corpora={"chat": CorpusConfig()}))
+    with pytest.raises(ConfigError, match=r"config\.data\.corpora\.chat\.template: template qwen2 writes"):
+        require_templates(text_tokenizer, DataConfig(path="", corpora={"chat": CorpusConfig(template="qwen2")}))
     assert ends_of("vicuna_v1", text_tokenizer) == ends_of("", text_tokenizer) == (text_tokenizer.special.eos,)
