@@ -1,6 +1,7 @@
 """What is written equals what transformers' generate writes with the same weights, and draws are as asked for."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,19 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(prompts):
     whole = written(slice(0, 6), range(6))
     np.testing.assert_array_equal(written(slice(2, 4), [2, 3]), whole[2:4])
     assert (written(slice(2, 4), [8, 9]) != whole[2:4]).any()
+
+
+@pytest.mark.slow
+def test_ids_that_the_tokenizer_does_not_have_are_never_written(prompts):
+    some, known = jax.tree.map(lambda x: x[:8], prompts), 20
+    for limit, few in ((None, False), (known, True)):
+        read = functools.partial(read_prompts, MODEL, PARAMS, some, 48, limit)
+        drawn, *_ = write(MODEL, PARAMS, read(), NEW, (known - 1,), Sampling.of(range(8), 3.0, repetition_penalty=1.5))
+        likely, *_ = write(MODEL, PARAMS, read(), NEW, (known - 1,))
+        searched, *_ = search(MODEL, PARAMS, read(), 3, NEW, (known - 1,), 1.0)
+        for tokens in (drawn, likely, searched):
+            written = np.asarray(tokens)
+            assert (written[written != IDS.pad] < known).all() == few
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import pytest
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from dreamllm_jax.data.document import Text
+from dreamllm_jax.data.batch import RowShape
+from dreamllm_jax.data.document import Document, Text
 from dreamllm_jax.data.tokenizer import load_tokenizer
+from dreamllm_jax.data.tokens import encode_document
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.language_model import open_language_model
@@ -200,3 +202,12 @@ def test_a_real_model_knows_the_capital_of_france(smollm2, tmp_path):
     assert len(tokenizer.encode_text("1234")) == 4  # its digits stand alone
     (written,) = generate_texts(model, params, tokenizer, [[Text("The capital of France is")]], max_tokens=4)
     assert written.startswith("Paris")
+    (told,) = generate_texts(
+        model, params, tokenizer, [[Text("What is the capital of France?")]], max_tokens=12, template="chat_template"
+    )
+    assert told == "The capital of France is Paris.", "it ends with its turn"
+    chat = Document("conversation", (Text("Hi!", "user"), Text("\n\nHo", "assistant"), Text("<|im_end|>", "user")))
+    written, brought = (
+        encode_document(chat, tokenizer, RowShape(999), template=name) for name in ("smollm2", "chat_template")
+    )
+    np.testing.assert_array_equal(written.tokens, brought.tokens)
