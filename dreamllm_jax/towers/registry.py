@@ -5,18 +5,19 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
 from dreamllm_jax.towers.image_decoders.sana import SanaConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion_3 import StableDiffusion3Config
 from dreamllm_jax.towers.image_decoders.stable_diffusion_xl import StableDiffusionXLConfig
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
+from dreamllm_jax.towers.vision_encoders.qwen25_vl import Qwen25VisionConfig
 
 # The first of a role is taken where a public file does not say what it is.
 LANGUAGE_MODELS = (LlamaConfig,)
-VISION_ENCODERS = (ClipVisionConfig,)
-VISUAL_PROJECTORS = (ProjectorConfig,)
+VISION_ENCODERS = (ClipVisionConfig, Qwen25VisionConfig)
+VISUAL_PROJECTORS = (ProjectorConfig, IdentityConfig)
 CONNECTORS = (ProjectorConfig,)
 IMAGE_DECODERS = (StableDiffusionConfig, StableDiffusionXLConfig, SanaConfig, StableDiffusion3Config)
 
