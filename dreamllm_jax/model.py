@@ -159,7 +159,7 @@ class DreamLLM(nn.Module):
     def decode(
         self,
         embeddings: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | Int[Array, "B T 3"],
         segment_ids: Int[Array, "B T"],
         cache: Any = None,
         seen: Sequence[tuple[Float[Array, "B S P E"], Int[Array, "B S"]]] = (),

@@ -140,6 +140,7 @@ class Experiment:
             self.rows.length,
             tuple(group(given, encoder.tokens(given.height, given.width), encoder, "features") for given in seen),
             tuple(group(given, self.model.num_queries, decoder, "moments", decoder.wants_sizes) for given in painted),
+            self.model.language_model.position_axes,
         )
 
 

@@ -86,6 +86,7 @@ def _shape(config: DreamLLMConfig, length: int = 1 << 20, see: int = 1 << 10, dr
         length,
         (SlotGroup(see, config.vision_encoder.tokens(side, side), side, side),) if see else (),
         (SlotGroup(dream, config.num_queries, 1, 1),) if dream else (),
+        config.language_model.position_axes,
     )
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from dreamllm_jax.data.batch import Batch
 from dreamllm_jax.data.document import Segment
+from dreamllm_jax.data.positions import grid_of, place
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.generation.prompts import bucket, encode_prompts, require_fits
 from dreamllm_jax.model import DreamLLM
@@ -28,12 +29,14 @@ class Reading:
     """What the rows have read so far: keys and values, which tokens; and the logits of their next tokens.
 
     `recent` has the hidden states of the last tokens, and which there are, for a connector that is given the prompt's.
+    `position` is the next token's, of a language model whose positions have three axes; others count what they read.
     """
 
     cache: Any
     logits: Float[Array, "B V"]
     seen: Bool[Array, "B V"]
     recent: tuple[Float[Array, "B P E"], Bool[Array, "B P"]] | None = None
+    position: Int[Array, " B"] | None = None
 
     @property
     def length(self) -> Int[Array, " B"]:
@@ -114,10 +117,22 @@ def choose(reading: Reading, sampling: Sampling | None) -> Int[Array, " B"]:
     return jnp.where(sampling.temperature > 0, token, greedy).astype(jnp.int32)
 
 
-def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array, counts: Array, seen=()) -> tuple:
-    """The rows read those embeddings that count (padding is on the right): hidden states and Reading."""
+def _advance(
+    model: DreamLLM, params: dict, reading: Reading, embeddings: Array, counts: Array, seen=(), steps: Any = None
+) -> tuple:
+    """The rows read those embeddings that count (padding is on the right): hidden states and Reading.
+
+    Args:
+      steps: i32[T, 3] or i32[B, T, 3] from the next position to each token's, on its axes; None for text.
+    """
     segment_ids = jnp.broadcast_to(counts, embeddings.shape[:2]).astype(jnp.int32)
-    positions = reading.length[:, None] + jnp.arange(segment_ids.shape[1])
+    position = reading.length if reading.position is None else reading.position
+    if steps is None:
+        positions = largest = position[:, None] + jnp.arange(segment_ids.shape[1])
+    else:
+        positions = position[:, None, None] + steps
+        largest = positions.max(axis=2)
+    after = jnp.max(jnp.where(segment_ids > 0, largest + 1, position[:, None]), axis=1)
     joined = model.bind({"params": params})
     hidden, cache = joined.decode(embeddings, positions, segment_ids, reading.cache, seen)
     count = jnp.sum(segment_ids, axis=1)
@@ -129,7 +144,8 @@ def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array,
         there = jnp.concatenate([recent[1], segment_ids > 0], axis=1)
         last = jnp.argsort(there, axis=1, stable=True)[:, -recent[0].shape[1] :]
         recent = jnp.take_along_axis(states, last[..., None], axis=1), jnp.take_along_axis(there, last, axis=1)
-    return hidden, Reading(cache, jnp.where((count > 0)[:, None], logits, reading.logits), reading.seen, recent)
+    logits = jnp.where((count > 0)[:, None], logits, reading.logits)
+    return hidden, Reading(cache, logits, reading.seen, recent, None if reading.position is None else after)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length"))
@@ -155,8 +171,11 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
     if tokens:
         states = jnp.zeros((rows, tokens, embeddings.shape[-1]), embeddings.dtype)
         recent = states, jnp.zeros(states.shape[:2], bool)
-    empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen, recent)
-    return _advance(model, params, empty, embeddings, prompts.segment_ids != 0, read)[1]
+    steps, position = None, None
+    if model.config.language_model.position_axes > 1:
+        steps, position = prompts.positions, jnp.zeros(rows, jnp.int32)
+    empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen, recent, position)
+    return _advance(model, params, empty, embeddings, prompts.segment_ids != 0, read, steps)[1]
 
 
 def begin(
@@ -237,14 +256,17 @@ def read_image(
     active: Bool[Array, " B"] | None = None,
 ) -> Reading:
     """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, as the encoder preprocesses it."""
-    ids = model.config.special_tokens
-    joined, patches = model.bind({"params": params}), model.config.vision_encoder.tokens(*images.shape[1:3])
+    ids, size = model.config.special_tokens, images.shape[1:3]
+    joined, patches = model.bind({"params": params}), model.config.vision_encoder.tokens(*size)
     tokens = jnp.asarray([ids.im_start, *[ids.im_patch] * patches, ids.im_end], jnp.int32)
     tokens = jnp.broadcast_to(tokens, (images.shape[0], patches + 2))
     slots = jnp.ones((images.shape[0], 1), jnp.int32)
     read = [(joined.see(images)[:, None], slots)]
     counts = True if active is None else active[:, None]
-    return _advance(model, params, reading, joined.embed(tokens, read), counts, read)[1]
+    steps = None
+    if model.config.language_model.position_axes > 1:
+        steps = place(patches + 2, [(1, grid_of(patches, *size))])
+    return _advance(model, params, reading, joined.embed(tokens, read), counts, read, steps)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "announced"), donate_argnames=("reading",))
