@@ -33,8 +33,8 @@ def assemble(
     connector: ConnectorConfig,
     seed: int,
 ) -> Source:
-    """Joins the towers, as they are opened, with a fresh connector, dream queries and, if it is none that is opened too,
-    visual projector.
+    """Joins the towers, as they are opened, with a fresh connector and dream queries, and with a visual projector
+    that is opened too or fresh.
 
     Args:
       special_tokens, vocab_size: of the tokenizer.

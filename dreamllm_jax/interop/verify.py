@@ -83,16 +83,15 @@ def compare(
       config: our model.
       params: gives one part of the parameter tree, such as "image_decoder/denoiser", as a nested dict of numpy arrays
         of any float type.
-      directory: a causal language model of transformers; or one that sees (a row of `vision_language.LAYOUTS`), of
-        which the tokens that are not ours alone are compared; or the folders of an image decoder, perhaps that of a vision
-        encoder, of diffusers; or a checkpoint of the original program, whose towers' configurations are found as the
+      directory: a causal language model of transformers; or one that sees (a row of `vision_language.LAYOUTS`), our
+        new tokens left aside; or the folders of an image decoder, perhaps that of a vision encoder, of diffusers; or a checkpoint of the original program, whose towers' configurations are found as the
         import finds them.
       dtypes: "float32", "bfloat16" or both.
       towers: see `dreamllm_modules.loaders`.
 
     Returns:
-      A difference for each tower and type. "multimodal forward" is the logits for one sequence of text and an image and,
-      of a checkpoint of the original program with all its plugin files, dream queries, and the condition from these.
+      A difference for each tower and type. "multimodal forward" is the logits for one sequence of text and an image
+      and, of a checkpoint of the original program with all its plugin files, dream queries, and the condition of these.
       "scheduler" is what `sampling.compare_sampling` compares, where the directory has one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A vision encoder in Hugging Face's layout: its vision tower alone or a model that has one, and its image processor."""
+"""A vision encoder in Hugging Face's layout, alone or in a whole model, and its image processor."""
 
 import functools
 from collections.abc import Mapping

@@ -1,7 +1,9 @@
 """Whole vision-language models in Hugging Face's layouts: which parts of ours lie in one directory, and where.
 
-A layout is a row of `LAYOUTS`. Each part is opened as if it lay alone: `open_language_model` and `open_vision_encoder` take
-theirs, `open_visual_projector` the third. LLaVA is arXiv 2304.08485 and 2310.03744, LLaVA-OneVision arXiv 2408.03326.
+A layout is a row of `LAYOUTS`. Each part is opened as if it lay alone: `open_language_model` and `open_vision_encoder`
+take theirs, `open_visual_projector` the third.
+
+LLaVA is arXiv 2304.08485 and 2310.03744, LLaVA-OneVision 2408.03326.
 """
 
 import dataclasses
@@ -31,8 +33,8 @@ class Layout:
       types: these.
       torch_class: their class of transformers.
       groups: part -> the group of config.json that has its settings, as its own config.json would; "" for all of it.
-      names: (beginning of a tensor's name as a regular expression, part, what stands there instead): the first that fits
-        says whose it is and how the part's public class names it (the projector: how ours names it). Of all generations.
+      names: (beginning of a tensor's name, a regular expression; part; what stands there instead), of all generations:
+        the first that fits says whose it is, and how the part's public class (of the projector: ours) names it.
       beside: regular expression, from the beginning of a name, of tensors that are nothing of ours.
       seeing: what the vision encoder's `from_public` is told besides its settings, from the whole config.json; a
         ValueError for what is not supported.

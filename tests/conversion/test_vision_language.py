@@ -73,7 +73,7 @@ def test_all_names_that_such_models_had_are_read(whole, names, tmp_path):
 
 
 def test_its_towers_may_be_taken_one_by_one(whole, tmp_path, caplog):
-    given = {name: whole / "whole" for name in ("language_model", "vision_encoder")}
+    given = dict.fromkeys(("language_model", "vision_encoder"), whole / "whole")
     with caplog.at_level("INFO", "dreamllm_jax"):
         run("import", **given, image_decoder=whole / "decoder", to=tmp_path / "to")
     assert "4 tensors of ['multi_modal_projector']" in caplog.text
@@ -109,6 +109,6 @@ def test_what_does_not_fit_is_named(whole, tmp_path):
         more = {"vision_encoder": other, "select_layer": 1}
         run("import", vision_language=other, **more, image_decoder=whole / "decoder", to=tmp_path / "to")
     towers = public_models.save_llama(tmp_path / "llama")
-    with pytest.raises(ValueError, match="config.json: model_type 'llama' is of no vision-language model"):
+    with pytest.raises(ValueError, match=r"config\.json: model_type 'llama' is of no vision-language model"):
         run("import", vision_language=towers, image_decoder=whole / "decoder", to=tmp_path / "to")
     assert not (tmp_path / "to").exists()
