@@ -12,10 +12,11 @@ from dreamllm_jax.towers.image_decoders.stable_diffusion_3 import StableDiffusio
 from dreamllm_jax.towers.image_decoders.stable_diffusion_xl import StableDiffusionXLConfig
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
+from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
 
 # The first of a role is taken where a public file does not say what it is.
 LANGUAGE_MODELS = (LlamaConfig,)
-VISION_ENCODERS = (ClipVisionConfig,)
+VISION_ENCODERS = (ClipVisionConfig, InternVitConfig)
 VISUAL_PROJECTORS = (ProjectorConfig,)
 CONNECTORS = (ProjectorConfig,)
 IMAGE_DECODERS = (StableDiffusionConfig, StableDiffusionXLConfig, SanaConfig, StableDiffusion3Config)
