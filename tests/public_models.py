@@ -24,6 +24,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
 )
 
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -51,24 +53,32 @@ def save_towers(
     return {name: save(directory / name, dtype, **options.get(name, {})) for name, save in saving.items()}
 
 
+LLAMA = {
+    "vocab_size": BASE_VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
 def save_llama(directory: Path, dtype: torch.dtype = torch.float32, pickled: bool = False, **settings) -> Path:
     """A LLaMA of two layers with its SentencePiece model; in shards, for they are very small.
 
     Args:
       pickled: `pytorch_model-*.bin` in place of safetensors.
     """
-    config = LlamaConfig(
-        **{
-            "vocab_size": BASE_VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-        }
-        | settings
-    )
+    config = LlamaConfig(**LLAMA | settings)
     model = randomised(LlamaForCausalLM(config)).to(dtype)
     model.save_pretrained(directory, max_shard_size="30KB")
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
@@ -79,25 +89,30 @@ def save_llama(directory: Path, dtype: torch.dtype = torch.float32, pickled: boo
 
 def save_clip(directory: Path, dtype: torch.dtype = torch.float32, whole: bool = False, pickled: bool = False) -> Path:
     """A CLIP vision tower of three layers, or a `whole` CLIP."""
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 16,
-        "patch_size": 8,
-    }
     text = CLIPTextConfig(
         hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
     )
     if whole:
-        config = CLIPConfig(vision_config=vision, text_config=text.to_dict(), projection_dim=8)
+        config = CLIPConfig(vision_config=CLIP, text_config=text.to_dict(), projection_dim=8)
         model = CLIPModel(config)
     else:
-        model = CLIPVisionModel(CLIPVisionConfig(**vision))
+        model = CLIPVisionModel(CLIPVisionConfig(**CLIP))
     randomised(model).to(dtype).save_pretrained(directory)
     if pickled:
         _pickle(directory, "model", "pytorch_model")
+    return directory
+
+
+def save_llava(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A LLaVA-1.5: the LLaMA, the CLIP and a projector."""
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **LLAMA},
+        vision_config={"model_type": "clip_vision_model", **CLIP},
+        image_token_index=BASE_VOCABULARY - 1,
+        image_seq_length=4,
+    )
+    randomised(LlavaForConditionalGeneration(config)).to(dtype).save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
     return directory
 
 
