@@ -247,25 +247,32 @@ def read_tokens(
     return advanced.replace(seen=advanced.seen.at[rows, tokens].max(active))
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("reading",))
+@functools.partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("reading",))
 def read_image(
     model: DreamLLM,
     params: dict,
     reading: Reading,
-    images: UInt8[Array, "B H W 3"],
+    images: UInt8[Array, "B ..."],
     active: Bool[Array, " B"] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Reading:
-    """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, as the encoder preprocesses it."""
-    ids, size = model.config.special_tokens, images.shape[1:3]
-    joined, patches = model.bind({"params": params}), model.config.vision_encoder.tokens(*size)
+    """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, as the encoder preprocesses it.
+
+    Args:
+      size: height and width of the images, where the encoder takes them apart.
+    """
+    ids = model.config.special_tokens
+    joined = model.bind({"params": params})
+    seen = joined.see(images)
+    patches = seen.shape[1]
     tokens = jnp.asarray([ids.im_start, *[ids.im_patch] * patches, ids.im_end], jnp.int32)
     tokens = jnp.broadcast_to(tokens, (images.shape[0], patches + 2))
     slots = jnp.ones((images.shape[0], 1), jnp.int32)
-    read = [(joined.see(images)[:, None], slots)]
+    read = [(seen[:, None], slots)]
     counts = True if active is None else active[:, None]
     steps = None
     if model.config.language_model.position_axes > 1:
-        steps = place(patches + 2, [(1, grid_of(patches, *size))])
+        steps = place(patches + 2, [(1, grid_of(patches, *(size or images.shape[1:3])))])
     return _advance(model, params, reading, joined.embed(tokens, read), counts, read, steps)[1]
 
 

@@ -15,11 +15,12 @@ from dreamllm_jax.towers.language_models.qwen2 import Qwen2Config
 from dreamllm_jax.towers.language_models.qwen3 import Qwen3Config
 from dreamllm_jax.towers.language_models.qwen25_vl import Qwen25VLConfig
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
+from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
 from dreamllm_jax.towers.vision_encoders.qwen25_vl import Qwen25VisionConfig
 
 # The first of a role is taken where a public file does not say what it is.
 LANGUAGE_MODELS = (LlamaConfig, Qwen2Config, Qwen3Config, Qwen25VLConfig)
-VISION_ENCODERS = (ClipVisionConfig, Qwen25VisionConfig)
+VISION_ENCODERS = (ClipVisionConfig, InternVitConfig, Qwen25VisionConfig)
 VISUAL_PROJECTORS = (ProjectorConfig, IdentityConfig)
 CONNECTORS = (ProjectorConfig,)
 IMAGE_DECODERS = (StableDiffusionConfig, StableDiffusionXLConfig, SanaConfig, StableDiffusion3Config)

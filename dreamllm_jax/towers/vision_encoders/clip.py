@@ -118,6 +118,14 @@ class ClipVisionConfig:
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    def fitting(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width, in pixels, as which every image is seen."""
+        return self.image_size, self.image_size
+
+    def pixels_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of what `preprocess` gives."""
+        return height, width, 3
+
     # What can be stored of an image: its features. They depend on all parameters and settings.
     stored_depends = ("",)
 

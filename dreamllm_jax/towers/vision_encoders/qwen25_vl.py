@@ -137,9 +137,13 @@ class Qwen25VisionConfig:
             )
         return height * width // multiple**2
 
-    def size_for(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in which a picture of so many pixels is read, where one may choose."""
+    def fitting(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width, in pixels, as which an image of this size is best seen."""
         return layout.smart_resize(height, width, self.size_multiple, self.min_pixels, self.max_pixels)
+
+    def pixels_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of what `preprocess` gives."""
+        return height, width, 3
 
     @property
     def num_patches(self) -> int:
