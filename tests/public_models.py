@@ -26,6 +26,9 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
 )
 
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -112,6 +115,39 @@ def save_llava(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
         image_seq_length=4,
     )
     randomised(LlavaForConditionalGeneration(config)).to(dtype).save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+def qwen25_vl_config(**text) -> Qwen2_5_VLConfig:
+    """Of a Qwen2.5-VL of two layers and three, one of which sees more than a window."""
+    vision = {
+        "depth": 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    rope = {"type": "mrope", "mrope_section": [1, 2, 1], "rope_theta": 10000.0}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    return Qwen2_5_VLConfig(
+        text_config={**LLAMA, **ends, "rope_parameters": rope, **text},
+        vision_config=vision,
+        image_token_id=BASE_VOCABULARY - 1,
+        video_token_id=BASE_VOCABULARY - 2,
+        vision_start_token_id=BASE_VOCABULARY - 3,
+        vision_end_token_id=BASE_VOCABULARY - 4,
+    )
+
+
+def save_qwen25_vl(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A Qwen2.5-VL, and its image processor."""
+    model = randomised(Qwen2_5_VLForConditionalGeneration(qwen25_vl_config())).to(dtype)
+    model.save_pretrained(directory)
+    Qwen2VLImageProcessorPil(min_pixels=64, max_pixels=1024, patch_size=4).save_pretrained(directory)
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
     return directory
 

@@ -28,11 +28,7 @@ class Qwen25VLConfig(Qwen2Config):
     rope_theta: float = 1e6
     mrope_section: tuple[int, ...] = (16, 24, 24)
     kind: Literal["qwen25_vl"] = "qwen25_vl"
-    public = dataclasses.replace(
-        causal_lm("Qwen2ForCausalLM", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text", without=("head_dim",)),
-        beside=r".*\brotary_emb\.inv_freq$|(model\.)?visual\.",
-        renamed=((r"^language_model\.", ""),),  # of whole models as transformers 5 writes them
-    )
+    public = causal_lm("Qwen2ForCausalLM", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text", without=("head_dim",))
     own = ("mrope_section",)
     unsaid = (False, 80)
 
@@ -45,7 +41,9 @@ class Qwen25VLConfig(Qwen2Config):
     def from_public(cls, config: Mapping[str, Any]) -> Self:
         """Reads the `config.json` of a whole model, whose settings of texts stand in `text_config` or beside those of
         images, or of the language model alone; errors as of `PublicDecoder.from_public`."""
-        config = {**config, **(config.get("text_config") or {})}
+        text = config.get("text_config") or {}
+        tied = any(settings.get("tie_word_embeddings") for settings in (config, text))  # it may stand in either
+        config = {**config, **text, "tie_word_embeddings": tied}
         rope = {**(config.pop("rope_scaling", None) or {}), **(config.pop("rope_parameters", None) or {})}
         section = rope.pop("mrope_section", cls.mrope_section)
         if rope.get("rope_type", rope.get("type")) == "mrope":

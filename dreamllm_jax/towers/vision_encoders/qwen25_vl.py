@@ -80,8 +80,6 @@ class Qwen25VisionConfig:
         torch_class="Qwen2_5_VisionTransformerPretrainedModel",
         types=("qwen2_5_vl_vision", "qwen2_5_vl"),
         folder="visual",
-        beside=r"lm_head\.|model\.(?!visual\.)",  # of a whole model
-        renamed=((r"^(model\.)?visual\.", ""),),
         settings=(
             *("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size"),
             *("spatial_merge_size", "window_size", "fullatt_block_indexes"),
