@@ -24,6 +24,7 @@ class SlotGroup:
       slots: how many (S).
       tokens: of the row that each takes: patches of an image that is seen, queries of one that is painted.
       height, width: pixels.
+      pixels: shape of the array of an image's pixels; empty where that is height x width x 3.
       stored: shape of the stored array that stands for an image; empty where its pixels do.
       dtype: the type of stored arrays.
       sizes: whether the sizes of each picture stand beside it.
@@ -36,6 +37,7 @@ class SlotGroup:
     stored: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     sizes: bool = False
+    pixels: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("slots", "tokens", "height", "width"):
@@ -83,8 +85,9 @@ class Slots:
 
     Attributes:
       at: i32[B, S] index in the row of an image's first token, -1 for an empty slot.
-      images: u8[B, S, H, W, 3] pixels (floats are taken as normalised for the tower), or f[B, S, ...] what is stored of
-        them; None where images are only painted from, not learned.
+      images: u8[B, S, H, W, 3] pixels (floats are taken as normalised for the tower), apart where the tower sees them
+        so, as u8[B, S, ...]; or f[B, S, ...] what is stored of them; None where images are only painted from, not
+        learned.
       stored: whether `images` are stored arrays.
       sizes: f32[B, S, 6] what was done to pictures, see `data.images.paint_sizes`; None where the denoiser is not told.
     """
@@ -126,7 +129,7 @@ def empty_batch(count: int, shape: RowShape, pad: int = 0) -> Batch:
     """A batch of `count` rows in which nothing is filled."""
 
     def room(group: SlotGroup) -> Slots:
-        size, dtype = (group.height, group.width, 3), jnp.uint8
+        size, dtype = group.pixels or (group.height, group.width, 3), jnp.uint8
         if group.stored:
             size, dtype = group.stored, jnp.dtype(group.dtype)
         at = np.full((count, group.slots), -1, np.int32)

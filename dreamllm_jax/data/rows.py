@@ -21,7 +21,7 @@ from dreamllm_jax.data.tokens import Placed
 Counts = collections.Counter[tuple[str, str]]  # by corpus and what is counted
 
 
-# Makes u8[height, width, 3] of a Pillow image, given these two; what is painted is mirrored if it is told `flip=True`.
+# Makes u8 pixels of a Pillow image, given height and width; what is painted is mirrored if it is told `flip=True`.
 Crop = Callable[..., np.ndarray]
 
 
@@ -43,7 +43,7 @@ class Pixels:
         self._decode = functools.lru_cache(maxsize=8)(images.decode)  # what is painted is often read back
 
     def see(self, placed: Placed) -> np.ndarray:
-        """u8[H, W, 3] for the vision encoder, or its stored features."""
+        """u8 pixels for the vision encoder, or its stored features."""
         group = self._shape.see[placed.group]
         if group.stored:
             return _stored(placed.image, "features")

@@ -233,16 +233,18 @@ def read_image(
     model: DreamLLM,
     params: dict,
     reading: Reading,
-    images: UInt8[Array, "B H W 3"],
+    images: UInt8[Array, "B ..."],
     active: Bool[Array, " B"] | None = None,
 ) -> Reading:
     """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, as the encoder preprocesses it."""
     ids = model.config.special_tokens
-    joined, patches = model.bind({"params": params}), model.config.vision_encoder.tokens(*images.shape[1:3])
+    joined = model.bind({"params": params})
+    seen = joined.see(images)
+    patches = seen.shape[1]
     tokens = jnp.asarray([ids.im_start, *[ids.im_patch] * patches, ids.im_end], jnp.int32)
     tokens = jnp.broadcast_to(tokens, (images.shape[0], patches + 2))
     slots = jnp.ones((images.shape[0], 1), jnp.int32)
-    read = [(joined.see(images)[:, None], slots)]
+    read = [(seen[:, None], slots)]
     counts = True if active is None else active[:, None]
     return _advance(model, params, reading, joined.embed(tokens, read), counts, read)[1]
 

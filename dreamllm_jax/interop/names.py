@@ -19,7 +19,7 @@ from dreamllm_jax.common import recognise
 from dreamllm_jax.interop.files import Tensor, is_float, require_finite
 from dreamllm_jax.layers.lora import is_adapter
 
-STACKS = frozenset({"layers", "transformer_blocks"})  # modules that are scanned stacks of layers
+STACKS = frozenset({"layer", "layers", "transformer_blocks"})  # modules that are scanned stacks of layers
 _LISTS = (
     *("down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers"),
     *("to_out", "to_qkv_multiscale", "net", "projector", "pooled_projector"),
