@@ -26,9 +26,16 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -119,6 +126,20 @@ def save_llava(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
     return directory
 
 
+def save_onevision(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A LLaVA-OneVision of one tile: a Qwen2 with tied embeddings, a SigLIP, a projector and its `image_newline`."""
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **LLAMA, "tie_word_embeddings": True},
+        vision_config={"model_type": "siglip_vision_model", **CLIP, "vision_use_head": False},
+        image_grid_pinpoints=[[16, 16]],
+        image_token_index=BASE_VOCABULARY - 1,
+        tie_word_embeddings=True,
+    )
+    randomised(LlavaOnevisionForConditionalGeneration(config)).to(dtype).save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
 def qwen25_vl_config(**text) -> Qwen2_5_VLConfig:
     """Of a Qwen2.5-VL of two layers and three, one of which sees more than a window."""
     vision = {
@@ -149,6 +170,19 @@ def save_qwen25_vl(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
     model.save_pretrained(directory)
     Qwen2VLImageProcessorPil(min_pixels=64, max_pixels=1024, patch_size=4).save_pretrained(directory)
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+def save_siglip(directory: Path, dtype: torch.dtype = torch.float32, whole: bool = False) -> Path:
+    """A SigLIP vision tower with its head and its image processor, or a `whole` SigLIP."""
+    if whole:
+        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = SiglipModel(SiglipConfig(vision_config=CLIP, text_config={**text, "vocab_size": 99}))
+    else:
+        model = SiglipVisionModel(SiglipVisionConfig(**CLIP))
+    randomised(model).to(dtype).save_pretrained(directory)
+    size = {"height": CLIP["image_size"], "width": CLIP["image_size"]}
+    SiglipImageProcessorPil(size=size, resample=2).save_pretrained(directory)
     return directory
 
 

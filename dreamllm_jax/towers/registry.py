@@ -5,6 +5,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from dreamllm_jax.towers.connectors.newline import NewlineConfig
 from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
 from dreamllm_jax.towers.image_decoders.sana import SanaConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
@@ -17,11 +18,12 @@ from dreamllm_jax.towers.language_models.qwen25_vl import Qwen25VLConfig
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
 from dreamllm_jax.towers.vision_encoders.qwen25_vl import Qwen25VisionConfig
+from dreamllm_jax.towers.vision_encoders.siglip import SiglipVisionConfig
 
 # The first of a role is taken where a public file does not say what it is.
 LANGUAGE_MODELS = (LlamaConfig, Qwen2Config, Qwen3Config, Qwen25VLConfig)
-VISION_ENCODERS = (ClipVisionConfig, InternVitConfig, Qwen25VisionConfig)
-VISUAL_PROJECTORS = (ProjectorConfig, IdentityConfig)
+VISION_ENCODERS = (ClipVisionConfig, SiglipVisionConfig, InternVitConfig, Qwen25VisionConfig)
+VISUAL_PROJECTORS = (ProjectorConfig, NewlineConfig, IdentityConfig)
 CONNECTORS = (ProjectorConfig,)
 IMAGE_DECODERS = (StableDiffusionConfig, StableDiffusionXLConfig, SanaConfig, StableDiffusion3Config)
 
