@@ -29,7 +29,7 @@ from dreamllm_jax.interop.language_model import open_language_model
 from dreamllm_jax.interop.source import PARTS, Source
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder
 from dreamllm_jax.interop.vision_language import open_visual_projector
-from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TOWERS = ("language_model", "vision_encoder", "image_decoder")
@@ -79,9 +79,18 @@ def parser() -> argparse_flags.ArgumentParser:
     add = add.add_argument_group("what is not in the three towers; not with --dreamllm")
     add.add_argument("--num-queries", type=command_line.positive, help="dream queries")
     add.add_argument("--select-layer", type=int, help="hidden state of the vision encoder that is read")
-    kinds = {"type": _projector, "metavar": "linear|mlp:DEPTH|conv"}
-    add.add_argument("--visual-projector", **kinds, help="from the vision encoder to the language model")
-    add.add_argument("--connector", **kinds, help="from the language model to the image decoder")
+    add.add_argument(
+        "--visual-projector",
+        type=lambda text: IdentityConfig() if text == IdentityConfig.kind else _projector(text),
+        metavar="linear|mlp:DEPTH|conv|identity",
+        help="from the vision encoder to the language model",
+    )
+    add.add_argument(
+        "--connector",
+        type=_projector,
+        metavar="linear|mlp:DEPTH|conv",
+        help="from the language model to the image decoder",
+    )
     add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
     add.add_argument("--new-tokens", choices=("normal", "mean"), help="embeddings of new tokens")
     add.add_argument("--seed", type=command_line.seed_number, help="of what begins at random")
@@ -184,9 +193,11 @@ def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
     image_decoder = open_image_decoder(arguments.image_decoder)
     tokenizer = load_tokenizer(arguments.tokenizer or whole or arguments.language_model)
     _tell_of_rows(language_model.config.vocab_size, tokenizer)
-    if not whole:
-        eps = vision_encoder.config.layer_norm_eps
+    if isinstance(visual, ProjectorConfig):
+        eps = getattr(vision_encoder.config, "layer_norm_eps", visual.layer_norm_eps)
         visual = dataclasses.replace(visual, post_layernorm=arguments.visual_layernorm, layer_norm_eps=eps)
+    elif arguments.visual_layernorm:
+        raise ValueError(f"a visual projector of kind {visual.kind!r} has no norm: leave out --visual-layernorm")
     source = assemble(
         language_model,
         vision_encoder,

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 from dreamllm_jax.towers.language_models.public_decoder import causal_lm
 from dreamllm_jax.towers.language_models.qwen2 import Qwen2Config
 
+_UNTOLD = ("head_dim", "tie_word_embeddings")  # which a whole model's settings of texts lack
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen25VLConfig(Qwen2Config):
@@ -28,7 +30,7 @@ class Qwen25VLConfig(Qwen2Config):
     rope_theta: float = 1e6
     mrope_section: tuple[int, ...] = (16, 24, 24)
     kind: Literal["qwen25_vl"] = "qwen25_vl"
-    public = causal_lm("Qwen2ForCausalLM", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text", without=("head_dim",))
+    public = causal_lm("Qwen2ForCausalLM", "qwen2", "qwen2_5_vl", "qwen2_5_vl_text", without=_UNTOLD)
     own = ("mrope_section",)
     unsaid = (False, 80)
 

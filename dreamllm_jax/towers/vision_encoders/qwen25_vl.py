@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from dreamllm_jax.data.images import nearest
 from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.flops import Flops, Tally, dense
 from dreamllm_jax.layers.linear import Dense
@@ -40,7 +41,7 @@ _EPS = 1e-6  # of all norms
 _SUPPORTED = {"hidden_act": "silu", "in_channels": 3, "in_chans": 3, "temporal_patch_size": _FRAMES}
 _NORMALISATION = ("image_mean", "image_std")
 _BUDGET = ("min_pixels", "max_pixels")
-_OURS = ("kind", "image_size", *_NORMALISATION, *_BUDGET)  # that no config.json has
+_OURS = ("kind", "image_size", "sizes", *_NORMALISATION, *_BUDGET)  # that no config.json has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Qwen25VisionConfig:
       fullatt_block_indexes: the layers that see the whole image.
       image_size: pixels on a side of the images to see, where rows say nothing else (`rows.see`).
       min_pixels, max_pixels: of an image.
+      sizes: heights and widths one of which a picture is given where it is free to choose, as in generation; empty for
+        any that keeps its shape, within these bounds. Each size is compiled by itself.
       image_mean, image_std: normalise pixels in [0, 1].
     """
 
@@ -73,6 +76,7 @@ class Qwen25VisionConfig:
     image_size: int = 448
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 16384
+    sizes: tuple[tuple[int, int], ...] = ()
     image_mean: tuple[float, float, float] = MEAN
     image_std: tuple[float, float, float] = STD
     public = PublicForm(
@@ -109,7 +113,8 @@ class Qwen25VisionConfig:
             raise ValueError(f"fullatt_block_indexes has {wrong[0]}, but there are {self.depth} layers, from 0")
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels {self.max_pixels} is less than min_pixels {self.min_pixels}")
-        self.tokens(self.image_size, self.image_size)
+        for size in ((self.image_size, self.image_size), *self.sizes):
+            self.tokens(*size)
 
     @property
     def width(self) -> int:
@@ -137,6 +142,8 @@ class Qwen25VisionConfig:
 
     def fitting(self, width: int, height: int) -> tuple[int, int]:
         """Height and width, in pixels, as which an image of this size is best seen."""
+        if self.sizes:
+            return self.sizes[nearest((width, height), self.sizes, cropped=False)]
         return layout.smart_resize(height, width, self.size_multiple, self.min_pixels, self.max_pixels)
 
     def pixels_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -217,6 +224,9 @@ class Qwen25VisionConfig:
         for name, value in _SUPPORTED.items():
             if config.get(name, value) not in (value, None):
                 raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
+        rope = config.get("rope_parameters") or {}
+        if (theta := rope.get("rope_theta", layout.THETA)) != layout.THETA:
+            raise ValueError(f"rope_theta = {theta} is not supported: only {layout.THETA} is")
         names = {field.name for field in dataclasses.fields(cls)} - set(_OURS)
         # transformers' own defaults, where they are not the published ones.
         values = {"hidden_size": 3584} | {name: config[name] for name in names if config.get(name) is not None}

@@ -15,7 +15,7 @@ import numpy as np
 from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.rope import rope_frequencies
 
-_THETA = 10_000.0  # base of the rotations
+THETA = 10_000.0  # base of the rotations
 
 
 def smart_resize(height: int, width: int, multiple: int, least: int, most: int) -> tuple[int, int]:
@@ -54,7 +54,7 @@ def rotations(grid: tuple[int, int], order: np.ndarray, unit: int, dim: int) -> 
     """
     features, patches = np.divmod(order, grid[1]), np.divmod(np.arange(unit**2), unit)
     places = ((feature[:, None] * unit + patch).reshape(-1) for feature, patch in zip(features, patches, strict=True))
-    frequencies = rope_frequencies(dim // 2, _THETA, None, 1, 1)
+    frequencies = rope_frequencies(dim // 2, THETA, None, 1, 1)
     angles = np.concatenate([place[:, None].astype(np.float32) * frequencies for place in places], axis=1)
     return np.cos(angles), np.sin(angles)
 
