@@ -14,8 +14,9 @@ from PIL import Image
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder, read_vision_config
 from dreamllm_jax.layers.flops import Tally
+from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.towers.connectors.newline import NewlineConfig
-from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig, normalise_pixels
+from dreamllm_jax.towers.vision_encoders.clip import normalise_pixels
 from dreamllm_jax.towers.vision_encoders.siglip import SiglipVision, SiglipVisionConfig
 from tests import public_models
 from tests.parity import assert_same, compiled, gradients, nchw, nhwc, randomised, relative_error, tensors
@@ -86,23 +87,19 @@ def test_half_precision_stays_near():
     assert relative_error(states.astype(jnp.float32), compiled(ours.apply)(params, images)) < 0.03
 
 
-def test_flops_are_those_of_clip_without_its_class_token():
-    def total(cls, trained):
-        tally = Tally(trained, platform="cpu", dtype="float32")
-        config = cls(**{**TINY, "patch_size": 7}, select_layer=-1)
-        config.flops(tally, 1, 28, 28, remat=True)
-        return tally.total, config
-
-    patches, size, inner = 16, TINY["hidden_size"], TINY["intermediate_size"]
-    per_token, scores = 2 * (4 * size * size + 2 * size * inner), 2 * 2 * size
-    for trained in (lambda path: False, lambda path: True):
-        (ours, config), (clip, _) = (total(cls, trained) for cls in (SiglipVisionConfig, ClipVisionConfig))
-        more = config.num_hidden_layers * (per_token + scores * ((patches + 1) ** 2 - patches**2))
-        assert clip.forward.total - ours.forward.total == more
+def test_flops_are_those_of_the_compiled_program():
+    for select_layer, packed, remat in ((None, False, "full"), (1, True, "none")):
+        _, ours, params = pair(select_layer, packed, patch_size=7)
+        ours, images = ours.clone(remat=remat), images_of(ours.config, 2)
+        step = jax.jit(jax.grad(lambda params, ours=ours, images=images: jnp.square(ours.apply(params, images)).sum()))
+        program = read_program(step.lower(params).compile().as_text(), {"data": 1})
+        tally = Tally(lambda path: True, platform="cpu", dtype="float32")
+        ours.config.flops(tally, len(images), *[ours.config.image_size] * 2, remat == "full")
+        assert tally.total.executed == pytest.approx(sum(program.flops_by_name.values()), rel=0.01)
 
 
 def test_pixels_are_those_of_the_image_processor(tmp_path):
-    """To the last bit; and where it makes other pixels than ours, it is refused."""
+    """Bytes to the last bit, floats to the last step; and where it makes other pixels than ours, it is refused."""
     transformers.SiglipVisionConfig(**TINY).save_pretrained(tmp_path)
     assert read_vision_config(tmp_path).resample == "bicubic"
     path, size = tmp_path / "preprocessor_config.json", TINY["image_size"]
@@ -114,8 +111,9 @@ def test_pixels_are_those_of_the_image_processor(tmp_path):
         config = read_vision_config(tmp_path)
         want = processor(photo, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         pixels = config.preprocess(photo, *config.fitting(*photo.size))
-        got = jax.jit(normalise_pixels, static_argnums=(1, 2))(pixels, config.image_mean, config.image_std)
-        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(pixels, np.rint((want / 2 + 0.5) * 255))
+        got = normalise_pixels(pixels, config.image_mean, config.image_std)
+        np.testing.assert_allclose(got, want, rtol=0, atol=2**-23)  # one step of a number next to 1
         again = transformers.SiglipImageProcessorPil.from_dict(config.processor())
         np.testing.assert_array_equal(again(photo, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0), want)
     settings = json.loads(path.read_text())
