@@ -36,24 +36,22 @@ ACTIVATIONS = {
 }
 _QK_EPS = 1e-6
 
-# Settings of a config.json that would change the function computed here: name -> the values that are supported.
+# Settings of a config.json that would change the function computed here: name -> the one value that is supported.
 _SUPPORTED = {
-    **dict.fromkeys(("attention_dropout", "dropout", "hidden_dropout_prob", "projection_dropout"), (0.0,)),
-    "drop_path_rate": (0.0, 0.1),  # of InternVL's files; without effect where nothing is dropped
-    "num_channels": (3,),
-    "use_mask_token": (False,),
-    "use_absolute_position_embeddings": (True,),
-    "use_mean_pooling": (True,),
+    **dict.fromkeys(("attention_dropout", "dropout", "hidden_dropout_prob", "projection_dropout"), 0.0),
+    "num_channels": 3,
+    "use_mask_token": False,
+    "use_absolute_position_embeddings": True,
+    "use_mean_pooling": True,
 }
-# Of a whole model.
-_SUPPORTED_WHOLE = {
-    "select_layer": (-1,),
-    "vision_feature_layer": (-1,),
-    "vision_feature_select_strategy": ("default",),
-    "ps_version": ("v2",),
-    "use_thumbnail": (True,),
-    "min_dynamic_patch": (1,),
+# The same of a whole model, and of one whose pictures are seen in tiles.
+_WHOLE = {
+    "select_layer": -1,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "ps_version": "v2",
 }
+_TILED = {"use_thumbnail": True, "min_dynamic_patch": 1}
 _OLDER = {
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
@@ -104,10 +102,7 @@ class InternVitConfig:
         torch_class="InternVLVisionModel",
         types=("internvl_vision", "internvl", "internvl_chat", "intern_vit_6b"),
         folder="intern_vit",
-        # Of a whole InternVL.
-        beside=r"(model\.)?(language_model|multi_modal_projector|mlp1|lm_head)\b",
-        renamed=(
-            (r"^(model\.)?(vision_tower|vision_model)\.", ""),
+        renamed=(  # in InternVL's own layout
             (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
             (r"^embeddings\.position_embedding$", "embeddings.position_embeddings"),
             (r"^embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
@@ -236,10 +231,11 @@ class InternVitConfig:
         if select_layer != -1:
             raise ValueError(f"select_layer={select_layer} is not supported: InternViT is read at its last layer")
         alone = config.get("vision_config") or config
-        for settings, supported in ((alone, _SUPPORTED), (config, _SUPPORTED_WHOLE)):
-            for name, values in supported.items():
-                if settings.get(name, values[0]) not in (*values, None):
-                    raise ValueError(f"{name} = {settings[name]!r} is not supported: only {values[0]!r} is")
+        tiled = config.get("dynamic_image_size", config.get("model_type") != "internvl_chat")
+        for settings, supported in ((alone, _SUPPORTED), (config, _WHOLE | (_TILED if tiled else {}))):
+            for name, value in supported.items():
+                if settings.get(name, value) not in (value, None):
+                    raise ValueError(f"{name} = {settings[name]!r} is not supported: only {value!r} is")
         read = {_OLDER.get(name, name): value for name, value in alone.items()}
         for name in ("image_size", "patch_size"):
             sides = read.get(name, [1])
@@ -256,7 +252,7 @@ class InternVitConfig:
             read["downsample"] = round(1 / ratio)
             if read["downsample"] * ratio != 1:
                 raise ValueError(f"downsample_ratio = {ratio!r} is not supported: only one over a whole number is")
-        if not config.get("dynamic_image_size", True):
+        if not tiled:
             read["max_tiles"] = 1
         elif "max_dynamic_patch" in config:
             read["max_tiles"] = config["max_dynamic_patch"]
