@@ -180,7 +180,7 @@ def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
     whole = arguments.vision_language
     visual = open_visual_projector(whole) if whole else arguments.visual_projector
     language_model = open_language_model(whole or arguments.language_model)
-    vision_encoder = open_vision_encoder(whole or arguments.vision_encoder, arguments.select_layer)
+    vision_encoder = open_vision_encoder(whole or arguments.vision_encoder, arguments.select_layer, joined=bool(whole))
     image_decoder = open_image_decoder(arguments.image_decoder)
     tokenizer = load_tokenizer(arguments.tokenizer or whole or arguments.language_model)
     _tell_of_rows(language_model.config.vocab_size, tokenizer)

@@ -29,6 +29,13 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -173,6 +180,33 @@ def save_internvl(directory: Path, dtype: torch.dtype = torch.float32, chat: boo
         }
         (directory / "config.json").write_text(json.dumps(settings))
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+def save_onevision(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A LLaVA-OneVision of one tile: a Qwen2 with tied embeddings, a SigLIP, a projector and its `image_newline`."""
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **LLAMA, "tie_word_embeddings": True},
+        vision_config={"model_type": "siglip_vision_model", **CLIP, "vision_use_head": False},
+        image_grid_pinpoints=[[16, 16]],
+        image_token_index=BASE_VOCABULARY - 1,
+        tie_word_embeddings=True,
+    )
+    randomised(LlavaOnevisionForConditionalGeneration(config)).to(dtype).save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+def save_siglip(directory: Path, dtype: torch.dtype = torch.float32, whole: bool = False) -> Path:
+    """A SigLIP vision tower with its head and its image processor, or a `whole` SigLIP."""
+    if whole:
+        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = SiglipModel(SiglipConfig(vision_config=CLIP, text_config={**text, "vocab_size": 99}))
+    else:
+        model = SiglipVisionModel(SiglipVisionConfig(**CLIP))
+    randomised(model).to(dtype).save_pretrained(directory)
+    size = {"height": CLIP["image_size"], "width": CLIP["image_size"]}
+    SiglipImageProcessorPil(size=size, resample=2).save_pretrained(directory)
     return directory
 
 

@@ -17,6 +17,7 @@ from dreamllm_jax.common import recognise
 from dreamllm_jax.interop import files, internvl
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
+from dreamllm_jax.towers.connectors.newline import NewlineConfig
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.registry import VisualProjectorConfig
 
@@ -38,6 +39,7 @@ class Layout:
       beside: regular expression, from the beginning of a name, of tensors that are nothing of ours.
       seeing: what the vision encoder's `from_public` is told besides its settings, from the whole config.json; a
         ValueError for what is not supported.
+      joined: settings of it that are true if the visual projector comes along.
       projecting: the visual projector, likewise.
       towers: where the public class has the language model and the vision encoder.
       project: what the public class, given our part's features, makes of them by its projector.
@@ -55,6 +57,7 @@ class Layout:
     towers: Mapping[str, str]
     project: Callable[[Any, Any], Any]
     converted: Callable[[Settings, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]] | None = None
+    joined: tuple[str, ...] = ()
     beside: str = r"(?!)"
     shared: tuple[str, ...] = ("tie_word_embeddings",)
 
@@ -101,6 +104,30 @@ def _layer(settings: Settings, otherwise: int) -> int:
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer = {layer!r} is not supported: only a single layer is")
     return layer
+
+
+def _onevision_seeing(settings: Settings) -> dict[str, Any]:
+    _required(settings, {"vision_feature_select_strategy": "full"})
+    return {"select_layer": _layer(settings, -1)}
+
+
+def _onevision_projecting(settings: Settings) -> NewlineConfig:
+    _required(settings, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True})
+    return NewlineConfig()
+
+
+def _onevision_project(model: Any, features: Any) -> Any:
+    """A picture of one tile, whose features are those of the whole."""
+    vision = model.config.vision_config
+    states = features[:, : (vision.image_size // vision.patch_size) ** 2]
+    twice = [one.expand(2, -1, -1) for one in model.model.multi_modal_projector(states)]
+    packed, _ = model.model.pack_image_features(
+        twice, [[vision.image_size] * 2] * len(twice), image_newline=model.model.image_newline
+    )
+    found = features.new_empty(len(packed), *packed[0].shape)
+    for index, one in enumerate(packed):
+        found[index] = one
+    return found
 
 
 def _llava_seeing(settings: Settings) -> dict[str, Any]:
@@ -169,6 +196,17 @@ LAYOUTS = (
         project=lambda model, states: model.model.multi_modal_projector(states),
         converted=internvl.converted,
     ),
+    Layout(
+        types=("llava_onevision",),
+        torch_class="LlavaOnevisionForConditionalGeneration",
+        groups=_LLAVA_GROUPS,
+        names=(*_LLAVA_NAMES, (r"(model\.)?image_newline$", PROJECTOR, "image_newline")),
+        seeing=_onevision_seeing,
+        joined=("packed",),
+        projecting=_onevision_projecting,
+        towers=_LLAVA_TOWERS,
+        project=_onevision_project,
+    ),
 )
 
 
@@ -225,8 +263,11 @@ def open_part(directory: Path, part: str, stems: Sequence[str] = STEMS) -> Found
     return Found(found, places, tuple(others))
 
 
-def settings_of(part: str, settings: Settings) -> tuple[Settings, dict[str, Any]]:
+def settings_of(part: str, settings: Settings, joined: bool = False) -> tuple[Settings, dict[str, Any]]:
     """The settings of a tower, from its own config.json or a vision-language model's, and what this says besides.
+
+    Args:
+      joined: the visual projector comes along.
 
     Raises:
       ValueError: naming what is missing or not supported.
@@ -234,7 +275,8 @@ def settings_of(part: str, settings: Settings) -> tuple[Settings, dict[str, Any]
     layout = layout_of(settings)
     if layout is None:
         return settings, {}
-    return layout.settings(part, settings), layout.seeing(settings) if part == VISION else {}
+    besides = layout.seeing(settings) if part == VISION else {}
+    return layout.settings(part, settings), besides | dict.fromkeys(layout.joined if joined else (), True)
 
 
 def open_visual_projector(directory: Path) -> Part:

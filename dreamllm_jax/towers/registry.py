@@ -5,6 +5,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from dreamllm_jax.towers.connectors.newline import NewlineConfig
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.image_decoders.sana import SanaConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
@@ -15,11 +16,12 @@ from dreamllm_jax.towers.language_models.qwen2 import Qwen2Config
 from dreamllm_jax.towers.language_models.qwen3 import Qwen3Config
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
+from dreamllm_jax.towers.vision_encoders.siglip import SiglipVisionConfig
 
 # The first of a role is taken where a public file does not say what it is.
 LANGUAGE_MODELS = (LlamaConfig, Qwen2Config, Qwen3Config)
-VISION_ENCODERS = (ClipVisionConfig, InternVitConfig)
-VISUAL_PROJECTORS = (ProjectorConfig,)
+VISION_ENCODERS = (ClipVisionConfig, SiglipVisionConfig, InternVitConfig)
+VISUAL_PROJECTORS = (ProjectorConfig, NewlineConfig)
 CONNECTORS = (ProjectorConfig,)
 IMAGE_DECODERS = (StableDiffusionConfig, StableDiffusionXLConfig, SanaConfig, StableDiffusion3Config)
 

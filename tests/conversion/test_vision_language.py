@@ -1,5 +1,6 @@
 """Whole vision-language models come in, part by part."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,11 +17,12 @@ from dreamllm_jax.interop.language_model import open_language_model  # noqa: E40
 from dreamllm_jax.interop.verify import compare  # noqa: E402
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder  # noqa: E402
 from dreamllm_jax.interop.vision_language import layout_of, open_visual_projector  # noqa: E402
+from dreamllm_jax.towers.connectors.newline import NewlineConfig  # noqa: E402
 from tests import public_models  # noqa: E402
 from tests.conversion.helpers import assert_identical, run, tensors  # noqa: E402
 
 FILE = "model.safetensors"
-SAVING = {"llava": public_models.save_llava}
+SAVING = {"llava": public_models.save_llava, "llava_onevision": public_models.save_onevision}
 # Names of the files, as transformers wrote them up to 4.51 and as its classes name them since.
 GENERATIONS = {
     "before": ((r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."),),
@@ -60,6 +62,20 @@ def test_every_part_computes_what_the_public_class_does(whole):
     assert max(d.relative for d in differences if d.dtype == "float32") <= 1e-5
 
 
+def test_features_are_packed_for_their_projector_alone(whole):
+    """Of LLaVA-OneVision, whose tower is read without the norm after its last layer."""
+    config = saved.find(str(whole / "ours")).config
+    alone = open_vision_encoder(whole / "whole").config
+    if whole.name.startswith("llava_onevision"):
+        assert (config.vision_encoder.select_layer, config.vision_encoder.packed, alone.packed) == (-1, True, False)
+        assert config.visual_projector == NewlineConfig() and config.language_model.tie_word_embeddings
+        assert (config.vision_encoder.num_patches, alone.num_patches) == (4 + 2 * 3, 4)
+        with pytest.raises(ValueError, match=r"visual_projector: a visual projector of kind 'newline' needs features"):
+            dataclasses.replace(config, vision_encoder=alone)
+    else:
+        assert config.vision_encoder == alone and alone.select_layer == -2
+
+
 @pytest.mark.parametrize("names", GENERATIONS.values(), ids=GENERATIONS)
 def test_all_names_that_such_models_had_are_read(whole, names, tmp_path):
     other = shutil.copytree(whole / "whole", tmp_path / "other")
@@ -76,7 +92,7 @@ def test_its_towers_may_be_taken_one_by_one(whole, tmp_path, caplog):
     given = dict.fromkeys(("language_model", "vision_encoder"), whole / "whole")
     with caplog.at_level("INFO", "dreamllm_jax"):
         run("import", **given, image_decoder=whole / "decoder", to=tmp_path / "to")
-    assert "4 tensors of ['multi_modal_projector']" in caplog.text
+    assert re.search(r"[45] tensors of \[('image_newline', )?'multi_modal_projector'\]", caplog.text)
     got, want = tensors(tmp_path / "to"), tensors(whole / "ours")
     roles = ("language_model/layers/", "vision_encoder/")
     for role in roles:
@@ -99,6 +115,7 @@ def test_what_does_not_fit_is_named(whole, tmp_path):
     for changes, message in (
         ({"text_config": None}, "config.json: it has no text_config: .* is read as transformers stores it"),
         ({"vision_feature_layer": [1, 2]}, r"config.json: vision_feature_layer = \[1, 2\] is not supported"),
+        ({"vision_feature_select_strategy": "mean"}, "vision_feature_select_strategy = 'mean' is not supported"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act = 'relu' is not supported: only 'gelu' is"),
     ):
         (other / "config.json").write_text(json.dumps({**settings, **changes}))
