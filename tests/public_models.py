@@ -16,12 +16,15 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -122,6 +125,63 @@ def save_llava(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
         image_seq_length=4,
     )
     randomised(LlavaForConditionalGeneration(config)).to(dtype).save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+INTERN_VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "attention_bias": True,
+}
+# Names of transformers' class, and of InternVL's own layout.
+INTERNVL_NAMES = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.multi_modal_projector.layer_norm.": "mlp1.0.",
+    "model.multi_modal_projector.linear_1.": "mlp1.1.",
+    "model.multi_modal_projector.linear_2.": "mlp1.3.",
+    "model.vision_tower.embeddings.patch_embeddings.projection.": "vision_model.embeddings.patch_embedding.",
+    "model.vision_tower.embeddings.cls_token": "vision_model.embeddings.class_embedding",
+    "model.vision_tower.embeddings.position_embeddings": "vision_model.embeddings.position_embedding",
+    "model.vision_tower.encoder.layer.": "vision_model.encoder.layers.",
+    ".attention.projection_layer.": ".attn.proj.",
+    ".attention.": ".attn.",
+    ".layernorm_before.": ".norm1.",
+    ".layernorm_after.": ".norm2.",
+    ".lambda_": ".ls",
+}
+
+
+def save_internvl(directory: Path, dtype: torch.dtype = torch.float32, chat: bool = False) -> Path:
+    """An InternVL3: a Qwen2.5, an InternViT and a projector; as transformers saves it, or in InternVL's own layout."""
+    language = {"model_type": "qwen2", **LLAMA, "tie_word_embeddings": False}
+    config = InternVLConfig(
+        text_config=language, vision_config=INTERN_VIT, image_token_id=BASE_VOCABULARY - 1, tie_word_embeddings=False
+    )
+    model = randomised(InternVLForConditionalGeneration(config)).to(dtype)
+    model.save_pretrained(directory)
+    if chat:
+        tensors = dict(model.state_dict())
+        for name in [name for name in tensors if ".q_proj." in name and "vision" in name]:
+            parts = [tensors.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            tensors[name.replace("q_proj", "qkv")] = torch.cat(parts)
+        for new, old in INTERNVL_NAMES.items():
+            tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        vision = {("qkv_bias" if name == "attention_bias" else name): value for name, value in INTERN_VIT.items()}
+        settings = {
+            "model_type": "internvl_chat",
+            "llm_config": language,
+            "vision_config": {"model_type": "intern_vit_6b", "norm_type": "layer_norm", **vision},
+            **{"downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1, "force_image_size": 16},
+            **{"dynamic_image_size": True, "use_thumbnail": True, "max_dynamic_patch": 6, "min_dynamic_patch": 1},
+        }
+        (directory / "config.json").write_text(json.dumps(settings))
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
     return directory
 

@@ -3,7 +3,7 @@
 A layout is a row of `LAYOUTS`. Each part is opened as if it lay alone: `open_language_model` and `open_vision_encoder`
 take theirs, `open_visual_projector` the third.
 
-LLaVA is arXiv 2304.08485 and 2310.03744, LLaVA-OneVision 2408.03326, Qwen2.5-VL 2502.13923.
+LLaVA is arXiv 2304.08485 and 2310.03744, LLaVA-OneVision 2408.03326, InternVL3 2504.10479, Qwen2.5-VL 2502.13923.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from dreamllm_jax.common import recognise
-from dreamllm_jax.interop import files
+from dreamllm_jax.interop import files, internvl
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.towers.connectors.newline import NewlineConfig
@@ -43,6 +43,8 @@ class Layout:
       projecting: the visual projector, likewise.
       towers: where the public class has the language model and the vision encoder.
       project: what the public class, given our part's features, makes of them by its projector.
+      converted: of a layout that the public class does not read: its config.json as the class's, and its tensors (of
+        torch) by name as the class names them.
       shared: settings of the language model that may stand outside of its group.
     """
 
@@ -54,6 +56,7 @@ class Layout:
     projecting: Callable[[Settings], VisualProjectorConfig]
     towers: Mapping[str, str]
     project: Callable[[Any, Any], Any]
+    converted: Callable[[Settings, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]] | None = None
     joined: tuple[str, ...] = ()
     beside: str = r"(?!)"
     shared: tuple[str, ...] = ("tie_word_embeddings",)
@@ -149,6 +152,12 @@ _LLAVA_NAMES = (
 _LLAVA_GROUPS = MappingProxyType({LANGUAGE: "text_config", VISION: "vision_config"})
 _LLAVA_TOWERS = MappingProxyType({LANGUAGE: "model.language_model", VISION: "model.vision_tower"})
 
+
+def _internvl_projecting(settings: Settings) -> ProjectorConfig:
+    _required(settings, {"projector_hidden_act": "gelu"})
+    return ProjectorConfig("mlp", depth=2, pre_layernorm=True)
+
+
 LAYOUTS = (
     Layout(
         types=("llava",),
@@ -159,6 +168,33 @@ LAYOUTS = (
         projecting=_llava_projecting,
         towers=_LLAVA_TOWERS,
         project=lambda model, states: model.model.multi_modal_projector(states),
+    ),
+    Layout(
+        types=("internvl",),
+        torch_class="InternVLForConditionalGeneration",
+        groups=MappingProxyType({LANGUAGE: "text_config", VISION: ""}),
+        names=(*_LLAVA_NAMES, (r"(model\.)?multi_modal_projector\.layer_norm\.", PROJECTOR, "pre_layernorm.")),
+        seeing=lambda _: {},
+        projecting=_internvl_projecting,
+        towers=_LLAVA_TOWERS,
+        project=lambda model, states: model.model.multi_modal_projector(states),
+    ),
+    Layout(
+        types=("internvl_chat",),
+        torch_class="InternVLForConditionalGeneration",
+        groups=MappingProxyType({LANGUAGE: "llm_config", VISION: ""}),
+        names=(
+            (r"language_model\.", LANGUAGE, ""),
+            (r"vision_model\.", VISION, ""),
+            (r"mlp1\.0\.", PROJECTOR, "pre_layernorm."),
+            (r"mlp1\.1\.", PROJECTOR, "projector.0."),
+            (r"mlp1\.3\.", PROJECTOR, "projector.2."),
+        ),
+        seeing=lambda _: {},
+        projecting=_internvl_projecting,
+        towers=_LLAVA_TOWERS,
+        project=lambda model, states: model.model.multi_modal_projector(states),
+        converted=internvl.converted,
     ),
     Layout(
         types=("llava_onevision",),

@@ -1,6 +1,7 @@
 """PyTorch's side of a comparison with a vision-language model: the parts of its public class."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from dreamllm_jax.data.vocabulary import SpecialTokens
-from dreamllm_jax.interop.torch_modules import pretrained, public_class
-from dreamllm_jax.interop.vision_language import LANGUAGE, PROJECTOR, VISION, layout_of
+from dreamllm_jax.interop.files import find_model, require_beside
+from dreamllm_jax.interop.torch_modules import pretrained, public_class, require_same_tensors
+from dreamllm_jax.interop.vision_language import LANGUAGE, PROJECTOR, STEMS, VISION, Layout, layout_of
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers.public import PublicForm
 
@@ -45,6 +47,28 @@ def cut(
     return dataclasses.replace(config, language_model=language, special_tokens=special), fewer
 
 
+def _whole(layout: Layout, directory: Path, settings: Mapping[str, Any]) -> "nn.Module":
+    """The public class with the tensors of the directory; errors as of `torch_modules.pretrained`."""
+    form = PublicForm("transformers", layout.torch_class, layout.types, beside=layout.beside)
+    if layout.converted is None:
+        return pretrained(form, directory)
+    import torch
+    from transformers.modeling_utils import load_state_dict
+
+    path, _ = find_model(directory, *STEMS)
+    shards = sorted(set(require_beside(path).values())) if path.suffix == ".json" else [path.name]
+    stored = {name: tensor for shard in shards for name, tensor in load_state_dict(directory / shard).items()}
+    settings, stored = layout.converted(settings, stored)
+    cls = public_class(form)
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
+    module = cls._from_config(cls.config_class(**settings), dtype=dtype, attn_implementation="eager")
+    own = module.state_dict()
+    shapes = [(name, stored[name].shape, own[name].shape) for name in own.keys() & stored.keys()]
+    require_same_tensors(directory, own.keys() - stored.keys(), stored.keys() - own.keys(), shapes)
+    module.load_state_dict(stored, assign=True)
+    return module
+
+
 def loaders(
     config: DreamLLMConfig, directory: Path, settings: Mapping[str, Any]
 ) -> dict[str, Callable[[], "nn.Module"]]:
@@ -54,7 +78,7 @@ def loaders(
     from torch import nn
 
     layout, tokens = layout_of(settings), config.language_model.vocab_size
-    form = PublicForm("transformers", layout.torch_class, layout.types, beside=layout.beside)
+    whole_model = functools.partial(_whole, layout, directory, settings)
 
     class Projector(nn.Module):
         """The whole model without its towers, as which its own code makes of features what the other is given."""
@@ -67,7 +91,7 @@ def loaders(
             return layout.project(self.whole, states)
 
     def language_model() -> nn.Module:
-        whole = pretrained(form, directory)
+        whole = whole_model()
         with torch.device("meta"):  # for what it has of its own is replaced
             causal = public_class(config.language_model.public)(whole.config.get_text_config())
         causal.model, causal.lm_head = whole.get_submodule(layout.towers[LANGUAGE]), whole.lm_head
@@ -77,10 +101,10 @@ def loaders(
         return causal
 
     def vision_encoder() -> nn.Module:
-        return pretrained(form, directory).get_submodule(layout.towers[VISION])
+        return whole_model().get_submodule(layout.towers[VISION])
 
     def visual_projector() -> nn.Module:
-        whole = pretrained(form, directory)
+        whole = whole_model()
         for path in (*layout.towers.values(), "lm_head"):
             parent, _, name = path.rpartition(".")
             setattr(whole.get_submodule(parent), name, nn.Identity())

@@ -18,17 +18,10 @@ from dreamllm_jax.interop.source import Part
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.vision_encoders import tiles
 from dreamllm_jax.towers.vision_encoders.intern_vit import InternVit, InternVitConfig
+from tests import public_models
 from tests.parity import assert_same, compiled, gradients, nhwc, randomised, relative_error, tensors
 
-TINY = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-    "attention_bias": True,
-}
+TINY = public_models.INTERN_VIT
 SIDE = TINY["image_size"]
 QWEN = {
     "model_type": "qwen2",
@@ -40,17 +33,6 @@ QWEN = {
     "num_key_value_heads": 1,
 }
 CONFIG = InternVitConfig(**TINY)
-OLDER = {  # names of InternVL's own layout
-    "embeddings.cls_token": "embeddings.class_embedding",
-    "embeddings.position_embeddings": "embeddings.position_embedding",
-    "embeddings.patch_embeddings.projection": "embeddings.patch_embedding",
-    "encoder.layer.": "encoder.layers.",
-    "attention.projection_layer": "attn.proj",
-    "attention.": "attn.",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "lambda_": "ls",
-}
 
 
 class Seeing(nn.Module):
@@ -136,30 +118,13 @@ def test_equals_transformers(changes):
         InternVit(CONFIG).init(jax.random.key(0), np.zeros((1, 8, 8, 3)))
 
 
-def test_names_of_internvls_own_layout():
-    """Queries, keys and values are one tensor there."""
-    theirs, ours, params = pair({})
-    older, qkv = {}, {}
-    for name, tensor in tensors(theirs.vision_tower).items():
-        for new, old in OLDER.items():
-            name = name.replace(new, old)
-        if "_proj." in name:
-            qkv.setdefault(name.replace("q_proj", "qkv").replace("k_proj", "qkv").replace("v_proj", "qkv"), []).append(
-                tensor
-            )
-        else:
-            older[name] = tensor
-    older |= {name: np.concatenate(parts) for name, parts in qkv.items()}
-    assert older["encoder.layers.1.attn.qkv.weight"].shape == (48, 16)
-    whole = {f"vision_model.{name}": Tensor.of(tensor) for name, tensor in older.items()}
-    whole |= {"mlp1.0.bias": Tensor.of(np.zeros(3)), "language_model.lm_head.weight": Tensor.of(np.zeros(3))}
-    part = Part.of(ours.config, whole)
-    assert sorted(part.left_out) == ["language_model.lm_head.weight", "mlp1.0.bias"]
-    read = {name: tensor.read() for name, tensor in part.tensors.items()}
-    assert_same(read, to_torch(params["params"]["tower"]), tolerance=0.0)
-    broken = whole | {"vision_model.encoder.layers.0.attn.qkv.bias": Tensor.of(np.zeros(47))}
+def test_what_is_stacked_in_older_files_is_taken_apart():
+    rows = np.arange(48, dtype=np.float32)
+    part = Part.of(CONFIG, {"encoder.layers.1.attn.qkv.bias": Tensor.of(rows)})
+    assert list(part.tensors) == [f"encoder.layer.1.attention.{name}_proj.bias" for name in "qkv"]
+    np.testing.assert_array_equal(np.stack([tensor.read() for tensor in part.tensors.values()]), rows.reshape(3, 16))
     with pytest.raises(ValueError, match=r"a tensor is of shape \(47,\), which has no 3 equal parts"):
-        Part.of(ours.config, broken)
+        Part.of(CONFIG, {"encoder.layers.0.attn.qkv.bias": Tensor.of(rows[1:])})
 
 
 SIZES = [(448, 448), (447, 449), (200, 100), (1000, 1000), (896, 896), (640, 480), (1, 700), (3000, 250), (777, 1111)]

@@ -19,48 +19,41 @@ from PIL import Image
 from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.blocks import LayerNorm
 from dreamllm_jax.layers.flops import Tally, dense
-from dreamllm_jax.layers.linear import Conv, Dense, spread
+from dreamllm_jax.layers.linear import Conv, spread
 from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
 from dreamllm_jax.parallel.mesh import constrain
 from dreamllm_jax.towers.public import PublicForm, reader
-from dreamllm_jax.towers.vision_encoders import tiles
+from dreamllm_jax.towers.vision_encoders import tiles, vit
 from dreamllm_jax.towers.vision_encoders.clip import normalise_pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
-ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
-}
 _QK_EPS = 1e-6
 
-# Settings of a config.json that would change the function computed here: name -> the values that are supported.
+# Settings of a config.json that would change the function computed here: name -> the one value that is supported.
 _SUPPORTED = {
-    **dict.fromkeys(("attention_dropout", "dropout", "hidden_dropout_prob", "projection_dropout"), (0.0,)),
-    "drop_path_rate": (0.0, 0.1),  # of InternVL's files; without effect where nothing is dropped
-    "num_channels": (3,),
-    "use_mask_token": (False,),
-    "use_absolute_position_embeddings": (True,),
-    "use_mean_pooling": (True,),
+    **dict.fromkeys(("attention_dropout", "dropout", "hidden_dropout_prob", "projection_dropout"), 0.0),
+    "num_channels": 3,
+    "use_mask_token": False,
+    "use_absolute_position_embeddings": True,
+    "use_mean_pooling": True,
 }
-# Of a whole model.
-_SUPPORTED_WHOLE = {
-    "select_layer": (-1,),
-    "vision_feature_layer": (-1,),
-    "vision_feature_select_strategy": ("default",),
-    "ps_version": ("v2",),
-    "use_thumbnail": (True,),
-    "min_dynamic_patch": (1,),
+# The same of a whole model, and of one whose pictures are seen in tiles.
+_WHOLE = {
+    "select_layer": -1,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "ps_version": "v2",
 }
+_TILED = {"use_thumbnail": True, "min_dynamic_patch": 1}
 _OLDER = {
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
     "initializer_factor": "layer_scale_init_value",
 }
-_NORMALISATION = ("image_mean", "image_std")
-_OURS = ("kind", "downsample", "max_tiles", *_NORMALISATION)  # that no config.json of the tower has
+_OURS = ("kind", "downsample", "max_tiles", *vit.NORMALISATION)  # that no config.json of the tower has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +97,7 @@ class InternVitConfig:
         torch_class="InternVLVisionModel",
         types=("internvl_vision", "internvl", "internvl_chat", "intern_vit_6b"),
         folder="intern_vit",
-        # Of a whole InternVL.
-        beside=r"(model\.)?(language_model|multi_modal_projector|mlp1|lm_head)\b",
-        renamed=(
-            (r"^(model\.)?(vision_tower|vision_model)\.", ""),
+        renamed=(  # in InternVL's own layout
             (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
             (r"^embeddings\.position_embedding$", "embeddings.position_embeddings"),
             (r"^embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
@@ -135,7 +125,7 @@ class InternVitConfig:
                 f"initializer_range must not be negative and image_std positive, got {self.initializer_range} and "
                 f"{self.image_std}"
             )
-        for name, known in (("hidden_act", ACTIVATIONS), ("norm_type", ("layer_norm", "rms_norm"))):
+        for name, known in (("hidden_act", vit.ACTIVATIONS), ("norm_type", ("layer_norm", "rms_norm"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not supported: choose from {list(known)}")
         if self.hidden_size % self.num_attention_heads:
@@ -236,10 +226,11 @@ class InternVitConfig:
         if select_layer != -1:
             raise ValueError(f"select_layer={select_layer} is not supported: InternViT is read at its last layer")
         alone = config.get("vision_config") or config
-        for settings, supported in ((alone, _SUPPORTED), (config, _SUPPORTED_WHOLE)):
-            for name, values in supported.items():
-                if settings.get(name, values[0]) not in (*values, None):
-                    raise ValueError(f"{name} = {settings[name]!r} is not supported: only {values[0]!r} is")
+        tiled = config.get("dynamic_image_size", config.get("model_type") != "internvl_chat")
+        for settings, supported in ((alone, _SUPPORTED), (config, _WHOLE | (_TILED if tiled else {}))):
+            for name, value in supported.items():
+                if settings.get(name, value) not in (value, None):
+                    raise ValueError(f"{name} = {settings[name]!r} is not supported: only {value!r} is")
         read = {_OLDER.get(name, name): value for name, value in alone.items()}
         for name in ("image_size", "patch_size"):
             sides = read.get(name, [1])
@@ -256,11 +247,11 @@ class InternVitConfig:
             read["downsample"] = round(1 / ratio)
             if read["downsample"] * ratio != 1:
                 raise ValueError(f"downsample_ratio = {ratio!r} is not supported: only one over a whole number is")
-        if not config.get("dynamic_image_size", True):
+        if not tiled:
             read["max_tiles"] = 1
         elif "max_dynamic_patch" in config:
             read["max_tiles"] = config["max_dynamic_patch"]
-        names = {field.name for field in dataclasses.fields(cls)} - {"kind", *_NORMALISATION}
+        names = {field.name for field in dataclasses.fields(cls)} - {"kind", *vit.NORMALISATION}
         return cls(**{name: read[name] for name in names if name in read})
 
     def to_public(self) -> dict[str, Any]:
@@ -278,10 +269,10 @@ class InternVitConfig:
         side = self.image_size
         for name, ours in self.processor().items():
             same = (ours, None, *((side,) if name == "size" else ()))
-            checked = name not in ("image_processor_type", "crop_to_patches", "max_patches", *_NORMALISATION)
+            checked = name not in ("image_processor_type", "crop_to_patches", "max_patches", *vit.NORMALISATION)
             if checked and settings.get(name) not in same:
                 raise ValueError(f"{name} = {settings[name]!r} is not supported: only {ours!r} is")
-        found = {name: tuple(settings[name]) for name in _NORMALISATION if settings.get(name)}
+        found = {name: tuple(settings[name]) for name in vit.NORMALISATION if settings.get(name)}
         found |= {"max_tiles": settings["max_patches"]} if settings.get("max_patches") else {}
         return dataclasses.replace(self, **found)
 
@@ -299,7 +290,7 @@ class InternVitConfig:
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            **{name: list(getattr(self, name)) for name in _NORMALISATION},
+            **{name: list(getattr(self, name)) for name in vit.NORMALISATION},
         }
 
     def run_public(self, module: Any, pixels: Any) -> Any:
@@ -331,15 +322,8 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.param("scale", _ONES, x.shape[-1:]), self.eps)
 
 
-class _Part(nn.Module):
+class _Part(vit.Part):
     """What the tower's parts share: configuration, types, and the layers they are made of."""
-
-    config: InternVitConfig
-    dtype: Any = jnp.float32
-
-    def linear(self, features: int, name: str, bias: bool = True) -> Dense:
-        init = weight(normal(self.config.initializer_range), "tower_in", "tower_out")
-        return Dense(features, use_bias=bias, dtype=self.dtype, kernel_init=init, bias_init=_ZEROS, name=name)
 
     def norm(self, name: str) -> nn.Module:
         eps = self.config.layer_norm_eps
@@ -399,15 +383,6 @@ class Attention(_Part):
         return self.linear(config.hidden_size, "projection_layer")(seen.reshape(x.shape))
 
 
-class MLP(_Part):
-    """Two linear layers around the activation."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        inner = ACTIVATIONS[self.config.hidden_act](self.linear(self.config.intermediate_size, "fc1")(x))
-        return self.linear(self.config.hidden_size, "fc2")(inner)
-
-
 class Layer(_Part):
     """One layer, as the body of a scan."""
 
@@ -415,7 +390,7 @@ class Layer(_Part):
     def __call__(self, x: Array, _: None) -> tuple[Array, None]:
         part = (self.config, self.dtype)
         x = x + self.scaled(Attention(*part, name="attention")(self.norm("layernorm_before")(x)), "lambda_1")
-        x = x + self.scaled(MLP(*part, name="mlp")(self.norm("layernorm_after")(x)), "lambda_2")
+        x = x + self.scaled(vit.MLP(*part, name="mlp")(self.norm("layernorm_after")(x)), "lambda_2")
         return constrain(x, ("images", None, None)), None
 
 

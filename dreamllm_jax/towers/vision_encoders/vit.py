@@ -176,9 +176,10 @@ class Part(nn.Module):
     config: Any
     dtype: Any = jnp.float32
 
-    def linear(self, features: int, name: str) -> Dense:
+    def linear(self, features: int, name: str, bias: bool = True) -> Dense:
         return Dense(
             features,
+            use_bias=bias,
             dtype=self.dtype,
             kernel_init=weight(normal(self.config.initializer_range), "tower_in", "tower_out"),
             bias_init=_ZEROS,
