@@ -20,8 +20,7 @@ SEE is `<im_start> <im_patch>*P <im_end>`, or how the language model was taught 
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -81,6 +80,7 @@ def encode_document(
     learn_dream_start: bool = False,
     see_first: bool = False,
     complete: bool = True,
+    seen_in: Callable[[Image], int] | None = None,
 ) -> Encoded:
     """Turns a document into tokens that fit a row.
 
@@ -100,6 +100,8 @@ def encode_document(
       see_first: where an image is both painted and read, read it first; the model then paints what it has seen.
       complete: end with `</s>`; False leaves the document open, as a prompt. A conversation that ends with the user's
         turn is open for the assistant's in either case.
+      seen_in: which group of slots an image to see takes; None for the one next to it in shape of those that have one
+        left.
 
     Raises:
       ValueError: the row has no room for the images without which the document means nothing.
@@ -117,7 +119,7 @@ def encode_document(
     if document.kind == "pair" and mode == "joint":
         mode = "creation" if draw < 0.5 else "comprehension"
     written = find_template(template, tokenizer)
-    row = _Row(tokenizer, shape, int(document.kind != "conversation"), see_first)
+    row = _Row(tokenizer, shape, int(document.kind != "conversation"), see_first, seen_in)
     with contextlib.suppress(_Full):
         if document.kind == "conversation":
             _write_conversation(row, document.segments, written, learn_dream_start, complete)
@@ -147,10 +149,10 @@ def encode_document(
     return row.encoded()
 
 
-def _distance(group: SlotGroup, image: Image) -> float:
-    """How much of its shape an image loses in such a slot: the ratio of the aspect ratios, as a logarithm."""
-    width, height = images.size_of(image.data)
-    return abs(math.log(width * group.height / (height * group.width)))
+def _next_in_shape(image: Image, groups: Sequence[SlotGroup], free: Sequence[int], cropped: bool) -> int:
+    """Which of the free groups it is, see `images.nearest`."""
+    sizes = [(groups[group].height, groups[group].width) for group in free]
+    return free[images.nearest(images.size_of(image.data), sizes, cropped)]
 
 
 class _Full(Exception):
@@ -259,8 +261,15 @@ class _Row:
     What is written raises `_Full` if it does not fit.
     """
 
-    def __init__(self, tokenizer: Tokenizer, shape: RowShape, reserved: int, see_first: bool):
-        self.see_first = see_first
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        shape: RowShape,
+        reserved: int,
+        see_first: bool,
+        seen_in: Callable[[Image], int] | None,
+    ):
+        self.see_first, self.seen_in = see_first, seen_in
         self.tokenizer, self.shape, self.special = tokenizer, shape, tokenizer.special
         self.limit = shape.length - reserved
         self.tokens: list[int] = []
@@ -347,13 +356,15 @@ class _Row:
         found: list[list[int]] = []
         room, around = self.room, (len(self.special.seen(0)), len(self.special.painted(0)))
         uses = ((see, self.shape.see, self.see), (dream, self.shape.dream, self.dream))
-        for (wanted, groups, before), more in zip(uses, around, strict=True):
+        for (wanted, groups, before), more, paints in zip(uses, around, (False, True), strict=True):
             chosen = [placed.group for placed in before]
             for image in wanted:
                 free = [g for g, group in enumerate(groups) if chosen.count(g) < group.slots]
+                if self.seen_in is not None and not paints:
+                    free = [g for g in free if g == self.seen_in(image)]
                 if not free:
                     raise _Full
-                chosen.append(min(free, key=lambda g: _distance(groups[g], image)) if len(free) > 1 else free[0])
+                chosen.append(_next_in_shape(image, groups, free, cropped=paints) if len(free) > 1 else free[0])
                 room -= groups[chosen[-1]].tokens + more
             found.append(chosen[len(before) :])
         if room < 0:

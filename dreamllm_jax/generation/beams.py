@@ -85,5 +85,5 @@ def search(
 
 def _rows(reading: Reading, index: Int[Array, " R"]) -> Reading:
     """The readings of rows `index`, which may repeat."""
-    logits, seen, recent = jax.tree.map(lambda x: x[index], (reading.logits, reading.seen, reading.recent))
-    return reading.replace(cache=reading.cache.rows(index), logits=logits, seen=seen, recent=recent)
+    parts = {name: getattr(reading, name) for name in ("logits", "seen", "recent", "position")}
+    return reading.replace(cache=reading.cache.rows(index), **jax.tree.map(lambda x: x[index], parts))

@@ -95,13 +95,14 @@ def generate_documents(
         painted, no interval, no budget, a sampler that the image decoder does not have.
       ImageError: an image of a prompt cannot be decoded.
     """
-    require_size(model, size)
+    encoder, (height, width) = model.config.vision_encoder, require_size(model, size)
     require_interval(guidance_interval)
     require_sampler(model, sampler)
     if max_tokens < 1 or max_images < 0:
         raise ValueError(f"max_tokens must be positive and max_images not negative, got {max_tokens} and {max_images}")
     ids, ends = tokenizer.special, ends_of(template, tokenizer)
-    each = len(ids.painted(model.config.num_queries)) + len(ids.seen(model.config.vision_encoder.num_patches))
+    patches = encoder.tokens(*encoder.fitting(width, height))
+    each = len(ids.painted(model.config.num_queries)) + len(ids.seen(patches))
     reading = begin(model, params, tokenizer, prompts, max_tokens + max_images * each, template, allowed)
     documents = [
         _Document(seed, sum(isinstance(segment, Painted) for segment in prompt), max_tokens, max_images)
@@ -156,16 +157,16 @@ def _paint(
     seeds = jnp.asarray([documents[row].seed + documents[row].painted for row in padded], jnp.uint32)
     pixels = paint(model, params, jax.tree.map(lambda x: x[padded], hidden), seeds, **painting)
     encoder, pictures = model.config.vision_encoder, {}
-    side = encoder.image_size
-    seen = np.zeros((len(documents), side, side, 3), np.uint8)
+    size = encoder.fitting(pixels.shape[2], pixels.shape[1])
+    seen = np.zeros((len(documents), *encoder.pixels_shape(*size)), np.uint8)
     for row, picture in zip(rows.tolist(), np.asarray(pixels), strict=False):
         pictures[row] = Painted(png(picture))
-        seen[row] = encoder.preprocess(images.decode(pictures[row].data), side, side)
+        seen[row] = encoder.preprocess(images.decode(pictures[row].data), *size)
         document = documents[row]
         document.painted += 1
         document.images_left -= 1
         document.state = "writing" if document.tokens_left else "done"
-    return pictures, read_image(model, params, reading, jnp.asarray(seen), jnp.asarray(asking))
+    return pictures, read_image(model, params, reading, jnp.asarray(seen), jnp.asarray(asking), size)
 
 
 def png(pixels: np.ndarray) -> bytes:

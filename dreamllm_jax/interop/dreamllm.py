@@ -309,6 +309,8 @@ def require_expressible(config: DreamLLMConfig) -> None:
             f"language_model.head_dim={llama.head_dim}": llama.head_dim * llama.num_attention_heads
             != llama.hidden_size,
             "language_model.rope_scaling of type llama3": scaling and scaling.rope_type not in ("linear", "dynamic"),
+            "visual_projector.pre_layernorm": projector.pre_layernorm,
+            "connector.pre_layernorm": config.connector.pre_layernorm,
             "connector.post_layernorm": config.connector.post_layernorm,
             "connector of kind 'conv' for a pooled vector": pooled and config.connector.kind == "conv",
             "documents without <s>, or images without marks around them": None in dataclasses.astuple(special),

@@ -10,7 +10,7 @@ from tests import public_models
 @pytest.mark.parametrize("init", ["normal", "mean"])
 def test_a_vocabulary_padded_to_a_multiple_does_not_grow(init, tmp_path):
     """Rows beyond the tokenizer's ids stay as they are, and teach new ones nothing."""
-    part = open_language_model(public_models.save_llama(tmp_path, vocab_size=384))
+    part = open_language_model(public_models.save_language_model(tmp_path, vocab_size=384))
     new = list(range(300, 308))
     grown = grow(part, 308, new, init, 0)
     assert grown.config == part.config

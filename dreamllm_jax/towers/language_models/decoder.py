@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dreamllm_jax.data.positions import AXES
 from dreamllm_jax.layers.attention import attend, attend_after
 from dreamllm_jax.layers.flops import Tally, dense
 from dreamllm_jax.layers.linear import Embedding
@@ -75,6 +76,8 @@ class DecoderConfig:
       qk_norm: normalise each head's queries and keys before they are rotated (Qwen3).
       norm_unit_offset: norms multiply by 1 + scale (Gemma).
       embedding_scale: what embeddings are multiplied by (Gemma: the root of the width).
+      mrope_section: how many of a head's pairs are turned by each of the three axes that positions then have (time,
+        row, column; M-RoPE, arXiv 2409.12191); empty for positions of one axis.
       pattern: the kinds of the layers, repeated until there are `num_hidden_layers`.
       lora: low-rank adapters of the layers' products, None for none.
     """
@@ -99,6 +102,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    mrope_section: tuple[int, ...] = ()
     pattern: tuple[LayerKind, ...] = (LayerKind(),)
     lora: LoraConfig | None = None
 
@@ -134,11 +138,21 @@ class DecoderConfig:
             )
         if self.head_dim % 2 or self.head_dim < 2:
             raise ValueError(f"head_dim {self.head_dim} is odd or not positive: rotary embedding turns pairs")
+        section = self.mrope_section
+        if section and (len(section) != AXES or min(section) < 0 or sum(section) != self.head_dim // 2):
+            raise ValueError(
+                f"mrope_section must be {AXES} numbers that add up to half of head_dim {self.head_dim}, got {section}"
+            )
 
     @property
     def width(self) -> int:
         """Of embeddings and hidden states (E)."""
         return self.hidden_size
+
+    @property
+    def position_axes(self) -> int:
+        """Of a token's position: 1, or 3 (`data.positions`)."""
+        return AXES if self.mrope_section else 1
 
     @property
     def divided(self) -> tuple[tuple[tuple[str, ...], str], ...]:
@@ -371,7 +385,8 @@ class Decoder(nn.Module):
 
         Args:
           embeddings: f[B, T, E].
-          positions: i32[B, T] position of each token in its document, for the rotary embedding.
+          positions: i32[B, T] position of each token in its document, for the rotary embedding, or i32[B, T, 3] on the
+            axes of `mrope_section`.
           segment_ids: i32[B, T] document of each token, 0 for padding.
           cache: what the rows have read before.
 
@@ -382,9 +397,13 @@ class Decoder(nn.Module):
         length = embeddings.shape[1]
         if cache is not None:
             length = (cache.length + jnp.sum(segment_ids != 0, axis=1))[:, None]
+        if positions.ndim == 3:  # each frequency by its own axis
+            positions = positions[..., np.repeat(np.arange(AXES), config.mrope_section)]
+        else:
+            positions = positions[..., None]
         turns = {}  # by base, for kinds of layers may share it
         for theta in dict.fromkeys(kind.rope_theta for kind in config.pattern):
-            angles = positions[..., None].astype(jnp.float32) * config.rope_frequencies(length, theta)
+            angles = positions.astype(jnp.float32) * config.rope_frequencies(length, theta)
             turns[theta] = jnp.cos(angles), jnp.sin(angles)
         context = _Context(tuple(turns[kind.rope_theta] for kind in config.pattern), segment_ids, cache)
         first = jnp.arange(0, config.num_hidden_layers, len(config.pattern))
