@@ -7,7 +7,7 @@ h,w,c latent height, width and channels, Q condition tokens, C condition width, 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from dreamllm_jax.layers.blocks import (
 )
 from dreamllm_jax.layers.flops import Tally
 from dreamllm_jax.layers.linear import spread
+from dreamllm_jax.layers.lora import LoraConfig, adapt, chosen
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.towers.condition import SIZES, Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
@@ -67,11 +68,22 @@ _FIXED = {
 }
 
 _SIZES = 6  # of a picture
+_OURS = ("kind", "lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetLora(LoraConfig):
+    """Adapters of the transformers' products (`layers.lora`): of both attentions, and `proj` and `net_2` of the
+    feed-forward."""
+
+    products: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out_0", "proj", "net_2")
+    targets: tuple[str, ...] = products
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The settings of diffusers' `UNet2DConditionModel` that vary among Stable Diffusion 1.x, 2.x and XL models.
+    """The settings of diffusers' `UNet2DConditionModel` that vary among Stable Diffusion 1.x, 2.x and XL models, and
+    the adapters of its transformers (`lora`, None for none).
 
     `PerBlock` values are one number, or one for each level from the finest to the coarsest. `attention_head_dim` is the
     *number* of heads unless `num_attention_heads` is given: the name is a historical slip of diffusers that every
@@ -101,6 +113,7 @@ class UNetConfig:
     addition_embed_type: Literal["text_time"] | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    lora: UNetLora | None = None
     kind: Literal["unet"] = "unet"
     public = PublicForm(
         library="diffusers",
@@ -186,7 +199,7 @@ class UNetConfig:
 
     def to_public(self) -> dict[str, Any]:
         """The settings of a `UNet2DConditionModel`'s config.json."""
-        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in _OURS}
         unused = ["num_attention_heads"] if self.num_attention_heads is None else []
         if self.addition_embed_type is None:
             unused += ["addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"]
@@ -242,12 +255,15 @@ class _Halves(Dense):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", self.bias_init, (self.features,))
+        a, b = (None, None) if self.lora is None else self.adapter(x)
 
-        def half(weights: jax.Array, offset: jax.Array) -> jax.Array:
+        def half(weights: jax.Array, offset: jax.Array, b: jax.Array | None) -> jax.Array:
             y = x @ weights
+            y = y if b is None else y + adapt(x, a, b, self.lora.scale)
             return y + spread(offset, y.shape, y.dtype)
 
-        return tuple(map(half, jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2)))
+        halves = (None, None) if b is None else jnp.split(b, 2, axis=-1)
+        return tuple(map(half, jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2), halves))
 
 
 class GEGLU(nn.Module):
@@ -255,10 +271,12 @@ class GEGLU(nn.Module):
 
     width: int
     dtype: jnp.dtype = jnp.float32
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        values, gates = _Halves(2 * self.width, dtype=self.dtype, name="proj")(x)
+        lora = chosen(self.lora, "proj")
+        values, gates = _Halves(2 * self.width, dtype=self.dtype, lora=lora, name="proj")(x)
         gates = gates.astype(jnp.float32)
         gates = 0.5 * gates * (1 + jax.lax.erf(gates * 0.5**0.5))  # half the work of erfc
         return (values * gates).astype(self.dtype)
@@ -268,11 +286,12 @@ class FeedForward(nn.Module):
     """GEGLU four times as wide, and back."""
 
     dtype: jnp.dtype = jnp.float32
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+        h = GEGLU(4 * x.shape[-1], self.dtype, self.lora, name="net_0")(x)
+        return Dense(x.shape[-1], dtype=self.dtype, lora=chosen(self.lora, "net_2"), name="net_2")(h)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -280,15 +299,15 @@ class BasicTransformerBlock(nn.Module):
 
     heads: int
     dtype: jnp.dtype = jnp.float32
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """f[N,h*w,c], f[N,Q,C] -> f[N,h*w,c]."""
-        x += Attention(self.heads, dtype=self.dtype, name="attn1")(LayerNorm(dtype=self.dtype, name="norm1")(x))
-        x += Attention(self.heads, dtype=self.dtype, name="attn2")(
-            LayerNorm(dtype=self.dtype, name="norm2")(x), condition
-        )
-        return x + FeedForward(self.dtype, name="ff")(LayerNorm(dtype=self.dtype, name="norm3")(x))
+        shared = {"dtype": self.dtype, "lora": self.lora}
+        x += Attention(self.heads, **shared, name="attn1")(LayerNorm(dtype=self.dtype, name="norm1")(x))
+        x += Attention(self.heads, **shared, name="attn2")(LayerNorm(dtype=self.dtype, name="norm2")(x), condition)
+        return x + FeedForward(**shared, name="ff")(LayerNorm(dtype=self.dtype, name="norm3")(x))
 
 
 class Transformer2DModel(nn.Module):
@@ -299,6 +318,7 @@ class Transformer2DModel(nn.Module):
     norm_num_groups: int
     use_linear_projection: bool
     dtype: jnp.dtype = jnp.float32
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
@@ -315,7 +335,7 @@ class Transformer2DModel(nn.Module):
         # Only positions from here on: the projections change the layout on their way, where a reshape would be a copy.
         h = project("proj_in", h.reshape(n, height * width, channels))
         for i in range(self.layers):
-            h = BasicTransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{i}")(h, condition)
+            h = BasicTransformerBlock(self.heads, self.dtype, self.lora, name=f"transformer_blocks_{i}")(h, condition)
         return shard_images(x + project("proj_out", h).reshape(x.shape))
 
 
@@ -355,6 +375,7 @@ class _Level(nn.Module):
             norm_num_groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
             dtype=self.dtype,
+            lora=config.lora,
             name=f"attentions_{i}",
         )(x, condition)
 
