@@ -263,6 +263,24 @@ def test_unsupported_setting_is_named(key, value):
         UNetConfig.from_public(TINY | {"attention_head_dim": 2, key: value})
 
 
+def test_the_refiner_is_refused_by_name():
+    settings = {
+        "block_out_channels": [384, 768, 1536, 1536],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": 4,
+        "attention_head_dim": [6, 12, 24, 24],
+        "cross_attention_dim": 1280,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2560,
+    }
+    with pytest.raises(ValueError, match=r"^this is the refiner of Stable Diffusion XL .*take the base model.*$"):
+        UNetConfig.from_public(settings)
+    other = UNetConfig.from_public(settings | {"projection_class_embeddings_input_dim": 2816})
+    assert other.pooled_width == 1280
+
+
 def test_switched_off_settings_are_accepted():
     off = {"class_embed_type": None, "mid_block_only_cross_attention": False, "_class_name": "UNet2DConditionModel"}
     settings = FAMILIES["1.5"]

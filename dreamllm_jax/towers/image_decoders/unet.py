@@ -68,6 +68,8 @@ _FIXED = {
 }
 
 _SIZES = 6  # of a picture
+# Of SDXL's refiner, which is told five numbers, the last of them an aesthetic score.
+_REFINER = {"cross_attention_dim": 1280, "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2560}
 _OURS = ("kind", "lora")
 
 
@@ -192,8 +194,14 @@ class UNetConfig:
         """Reads the `config.json` of a diffusers `UNet2DConditionModel`.
 
         Raises:
-          ValueError: naming every setting that is not implemented.
+          ValueError: naming every setting that is not implemented; the U-Net is that of SDXL's refiner.
         """
+        if all(settings.get(name) == value for name, value in _REFINER.items()):
+            told = ", ".join(f"{name} {value}" for name, value in _REFINER.items())
+            raise ValueError(
+                f"this is the refiner of Stable Diffusion XL ({told}): it only goes over the base model's pictures, "
+                "told an aesthetic score in place of a target size; take the base model (stable-diffusion-xl-base-1.0)"
+            )
         off = {"upcast_attention": False} if settings.get("upcast_attention", True) is None else {}  # as XL's has it
         return read_diffusers_config(cls, {**settings, **off}, _FIXED)
 
