@@ -11,10 +11,12 @@ from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionC
 from dreamllm_jax.towers.image_decoders.stable_diffusion_3 import StableDiffusion3Config
 from dreamllm_jax.towers.image_decoders.stable_diffusion_xl import StableDiffusionXLConfig
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
+from dreamllm_jax.towers.language_models.qwen2 import Qwen2Config
+from dreamllm_jax.towers.language_models.qwen3 import Qwen3Config
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 
 # The first of a role is taken where a public file does not say what it is.
-LANGUAGE_MODELS = (LlamaConfig,)
+LANGUAGE_MODELS = (LlamaConfig, Qwen2Config, Qwen3Config)
 VISION_ENCODERS = (ClipVisionConfig,)
 VISUAL_PROJECTORS = (ProjectorConfig,)
 CONNECTORS = (ProjectorConfig,)

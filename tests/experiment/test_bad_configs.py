@@ -59,7 +59,10 @@ BROKEN = [
         {"model.image_decoder.kind": "dit"},
         "image_decoder.kind must be one of 'stable_diffusion', 'stable_diffusion_xl', 'sana', ",
     ),
-    ({"model.language_model.kind": "lama"}, "config.model.language_model.kind must be one of 'llama', got 'lama'"),
+    (
+        {"model.language_model.kind": "lama"},
+        "config.model.language_model.kind must be one of 'llama', 'qwen2', 'qwen3', got 'lama'; did you mean 'llama'?",
+    ),
     ({"model.image_decoder.autoencoder": {"patch_size": 4}}, "autoencoder.kind is missing: it is one of 'kl', 'pixel'"),
     ({"model.image_decoder.autoencoder.kind": [1]}, "autoencoder.kind must be one of 'kl', 'pixel', got [1]"),
     (

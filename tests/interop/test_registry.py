@@ -133,7 +133,7 @@ def test_the_first_of_a_role_reads_what_does_not_say_what_it_is(others, tmp_path
 def test_what_no_class_reads_is_named_with_what_is_read(others, tmp_path):
     towers = public_models.save_towers(tmp_path)
     for file, key, opening, known in (
-        ("language_model/config.json", "model_type", open_language_model, "'llama', 'dreamllm', 'mistral', 'other'"),
+        ("language_model/config.json", "model_type", open_language_model, "'llama', 'dreamllm', 'mistral', 'qwen2',"),
         (
             "vision_encoder/config.json",
             "model_type",
