@@ -18,6 +18,7 @@ from dreamllm_jax import command_line
 from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.common.former_names import PARTS as FORMER_NAMES
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.data.vocabulary import OUR_MARKS, ImageMarks
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.assemble import assemble
 from dreamllm_jax.interop.conversion import DTYPES, FORMATS, export_model, import_model
@@ -39,6 +40,7 @@ _FRESH = {
     "connector": ProjectorConfig("linear"),
     "visual_layernorm": False,
     "new_tokens": "normal",
+    "image_marks": None,
     "seed": 0,
 }
 
@@ -76,6 +78,12 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--connector", **kinds, help="from the language model to the image decoder")
     add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
     add.add_argument("--new-tokens", choices=("normal", "mean"), help="embeddings of new tokens")
+    add.add_argument(
+        "--image-marks",
+        type=_marks,
+        metavar="ours|START,PATCH,END",
+        help="tokens of the tokenizer around and at an image that is read; default: those made for it, else ours",
+    )
     add.add_argument("--seed", type=command_line.seed_number, help="of what begins at random")
 
     add = commands.add_parser("export", help="a checkpoint of ours -> PyTorch's formats")
@@ -136,6 +144,15 @@ def _projector(text: str) -> ProjectorConfig:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
+def _marks(text: str) -> ImageMarks:
+    if text == "ours":
+        return OUR_MARKS
+    start, patch, end = text.split(",") if text.count(",") == 2 else ("", "", "")
+    if not patch:
+        raise argparse.ArgumentTypeError(f"{text!r} is not START,PATCH,END; START and END may be empty")
+    return ImageMarks(start or None, patch, end or None)
+
+
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?B?)", text.upper())
     if not match or match[2] not in _UNITS:
@@ -161,7 +178,11 @@ def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
     language_model = open_language_model(arguments.language_model)
     vision_encoder = open_vision_encoder(arguments.vision_encoder, arguments.select_layer)
     image_decoder = open_image_decoder(arguments.image_decoder)
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.language_model)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.language_model, arguments.image_marks)
+    if tokenizer.marks != OUR_MARKS:
+        print(
+            f"images are read as {' '.join(tokenizer.marks.tokens)}, which the tokenizer has for them", file=sys.stderr
+        )
     _tell_of_rows(language_model.config.vocab_size, tokenizer)
     visual = dataclasses.replace(
         arguments.visual_projector,

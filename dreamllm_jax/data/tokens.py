@@ -1,6 +1,7 @@
 """What a document becomes: tokens, loss weights and the places of its images.
 
-SEE is `<im_start> <im_patch>*P <im_end>`, DREAM is `<dream_start> <im_patch>*Q <dream_end>`:
+SEE is `<im_start> <im_patch>*P <im_end>`, or how the language model was taught to read images (`ImageMarks`); DREAM is
+`<dream_start> <im_patch>*Q <dream_end>`. Where a tokenizer has no `<s>`, documents begin without it:
 
     pair, comprehension   <s> SEE text </s>                    learns text, </s>
     pair, creation        <s> text DREAM </s>                  learns the image
@@ -156,7 +157,7 @@ def encode_document(
             _write_conversation(row, [s for s in document.segments if s.role != "assistant"], TEMPLATES[template])
             _write_interleaved(row, [s for s in document.segments if s.role == "assistant"], mode)
         else:
-            row.write([row.special.bos], learn=False)
+            row.write(row.special.begin, learn=False)
         if document.kind == "text":
             for segment in document.texts:
                 row.write_text(segment.text)
@@ -188,7 +189,7 @@ def _write_pair(row: "_Row", text: str, image: Image, mode: Mode) -> None:
         row.require(dream=[image])
         ids = row.tokenizer.encode_text(text)
         _, (group,) = row.places((), [image])
-        row.write(ids[: row.room - row.shape.dream[group].tokens - 2], learn=False)
+        row.write(ids[: row.room - len(row.special.painted(row.shape.dream[group].tokens))], learn=False)
         row.write_image(image, dream=True)
     else:
         row.require(see=[image])
@@ -220,13 +221,13 @@ def _write_conversation(
     def say(text: str, learn: bool) -> None:
         row.write_text(text, learn, prefix=row.tokenizer.legacy or not row.behind_special)
 
-    row.write([row.special.bos], learn=False)
+    row.write(row.special.begin, learn=False)
     system = "".join(s.text for s in segments if isinstance(s, Text) and s.role == "system") or template.system
     turns = [(role, list(turn)) for role, turn in groupby(segments, lambda s: s.role) if role != "system"]
     for index, (role, turn) in enumerate(turns):
         if role == "user":
             if template.bos_each_turn and index:
-                row.write([row.special.bos], learn=False)
+                row.write(row.special.begin, learn=False)
             heard = template.user if index or not system else template.first.format(system)
             for segment in turn:
                 if isinstance(segment, Text):
@@ -281,8 +282,8 @@ class _Row:
     @property
     def behind_special(self) -> bool:
         """Whether the last token is a special one that is not the row's first."""
-        special = (self.special.bos, self.special.eos, self.special.im_end, self.special.dream_end)
-        return len(self.tokens) > 1 and self.tokens[-1] in special
+        ids = self.special
+        return len(self.tokens) > 1 and self.tokens[-1] in (ids.bos, ids.eos, ids.seen(1)[-1], ids.dream_end)
 
     def write_text(self, text: str, learn: bool = True, prefix: bool = True) -> None:
         """Writes as much of the text as fits; `prefix` as in `Tokenizer.encode_text`."""
@@ -300,17 +301,16 @@ class _Row:
         if see and self.see_first:
             self._write_see(image, seen[0])
         if dream:
-            self.write([self.special.dream_start], learn_dream_start)
+            start, *rest = self.special.painted(self.shape.dream[painted[0]].tokens)
+            self.write([start], learn_dream_start)
             self.dream.append(Placed(image, len(self.tokens), painted[0]))
-            queries = self.shape.dream[painted[0]].tokens
-            self.write([self.special.im_patch] * queries + [self.special.dream_end], learn=False)
+            self.write(rest, learn=False)
         if see and not self.see_first:
             self._write_see(image, seen[0])
 
     def _write_see(self, image: Image, group: int) -> None:
-        self.write([self.special.im_start], learn=False)
-        self.see.append(Placed(image, len(self.tokens), group))
-        self.write([self.special.im_patch] * self.shape.see[group].tokens + [self.special.im_end], learn=False)
+        self.see.append(Placed(image, len(self.tokens) + len(self.special.before_patches), group))
+        self.write(self.special.seen(self.shape.see[group].tokens), learn=False)
 
     def require(self, see: Sequence[Image] = (), dream: Sequence[Image] = ()) -> None:
         """Raises ValueError unless these images fit."""
@@ -334,15 +334,16 @@ class _Row:
           _Full: tokens or slots are lacking.
         """
         found: list[list[int]] = []
-        room = self.room
-        for wanted, groups, before in ((see, self.shape.see, self.see), (dream, self.shape.dream, self.dream)):
+        room, around = self.room, (len(self.special.seen(0)), len(self.special.painted(0)))
+        uses = ((see, self.shape.see, self.see), (dream, self.shape.dream, self.dream))
+        for (wanted, groups, before), more in zip(uses, around, strict=True):
             chosen = [placed.group for placed in before]
             for image in wanted:
                 free = [g for g, group in enumerate(groups) if chosen.count(g) < group.slots]
                 if not free:
                     raise _Full
                 chosen.append(min(free, key=lambda g: _distance(groups[g], image)) if len(free) > 1 else free[0])
-                room -= groups[chosen[-1]].tokens + 2
+                room -= groups[chosen[-1]].tokens + more
             found.append(chosen[len(before) :])
         if room < 0:
             raise _Full
@@ -354,9 +355,11 @@ class _Row:
         self.weights.append(float(learn))
 
     def encoded(self) -> Encoded:
+        weights = np.asarray(self.weights, np.float32)
+        weights[:1] = 0  # nothing stands before it that it could be predicted from
         return Encoded(
             tokens=np.asarray(self.tokens, np.int32),
-            loss_weights=np.asarray(self.weights, np.float32),
+            loss_weights=weights,
             see=tuple(self.see),
             dream=tuple(self.dream),
         )

@@ -99,7 +99,7 @@ def generate_documents(
     if max_tokens < 1 or max_images < 0:
         raise ValueError(f"max_tokens must be positive and max_images not negative, got {max_tokens} and {max_images}")
     ids = tokenizer.special
-    each = model.config.num_queries + model.config.vision_encoder.num_patches + 4
+    each = len(ids.painted(model.config.num_queries)) + len(ids.seen(model.config.vision_encoder.num_patches))
     reading = begin(model, params, tokenizer, prompts, max_tokens + max_images * each, template, allowed)
     documents = [
         _Document(seed, sum(isinstance(segment, Painted) for segment in prompt), max_tokens, max_images)

@@ -49,7 +49,7 @@ def encode_prompts(
         _conversation(p, tokenizer, config, template) if template else _open(p, tokenizer, config) for p in prompts
     ]
     see, dream = (max(len(getattr(one, use)) for one in encoded) for use in ("see", "dream"))
-    shape = _shape(config, bucket(max(len(one.tokens) for one in encoded), 32), bucket(see), bucket(dream))
+    shape = _shape(config, bucket(max(1, *(len(one.tokens) for one in encoded)), 32), bucket(see), bucket(dream))
     batch = empty_batch(len(prompts), dataclasses.replace(shape, dream=()), tokenizer.special.pad)
     pixels = Pixels(shape, config.vision_encoder.preprocess, config.image_decoder.preprocess)
     at = [np.full((len(prompts), group.slots), -1, np.int32) for group in shape.dream]
@@ -97,7 +97,7 @@ def _conversation(segments: Sequence[Segment], tokenizer: Tokenizer, config: Dre
 
 def _open(segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMConfig) -> Encoded:
     ids = tokenizer.special
-    tokens, see, dream = [ids.bos], [], []
+    tokens, see, dream = [*ids.begin], [], []
     patches = _shape(config).see[0].tokens
     for segment in segments:
         if isinstance(segment, Written):
@@ -107,7 +107,7 @@ def _open(segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMCon
         else:
             if isinstance(segment, Painted):
                 dream.append(Placed(segment, len(tokens) + 1))
-                tokens += [ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]
-            see.append(Placed(segment, len(tokens) + 1))
-            tokens += [ids.im_start, *[ids.im_patch] * patches, ids.im_end]
+                tokens += ids.painted(config.num_queries)
+            see.append(Placed(segment, len(tokens) + len(ids.before_patches)))
+            tokens += ids.seen(patches)
     return Encoded(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), tuple(see), tuple(dream))

@@ -148,7 +148,7 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
     vocabulary = model.config.language_model.vocab_size
     cache = model.config.language_model.cache(rows, cache_length, jnp.dtype(model.config.dtype))
     ids = model.config.special_tokens
-    around = jnp.asarray([ids.im_patch, ids.im_start, ids.im_end, ids.dream_end])  # never written, so never penalised
+    around = jnp.asarray([*ids.seen(1), ids.dream_end])  # never written, so never penalised
     within = (prompts.segment_ids != 0) & ~jnp.isin(prompts.tokens, around)
     seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], prompts.tokens].max(within)
     recent, tokens = None, model.config.connector.prompt_tokens
@@ -167,13 +167,20 @@ def begin(
     new: int,
     template: str = "",
     allowed: int | None = None,
+    writes: bool = True,
 ) -> Reading:
     """Reads how documents begin, with room for `new` tokens; arguments and errors as of `prompts.encode_prompts`.
 
+    Args:
+      writes: text is to follow; where documents begin with no token it can follow nothing but some.
+
     Raises:
-      ValueError: the documents could become longer than the model can read, or than is `allowed`.
+      ValueError: the documents could become longer than the model can read, or than is `allowed`; or there is nothing
+        to go on with.
     """
     batch = encode_prompts(prompts, tokenizer, model.config, template)
+    if writes and not batch.segment_ids[:, 0].all():
+        raise ValueError("a prompt is empty, and this model's documents begin with no token of their own: begin it")
     length = require_fits(model.config, batch, new, allowed) + STRETCH  # the last stretch may be longer, only to be cut
     return read_prompts(model, params, batch, bucket(length, 64))
 
@@ -239,9 +246,9 @@ def read_image(
     """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, as the encoder preprocesses it."""
     ids = model.config.special_tokens
     joined, patches = model.bind({"params": params}), model.config.vision_encoder.tokens(*images.shape[1:3])
-    tokens = jnp.asarray([ids.im_start, *[ids.im_patch] * patches, ids.im_end], jnp.int32)
-    tokens = jnp.broadcast_to(tokens, (images.shape[0], patches + 2))
-    slots = jnp.ones((images.shape[0], 1), jnp.int32)
+    tokens = jnp.asarray(ids.seen(patches), jnp.int32)
+    tokens = jnp.broadcast_to(tokens, (images.shape[0], len(tokens)))
+    slots = jnp.full((images.shape[0], 1), len(ids.before_patches), jnp.int32)
     read = [(joined.see(images)[:, None], slots)]
     counts = True if active is None else active[:, None]
     return _advance(model, params, reading, joined.embed(tokens, read), counts, read)[1]
@@ -263,7 +270,7 @@ def read_queries(
     """
     ids, queries = model.config.special_tokens, model.config.num_queries
     start = 0 if announced else 1
-    tokens = [ids.dream_start, *[ids.im_patch] * queries, ids.dream_end][1 - start :]
+    tokens = ids.painted(queries)[1 - start :]
     tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (reading.logits.shape[0], len(tokens)))
     slots = jnp.full((tokens.shape[0], 1), start, jnp.int32)
     embeddings = model.bind({"params": params}).embed(tokens, dream_slots=[slots])

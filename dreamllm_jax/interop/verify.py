@@ -201,14 +201,15 @@ def _inputs(config: DreamLLMConfig) -> Values:
     language, encoder, decoder = config.language_model, config.vision_encoder, config.image_decoder
     text = rng.integers(language.vocab_size, size=min(32, language.max_length))
     half = len(text) // 2
-    see = [ids.bos, *text[:half], ids.im_start, *[ids.im_patch] * encoder.num_patches, ids.im_end]
-    dream = [*text[half:], ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]
+    before = [*ids.begin, *text[:half], *ids.before_patches]
+    see = [*ids.begin, *text[:half], *ids.seen(encoder.num_patches)]
+    dream = [*text[half:], *ids.painted(config.num_queries)]
     side, multiple = encoder.image_size, decoder.training_size_multiple
     picture = 2 * multiple, 3 * multiple
     values = {
         "text": [text],
         "document": [see + dream],
-        "see_slots": [[half + 2]],
+        "see_slots": [[len(before)]],
         "dream_slots": [[len(see) + len(text) - half + 1]],
         "pixels": rng.normal(size=(1, side, side, 3)),
         "images": rng.uniform(-1, 1, (1, *picture, 3)),
