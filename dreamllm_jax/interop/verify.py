@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.interop import dreamllm_modules, torch_modules
-from dreamllm_jax.interop.dreamllm import tower_directory
+from dreamllm_jax.interop.dreamllm import plugins_of, tower_directory
 from dreamllm_jax.interop.files import import_torch, read_config
 from dreamllm_jax.interop.sampling import compare_sampling
 from dreamllm_jax.interop.source import config_of
@@ -140,7 +140,7 @@ def _torch_side(
     settings = read_config(path, dict) if path.is_file() else {}
     if settings.get("model_type") == "dreamllm":
         loaders = dreamllm_modules.loaders(config, directory, settings, towers)
-        plugins, role = settings.get("plugins_init_kwargs", {}), "image_decoder"
+        plugins, role = plugins_of(settings), "image_decoder"
         try:
             place = tower_directory(directory, plugins, role, towers.get(role))
         except FileNotFoundError:
