@@ -11,7 +11,7 @@ from dreamllm_jax.layers.lora import LoraConfig
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.planning.step import lower_step
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
-from dreamllm_jax.towers.image_decoders.unet import UNetLora
+from dreamllm_jax.towers.image_decoders.unet_transformer import UNetLora
 from tests.tiny import DECODER, DECODER_XL, DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
 
 STAGE_2 = (("(language_model|visual_projector|dream_queries|connector)/.*", True), (".*", False))

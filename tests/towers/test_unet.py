@@ -14,7 +14,8 @@ from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.layers.lora import LORA_A, LORA_B, is_adapter
 from dreamllm_jax.layers.timesteps import timestep_embedding
 from dreamllm_jax.towers.condition import Condition
-from dreamllm_jax.towers.image_decoders.unet import Transformer2DModel, UNet, UNetConfig, UNetLora
+from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig
+from dreamllm_jax.towers.image_decoders.unet_transformer import Transformer2DModel, UNetLora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
