@@ -1,6 +1,7 @@
 """Checkpoints from PyTorch to ours and back:
 
 python -m dreamllm_jax.convert import --language-model=DIR --vision-encoder=DIR --image-decoder=DIR --to=DIR
+python -m dreamllm_jax.convert import --vision-language=DIR --image-decoder=DIR --to=DIR
 python -m dreamllm_jax.convert import --dreamllm=DIR --to=DIR
 python -m dreamllm_jax.convert export --checkpoint=DIR[@STEP] --format=dreamllm --to=DIR
 python -m dreamllm_jax.convert verify --checkpoint=DIR[@STEP] --torch=DIR
@@ -10,6 +11,7 @@ import argparse
 import dataclasses
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl.flags import argparse_flags
@@ -27,10 +29,13 @@ from dreamllm_jax.interop.image_decoder import open_image_decoder
 from dreamllm_jax.interop.language_model import open_language_model
 from dreamllm_jax.interop.source import PARTS, Source
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder
-from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.interop.vision_language import open_visual_projector
+from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TOWERS = ("language_model", "vision_encoder", "image_decoder")
+# What a model that sees has of its own.
+_SEEING = (*_TOWERS[:2], "select_layer", "visual_projector", "visual_layernorm")
 
 # What is begun when towers are joined, by flag: the defaults.
 _FRESH = {
@@ -59,6 +64,9 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument(
         "--vision-encoder", type=Path, help="such as CLIP, whole or its vision tower: likewise a directory"
     )
+    add.add_argument(
+        "--vision-language", type=Path, help="such as LLaVA, instead of the two: a directory with both, and a projector"
+    )
     add.add_argument("--image-decoder", type=Path, help="Stable Diffusion or SANA: a diffusers directory")
     add.add_argument("--dreamllm", type=Path, help="a checkpoint of the original program, instead of the three")
     add.add_argument("--tokenizer", type=Path, help="tokenizer, if not the one beside the language model")
@@ -73,9 +81,18 @@ def parser() -> argparse_flags.ArgumentParser:
     add = add.add_argument_group("what is not in the three towers; not with --dreamllm")
     add.add_argument("--num-queries", type=command_line.positive, help="dream queries")
     add.add_argument("--select-layer", type=int, help="hidden state of the vision encoder that is read")
-    kinds = {"type": _projector, "metavar": "linear|mlp:DEPTH|conv"}
-    add.add_argument("--visual-projector", **kinds, help="from the vision encoder to the language model")
-    add.add_argument("--connector", **kinds, help="from the language model to the image decoder")
+    add.add_argument(
+        "--visual-projector",
+        type=lambda text: IdentityConfig() if text == IdentityConfig.kind else _projector(text),
+        metavar="linear|mlp:DEPTH|conv|identity",
+        help="from the vision encoder to the language model",
+    )
+    add.add_argument(
+        "--connector",
+        type=_projector,
+        metavar="linear|mlp:DEPTH|conv",
+        help="from the language model to the image decoder",
+    )
     add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
     add.add_argument("--new-tokens", choices=("normal", "mean"), help="embeddings of new tokens")
     add.add_argument(
@@ -115,7 +132,7 @@ class _Renamed(argparse.Action):
 
 def _refuse_former_names(parser: argparse.ArgumentParser, *names: str) -> None:
     for name in names:
-        flag, now = (f"--{text.replace('_', '-')}" for text in (name, FORMER_NAMES[name]))
+        flag, now = (_flag(text) for text in (name, FORMER_NAMES[name]))
         parser.add_argument(
             flag, action=_Renamed, dest=now, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
@@ -161,34 +178,47 @@ def _bytes(text: str) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    towers = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in _TOWERS}
+    towers = {_flag(name): getattr(arguments, name) for name in _TOWERS}
+    if arguments.vision_language is not None:
+        _require_left_out(arguments, "vision_language", _SEEING)
+        towers |= dict.fromkeys(map(_flag, _TOWERS[:2]), arguments.vision_language)
     missing = [flag for flag, value in towers.items() if value is None]
     if arguments.dreamllm is None and missing:
         raise ValueError(f"give {', '.join(missing)} as well, or --dreamllm=DIR")
-    if arguments.dreamllm is not None and arguments.language_model is not None:
-        raise ValueError("--dreamllm has its own language model: leave out --language-model")
-    changed = [f"--{name.replace('_', '-')}" for name, value in _FRESH.items() if getattr(arguments, name) != value]
-    if arguments.dreamllm is not None and changed:
-        raise ValueError(f"--dreamllm has all of its parts: leave out {', '.join(changed)}")
+    if arguments.dreamllm is not None:
+        _require_left_out(arguments, "dreamllm", ("language_model", "vision_language", *_FRESH))
     source, tokenizer = _assembled(arguments) if arguments.dreamllm is None else _original(arguments)
     import_model(source, tokenizer, arguments.to, arguments.dtype)
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _require_left_out(arguments: argparse.Namespace, whole: str, names: Iterable[str]) -> None:
+    """Refuses flags for what a model brings along itself."""
+    given = [_flag(name) for name in names if getattr(arguments, name) != _FRESH.get(name)]
+    if given:
+        raise ValueError(f"{_flag(whole)} has its own: leave out {', '.join(given)}")
+
+
 def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
-    language_model = open_language_model(arguments.language_model)
-    vision_encoder = open_vision_encoder(arguments.vision_encoder, arguments.select_layer)
+    whole = arguments.vision_language
+    visual = open_visual_projector(whole) if whole else arguments.visual_projector
+    language_model = open_language_model(whole or arguments.language_model)
+    vision_encoder = open_vision_encoder(whole or arguments.vision_encoder, arguments.select_layer, joined=bool(whole))
     image_decoder = open_image_decoder(arguments.image_decoder)
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.language_model, arguments.image_marks)
+    tokenizer = load_tokenizer(arguments.tokenizer or whole or arguments.language_model, arguments.image_marks)
     if tokenizer.marks != OUR_MARKS:
         print(
             f"images are read as {' '.join(tokenizer.marks.tokens)}, which the tokenizer has for them", file=sys.stderr
         )
     _tell_of_rows(language_model.config.vocab_size, tokenizer)
-    visual = dataclasses.replace(
-        arguments.visual_projector,
-        post_layernorm=arguments.visual_layernorm,
-        layer_norm_eps=vision_encoder.config.layer_norm_eps,
-    )
+    if isinstance(visual, ProjectorConfig):
+        eps = getattr(vision_encoder.config, "layer_norm_eps", visual.layer_norm_eps)
+        visual = dataclasses.replace(visual, post_layernorm=arguments.visual_layernorm, layer_norm_eps=eps)
+    elif arguments.visual_layernorm:
+        raise ValueError(f"a visual projector of kind {visual.kind!r} has no norm: leave out --visual-layernorm")
     source = assemble(
         language_model,
         vision_encoder,

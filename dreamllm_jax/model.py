@@ -127,13 +127,11 @@ class DreamLLM(nn.Module):
         self.connector = config.connector.make_connector(decoder.condition_width, decoder.pooled_width, dtype)
         self.image_decoder = decoder.make(dtype)
 
-    def see(
-        self, images: UInt8[Array, "N H W 3"] | Float[Array, "N ..."], stored: bool = False
-    ) -> Float[Array, "N P E"]:
+    def see(self, images: UInt8[Array, "N ..."] | Float[Array, "N ..."], stored: bool = False) -> Float[Array, "N P E"]:
         """What the language model is given for images: the vision encoder's features through the visual projector.
 
         Args:
-          images: pixels, or the features that are `stored` of them.
+          images: pixels as the encoder's `preprocess` makes them, or the features that are `stored` of them.
         """
         if stored:
             features = constrain(images.astype(jnp.dtype(self.config.dtype)), ("images", None, None))
@@ -159,7 +157,7 @@ class DreamLLM(nn.Module):
     def decode(
         self,
         embeddings: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | Int[Array, "B T 3"],
         segment_ids: Int[Array, "B T"],
         cache: Any = None,
         seen: Sequence[tuple[Float[Array, "B S P E"], Int[Array, "B S"]]] = (),
@@ -198,9 +196,9 @@ class DreamLLM(nn.Module):
     def __call__(self) -> None:
         """Touches every parameter once, on the smallest inputs: for `init`."""
         config = self.config
-        size = config.vision_encoder.image_size
-        features = self.see(jnp.zeros((1, size, size, 3), jnp.uint8))[None]
-        length = max(config.vision_encoder.num_patches, config.num_queries)
+        encoder, size = config.vision_encoder, config.vision_encoder.image_size
+        features = self.see(jnp.zeros((1, *encoder.pixels_shape(size, size)), jnp.uint8))[None]
+        length = max(encoder.num_patches, config.num_queries)
         tokens, slots = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 1), jnp.int32)
         x = self.embed(tokens, [(features, slots)], [slots])
         hidden, _ = self.decode(x, jnp.arange(length)[None], jnp.ones_like(tokens))

@@ -16,14 +16,30 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2ForCausalLM,
+    Qwen2VLImageProcessorPil,
+    Qwen3ForCausalLM,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from dreamllm_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -47,29 +63,42 @@ def save_towers(
       decoder: the kind of image decoder, of `DECODERS`.
       options: those of one of the towers, by its name.
     """
-    saving = {"language_model": save_llama, "vision_encoder": save_clip, "image_decoder": DECODERS[decoder]}
+    saving = {"language_model": save_language_model, "vision_encoder": save_clip, "image_decoder": DECODERS[decoder]}
     return {name: save(directory / name, dtype, **options.get(name, {})) for name, save in saving.items()}
 
 
-def save_llama(directory: Path, dtype: torch.dtype = torch.float32, pickled: bool = False, **settings) -> Path:
-    """A LLaMA of two layers with its SentencePiece model; in shards, for they are very small.
+LLAMA = {
+    "vocab_size": BASE_VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+LANGUAGE_MODELS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+
+
+def save_language_model(
+    directory: Path, dtype: torch.dtype = torch.float32, pickled: bool = False, family: str = "llama", **settings
+) -> Path:
+    """A LLaMA, or of another family, of two layers with a SentencePiece model; in shards, for they are very small.
 
     Args:
       pickled: `pytorch_model-*.bin` in place of safetensors.
     """
-    config = LlamaConfig(
-        **{
-            "vocab_size": BASE_VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-        }
-        | settings
-    )
-    model = randomised(LlamaForCausalLM(config)).to(dtype)
+    cls = LANGUAGE_MODELS[family]
+    model = randomised(cls(cls.config_class(**LLAMA | settings))).to(dtype)
     model.save_pretrained(directory, max_shard_size="30KB")
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
     if pickled:
@@ -79,25 +108,147 @@ def save_llama(directory: Path, dtype: torch.dtype = torch.float32, pickled: boo
 
 def save_clip(directory: Path, dtype: torch.dtype = torch.float32, whole: bool = False, pickled: bool = False) -> Path:
     """A CLIP vision tower of three layers, or a `whole` CLIP."""
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": 16,
-        "patch_size": 8,
-    }
     text = CLIPTextConfig(
         hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
     )
     if whole:
-        config = CLIPConfig(vision_config=vision, text_config=text.to_dict(), projection_dim=8)
+        config = CLIPConfig(vision_config=CLIP, text_config=text.to_dict(), projection_dim=8)
         model = CLIPModel(config)
     else:
-        model = CLIPVisionModel(CLIPVisionConfig(**vision))
+        model = CLIPVisionModel(CLIPVisionConfig(**CLIP))
     randomised(model).to(dtype).save_pretrained(directory)
     if pickled:
         _pickle(directory, "model", "pytorch_model")
+    return directory
+
+
+def save_llava(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A LLaVA-1.5: the LLaMA, the CLIP and a projector."""
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **LLAMA},
+        vision_config={"model_type": "clip_vision_model", **CLIP},
+        image_token_index=BASE_VOCABULARY - 1,
+        image_seq_length=4,
+    )
+    randomised(LlavaForConditionalGeneration(config)).to(dtype).save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+INTERN_VIT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "attention_bias": True,
+}
+# Names of transformers' class, and of InternVL's own layout.
+INTERNVL_NAMES = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.multi_modal_projector.layer_norm.": "mlp1.0.",
+    "model.multi_modal_projector.linear_1.": "mlp1.1.",
+    "model.multi_modal_projector.linear_2.": "mlp1.3.",
+    "model.vision_tower.embeddings.patch_embeddings.projection.": "vision_model.embeddings.patch_embedding.",
+    "model.vision_tower.embeddings.cls_token": "vision_model.embeddings.class_embedding",
+    "model.vision_tower.embeddings.position_embeddings": "vision_model.embeddings.position_embedding",
+    "model.vision_tower.encoder.layer.": "vision_model.encoder.layers.",
+    ".attention.projection_layer.": ".attn.proj.",
+    ".attention.": ".attn.",
+    ".layernorm_before.": ".norm1.",
+    ".layernorm_after.": ".norm2.",
+    ".lambda_": ".ls",
+}
+
+
+def save_internvl(directory: Path, dtype: torch.dtype = torch.float32, chat: bool = False) -> Path:
+    """An InternVL3: a Qwen2.5, an InternViT and a projector; as transformers saves it, or in InternVL's own layout."""
+    language = {"model_type": "qwen2", **LLAMA, "tie_word_embeddings": False}
+    config = InternVLConfig(
+        text_config=language, vision_config=INTERN_VIT, image_token_id=BASE_VOCABULARY - 1, tie_word_embeddings=False
+    )
+    model = randomised(InternVLForConditionalGeneration(config)).to(dtype)
+    model.save_pretrained(directory)
+    if chat:
+        tensors = dict(model.state_dict())
+        for name in [name for name in tensors if ".q_proj." in name and "vision" in name]:
+            parts = [tensors.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            tensors[name.replace("q_proj", "qkv")] = torch.cat(parts)
+        for new, old in INTERNVL_NAMES.items():
+            tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        vision = {("qkv_bias" if name == "attention_bias" else name): value for name, value in INTERN_VIT.items()}
+        settings = {
+            "model_type": "internvl_chat",
+            "llm_config": language,
+            "vision_config": {"model_type": "intern_vit_6b", "norm_type": "layer_norm", **vision},
+            **{"downsample_ratio": 0.5, "ps_version": "v2", "select_layer": -1, "force_image_size": 16},
+            **{"dynamic_image_size": True, "use_thumbnail": True, "max_dynamic_patch": 6, "min_dynamic_patch": 1},
+        }
+        (directory / "config.json").write_text(json.dumps(settings))
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+def save_onevision(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A LLaVA-OneVision of one tile: a Qwen2 with tied embeddings, a SigLIP, a projector and its `image_newline`."""
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **LLAMA, "tie_word_embeddings": True},
+        vision_config={"model_type": "siglip_vision_model", **CLIP, "vision_use_head": False},
+        image_grid_pinpoints=[[16, 16]],
+        image_token_index=BASE_VOCABULARY - 1,
+        tie_word_embeddings=True,
+    )
+    randomised(LlavaOnevisionForConditionalGeneration(config)).to(dtype).save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+def qwen25_vl_config(**text) -> Qwen2_5_VLConfig:
+    """Of a Qwen2.5-VL of two layers and three, one of which sees more than a window."""
+    vision = {
+        "depth": 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    rope = {"type": "mrope", "mrope_section": [1, 2, 1], "rope_theta": 10000.0}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    return Qwen2_5_VLConfig(
+        text_config={**LLAMA, **ends, "rope_parameters": rope, **text},
+        vision_config=vision,
+        image_token_id=BASE_VOCABULARY - 1,
+        video_token_id=BASE_VOCABULARY - 2,
+        vision_start_token_id=BASE_VOCABULARY - 3,
+        vision_end_token_id=BASE_VOCABULARY - 4,
+    )
+
+
+def save_qwen25_vl(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A Qwen2.5-VL, and its image processor."""
+    model = randomised(Qwen2_5_VLForConditionalGeneration(qwen25_vl_config())).to(dtype)
+    model.save_pretrained(directory)
+    Qwen2VLImageProcessorPil(min_pixels=64, max_pixels=1024, patch_size=4).save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+def save_siglip(directory: Path, dtype: torch.dtype = torch.float32, whole: bool = False) -> Path:
+    """A SigLIP vision tower with its head and its image processor, or a `whole` SigLIP."""
+    if whole:
+        text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = SiglipModel(SiglipConfig(vision_config=CLIP, text_config={**text, "vocab_size": 99}))
+    else:
+        model = SiglipVisionModel(SiglipVisionConfig(**CLIP))
+    randomised(model).to(dtype).save_pretrained(directory)
+    size = {"height": CLIP["image_size"], "width": CLIP["image_size"]}
+    SiglipImageProcessorPil(size=size, resample=2).save_pretrained(directory)
     return directory
 
 

@@ -24,6 +24,7 @@ class SlotGroup:
       slots: how many (S).
       tokens: of the row that each takes: patches of an image that is seen, queries of one that is painted.
       height, width: pixels.
+      pixels: shape of the array of an image's pixels; empty where that is height x width x 3.
       stored: shape of the stored array that stands for an image; empty where its pixels do.
       dtype: the type of stored arrays.
       sizes: whether the sizes of each picture stand beside it.
@@ -36,6 +37,7 @@ class SlotGroup:
     stored: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     sizes: bool = False
+    pixels: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("slots", "tokens", "height", "width"):
@@ -51,11 +53,13 @@ class RowShape:
       length: tokens in a row (L).
       see: groups of slots for images that are read.
       dream: groups of slots for images that are painted.
+      axes: of a token's position, 1 or 3 (`data.positions`), as the language model has them.
     """
 
     length: int
     see: tuple[SlotGroup, ...] = ()
     dream: tuple[SlotGroup, ...] = ()
+    axes: int = 1
 
     def __post_init__(self):
         if self.length < 1:
@@ -83,8 +87,9 @@ class Slots:
 
     Attributes:
       at: i32[B, S] index in the row of an image's first token, -1 for an empty slot.
-      images: u8[B, S, H, W, 3] pixels (floats are taken as normalised for the tower), or f[B, S, ...] what is stored of
-        them; None where images are only painted from, not learned.
+      images: u8[B, S, H, W, 3] pixels (floats are taken as normalised for the tower), apart where the tower sees them
+        so, as u8[B, S, ...]; or f[B, S, ...] what is stored of them; None where images are only painted from, not
+        learned.
       stored: whether `images` are stored arrays.
       sizes: f32[B, S, 6] what was done to pictures, see `data.images.paint_sizes`; None where the denoiser is not told.
     """
@@ -107,7 +112,8 @@ class Batch:
     Attributes:
       tokens: i32[B, L] token ids; image and query positions hold their placeholder id.
       segment_ids: i32[B, L] 0 is padding, 1.. are the documents packed in the row.
-      positions: i32[B, L] positions, restarting at 0 in each document.
+      positions: i32[B, L] positions, restarting at 0 in each document; i32[B, L, 3] for a language model whose
+        positions have three axes (`data.positions`).
       loss_weights: f32[B, L] weight of predicting `tokens[i]` from its prefix; 0 at the start of a document, on
         padding and on tokens that are not learned, below on those of an answer that is worse than the segment before.
       see: images that are read, by group.
@@ -126,7 +132,7 @@ def empty_batch(count: int, shape: RowShape, pad: int = 0) -> Batch:
     """A batch of `count` rows in which nothing is filled."""
 
     def room(group: SlotGroup) -> Slots:
-        size, dtype = (group.height, group.width, 3), jnp.uint8
+        size, dtype = group.pixels or (group.height, group.width, 3), jnp.uint8
         if group.stored:
             size, dtype = group.stored, jnp.dtype(group.dtype)
         at = np.full((count, group.slots), -1, np.int32)
@@ -136,7 +142,7 @@ def empty_batch(count: int, shape: RowShape, pad: int = 0) -> Batch:
     return Batch(
         tokens=np.full((count, shape.length), pad, np.int32),
         segment_ids=np.zeros((count, shape.length), np.int32),
-        positions=np.zeros((count, shape.length), np.int32),
+        positions=np.zeros((count, shape.length) if shape.axes == 1 else (count, shape.length, shape.axes), np.int32),
         loss_weights=np.zeros((count, shape.length), np.float32),
         see=tuple(map(room, shape.see)),
         dream=tuple(map(room, shape.dream)),

@@ -6,6 +6,8 @@ transparency, 16 bits, CMYK, animations.
 """
 
 import io
+import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -78,6 +80,21 @@ def size_of(data: bytes) -> tuple[int, int]:
             return (image.height, image.width) if turned else image.size
     except Exception:  # Pillow's plugins raise whatever a damaged header leads them to
         return 1, 1
+
+
+def nearest(size: tuple[int, int], shapes: Sequence[tuple[int, int]], cropped: bool) -> int:
+    """Which (height, width) is the next in shape to an image of this (width, height), of which there is one at least.
+
+    That which loses the least of the image where this is `cropped`; where it is squeezed instead, that whose ratio of
+    width to height differs least, as InternVL chooses (`find_closest_aspect_ratio`). Of those of the same ratio it is
+    the largest that has less than twice the image's pixels, or else the smallest.
+    """
+    image, best, distance = size[0] / size[1], 0, math.inf
+    for index, (height, width) in sorted(enumerate(shapes), key=lambda one: math.prod(one[1])):
+        this = abs(math.log(size[0] * height / (size[1] * width))) if cropped else abs(image - width / height)
+        if this < distance or (this == distance and 2 * math.prod(size) > height * width):
+            best, distance = index, this
+    return best
 
 
 def decode_named(data: bytes, where: object) -> Image.Image:

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from dreamllm_jax.common import gguf_reader
 from dreamllm_jax.common.directories import NO_POINTER, is_lfs_pointer, write_whole
 from dreamllm_jax.data.byte_level import SPLITS, VOCABULARY, from_files, from_merges, from_tiktoken
-from dreamllm_jax.data.told import CHAT_TEMPLATE, LLAMA_NAMES, MARKS, Told, read_json
+from dreamllm_jax.data.told import CHAT_TEMPLATE, MARKS, SENTENCEPIECE_NAMES, Told, read_json
 from dreamllm_jax.data.vocabulary import ADDED_TOKENS, OUR_MARKS, ImageMarks, SpecialTokens, added_tokens
 
 _logger = logging.getLogger(__name__)
@@ -75,10 +75,10 @@ class Tokenizer:
         if getattr(fast.model, "dropout", None):  # for training it: a text would have other tokens each time
             fast.model.dropout = None
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """Number of ids, the special tokens included."""
-        return self.fast.get_vocab_size()
+        return max(self.fast.get_vocab().values()) + 1
 
     def encode_text(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of the text, taken literally, without bos or eos; nothing for the empty text.
@@ -89,11 +89,31 @@ class Tokenizer:
         fast = self.fast if prefix else self._without_prefix
         return fast.encode(text, add_special_tokens=False).ids
 
+    def encode_spans(self, text: str, first: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text behind a special token, or `first` of all, and the characters that each is made of."""
+        fast = self._with_prefix if first or self._prefixed else self._without_prefix
+        encoded = fast.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    @functools.cached_property
+    def _prefixed(self) -> bool:
+        """Whether a text behind a special token begins with SentencePiece's space."""
+        meant, end = FastTokenizer.from_str(self.fast.to_str()), self.special.eos
+        (given,) = {token for token, index in meant.get_vocab().items() if index == end}
+        return self.legacy and meant.encode(f"{given}a", add_special_tokens=False).ids == [end, *self.encode_text("a")]
+
+    @functools.cached_property
+    def _with_prefix(self) -> FastTokenizer:
+        return _literal(self.fast.to_str())
+
+    @functools.cached_property
+    def control(self) -> Mapping[str, AddedToken]:
+        """The special tokens, which no text means."""
+        return {token.content: token for token in self.fast.get_added_tokens_decoder().values() if token.special}
+
     @functools.cached_property
     def _without_prefix(self) -> FastTokenizer:
-        fast = FastTokenizer.from_str(json.dumps(_drop_prefix(json.loads(self.fast.to_str()))))
-        fast.encode_special_tokens = True
-        return fast
+        return _literal(json.dumps(_drop_prefix(json.loads(self.fast.to_str()))))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out."""
@@ -258,7 +278,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         minloglevel=2,
     )
     fast = from_sentencepiece(model.getvalue())
-    return _with_special_tokens(fast, dict(LLAMA_NAMES), Told(), OUR_MARKS, model.getvalue())
+    return _with_special_tokens(fast, dict(SENTENCEPIECE_NAMES), Told(), OUR_MARKS, model.getvalue())
 
 
 def from_sentencepiece(model: bytes) -> FastTokenizer:
@@ -360,6 +380,13 @@ def _mark_special(fast: FastTokenizer, tokens: Iterable[str]) -> None:
     fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
 
 
+def _literal(description: str) -> FastTokenizer:
+    """To encode text with; no post-processor, for some take blanks from what a token is said to be made of."""
+    fast = FastTokenizer.from_str(description)
+    fast.encode_special_tokens, fast.post_processor = True, None
+    return fast
+
+
 def _drop_prefix(part: Any) -> Any:
     """A tokenizer's description, or a part of it, without what puts a space before a text."""
     if isinstance(part, list):
@@ -383,6 +410,9 @@ def _with_special_tokens(
     wanted = sorted(ours, key=lambda token: (recorded.get(token, 1 << 30), ours.index(token)))
     new = [token for token in wanted if fast.token_to_id(token) is None and token not in recorded]
     _mark_special(fast, dict.fromkeys([*wanted, *marks.tokens]))
+    for token in wanted:
+        if fast.model.id_to_token(fast.token_to_id(token)) not in (None, token):
+            raise ValueError(f"the vocabulary has gaps, so that {token} has the id of another token: close them")
     for token, index in recorded.items():
         if fast.token_to_id(token) != index:
             raise ValueError(f"the special token {token} should have the id {index}, got {fast.token_to_id(token)}")

@@ -10,7 +10,7 @@ SEE is `<im_start> <im_patch>*P <im_end>`, or how the language model was taught 
       comprehension       only SEE at each image
       creation            only DREAM at each image
       see_first           SEE DREAM at each image, an ablation: it is then painted from itself
-    instruct_interleaved  vicuna prompt, then as interleaved   learns what follows the prompt
+    instruct_interleaved  prompt in a template, then as interleaved   learns what follows the prompt
     conversation          turns in a template; the user's images are SEE, the assistant's DREAM SEE
                                                                learns the assistant's turns, images
     text                  <s> text </s>                        learns text, </s>
@@ -20,8 +20,7 @@ SEE is `<im_start> <im_patch>*P <im_end>`, or how the language model was taught 
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -29,45 +28,13 @@ import numpy as np
 
 from dreamllm_jax.data import images
 from dreamllm_jax.data.batch import RowShape, SlotGroup
+from dreamllm_jax.data.chat_template import find_template
 from dreamllm_jax.data.document import Document, Image, Segment, Text
+from dreamllm_jax.data.templates import ChatTemplate, Control, Piece, Said, Template, turns_of
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 Mode = Literal["joint", "comprehension", "creation"]
 MODES = ("joint", "comprehension", "creation")
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """How the turns of a conversation are written.
-
-    Attributes:
-      system: the system's text where a conversation brings none.
-      first: what stands before the user's first words, with `{}` for the system's text, if there is any.
-      user: what stands before the user's words otherwise.
-      assistant: what follows them; a space stands between it and the answer, be that text or an image.
-      end: what follows the assistant's text, before `</s>`.
-      bos_each_turn: whether `<s>` begins every turn of the user, or only the first.
-    """
-
-    system: str
-    first: str
-    user: str
-    assistant: str
-    end: str
-    bos_each_turn: bool
-
-
-TEMPLATES = {
-    # FastChat's vicuna_v1.1.
-    "vicuna_v1": Template(VICUNA_SYSTEM, "{} USER: ", "USER: ", " ASSISTANT:", "", False),
-    # Llama 2 (Touvron et al. 2023), as its reference code writes dialogues.
-    "llama_2": Template("", "[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[INST] ", " [/INST]", " ", True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +80,7 @@ def encode_document(
     learn_dream_start: bool = False,
     see_first: bool = False,
     complete: bool = True,
+    seen_in: Callable[[Image], int] | None = None,
 ) -> Encoded:
     """Turns a document into tokens that fit a row.
 
@@ -127,11 +95,13 @@ def encode_document(
       mode: joint, comprehension (images are read) or creation (images are painted). Only pairs and interleaved
         documents differ between them.
       draw: uniform in [0, 1); a pair in mode joint is painted below 0.5 and read otherwise.
-      template: of conversations and instructions, a name of `TEMPLATES`.
+      template: of conversations and instructions, one of `templates.NAMES`.
       learn_dream_start: learn the assistant's decision to paint in conversations too; the original does not.
       see_first: where an image is both painted and read, read it first; the model then paints what it has seen.
       complete: end with `</s>`; False leaves the document open, as a prompt. A conversation that ends with the user's
         turn is open for the assistant's in either case.
+      seen_in: which group of slots an image to see takes; None for the one next to it in shape of those that have one
+        left.
 
     Raises:
       ValueError: the row has no room for the images without which the document means nothing.
@@ -148,13 +118,15 @@ def encode_document(
         return Encoded(*joined, starts=(0, len(first.tokens)))
     if document.kind == "pair" and mode == "joint":
         mode = "creation" if draw < 0.5 else "comprehension"
-    row = _Row(tokenizer, shape, int(document.kind != "conversation"), see_first)
+    written = find_template(template, tokenizer)
+    row = _Row(tokenizer, shape, int(document.kind != "conversation"), see_first, seen_in)
     with contextlib.suppress(_Full):
         if document.kind == "conversation":
-            _write_conversation(row, document.segments, TEMPLATES[template], learn_dream_start, complete)
+            _write_conversation(row, document.segments, written, learn_dream_start, complete)
             return row.encoded()
         if document.kind == "instruct_interleaved":
-            _write_conversation(row, [s for s in document.segments if s.role != "assistant"], TEMPLATES[template])
+            asked = [segment for segment in document.segments if segment.role != "assistant"]
+            _write_conversation(row, asked, written, complete=False)
             _write_interleaved(row, [s for s in document.segments if s.role == "assistant"], mode)
         else:
             row.write(row.special.begin, learn=False)
@@ -170,14 +142,17 @@ def encode_document(
         elif document.kind == "interleaved":
             _write_interleaved(row, document.segments, mode)
     if complete and document.kind != "conversation":
-        row.end(learn=document.kind != "image_image" and (document.kind, mode) != ("pair", "creation"))
+        end = row.special.eos
+        if document.kind == "instruct_interleaved" and not isinstance(written, Template) and written.end is not None:
+            end = tokenizer.fast.token_to_id(written.end)
+        row.end(end, learn=document.kind != "image_image" and (document.kind, mode) != ("pair", "creation"))
     return row.encoded()
 
 
-def _distance(group: SlotGroup, image: Image) -> float:
-    """How much of its shape an image loses in such a slot: the ratio of the aspect ratios, as a logarithm."""
-    width, height = images.size_of(image.data)
-    return abs(math.log(width * group.height / (height * group.width)))
+def _next_in_shape(image: Image, groups: Sequence[SlotGroup], free: Sequence[int], cropped: bool) -> int:
+    """Which of the free groups it is, see `images.nearest`."""
+    sizes = [(groups[group].height, groups[group].width) for group in free]
+    return free[images.nearest(images.size_of(image.data), sizes, cropped)]
 
 
 class _Full(Exception):
@@ -209,11 +184,38 @@ def _write_interleaved(row: "_Row", segments: Sequence[Segment], mode: Mode) -> 
 def _write_conversation(
     row: "_Row",
     segments: Sequence[Segment],
-    template: Template,
+    template: Template | ChatTemplate,
     learn_dream_start: bool = False,
     complete: bool = True,
 ) -> None:
-    """Writes turns in a template.
+    if isinstance(template, Template):
+        _write_dialogue(row, segments, template, learn_dream_start, complete)
+    else:
+        _write_pieces(row, template.pieces(turns_of(segments), not complete), learn_dream_start)
+
+
+def _write_pieces(row: "_Row", pieces: Sequence[Piece], learn_dream_start: bool) -> None:
+    """Writes what a chat template made of a conversation: images are read, the assistant's painted before.
+
+    The text between two special tokens is encoded as one, as `apply_chat_template` does; those of its tokens are
+    learned that have a character to be learned.
+    """
+    for stretched, group in groupby(pieces, lambda piece: isinstance(piece, Said)):
+        if stretched:
+            row.write_stretch([(piece.text, piece.learn) for piece in group])
+            continue
+        for piece in group:
+            if isinstance(piece, Control):
+                row.write([row.tokenizer.fast.token_to_id(piece.token)], piece.learn)
+            else:
+                painted = piece.role == "assistant"
+                row.write_image(piece, see=True, dream=painted, learn_dream_start=painted and learn_dream_start)
+
+
+def _write_dialogue(
+    row: "_Row", segments: Sequence[Segment], template: Template, learn_dream_start: bool, complete: bool
+) -> None:
+    """Writes turns in plain text.
 
     Every stretch of text between images and `</s>` is encoded by itself, as the original's tokenizer does.
     """
@@ -259,8 +261,15 @@ class _Row:
     What is written raises `_Full` if it does not fit.
     """
 
-    def __init__(self, tokenizer: Tokenizer, shape: RowShape, reserved: int, see_first: bool):
-        self.see_first = see_first
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        shape: RowShape,
+        reserved: int,
+        see_first: bool,
+        seen_in: Callable[[Image], int] | None,
+    ):
+        self.see_first, self.seen_in = see_first, seen_in
         self.tokenizer, self.shape, self.special = tokenizer, shape, tokenizer.special
         self.limit = shape.length - reserved
         self.tokens: list[int] = []
@@ -290,6 +299,17 @@ class _Row:
         ids = self.tokenizer.encode_text(text, prefix)
         room = self.room
         self.write(ids[:room], learn)
+        if len(ids) > room:
+            raise _Full
+
+    def write_stretch(self, parts: Sequence[tuple[str, bool]]) -> None:
+        """Writes as much as fits of a text, whose parts are learned or not."""
+        text = "".join(part for part, _ in parts)
+        ids, spans = self.tokenizer.encode_spans(text, first=not self.tokens)
+        learned = np.repeat([learn for _, learn in parts], [len(part) for part, _ in parts])
+        room = self.room
+        for token, (start, end) in list(zip(ids, spans, strict=True))[:room]:
+            self.write([token], learn=bool(learned[start:end].any()))
         if len(ids) > room:
             raise _Full
 
@@ -336,22 +356,24 @@ class _Row:
         found: list[list[int]] = []
         room, around = self.room, (len(self.special.seen(0)), len(self.special.painted(0)))
         uses = ((see, self.shape.see, self.see), (dream, self.shape.dream, self.dream))
-        for (wanted, groups, before), more in zip(uses, around, strict=True):
+        for (wanted, groups, before), more, paints in zip(uses, around, (False, True), strict=True):
             chosen = [placed.group for placed in before]
             for image in wanted:
                 free = [g for g, group in enumerate(groups) if chosen.count(g) < group.slots]
+                if self.seen_in is not None and not paints:
+                    free = [g for g in free if g == self.seen_in(image)]
                 if not free:
                     raise _Full
-                chosen.append(min(free, key=lambda g: _distance(groups[g], image)) if len(free) > 1 else free[0])
+                chosen.append(_next_in_shape(image, groups, free, cropped=paints) if len(free) > 1 else free[0])
                 room -= groups[chosen[-1]].tokens + more
             found.append(chosen[len(before) :])
         if room < 0:
             raise _Full
         return found[0], found[1]
 
-    def end(self, learn: bool) -> None:
-        """Writes `</s>` in the reserved place."""
-        self.tokens.append(self.special.eos)
+    def end(self, token: int, learn: bool) -> None:
+        """Writes what ends the document in the reserved place."""
+        self.tokens.append(token)
         self.weights.append(float(learn))
 
     def encoded(self) -> Encoded:

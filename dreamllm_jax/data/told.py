@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from dreamllm_jax.data.vocabulary import ADDED_TOKENS, OUR_MARKS, ImageMarks, marks_among
 
-LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+SENTENCEPIECE_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 CHAT_TEMPLATE = "chat_template.jinja"
 MARKS = "image_marks"  # where tokenizer_config.json tells them
 _LISTS = ("additional_special_tokens", "extra_special_tokens")  # of special tokens without a role
@@ -98,9 +98,9 @@ class Told:
                 )
 
     def names(self, fast: FastTokenizer) -> dict[str, str]:
-        """The names of bos and eos: as told, else LLaMA's; no bos if it is told to be null, or there is no `<s>`."""
-        names = dict(LLAMA_NAMES)
-        bos = LLAMA_NAMES["bos_token"]
+        """The names of bos and eos: as told, else SentencePiece's; no bos if that is told, or there is no `<s>`."""
+        names = dict(SENTENCEPIECE_NAMES)
+        bos = SENTENCEPIECE_NAMES["bos_token"]
         if not self.settings.get("bos_token", fast.token_to_id(bos) is not None and bos):
             del names["bos_token"]
         ends = [token for index in self.ends if (token := fast.id_to_token(index)) is not None]

@@ -110,6 +110,12 @@ class Experiment:
                 raise ConfigError(
                     f"data.stored: {kept} are of squares of one size: leave them out, or have one such group"
                 )
+            size = model.vision_encoder.image_size
+            if kept == "features" in self.data.stored and any(one.height != size for one in groups):
+                raise ConfigError(
+                    f"data.stored: features are of pictures of the vision encoder's image_size={size}: leave them out, "
+                    "or have one group of that in rows.see"
+                )
 
     @property
     def held_out(self) -> "Experiment":
@@ -130,17 +136,23 @@ class Experiment:
         stored, dtype = self.data.stored, self.data.stored_dtype
         encoder, decoder = self.model.vision_encoder, self.model.image_decoder
 
-        def group(given: SlotsConfig, tokens: int, tower: Any, name: str, sizes: bool = False) -> SlotGroup:
+        def group(given: SlotsConfig, tokens: int, tower: Any, name: str, **more: Any) -> SlotGroup:
             size = given.height, given.width
             kept = tower.stored_shape(*size) if name in stored else ()
-            return SlotGroup(given.slots, tokens, *size, kept, dtype, sizes)
+            return SlotGroup(given.slots, tokens, *size, kept, dtype, **more)
+
+        def see(given: SlotsConfig) -> SlotGroup:
+            size = given.height, given.width
+            tokens = encoder.tokens(*size)
+            self.model.visual_projector.require_tokens(tokens)
+            return group(given, tokens, encoder, "features", pixels=encoder.pixels_shape(*size))
+
+        def dream(given: SlotsConfig) -> SlotGroup:
+            return group(given, self.model.num_queries, decoder, "moments", sizes=decoder.wants_sizes)
 
         seen, painted = self.rows.seen(encoder.image_size), self.rows.painted
-        return RowShape(
-            self.rows.length,
-            tuple(group(given, encoder.tokens(given.height, given.width), encoder, "features") for given in seen),
-            tuple(group(given, self.model.num_queries, decoder, "moments", decoder.wants_sizes) for given in painted),
-        )
+        axes = self.model.language_model.position_axes
+        return RowShape(self.rows.length, tuple(map(see, seen)), tuple(map(dream, painted)), axes)
 
 
 def require_packages(experiment: Experiment) -> None:

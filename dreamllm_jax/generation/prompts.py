@@ -1,10 +1,11 @@
 """Prompts: how documents begin, as a batch of rows whose sizes come in few steps, so that little is compiled."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dreamllm_jax.data import images
 from dreamllm_jax.data.batch import Batch, RowShape, SlotGroup, Slots, empty_batch
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.packing import Item
@@ -45,11 +46,16 @@ def encode_prompts(
       ImageError: an image cannot be decoded.
       ValueError: an unknown template, or a conversation without a user.
     """
+    pictures = [segment for prompt in prompts for segment in prompt if isinstance(segment, Image)]
+    sizes = sorted({_fitting(config, picture) for picture in pictures})
     encoded = [
-        _conversation(p, tokenizer, config, template) if template else _open(p, tokenizer, config) for p in prompts
+        _conversation(p, tokenizer, config, sizes, template) if template else _open(p, tokenizer, config, sizes)
+        for p in prompts
     ]
-    see, dream = (max(len(getattr(one, use)) for one in encoded) for use in ("see", "dream"))
-    shape = _shape(config, bucket(max(1, *(len(one.tokens) for one in encoded)), 32), bucket(see), bucket(dream))
+    see = [max(sum(placed.group == group for placed in one.see) for one in encoded) for group in range(len(sizes))]
+    dream = max(len(one.dream) for one in encoded)
+    length = bucket(max(1, *(len(one.tokens) for one in encoded)), 32)
+    shape = _shape(config, dict(zip(sizes, map(bucket, see), strict=True)), bucket(dream), length)
     batch = empty_batch(len(prompts), dataclasses.replace(shape, dream=()), tokenizer.special.pad)
     pixels = Pixels(shape, config.vision_encoder.preprocess, config.image_decoder.preprocess)
     at = [np.full((len(prompts), group.slots), -1, np.int32) for group in shape.dream]
@@ -79,26 +85,46 @@ def require_fits(config: DreamLLMConfig, batch: Batch, new: int, allowed: int | 
     return prompt + new
 
 
-def _shape(config: DreamLLMConfig, length: int = 1 << 20, see: int = 1 << 10, dream: int = 1 << 10) -> RowShape:
-    """Room for anything, unless told."""
-    side = config.vision_encoder.image_size
-    return RowShape(
-        length,
-        (SlotGroup(see, config.vision_encoder.tokens(side, side), side, side),) if see else (),
-        (SlotGroup(dream, config.num_queries, 1, 1),) if dream else (),
+_MANY = 1 << 10  # images
+
+
+def _fitting(config: DreamLLMConfig, image: Image) -> tuple[int, int]:
+    """Height and width as which the vision encoder sees an image."""
+    return config.vision_encoder.fitting(*images.size_of(image.data))
+
+
+def _shape(
+    config: DreamLLMConfig, see: Mapping[tuple[int, int], int], dream: int = _MANY, length: int = 1 << 20
+) -> RowShape:
+    """Room for so many images of each size to see, and to paint; for as many tokens as there may be, unless told."""
+    encoder = config.vision_encoder
+    groups = (
+        SlotGroup(slots, encoder.tokens(*size), *size, pixels=encoder.pixels_shape(*size))
+        for size, slots in see.items()
+        if slots
     )
+    queries = (SlotGroup(dream, config.num_queries, 1, 1),) if dream else ()
+    return RowShape(length, tuple(groups), queries, config.language_model.position_axes)
 
 
-def _conversation(segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMConfig, template: str) -> Encoded:
+def _conversation(
+    segments: Sequence[Segment],
+    tokenizer: Tokenizer,
+    config: DreamLLMConfig,
+    sizes: Sequence[tuple[int, int]],
+    template: str,
+) -> Encoded:
     turns = tuple(dataclasses.replace(segment, role=segment.role or "user") for segment in segments)
-    document = Document("conversation", turns)
-    return encode_document(document, tokenizer, _shape(config), template=template, complete=False)
+    document, shape = Document("conversation", turns), _shape(config, dict.fromkeys(sizes, _MANY))
+    given = {"template": template, "complete": False, "seen_in": lambda image: sizes.index(_fitting(config, image))}
+    return encode_document(document, tokenizer, shape, **given)
 
 
-def _open(segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMConfig) -> Encoded:
+def _open(
+    segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMConfig, sizes: Sequence[tuple[int, int]]
+) -> Encoded:
     ids = tokenizer.special
     tokens, see, dream = [*ids.begin], [], []
-    patches = _shape(config).see[0].tokens
     for segment in segments:
         if isinstance(segment, Written):
             tokens += segment.tokens
@@ -108,6 +134,7 @@ def _open(segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMCon
             if isinstance(segment, Painted):
                 dream.append(Placed(segment, len(tokens) + 1))
                 tokens += ids.painted(config.num_queries)
-            see.append(Placed(segment, len(tokens) + len(ids.before_patches)))
-            tokens += ids.seen(patches)
+            size = _fitting(config, segment)
+            see.append(Placed(segment, len(tokens) + len(ids.before_patches), sizes.index(size)))
+            tokens += ids.seen(config.vision_encoder.tokens(*size))
     return Encoded(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), tuple(see), tuple(dream))

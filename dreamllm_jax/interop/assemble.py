@@ -1,6 +1,7 @@
 """A DreamLLM to begin training with, from a language model, a vision encoder and an image decoder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import flax.linen as nn
@@ -28,11 +29,12 @@ def assemble(
     new_tokens: Sequence[int],
     init: Literal["normal", "mean"],
     num_queries: int,
-    visual_projector: VisualProjectorConfig,
+    visual_projector: VisualProjectorConfig | Part,
     connector: ConnectorConfig,
     seed: int,
 ) -> Source:
-    """Joins the towers, as they are opened, with a fresh projector, connector and dream queries.
+    """Joins the towers, as they are opened, with a fresh connector and dream queries, and with a visual projector
+    that is opened too or fresh.
 
     Args:
       special_tokens, vocab_size: of the tokenizer.
@@ -50,15 +52,24 @@ def assemble(
         language_model=language_model.config,
         vision_encoder=vision_encoder.config,
         image_decoder=decoder,
-        visual_projector=visual_projector,
+        visual_projector=visual_projector.config if isinstance(visual_projector, Part) else visual_projector,
         connector=connector,
         num_queries=num_queries,
         special_tokens=special_tokens,
     )
-    towers = {"language_model": language_model, "vision_encoder": vision_encoder, **decoder_parts}
-    tensors = {name: part.tensors for name, part in towers.items()} | _fresh(config, seed)
-    where = {name: part.where for name, part in towers.items()}
-    return join(config, tensors, tuple(name for part in towers.values() for name in part.left_out), where)
+    parts = {"language_model": language_model, "vision_encoder": vision_encoder, **decoder_parts}
+    if isinstance(visual_projector, Part):
+        parts["visual_projector"] = visual_projector
+    tensors = _fresh(config, seed) | {name: part.tensors for name, part in parts.items()}
+    return join(config, tensors, _left_out(parts.values()), {name: part.where for name, part in parts.items()})
+
+
+def _left_out(parts: Iterable[Part]) -> tuple[str, ...]:
+    """What none of the parts takes that lie in the same directory."""
+    places: dict[Path | None, list[tuple[str, ...]]] = {}
+    for part in parts:
+        places.setdefault(part.where, []).append(part.left_out)
+    return tuple(sorted(name for found in places.values() for name in set.intersection(*map(set, found))))
 
 
 def _fresh(config: DreamLLMConfig, seed: int) -> dict[str, dict[str, Tensor]]:
@@ -76,4 +87,5 @@ def _fresh(config: DreamLLMConfig, seed: int) -> dict[str, dict[str, Tensor]]:
     return {
         name: {key: Tensor.of(np.ascontiguousarray(array)) for key, array in to_torch(nn.unbox(tree["params"])).items()}
         for name, tree in params.items()
+        if "params" in tree  # a projector may have none
     }

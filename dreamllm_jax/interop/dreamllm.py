@@ -369,6 +369,8 @@ def require_expressible(config: DreamLLMConfig) -> None:
             "language_model.rope_scaling of type llama3": scaling and scaling.rope_type not in ("linear", "dynamic"),
             "visual_projector.bias=False": projector.bias is False,
             "connector.bias": config.connector.bias,
+            "visual_projector.pre_layernorm": projector.pre_layernorm,
+            "connector.pre_layernorm": config.connector.pre_layernorm,
             "connector.post_layernorm": config.connector.post_layernorm,
             "connector of kind 'conv' for a pooled vector": pooled and config.connector.kind == "conv",
             "documents without <s>, or images without marks around them": None in dataclasses.astuple(special),

@@ -53,6 +53,24 @@ class Tensor:
         """An array in memory."""
         return cls(array.shape, array.dtype, lambda: array)
 
+    def split(self, count: int) -> "list[Tensor]":
+        """So many equal parts of it along its first axis.
+
+        Raises:
+          ValueError: it has none.
+        """
+        if count == 1:
+            return [self]
+        if not self.shape or self.shape[0] % count:
+            raise ValueError(f"{self.where or 'a tensor'} is of shape {self.shape}, which has no {count} equal parts")
+        size = self.shape[0] // count
+        return [
+            dataclasses.replace(
+                self, shape=(size, *self.shape[1:]), read=lambda at=at: self.read()[at * size : (at + 1) * size]
+            )
+            for at in range(count)
+        ]
+
 
 def read_json(path: Path) -> dict:
     """Raises FileNotFoundError or ValueError naming the file."""

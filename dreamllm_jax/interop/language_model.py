@@ -13,6 +13,7 @@ from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.gguf import open_gguf
 from dreamllm_jax.interop.source import Part
+from dreamllm_jax.interop.vision_language import LANGUAGE, open_part, settings_of
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers import registry
 from dreamllm_jax.towers.public import reader
@@ -23,7 +24,7 @@ _BUFFER = "rotary_emb.inv_freq"
 
 
 def open_language_model(path: Path) -> Part:
-    """A directory of Hugging Face's layout, or a `.gguf` file.
+    """A directory of Hugging Face's layout, of a language model or of one that sees, or a `.gguf` file.
 
     Raises:
       FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
@@ -32,10 +33,14 @@ def open_language_model(path: Path) -> Part:
         return dataclasses.replace(open_gguf(path), where=path)
     recognise.require(path, "config.json")
     recognise.require_no_adapter(path)
-    config = files.read_config(
-        path / "config.json", lambda settings: reader(registry.LANGUAGE_MODELS, settings).from_public(settings)
-    )
-    return language_model_part(config, files.open_model(path, *config.public.stems), path)
+    config = files.read_config(path / "config.json", _language_model_of)
+    found = open_part(path, LANGUAGE, config.public.stems)
+    return found.complete(language_model_part(config, found.tensors, path))
+
+
+def _language_model_of(settings: Mapping[str, Any]) -> LanguageModelConfig:
+    settings, _ = settings_of(LANGUAGE, settings)
+    return reader(registry.LANGUAGE_MODELS, settings).from_public(settings)
 
 
 def language_model_part(config: LanguageModelConfig, tensors: Mapping[str, Tensor], where: Path) -> Part:
@@ -70,17 +75,18 @@ def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed
 
     Args:
       part: as from `open_language_model`.
-      vocab_size: rows wanted; never fewer than there are.
+      vocab_size: ids of the tokenizer: rows wanted; where there are more, as in a vocabulary padded to a multiple, they
+        stay.
       new_tokens: ids whose rows are new (also if the matrix had them, unused, before).
-      init: "normal" (zero mean, the configuration's `initializer_range`) or "mean" (of all other rows).
+      init: "normal" (zero mean, the configuration's `initializer_range`) or "mean" (of all other tokens' rows).
 
     Raises:
       ValueError: a matrix is not of the configuration's vocabulary.
     """
     config = part.config
-    old, vocab_size = config.vocab_size, max(vocab_size, config.vocab_size)
+    old, known, vocab_size = config.vocab_size, vocab_size, max(vocab_size, config.vocab_size)
     new = np.array(sorted({*new_tokens, *range(old, vocab_size)}), int)
-    kept = np.setdiff1d(np.arange(old), new)
+    kept = np.setdiff1d(np.arange(min(old, known)), new)
 
     def grown(name: str, tensor: Tensor) -> Tensor:
         if tensor.shape != (old, config.hidden_size):

@@ -59,10 +59,19 @@ class Part:
 
     @classmethod
     def of(cls, config: Any, tensors: Mapping[str, Tensor], where: Path | None = None) -> "Part":
-        """The part of these tensors of its public class."""
+        """The part of these tensors of its public class.
+
+        Raises:
+          ValueError: one that should be several has no so many equal parts.
+        """
         names = {name: config.public.ours(name) for name in tensors}
         left_out = tuple(name for name, ours in names.items() if ours is None)
-        return cls(config, {ours: tensors[name] for name, ours in names.items() if ours is not None}, left_out, where)
+        found: dict[str, Tensor] = {}
+        for name, ours in names.items():
+            if ours is not None:
+                parts = config.public.parts(ours)
+                found |= zip(parts, tensors[name].split(len(parts)), strict=True)
+        return cls(config, found, left_out, where)
 
     @classmethod
     def open(cls, config: Any, directory: Path) -> "Part":

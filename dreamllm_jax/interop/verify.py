@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from dreamllm_jax.interop import dreamllm_modules, torch_modules
+from dreamllm_jax.data.positions import grid_of, place
+from dreamllm_jax.interop import dreamllm_modules, torch_modules, vision_language_modules
 from dreamllm_jax.interop.dreamllm import plugins_of, tower_directory
 from dreamllm_jax.interop.files import import_torch, read_config
 from dreamllm_jax.interop.sampling import compare_sampling
 from dreamllm_jax.interop.source import config_of
+from dreamllm_jax.interop.vision_language import layout_of
 from dreamllm_jax.model import DreamLLM, DreamLLMConfig, take
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.registry import ImageDecoderConfig
@@ -82,15 +84,15 @@ def compare(
       config: our model.
       params: gives one part of the parameter tree, such as "image_decoder/denoiser", as a nested dict of numpy arrays
         of any float type.
-      directory: a causal language model of transformers; or the folders of an image decoder, perhaps that of a vision
-        encoder, of diffusers; or a checkpoint of the original program, whose towers' configurations are found as the
-        import finds them.
+      directory: a causal language model of transformers; or one that sees (a row of `vision_language.LAYOUTS`), our
+        new tokens left aside; or the folders of an image decoder, perhaps that of a vision encoder, of diffusers; or a
+        checkpoint of the original program, whose towers' configurations are found as the import finds them.
       dtypes: "float32", "bfloat16" or both.
       towers: see `dreamllm_modules.loaders`.
 
     Returns:
-      A difference for each tower and type. "multimodal forward" is the logits and the condition for one sequence of
-      text, an image and dream queries; it needs a checkpoint of the original program with all its plugin files.
+      A difference for each tower and type. "multimodal forward" is the logits for one sequence of text and an image
+      and, of a checkpoint of the original program with all its plugin files, dream queries, and the condition of these.
       "scheduler" is what `sampling.compare_sampling` compares, where the directory has one.
 
     Raises:
@@ -99,7 +101,11 @@ def compare(
         unexpected or of the wrong shape.
     """
     import_torch("verifying")
-    loaders, scheduler = _torch_side(config, Path(directory), towers)
+    settings = _settings(Path(directory))
+    if layout_of(settings):
+        tokens = vision_language_modules.common_tokens(config, settings)
+        config, params = vision_language_modules.cut(config, params, tokens)
+    loaders, scheduler = _torch_side(config, Path(directory), settings, towers)
     inputs = _inputs(config)
     theirs = {dtype: dict(inputs) for dtype in ("float32", *dtypes)}
     ours = {dtype: dict(inputs) for dtype in dtypes}
@@ -132,12 +138,17 @@ def compare(
     return differences
 
 
+def _settings(directory: Path) -> Mapping[str, Any]:
+    """Of its config.json; none if it has none."""
+    path = directory / "config.json"
+    return read_config(path, dict) if path.is_file() else {}
+
+
 def _torch_side(
-    config: DreamLLMConfig, directory: Path, towers: Mapping[str, Path | None]
+    config: DreamLLMConfig, directory: Path, settings: Mapping[str, Any], towers: Mapping[str, Path | None]
 ) -> tuple[dict[str, Callable[[], "nn.Module"]], Path | None]:
     """Part -> what loads its torch module; and where the scheduler's file may be."""
-    path, place = directory / "config.json", directory
-    settings = read_config(path, dict) if path.is_file() else {}
+    place = directory
     if settings.get("model_type") == "dreamllm":
         loaders = dreamllm_modules.loaders(config, directory, settings, towers)
         plugins, role = plugins_of(settings), "image_decoder"
@@ -147,6 +158,8 @@ def _torch_side(
             return loaders, None
     elif given := [f"--{name.replace('_', '-')}" for name, where in towers.items() if where]:
         raise ValueError(f"{directory} is no checkpoint of the original program: leave out {', '.join(given)}")
+    elif layout_of(settings):
+        return vision_language_modules.loaders(config, directory, settings), None
     else:
         loaders = torch_modules.loaders(config, directory, settings)
     return loaders, place / config.image_decoder.public_scheduler
@@ -205,10 +218,15 @@ def _inputs(config: DreamLLMConfig) -> Values:
     see = [*ids.begin, *text[:half], *ids.seen(encoder.num_patches)]
     dream = [*text[half:], *ids.painted(config.num_queries)]
     side, multiple = encoder.image_size, decoder.training_size_multiple
+    places = np.arange(len(see + dream))
+    if language.position_axes > 1:
+        places = place(len(places), [(len(before), grid_of(encoder.num_patches, side, side))])
     picture = 2 * multiple, 3 * multiple
     values = {
         "text": [text],
         "document": [see + dream],
+        "seen": [see],
+        "places": [places],
         "see_slots": [[len(before)]],
         "dream_slots": [[len(see) + len(text) - half + 1]],
         "pixels": rng.normal(size=(1, side, side, 3)),
@@ -267,21 +285,26 @@ def _our_vision_encoder(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
 
 
 def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
-    def decode(x: jax.Array) -> jax.Array:
-        return joined.decode(x, jnp.arange(x.shape[1])[None], jnp.ones(x.shape[:2], jnp.int32))[0]
+    def decode(x: jax.Array, places: jax.Array) -> jax.Array:
+        return joined.decode(x, places, jnp.ones(x.shape[:2], jnp.int32))[0]
 
-    logits = joined.language_model.logits
-    outputs = {"language model/logits": logits(decode(joined.embed(values["text"])))}
-    if "dream_queries" in joined.variables["params"]:
-        seen = joined.visual_projector(values["vision encoder/states"])[None]
-        slots = values["dream_slots"]
-        hidden = decode(joined.embed(values["document"], [(seen, values["see_slots"])], [slots]))
-        at_queries = take(hidden, slots, joined.config.num_queries)[:, 0]
-        outputs["multimodal forward/logits"] = logits(hidden)
-        condition = joined.condition(at_queries)
-        outputs["multimodal forward/condition"] = condition.sequence
-        if condition.pooled is not None:
-            outputs["multimodal forward/pooled"] = condition.pooled
+    text, places = values["text"], values["places"]
+    logits, given = joined.language_model.logits, joined.variables["params"]
+    outputs = {"language model/logits": logits(decode(joined.embed(text), jnp.arange(text.shape[1])[None]))}
+    if "visual_projector" not in given:
+        return outputs
+    seen = [(joined.visual_projector(values["vision encoder/states"])[None], values["see_slots"])]
+    if "dream_queries" not in given:
+        hidden = decode(joined.embed(values["seen"], seen), places[:, : values["seen"].shape[1]])
+        return outputs | {"multimodal forward/logits": logits(hidden)}
+    slots = values["dream_slots"]
+    hidden = decode(joined.embed(values["document"], seen, [slots]), places)
+    at_queries = take(hidden, slots, joined.config.num_queries)[:, 0]
+    outputs["multimodal forward/logits"] = logits(hidden)
+    condition = joined.condition(at_queries)
+    outputs["multimodal forward/condition"] = condition.sequence
+    if condition.pooled is not None:
+        outputs["multimodal forward/pooled"] = condition.pooled
     return outputs
 
 
@@ -313,7 +336,8 @@ def _run_theirs(run: Callable, config: DreamLLMConfig, loaders: Mapping, sides: 
     for part, module in modules.items():
         _require_same_settings(part, config, module)
         # By the parameters: other tensors are loaded as float32 from files of any type.
-        dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in module.parameters()))
+        types = [parameter.dtype for parameter in module.parameters()] or [torch.float32]
+        dtype = functools.reduce(torch.promote_types, types)
         stored[part] = str(dtype).removeprefix("torch."), sum(tensor.numel() for tensor in _in_files(module))
     for dtype, values in sides.items():  # float32 comes first: there is no way back from bfloat16
         to = getattr(torch, dtype)
@@ -352,15 +376,21 @@ def _their_vision_encoder(modules: Mapping, values: Mapping, config: DreamLLMCon
 def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
     language_model = modules["language_model"]
     outputs = {"language model/logits": language_model(values["text"]).logits}
-    if "dream_queries" in modules:
-        see, dream = int(values["see_slots"]), int(values["dream_slots"])
-        at_patches = slice(see, see + config.vision_encoder.num_patches)
-        at_queries = slice(dream, dream + config.num_queries)
-        x = language_model.get_input_embeddings()(values["document"])
-        x[:, at_patches] = modules["visual_projector"](values["vision encoder/states"])
+    if "visual_projector" not in modules:
+        return outputs
+    paints, see = "dream_queries" in modules, int(values["see_slots"])
+    seen = modules["visual_projector"](values["vision encoder/states"])
+    x = language_model.get_input_embeddings()(values["document" if paints else "seen"])
+    x[:, see : see + seen.shape[1]] = seen
+    if paints:
+        at_queries = slice(int(values["dream_slots"]), int(values["dream_slots"]) + config.num_queries)
         (x[:, at_queries],) = modules["dream_queries"].values()
-        hidden = language_model.model(inputs_embeds=x).last_hidden_state
-        outputs["multimodal forward/logits"] = language_model.lm_head(hidden)
+    places = values["places"][:, : x.shape[1]]
+    if places.ndim == 3:
+        places = places.permute(2, 0, 1)  # transformers has the axes first
+    hidden = language_model.model(inputs_embeds=x, position_ids=places).last_hidden_state
+    outputs["multimodal forward/logits"] = language_model.lm_head(hidden)
+    if paints:
         condition = modules["connector"](hidden[:, at_queries])
         outputs["multimodal forward/condition"] = condition["sequence"]
         if "pooled" in condition:

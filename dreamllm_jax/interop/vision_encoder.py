@@ -1,14 +1,17 @@
-"""A vision encoder in Hugging Face's layout: a whole model or its vision tower alone, and its image processor."""
+"""A vision encoder in Hugging Face's layout, alone or in a whole model, and its image processor."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dreamllm_jax.common import recognise
 from dreamllm_jax.interop import files
 from dreamllm_jax.interop.source import Part
+from dreamllm_jax.interop.vision_language import VISION, open_part, settings_of
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers import registry
 from dreamllm_jax.towers.public import reader
@@ -18,31 +21,39 @@ from dreamllm_jax.towers.registry import VisionEncoderConfig
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
-def open_vision_encoder(directory: Path, select_layer: int | None = None) -> Part:
+def open_vision_encoder(directory: Path, select_layer: int | None = None, joined: bool = False) -> Part:
     """The vision tower in a directory.
 
     Args:
-      select_layer: the hidden state that is read; None for the usual one of the kind.
+      select_layer: the hidden state that is read; None for the usual one of the kind, or of the model that it lies in.
+      joined: the visual projector of that model is taken too.
 
     Raises:
       FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
     """
-    return Part.open(read_vision_config(directory, select_layer), directory)
+    config = read_vision_config(directory, select_layer, joined)
+    found = open_part(directory, VISION, config.public.stems)
+    return found.complete(Part.of(config, found.tensors, directory))
 
 
-def read_vision_config(directory: Path, select_layer: int | None = None) -> VisionEncoderConfig:
+def read_vision_config(directory: Path, select_layer: int | None = None, joined: bool = False) -> VisionEncoderConfig:
     """The vision tower's shape, from `config.json`, and the pixels it takes, from its image processor's file, if any;
     arguments and errors as of `open_vision_encoder`."""
     recognise.require(directory, "config.json")
     more = {} if select_layer is None else {"select_layer": select_layer}
-    config = files.read_config(
-        directory / "config.json",
-        lambda settings: reader(registry.VISION_ENCODERS, settings).from_public(settings, **more),
-    )
+    config = files.read_config(directory / "config.json", functools.partial(_vision_encoder_of, more, joined))
     for name in PROCESSORS:
         if (path := directory / name).is_file():
             return files.read_config(path, functools.partial(_with_processor, config))
     return config
+
+
+def _vision_encoder_of(more: Mapping[str, Any], joined: bool, settings: Mapping[str, Any]) -> VisionEncoderConfig:
+    settings, besides = settings_of(VISION, settings, joined)
+    tower = reader(registry.VISION_ENCODERS, settings)
+    if unknown := more.keys() - {field.name for field in dataclasses.fields(tower)}:
+        raise ValueError(f"a vision encoder of kind {tower.kind!r} has no {', '.join(unknown)} to choose")
+    return tower.from_public(settings, **{**besides, **more})
 
 
 def _with_processor(config: VisionEncoderConfig, settings: Mapping) -> VisionEncoderConfig:

@@ -22,6 +22,8 @@ class PublicForm:
       outside: beginnings of names that have no prefix.
       beside: regular expression, from the beginning of a name, of tensors that may lie there and are nothing of ours.
       renamed: regular expressions of names in older files, and what they are called today.
+      stacked: regular expressions of tensors (by today's names) that older files have in the place of several, one
+        above the other, and what stands in the names of these.
       settings: those under the same name in config.json and here, by which models of other shapes are told apart.
     """
 
@@ -33,6 +35,7 @@ class PublicForm:
     outside: tuple[str, ...] = ()
     beside: str = r"(?!)"
     renamed: tuple[tuple[str, str], ...] = ()
+    stacked: tuple[tuple[str, tuple[str, ...]], ...] = ()
     settings: tuple[str, ...] = ()
 
     @property
@@ -53,6 +56,13 @@ class PublicForm:
         for pattern, today in self.renamed:
             name = re.sub(pattern, today, name)
         return name
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """What a tensor with one of our names is made of: itself, or those that are `stacked` in it, from the top."""
+        for pattern, names in self.stacked:
+            if re.search(pattern, name):
+                return tuple(re.sub(pattern, part, name) for part in names)
+        return (name,)
 
     def theirs(self, name: str) -> str:
         """The inverse of `ours`."""

@@ -29,6 +29,7 @@ class LanguageModelRole(Protocol):
         on, which `rope_scaling`, if any, stretches.
       lora: adapters, None for none (`layers.lora`).
       divided: mesh axes, and the setting that they must divide.
+      position_axes: of a token's position: 1, or 3 (`data.positions`).
     """
 
     kind: str
@@ -42,6 +43,8 @@ class LanguageModelRole(Protocol):
     @property
     def max_length(self) -> int: ...
     @property
+    def position_axes(self) -> int: ...
+    @property
     def divided(self) -> tuple[tuple[tuple[str, ...], str], ...]: ...
     def make(self, dtype: Any, remat: str) -> "LanguageModel": ...
     def cache(self, rows: int, length: int, dtype: Any) -> Any: ...
@@ -50,13 +53,16 @@ class LanguageModelRole(Protocol):
 
 
 class LanguageModel(Protocol):
-    """Its module. `__call__` gives the hidden states after the final norm, and the cache with this call's tokens."""
+    """Its module. `__call__` gives the hidden states after the final norm, and the cache with this call's tokens.
+
+    Positions have as many axes as the configuration says; one for all of them will do where they are alike, in text.
+    """
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]: ...
     def __call__(
         self,
         embeddings: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | Int[Array, "B T 3"],
         segment_ids: Int[Array, "B T"],
         cache: Any = None,
     ) -> tuple[Float[Array, "B T E"], Any]: ...
@@ -70,6 +76,8 @@ class VisionEncoderRole(Protocol):
     Attributes:
       width: of its features (F).
       image_size: pixels on a side of the images that it was made for; `num_patches` their features (P).
+      fitting: height and width as which it best sees an image of this width and height, by itself.
+      pixels_shape: of what `preprocess` gives, (H, W, 3) unless it takes images apart; its module is given these.
       stored_depends: how the paths begin of the parameters that what is stored depends on; `stored_settings` likewise.
     """
 
@@ -84,7 +92,9 @@ class VisionEncoderRole(Protocol):
     @property
     def stored_settings(self) -> dict[str, Any]: ...
     def tokens(self, height: int, width: int) -> int: ...
-    def preprocess(self, image: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "H W 3"]: ...
+    def fitting(self, width: int, height: int) -> tuple[int, int]: ...
+    def pixels_shape(self, height: int, width: int) -> tuple[int, ...]: ...
+    def preprocess(self, image: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "..."]: ...
     def stored_shape(self, height: int, width: int) -> tuple[int, ...]: ...
     def make(self, dtype: Any, remat: str) -> "VisionEncoder": ...
     def flops(self, tally: Tally, images: int, height: int, width: int, remat: bool) -> None: ...
@@ -93,8 +103,8 @@ class VisionEncoderRole(Protocol):
 class VisionEncoder(Protocol):
     """Its module. Floats are taken as normalised already; what is `stored` of images are their features."""
 
-    def __call__(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N P F"]: ...
-    def stored(self, images: UInt8[Array, "N H W 3"]) -> Float[Array, "N P F"]: ...
+    def __call__(self, images: UInt8[Array, "N ..."] | Float[Array, "N ..."]) -> Float[Array, "N P F"]: ...
+    def stored(self, images: UInt8[Array, "N ..."]) -> Float[Array, "N P F"]: ...
 
 
 class ConnectorRole(Protocol):

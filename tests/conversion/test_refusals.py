@@ -203,7 +203,7 @@ def test_flags_that_do_not_go_together(original, tmp_path, capsys):
         run("import", language_model=original / "language_model", to=tmp_path / "to")
     with pytest.raises(ValueError, match="leave out --language-model"):
         run("import", language_model=original / "language_model", dreamllm=original / "original", to=tmp_path / "to")
-    with pytest.raises(ValueError, match="has all of its parts: leave out --num-queries, --visual-layernorm"):
+    with pytest.raises(ValueError, match="has its own: leave out --num-queries, --visual-layernorm"):
         run("import", dreamllm=original / "original", to=tmp_path / "to", num_queries=8, visual_layernorm=True)
     for command, flags, message in (
         (

@@ -79,7 +79,7 @@ BROKEN = [
         {"data.stored": ("moments",), "rows.dream": ({"slots": 1, "height": 32, "width": 64},)},
         "data.stored: moments are of squares of one size",
     ),
-    ({"rows.see": ({"slots": 1, "height": 32, "width": 64},)}, "CLIP takes images of 32 x 32 pixels, not 32 x 64"),
+    ({"rows.see": ({"slots": 1, "height": 32, "width": 64},)}, "takes images of 32 x 32 pixels, not 32 x 64"),
     # Of the wrong type.
     ({"steps": "many"}, "config.steps must be int, got 'many'"),
     ({"steps": True}, "config.steps must be int, got True"),

@@ -12,6 +12,8 @@ from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.planning.step import lower_step
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.image_decoders.unet_transformer import UNetLora
+from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
+from tests.public_models import INTERN_VIT
 from tests.tiny import DECODER, DECODER_XL, DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
 
 STAGE_2 = (("(language_model|visual_projector|dream_queries|connector)/.*", True), (".*", False))
@@ -87,6 +89,19 @@ CASES = {
     "images computed beforehand": {"stored": ("moments", "features"), "trainable": ALIGNMENT},
     "sizes are told": {"model": tiny_config(image_decoder=DECODER_XL, connector=ProjectorConfig("mlp", 2))},
     "seen alone": {"rows": {"dream_slots": 0}},
+    "seen in tiles, recomputed": {
+        "trainable": EVERYTHING,
+        "model": tiny_config(
+            vision_encoder=InternVitConfig(**INTERN_VIT),
+            visual_projector=ProjectorConfig("mlp", 2, pre_layernorm=True),
+            remat="full",
+        ),
+        "rows": {"dream_slots": 0, "see": tuple({"slots": 1, "height": 16, "width": width} for width in (16, 32))},
+    },
+    "tiles, frozen": {
+        "model": tiny_config(vision_encoder=InternVitConfig(**INTERN_VIT), remat="full"),
+        "rows": {"dream_slots": 0},
+    },
     "painted alone, detached": {"rows": {"see_slots": 0}, "objective": {"lm_weight": 0.0, "detach_condition": True}},
 }
 

@@ -28,8 +28,9 @@ class ProjectorConfig:
       kind: "linear" (one layer), "mlp" (`depth` layers with exact GELU between), or "conv" (one 3x3 convolution, always
         with bias, over the tokens as a square).
       depth: number of linear layers; 1 but for "mlp".
+      pre_layernorm: a LayerNorm before the first layer (InternVL's `mlp1`).
       post_layernorm: a LayerNorm after the last layer.
-      layer_norm_eps: its epsilon (the original takes it from the CLIP tower).
+      layer_norm_eps: their epsilon (the original takes it from the CLIP tower).
       bias: whether linear layers have biases; None for as the original has it: the visual projector's do, the
         connector's do not.
       pooled_bias: whether the layers on the way to a pooled vector have biases, for image decoders that want one.
@@ -42,6 +43,7 @@ class ProjectorConfig:
 
     kind: Literal["linear", "mlp", "conv"] = "linear"
     depth: int = 1
+    pre_layernorm: bool = False
     post_layernorm: bool = False
     layer_norm_eps: float = 1e-5
     bias: bool | None = None
@@ -81,6 +83,7 @@ class ProjectorConfig:
             for i, name in enumerate(_names("pooled_projector", self.depth)):
                 beside.product(f"{name}/kernel", dense(images, pooled if i else inputs, pooled))
             tally.total += beside.total
+        tally.live |= self.pre_layernorm and tally.trained("pre_layernorm/scale")
         if self.kind == "conv":
             tally.product("projector/kernel", convolution(images, (math.isqrt(tokens),) * 2, inputs, outputs))
             return
@@ -107,20 +110,22 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "N T I"]) -> Float[Array, "N T O"]:
+        x = self._norm("pre_layernorm")(x) if self.config.pre_layernorm else x
         if self.config.kind == "conv":
             x = self._convolve(x)
         else:
             x = self._multiply(x, "projector", self.config.depth, self.features, self.use_bias)
-        if self.config.post_layernorm:
-            x = nn.LayerNorm(
-                epsilon=self.config.layer_norm_eps,
-                dtype=self.dtype,
-                use_fast_variance=False,  # which cancels where means are large
-                scale_init=weight(nn.initializers.ones, "tower_norm"),
-                bias_init=weight(nn.initializers.zeros, "tower_norm"),
-                name="post_layernorm",
-            )(x)
-        return x
+        return self._norm("post_layernorm")(x) if self.config.post_layernorm else x
+
+    def _norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(
+            epsilon=self.config.layer_norm_eps,
+            dtype=self.dtype,
+            use_fast_variance=False,  # which cancels where means are large
+            scale_init=weight(nn.initializers.ones, "tower_norm"),
+            bias_init=weight(nn.initializers.zeros, "tower_norm"),
+            name=name,
+        )
 
     def _multiply(
         self, x: Float[Array, "... I"], name: str, depth: int, features: int, use_bias: bool
@@ -155,8 +160,8 @@ class Projector(nn.Module):
 class ProjectorConnector(Projector):
     """A projector of the hidden states at the dream queries.
 
-    A pooled vector is another projection of their mean, as deep (of "conv" one layer): so the original has it for
-    Stable Diffusion XL, and its fork for 3.5.
+    A pooled vector is another projection of their mean, as deep (of "conv" one layer) and without norms: so the
+    original has it for Stable Diffusion XL, and its fork for 3.5.
     """
 
     pooled: int = 0
@@ -169,6 +174,41 @@ class ProjectorConnector(Projector):
         mean = jnp.mean(hidden.astype(jnp.float32), axis=1)
         config = self.config
         return self._multiply(mean, "pooled_projector", config.depth, self.pooled, config.pooled_bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentityConfig:
+    """The visual projector after a vision encoder whose features are as wide as the language model's embeddings."""
+
+    kind: Literal["identity"] = "identity"
+
+    def require_tokens(self, tokens: int) -> None:
+        """Nothing: any number will do."""
+
+    def make(self, features: int, dtype: jnp.dtype, **names: str) -> "Identity":
+        """The module, which has no parameters."""
+        return Identity(features, **names)
+
+    def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int) -> None:
+        """Adds nothing."""
+
+
+class Identity(nn.Module):
+    """Gives what it is given.
+
+    Raises:
+      ValueError: features of another width.
+    """
+
+    features: int
+
+    def __call__(self, x: Float[Array, "N T I"]) -> Float[Array, "N T I"]:
+        if x.shape[-1] != self.features:
+            raise ValueError(
+                f"the vision encoder's features have {x.shape[-1]} channels, the language model's embeddings "
+                f"{self.features}: a visual projector of kind 'identity' cannot join them"
+            )
+        return x
 
 
 ProjectorConfig.PUBLISHED = {"linear": {"kind": "linear"}, "mlp": {"kind": "mlp", "depth": 2}, "conv": {"kind": "conv"}}

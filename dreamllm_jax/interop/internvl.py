@@ -1,0 +1,53 @@
+"""InternVL's own layout as transformers' `InternVLForConditionalGeneration` has it, for the comparison with that."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Of the vision tower: settings by their names there, and what they are called by transformers.
+_SETTINGS = {
+    **{name: name for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
+    **{name: name for name in ("hidden_act", "image_size", "patch_size", "norm_type", "layer_norm_eps")},
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+}
+_NAMES = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
+    (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
+    (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
+    (r"^vision_model\.", "model.vision_tower."),
+    (r"\.class_embedding$", ".cls_token"),
+    (r"\.position_embedding$", ".position_embeddings"),
+    (r"\.patch_embedding\.", ".patch_embeddings.projection."),
+    (r"\.encoder\.layers\.", ".encoder.layer."),
+    (r"\.attn\.proj\.", ".attention.projection_layer."),
+    (r"\.attn\.", ".attention."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.ls([12])$", r".lambda_\1"),
+)
+
+
+def converted(settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings and the tensors (of torch, or numpy's arrays) of a directory in InternVL's own layout, as the class
+    of transformers has them."""
+    vision = {_SETTINGS[name]: value for name, value in settings["vision_config"].items() if name in _SETTINGS}
+    found = {}
+    for name, tensor in tensors.items():
+        for pattern, instead in _NAMES:
+            name = re.sub(pattern, instead, name)
+        if ".attention.qkv." in name:
+            size = tensor.shape[0] // 3
+            for at, part in enumerate("qkv"):
+                found[name.replace(".qkv.", f".{part}_proj.")] = tensor[at * size : (at + 1) * size]
+        else:
+            found[name] = tensor
+    whole = {
+        "vision_config": vision,
+        "text_config": dict(settings["llm_config"]),
+        "downsample_ratio": settings.get("downsample_ratio", 0.5),
+        "tie_word_embeddings": settings["llm_config"].get("tie_word_embeddings", False),
+    }
+    return whole, found
