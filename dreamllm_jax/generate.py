@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dreamllm_jax import command_line
-from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
+from dreamllm_jax.command_line import add_guidance_interval, finite, not_negative, positive, seed_number
 from dreamllm_jax.common.directories import read_text
 from dreamllm_jax.data import images, lines
 from dreamllm_jax.data.corpora import media
@@ -297,14 +297,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
             add.add_argument("--eta", type=finite, default=0.0, help="fresh noise of ddim, from 0 to 1; 0 if not given")
             add.add_argument("--guidance", type=finite, default=3.5, help="1 for none; %(default)s if not given")
             add.add_argument("--rescale", type=finite, default=0.0, help="of guided predictions, from 0, none, to 1")
-            add.add_argument(
-                "--guidance_interval",
-                type=finite,
-                nargs=2,
-                default=(0.0, 1.0),
-                metavar=("LOW", "HIGH"),
-                help="shares of the timesteps, 0 the picture and 1 the noise, between which there is guidance",
-            )
+            add_guidance_interval(add)
         if command == "text":
             add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
             add.add_argument("--beams", type=positive, default=1, help="of beam search; 1: none")

@@ -1,10 +1,13 @@
-"""Checkpoints of the original program (RunpeiDong/DreamLLM).
+"""Checkpoints of the original program (RunpeiDong/DreamLLM), and of its fork over Qwen2.5 (FolSpark/DreamLLM-Qwen2.5).
 
 The language model is stored as Hugging Face's; its plugins have a file each (`save_model` of `modeling_plugins.py` in
 `omni/models/dreamllm` and `dreamllm_sdxl`): `dream_embedding.bin`, `clip_vision_embedding.bin`,
 `stable_diffusion_head.bin` or `stable_diffusion_xl_head.bin`, or, in older checkpoints, only queries and projectors in
 `dream_queries.pt`, `clip_vision_model_projector.pt`, `unet_projector.pt`. The towers' shapes are those of the
 directories that `config.json` refers to, and so are their weights where no plugin file holds them.
+
+The fork (`dreamllm_qwen`, `dreamllm_qwen_sd3`, `dreamllm_qwen2`) has `stable_diffusion3_head.bin`, calls some plugins
+otherwise in `config.json`, and takes Qwen's tokens for what it can. It is read, and not written.
 """
 
 import dataclasses
@@ -21,11 +24,12 @@ from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.image_decoder import open_image_decoder, read_decoder_config, write_image_decoder
 from dreamllm_jax.interop.language_model import hf_settings, hf_tensors, language_model_part, write_hf
-from dreamllm_jax.interop.source import Part, Source, config_of, join, split
+from dreamllm_jax.interop.source import IMAGE_DECODER, Part, Source, config_of, join, split
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder, read_vision_config, write_vision_encoder
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
+from dreamllm_jax.towers.language_models.qwen2 import Qwen2Config
 
 _logger = logging.getLogger(__name__)
 
@@ -33,15 +37,63 @@ VISION, QUERIES, HEAD = "clip_vision_embedding", "dream_embedding", "stable_diff
 _OLD = {VISION: "clip_vision_model_projector.pt", QUERIES: "dream_queries.pt", HEAD: "unet_projector.pt"}
 # What a plugin's file holds: beginnings of its names -> parts of ours. A projector's norm stands beside it.
 VISION_PARTS = {"clip_vision_model.": "vision_encoder", "projector.": "visual_projector"}
-HEAD_PARTS = {"vae.": "image_decoder/autoencoder", "unet.": "image_decoder/denoiser", "projector.": "connector"}
 NORM, QUERIES_NAME = "post_layernorm.", "dream_queries"
-# The head of each kind of image decoder: its file, and its class in `omni.models`.
+OUR_POOLED = "pooled_projector."  # the way to a pooled vector in our connector
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How an image decoder is stored.
+
+    Attributes:
+      stem: of its file.
+      target: its class in `omni.models`, if it can be written.
+      pooled: how the names begin of the way to a pooled vector.
+    """
+
+    stem: str
+    target: str = ""
+    pooled: str = ""
+
+
+# By the kind of image decoder.
 HEADS = {
-    "stable_diffusion": ("stable_diffusion_head", "dreamllm.modeling_plugins.StableDiffusionHead"),
-    "stable_diffusion_xl": ("stable_diffusion_xl_head", "dreamllm_sdxl.modeling_plugins.StableDiffusionXLHead"),
+    "stable_diffusion": Head("stable_diffusion_head", "dreamllm.modeling_plugins.StableDiffusionHead"),
+    "stable_diffusion_xl": Head(
+        "stable_diffusion_xl_head",
+        "dreamllm_sdxl.modeling_plugins.StableDiffusionXLHead",
+        "global_projector.projector.",
+    ),
+    "stable_diffusion_3": Head("stable_diffusion3_head", pooled="pooled_projector.projector."),
 }
-# The way to a pooled vector, in a head's file and in our connector.
-POOLED, OUR_POOLED = "global_projector.projector.", "pooled_projector."
+_RENAMED = {"vision_encoder": VISION, "stable_diffusion3_head": HEAD}  # plugins of the fork
+# Its tokens in the place of the original's.
+_QWEN_TOKENS = {
+    "<s>": "<|im_start|>",
+    "</s>": "<|im_end|>",
+    "[PAD]": "<|endoftext|>",
+    "<im_patch>": "<|image_pad|>",
+    "<im_start>": "<|vision_start|>",
+    "<im_end>": "<|vision_end|>",
+}
+
+
+def head_of(decoder: Any) -> Head:
+    """How an image decoder is stored; ValueError if neither program has it."""
+    if decoder.kind not in HEADS:
+        raise ValueError(f"the original program has no head for an image decoder of kind {decoder.kind!r}")
+    return HEADS[decoder.kind]
+
+
+def head_parts(decoder: Any) -> dict[str, str]:
+    """What a head's file holds, as `VISION_PARTS`."""
+    denoiser = f"{decoder.denoiser.public.folder}."
+    return {"vae.": f"{IMAGE_DECODER}/autoencoder", denoiser: f"{IMAGE_DECODER}/denoiser", "projector.": "connector"}
+
+
+def plugins_of(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The settings of a checkpoint's plugins, by the names that the original has for them."""
+    return {_RENAMED.get(name, name): plugin for name, plugin in settings.get("plugins_init_kwargs", {}).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +117,10 @@ class _Layout:
         return tuple(found)
 
 
-# Towers that a checkpoint refers to: the plugin and its setting that name the directory, and a file inside of it.
+# Towers that a checkpoint refers to: the plugin and its setting that name the directory; files, one of which is there.
 _TOWERS = {
-    "vision_encoder": (VISION, "clip_vision_model_name_or_path", "config.json"),
-    "image_decoder": (HEAD, "diffusion_name_or_path", "unet/config.json"),
+    "vision_encoder": (VISION, "clip_vision_model_name_or_path", ("config.json",)),
+    "image_decoder": (HEAD, "diffusion_name_or_path", ("unet/config.json", "transformer/config.json")),
 }
 
 
@@ -83,10 +135,10 @@ def tower_directory(directory: Path, plugins: Mapping[str, Mapping], tower: str,
     name = plugins.get(plugin, {}).get(key)
     candidates = [given] if given else _places(directory, name)
     for candidate in candidates:
-        if (candidate / inside).is_file():
+        if any((candidate / file).is_file() for file in inside):
             return candidate
     raise FileNotFoundError(
-        f"{directory}/config.json refers to {name!r} ({key}), and no {inside} is found in "
+        f"{directory}/config.json refers to {name!r} ({key}), and no {' and no '.join(inside)} is found in "
         f"{', '.join(map(str, candidates)) or 'any directory'}: name the directory with --{tower.replace('_', '-')}"
     )
 
@@ -106,10 +158,11 @@ def _layout(directory: Path, given: Mapping[str, Path | None]) -> _Layout:
     settings = files.read_config(directory / "config.json", dict)
     if settings.get("model_type") != "dreamllm":
         raise ValueError(f"{directory}/config.json has model_type {settings.get('model_type')!r}, expected 'dreamllm'")
-    plugins = settings.get("plugins_init_kwargs", {})
+    plugins = plugins_of(settings)
     if missing := [name for name in (VISION, QUERIES, HEAD) if name not in plugins]:
         raise ValueError(f"{directory}/config.json: plugins_init_kwargs has no {', '.join(missing)}")
-
+    if "intern_vit_model_name_or_path" in plugins[VISION]:
+        raise ValueError(f"{directory}/config.json: the plugin InternViTEmbedding is not supported: only CLIP's is")
     towers = {tower: tower_directory(directory, plugins, tower, given.get(tower)) for tower in _TOWERS}
     return _Layout(directory, settings, plugins, **towers)
 
@@ -119,9 +172,12 @@ def _config(layout: _Layout) -> DreamLLMConfig:
     vision, head, queries = (layout.plugins[name] for name in (VISION, HEAD, QUERIES))
     encoder = read_vision_config(layout.vision_encoder, vision.get("select_layer"))
     decoder = read_decoder_config(layout.image_decoder)
+    of_fork = ".dreamllm_qwen" in queries.get("_target_", "")
     try:
         return DreamLLMConfig(
-            language_model=LlamaConfig.from_public(layout.settings),
+            language_model=Qwen2Config.from_public({**layout.settings, "model_type": "qwen2"})
+            if of_fork
+            else LlamaConfig.from_public(layout.settings),
             vision_encoder=encoder,
             image_decoder=decoder,
             visual_projector=_projector(
@@ -130,9 +186,11 @@ def _config(layout: _Layout) -> DreamLLMConfig:
                 post_layernorm=vision.get("use_additional_post_layernorm", False),
                 layer_norm_eps=encoder.layer_norm_eps,
             ),
-            connector=_projector(HEAD, head, **_pooled(layout, decoder)),
+            connector=_projector(HEAD, head, **_biases(layout, decoder)),
             num_queries=queries.get("num_dream_queries", 64),
-            special_tokens=_special_tokens(layout.settings.get("special_tokens2ids_dict", {})),
+            special_tokens=_special_tokens(
+                layout.settings.get("special_tokens2ids_dict", {}), _QWEN_TOKENS if of_fork else {}
+            ),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{layout.directory}/config.json: {error}") from None
@@ -145,26 +203,25 @@ def _projector(plugin: str, settings: Mapping[str, Any], **more) -> ProjectorCon
     return ProjectorConfig(kind=kind, depth=settings.get("projector_depth", 1), **more)
 
 
-def _pooled(layout: _Layout, decoder: Any) -> dict[str, Any]:
-    """The settings of the way to a pooled vector, of which the head's file alone says whether it has biases."""
+def _biases(layout: _Layout, decoder: Any) -> dict[str, Any]:
+    """Which of its ways have biases; if one is to a pooled vector, the head's file alone says so."""
     if not decoder.pooled_width:
         return {}
-    path, _ = layout.plugin(HEAD, _head_file(decoder))
-    names = [name for name in files.open_tensors(path) if name.startswith(POOLED)] if path else []
-    return {"pooled_bias": any(name.endswith(".bias") for name in names)}
+    head = head_of(decoder)
+    path, _ = layout.plugin(HEAD, head.stem)
+    biases = [name for name in files.open_tensors(path) if name.endswith(".bias")] if path else []
+    found = {"pooled_bias": any(name.startswith(head.pooled) for name in biases)}
+    return found | ({"bias": True} if any(name.startswith("projector.") for name in biases) else {})
 
 
-def _head_file(decoder: Any) -> str:
-    if decoder.kind not in HEADS:
-        raise ValueError(f"the original program has no head for an image decoder of kind {decoder.kind!r}")
-    return HEADS[decoder.kind][0]
-
-
-def _special_tokens(ids: Mapping[str, Any]) -> SpecialTokens:
+def _special_tokens(ids: Mapping[str, Any], called: Mapping[str, str]) -> SpecialTokens:
+    """Of the ids in a `config.json`, where tokens may be called otherwise: ours -> theirs."""
     ids = {**ids, **ids.get("additional_special_tokens", {})}
-    if missing := [token for token in ("<s>", "</s>", *ADDED_TOKENS) if token not in ids]:
+    names = {token: called.get(token, token) for token in ("<s>", "</s>", *ADDED_TOKENS)}
+    if missing := [token for token in names.values() if token not in ids]:
         raise ValueError(f"special_tokens2ids_dict has no {', '.join(missing)}")
-    return SpecialTokens.of(ids["<s>"], ids["</s>"], ids)
+    found = {token: ids[name] for token, name in names.items()}
+    return SpecialTokens.of(found["<s>"], found["</s>"], found)
 
 
 def open_dreamllm(directory: Path, vision_encoder: Path | None = None, image_decoder: Path | None = None) -> Source:
@@ -224,10 +281,11 @@ def _vision(layout: _Layout, config: DreamLLMConfig) -> tuple[dict[str, dict[str
 
 
 def _head(layout: _Layout, config: DreamLLMConfig) -> dict[str, dict[str, Tensor]]:
-    path, old = layout.plugin(HEAD, _head_file(config.image_decoder))
+    head, parts = head_of(config.image_decoder), head_parts(config.image_decoder)
+    path, old = layout.plugin(HEAD, head.stem)
     if path:
-        found = split(files.open_tensors(path), {**HEAD_PARTS, POOLED: POOLED}, path.name)
-        pooled = {OUR_POOLED + name: tensor for name, tensor in found.pop(POOLED).items()}
+        found = split(files.open_tensors(path), parts | ({head.pooled: OUR_POOLED} if head.pooled else {}), path.name)
+        pooled = {OUR_POOLED + name: tensor for name, tensor in found.pop(OUR_POOLED, {}).items()}
         connector = found.pop("connector") | pooled
         towers = {part: Part.of(config_of(config, part), tensors) for part, tensors in found.items()}
         return {"connector": connector, **{part: tower.tensors for part, tower in towers.items()}}
@@ -269,23 +327,23 @@ def write_dreamllm(
 
     (queries,) = tensors["dream_queries"].values()
     files.write_pickle(directory / f"{QUERIES}.bin", {QUERIES_NAME: queries[None]})
-    for plugin, parts in ((VISION, VISION_PARTS), (HEAD, HEAD_PARTS)):
+    head = head_of(config.image_decoder)
+    for stem, parts in ((VISION, VISION_PARTS), (head.stem, head_parts(config.image_decoder))):
         named = {
-            _name_in_plugin(prefix, config_of(config, part), name): tensor
+            _name_in_plugin(prefix, config_of(config, part), name, head): tensor
             for prefix, part in parts.items()
             for name, tensor in tensors[part].items()
         }
-        file = HEADS[config.image_decoder.kind][0] if plugin == HEAD else plugin
-        files.write_pickle(directory / f"{file}.bin", named)
+        files.write_pickle(directory / f"{stem}.bin", named)
 
     write_vision_encoder(directory / "clip", config, tensors, max_shard_size)
     write_image_decoder(directory / "diffusion", config, tensors, max_shard_size)
 
 
-def _name_in_plugin(prefix: str, tower: Any, name: str) -> str:
+def _name_in_plugin(prefix: str, tower: Any, name: str, head: Head) -> str:
     if isinstance(tower, ProjectorConfig):
         if name.startswith(OUR_POOLED):
-            return POOLED + name.removeprefix(OUR_POOLED)
+            return head.pooled + name.removeprefix(OUR_POOLED)
         return name if name.startswith(NORM) else prefix + name
     return prefix + tower.public.theirs(name)
 
@@ -299,7 +357,7 @@ def require_expressible(config: DreamLLMConfig) -> None:
         "vision_encoder": (encoder, ("clip",)),
         "visual_projector": (projector, ("linear", "mlp", "conv")),
         "connector": (config.connector, ("linear", "mlp", "conv")),
-        "image_decoder": (config.image_decoder, tuple(HEADS)),
+        "image_decoder": (config.image_decoder, tuple(kind for kind, head in HEADS.items() if head.target)),
     }
     problems = [f"{role} of kind {tower.kind!r}" for role, (tower, known) in kinds.items() if tower.kind not in known]
     if not problems:
@@ -309,6 +367,8 @@ def require_expressible(config: DreamLLMConfig) -> None:
             f"language_model.head_dim={llama.head_dim}": llama.head_dim * llama.num_attention_heads
             != llama.hidden_size,
             "language_model.rope_scaling of type llama3": scaling and scaling.rope_type not in ("linear", "dynamic"),
+            "visual_projector.bias=False": projector.bias is False,
+            "connector.bias": config.connector.bias,
             "visual_projector.pre_layernorm": projector.pre_layernorm,
             "connector.pre_layernorm": config.connector.pre_layernorm,
             "connector.post_layernorm": config.connector.post_layernorm,
@@ -358,7 +418,7 @@ def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
                 freeze_dream_queries=False,
             ),
             HEAD: plugin(
-                HEADS[config.image_decoder.kind][1],
+                head_of(config.image_decoder).target,
                 diffusion_name_or_path=str(Path(location, "diffusion")),
                 freeze_unet=True,
                 freeze_vae=True,

@@ -12,15 +12,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dreamllm_jax.interop.dreamllm import (
-    HEAD,
-    HEAD_PARTS,
-    HEADS,
     NORM,
-    POOLED,
     QUERIES,
     QUERIES_NAME,
     VISION,
     VISION_PARTS,
+    head_of,
+    head_parts,
+    plugins_of,
     tower_directory,
 )
 from dreamllm_jax.interop.source import config_of
@@ -46,7 +45,8 @@ def loaders(
     import torch
     from torch import nn
 
-    width, referred = config.language_model.width, settings.get("plugins_init_kwargs", {})
+    width, referred = config.language_model.width, plugins_of(settings)
+    stored, parts_of_head = head_of(config.image_decoder), head_parts(config.image_decoder)
 
     def place(tower: str) -> Path:
         return tower_directory(directory, referred, tower, towers.get(tower))
@@ -63,7 +63,8 @@ def loaders(
         shape = cls.config_class.from_pretrained(
             place("vision_encoder"), local_files_only=True, attn_implementation="eager"
         )
-        projector = _projector(config.visual_projector, config.vision_encoder.width, width, bias=True)
+        chosen = config.visual_projector
+        projector = _projector(chosen, config.vision_encoder.width, width, bias=chosen.bias is not False)
         modules = {"vision_encoder": cls(shape), "visual_projector": projector}
         norms = {}
         if config.visual_projector.post_layernorm:
@@ -79,26 +80,26 @@ def loaders(
     def head() -> dict[str, nn.Module]:
         where, modules = place("image_decoder"), {}
         with torch.device("meta"):  # not initialised, for every tensor comes from the file
-            for part in HEAD_PARTS.values():
+            for part in parts_of_head.values():
                 if part != "connector":
                     form = config_of(config, part).public
                     cls = public_class(form)
                     modules[part] = cls.from_config(cls.load_config(where / form.folder))
             chosen, pooled = config.connector, config.image_decoder.pooled_width
-            modules["connector"] = _projector(chosen, width, config.image_decoder.condition_width, bias=False)
+            condition = config.image_decoder.condition_width
+            modules["connector"] = _projector(chosen, width, condition, bias=bool(chosen.bias))
             more = {}
             if pooled:
-                more = {POOLED: _projector(chosen, width, pooled, bias=chosen.pooled_bias).projector}
-        _fill(directory / f"{head_file}.bin", config, HEAD_PARTS, modules, more)
+                more = {stored.pooled: _projector(chosen, width, pooled, bias=chosen.pooled_bias).projector}
+        _fill(directory / f"{stored.stem}.bin", config, parts_of_head, modules, more)
         return {**modules, "connector": _connector(modules["connector"], *more.values())}
 
     found = {"language_model": language_model}
-    head_file, _ = HEADS.get(config.image_decoder.kind, (HEAD, ""))
-    plugins = {VISION, QUERIES, head_file}
+    plugins = {VISION, QUERIES, stored.stem}
     there = {plugin for plugin in plugins if (directory / f"{plugin}.bin").is_file()}
     for plugin in sorted(plugins - there):
         _logger.warning("%s has no %s.bin: what it would hold is not compared", directory, plugin)
-    for plugin, load, parts in ((VISION, vision, VISION_PARTS), (head_file, head, HEAD_PARTS)):
+    for plugin, load, parts in ((VISION, vision, VISION_PARTS), (stored.stem, head, parts_of_head)):
         if plugin in there:
             found |= {part: functools.partial(_only, load, part) for part in parts.values()}
     if len(there) == 3:
