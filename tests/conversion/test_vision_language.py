@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dreamllm_jax.checkpoints import saved  # noqa: E402
 from dreamllm_jax.interop.language_model import open_language_model  # noqa: E402
+from dreamllm_jax.interop.torch_modules import public_class  # noqa: E402
 from dreamllm_jax.interop.verify import compare  # noqa: E402
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder  # noqa: E402
 from dreamllm_jax.interop.vision_language import layout_of, open_visual_projector  # noqa: E402
@@ -60,6 +61,22 @@ def test_every_part_computes_what_the_public_class_does(whole):
     assert {d.tower for d in differences} == {"vision encoder", "language model", "multimodal forward"}
     assert all(d.passed for d in differences), differences
     assert max(d.relative for d in differences if d.dtype == "float32") <= 1e-5
+
+
+@pytest.mark.slow
+def test_its_towers_go_out_and_are_loaded(whole, tmp_path):
+    """Without what is nothing of ours, such as the head of a SigLIP; export compares them by itself."""
+    config = saved.find(str(whole / "ours")).config
+    for kind in ("hf", "diffusers"):
+        run("export", checkpoint=whole / "ours", format=kind, to=tmp_path / kind)
+    forms = {"hf": config.language_model.public, f"diffusers/{config.vision_encoder.public.folder}": None}
+    for folder, form in forms.items():
+        cls = public_class(form or config.vision_encoder.public)
+        _, report = cls.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(report.values()), (cls, report)
+    again = open_vision_encoder(tmp_path / "diffusers" / config.vision_encoder.public.folder)
+    want = open_vision_encoder(whole / "whole")
+    assert again.tensors.keys() == want.tensors.keys() and not again.left_out
 
 
 def test_features_are_packed_for_their_projector_alone(whole):

@@ -172,7 +172,14 @@ BROKEN = [
         {"model.image_decoder.autoencoder.scaling_factor": 0.0},
         "config.model.image_decoder.autoencoder: scaling_factor must be positive, got 0",
     ),
-    ({"model.visual_projector.layer_norm_eps": -1.0}, "config.model.visual_projector: layer_norm_eps must be positive"),
+    (
+        {"model.visual_projector": {"kind": "linear", "layer_norm_eps": -1.0}},
+        "config.model.visual_projector: layer_norm_eps must be positive",
+    ),
+    (
+        {"model.visual_projector": {"kind": "newline"}},
+        "config.model: visual_projector: a visual projector of kind 'newline' needs features with places",
+    ),
     (
         {"model.image_decoder.schedule.num_train_timesteps": 0},
         "config.model.image_decoder.schedule: num_train_timesteps must be a whole number from 1 to 1,000,000, got 0",

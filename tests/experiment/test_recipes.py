@@ -1,5 +1,6 @@
 """The shipped configurations: what they say is what the authors published, and their arguments are strict."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from dreamllm_jax.common.configuration import ConfigError, differences
 from dreamllm_jax.experiment import recipes
 from dreamllm_jax.experiment.experiment import Experiment, read_experiment
 from dreamllm_jax.runs.check import check, describe
+from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STAGE_1 = ("stage1_creation", "stage1_comprehension", "stage1_joint")
@@ -63,6 +65,25 @@ def test_models_of_a_stage(stage, argument, layers, positions, condition):
         llama = model.language_model
         assert (llama.num_key_value_heads, llama.rope_theta, llama.rope_scaling.rope_type) == (8, 5e5, "llama3")
         assert (llama.vocab_size, model.special_tokens.dream_end) == (128264, 128263)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_llava_sees_and_paints_nothing(stage):
+    for version, size, projector in (("1", 224, ProjectorConfig()), ("1.5", 336, ProjectorConfig("mlp", 2))):
+        given = experiment("llava", f"{version},stage={stage}")
+        assert (given.model.vision_encoder.image_size, given.model.visual_projector) == (size, projector)
+        assert given.model.language_model.max_position_embeddings == (2048 if version == "1" else 4096)
+        assert (given.optimizer.learning_rate, given.objective.dm_weight) == (2e-3 if stage == "pretrain" else 4e-5, 0)
+        assert not given.row_shape.dream and given.row_shape.see[0].tokens == (size // 14) ** 2
+        trains = [
+            name for name in ("language_model/x", "visual_projector/x", "vision_encoder/x") if trained(given, name)
+        ]
+        assert trains == (["language_model/x"] if stage == "finetune" else []) + ["visual_projector/x"]
+    assert experiment("llava", "llm=qwen3-0.6b,vision=siglip2-so400m-384").row_shape.see[0].tokens == 729
+
+
+def trained(given: Experiment, path: str) -> bool:
+    return next(chosen for pattern, chosen in given.parameters.trainable if re.fullmatch(pattern, path))
 
 
 def test_with_adapters_the_llama_itself_is_frozen():

@@ -138,7 +138,7 @@ def test_what_no_class_reads_is_named_with_what_is_read(others, tmp_path):
             "vision_encoder/config.json",
             "model_type",
             open_vision_encoder,
-            "'clip_vision_model', 'clip', 'other_vision'",
+            "'clip_vision_model', 'clip', 'siglip_vision_model', 'siglip', ",
         ),
         ("image_decoder/vae/config.json", "_class_name", open_image_decoder, "'AutoencoderKL',"),
     ):
