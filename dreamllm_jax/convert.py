@@ -20,6 +20,7 @@ from dreamllm_jax import command_line
 from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.common.former_names import PARTS as FORMER_NAMES
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.data.vocabulary import OUR_MARKS, ImageMarks
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.assemble import assemble
 from dreamllm_jax.interop.conversion import DTYPES, FORMATS, export_model, import_model
@@ -29,7 +30,7 @@ from dreamllm_jax.interop.language_model import open_language_model
 from dreamllm_jax.interop.source import PARTS, Source
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder
 from dreamllm_jax.interop.vision_language import open_visual_projector
-from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TOWERS = ("language_model", "vision_encoder", "image_decoder")
@@ -44,6 +45,7 @@ _FRESH = {
     "connector": ProjectorConfig("linear"),
     "visual_layernorm": False,
     "new_tokens": "normal",
+    "image_marks": None,
     "seed": 0,
 }
 
@@ -79,11 +81,26 @@ def parser() -> argparse_flags.ArgumentParser:
     add = add.add_argument_group("what is not in the three towers; not with --dreamllm")
     add.add_argument("--num-queries", type=command_line.positive, help="dream queries")
     add.add_argument("--select-layer", type=int, help="hidden state of the vision encoder that is read")
-    kinds = {"type": _projector, "metavar": "linear|mlp:DEPTH|conv"}
-    add.add_argument("--visual-projector", **kinds, help="from the vision encoder to the language model")
-    add.add_argument("--connector", **kinds, help="from the language model to the image decoder")
+    add.add_argument(
+        "--visual-projector",
+        type=lambda text: IdentityConfig() if text == IdentityConfig.kind else _projector(text),
+        metavar="linear|mlp:DEPTH|conv|identity",
+        help="from the vision encoder to the language model",
+    )
+    add.add_argument(
+        "--connector",
+        type=_projector,
+        metavar="linear|mlp:DEPTH|conv",
+        help="from the language model to the image decoder",
+    )
     add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
     add.add_argument("--new-tokens", choices=("normal", "mean"), help="embeddings of new tokens")
+    add.add_argument(
+        "--image-marks",
+        type=_marks,
+        metavar="ours|START,PATCH,END",
+        help="tokens of the tokenizer around and at an image that is read; default: those made for it, else ours",
+    )
     add.add_argument("--seed", type=command_line.seed_number, help="of what begins at random")
 
     add = commands.add_parser("export", help="a checkpoint of ours -> PyTorch's formats")
@@ -144,6 +161,15 @@ def _projector(text: str) -> ProjectorConfig:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
+def _marks(text: str) -> ImageMarks:
+    if text == "ours":
+        return OUR_MARKS
+    start, patch, end = text.split(",") if text.count(",") == 2 else ("", "", "")
+    if not patch:
+        raise argparse.ArgumentTypeError(f"{text!r} is not START,PATCH,END; START and END may be empty")
+    return ImageMarks(start or None, patch, end or None)
+
+
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?B?)", text.upper())
     if not match or match[2] not in _UNITS:
@@ -182,11 +208,17 @@ def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
     language_model = open_language_model(whole or arguments.language_model)
     vision_encoder = open_vision_encoder(whole or arguments.vision_encoder, arguments.select_layer, joined=bool(whole))
     image_decoder = open_image_decoder(arguments.image_decoder)
-    tokenizer = load_tokenizer(arguments.tokenizer or whole or arguments.language_model)
+    tokenizer = load_tokenizer(arguments.tokenizer or whole or arguments.language_model, arguments.image_marks)
+    if tokenizer.marks != OUR_MARKS:
+        print(
+            f"images are read as {' '.join(tokenizer.marks.tokens)}, which the tokenizer has for them", file=sys.stderr
+        )
     _tell_of_rows(language_model.config.vocab_size, tokenizer)
-    if not whole:
-        eps = vision_encoder.config.layer_norm_eps
+    if isinstance(visual, ProjectorConfig):
+        eps = getattr(vision_encoder.config, "layer_norm_eps", visual.layer_norm_eps)
         visual = dataclasses.replace(visual, post_layernorm=arguments.visual_layernorm, layer_norm_eps=eps)
+    elif arguments.visual_layernorm:
+        raise ValueError(f"a visual projector of kind {visual.kind!r} has no norm: leave out --visual-layernorm")
     source = assemble(
         language_model,
         vision_encoder,

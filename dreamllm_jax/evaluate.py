@@ -23,7 +23,7 @@ from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora.records import under
 from dreamllm_jax.data.document import Text
 from dreamllm_jax.data.storage import Corpus
-from dreamllm_jax.data.tokens import TEMPLATES
+from dreamllm_jax.data.templates import NAMES
 from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.evaluation import annotations, comprehension, creation, features, fid, recall, scores, table
@@ -221,7 +221,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--images", default=".", help="folder of the benchmark's images")
     add.add_argument("--beams", type=positive, help="if not given, as the original: 5, of pope 1")
     add.add_argument("--max_tokens", type=positive, help="if not given, 1024 or half of what the model reads")
-    templates = [NONE, *TEMPLATES]
+    templates = [NONE, *NAMES]
     add.add_argument("--template", default=comprehension.TEMPLATE, choices=templates, help="%(default)s if not given")
 
     add = commands.add_parser("creation", help="pictures for captions, their FID and CLIP score")

@@ -26,8 +26,8 @@ from dreamllm_jax.common.directories import read_text
 from dreamllm_jax.data import images, lines
 from dreamllm_jax.data.corpora import media
 from dreamllm_jax.data.document import Image, Segment, Text
+from dreamllm_jax.data.templates import NAMES
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import TEMPLATES
 from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.generation.documents import generate_documents, load_document, png, save_document
 from dreamllm_jax.generation.images import generate_images, require_interval, require_sampler, require_size
@@ -260,7 +260,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
         "--fsdp", type=positive, default=1, help="devices over which weights, and a batch's results, are split"
     )
     checkpoint.add_argument("--tensor", type=positive, default=1, help="devices over which each layer is split")
-    template.add_argument("--template", default="", choices=["", *TEMPLATES], help="prompts are a user's turns")
+    template.add_argument("--template", default="", choices=["", *NAMES], help="prompts are a user's turns")
     painting.add_argument("--size", type=_size, help="pixels, 512 or 512x768 (height x width)")
     known = get_args(samplers.Name)
     painting.add_argument("--sampler", choices=known, help="if not given, the image decoder's own")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from dreamllm_jax.data.vocabulary import NULL_SLOT, SpecialTokens
+from dreamllm_jax.data.vocabulary import SpecialTokens
 from dreamllm_jax.layers import remat
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.weights import Weight
@@ -157,7 +157,7 @@ class DreamLLM(nn.Module):
     def decode(
         self,
         embeddings: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | Int[Array, "B T 3"],
         segment_ids: Int[Array, "B T"],
         cache: Any = None,
         seen: Sequence[tuple[Float[Array, "B S P E"], Int[Array, "B S"]]] = (),
@@ -180,11 +180,13 @@ class DreamLLM(nn.Module):
           with_queries: feed the dream queries; without them their positions keep the embedding of `<im_patch>`, as in
             the original's training code.
         """
-        tokens = jnp.asarray([self.config.special_tokens.null_document(self.config.num_queries)], jnp.int32)
-        x = self.embed(tokens, dream_slots=[jnp.full((1, 1), NULL_SLOT)] if with_queries else ())
+        special = self.config.special_tokens
+        tokens = jnp.asarray([special.null_document(self.config.num_queries)], jnp.int32)
+        slots = jnp.full((1, 1), special.null_slot)
+        x = self.embed(tokens, dream_slots=[slots] if with_queries else ())
         positions = jnp.arange(tokens.shape[1])[None]
         hidden, _ = self.decode(x, positions, jnp.ones_like(tokens))
-        given = painted_from(self.config, hidden, jnp.ones_like(tokens), jnp.full((1, 1), NULL_SLOT))
+        given = painted_from(self.config, hidden, jnp.ones_like(tokens), slots)
         return jax.tree.map(lambda x: x[0, 0], given)
 
     def condition(self, hidden: Float[Array, "N Q E"] | Hidden) -> Condition:

@@ -31,6 +31,11 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Qwen2ForCausalLM,
+    Qwen2VLImageProcessorPil,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3ForCausalLM,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -59,7 +64,7 @@ def save_towers(
       decoder: the kind of image decoder, of `DECODERS`.
       options: those of one of the towers, by its name.
     """
-    saving = {"language_model": save_llama, "vision_encoder": save_clip, "image_decoder": DECODERS[decoder]}
+    saving = {"language_model": save_language_model, "vision_encoder": save_clip, "image_decoder": DECODERS[decoder]}
     return {name: save(directory / name, dtype, **options.get(name, {})) for name, save in saving.items()}
 
 
@@ -82,14 +87,19 @@ CLIP = {
 }
 
 
-def save_llama(directory: Path, dtype: torch.dtype = torch.float32, pickled: bool = False, **settings) -> Path:
-    """A LLaMA of two layers with its SentencePiece model; in shards, for they are very small.
+LANGUAGE_MODELS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+
+
+def save_language_model(
+    directory: Path, dtype: torch.dtype = torch.float32, pickled: bool = False, family: str = "llama", **settings
+) -> Path:
+    """A LLaMA, or of another family, of two layers with a SentencePiece model; in shards, for they are very small.
 
     Args:
       pickled: `pytorch_model-*.bin` in place of safetensors.
     """
-    config = LlamaConfig(**LLAMA | settings)
-    model = randomised(LlamaForCausalLM(config)).to(dtype)
+    cls = LANGUAGE_MODELS[family]
+    model = randomised(cls(cls.config_class(**LLAMA | settings))).to(dtype)
     model.save_pretrained(directory, max_shard_size="30KB")
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
     if pickled:
@@ -193,6 +203,39 @@ def save_onevision(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
         tie_word_embeddings=True,
     )
     randomised(LlavaOnevisionForConditionalGeneration(config)).to(dtype).save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
+    return directory
+
+
+def qwen25_vl_config(**text) -> Qwen2_5_VLConfig:
+    """Of a Qwen2.5-VL of two layers and three, one of which sees more than a window."""
+    vision = {
+        "depth": 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    rope = {"type": "mrope", "mrope_section": [1, 2, 1], "rope_theta": 10000.0}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    return Qwen2_5_VLConfig(
+        text_config={**LLAMA, **ends, "rope_parameters": rope, **text},
+        vision_config=vision,
+        image_token_id=BASE_VOCABULARY - 1,
+        video_token_id=BASE_VOCABULARY - 2,
+        vision_start_token_id=BASE_VOCABULARY - 3,
+        vision_end_token_id=BASE_VOCABULARY - 4,
+    )
+
+
+def save_qwen25_vl(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A Qwen2.5-VL, and its image processor."""
+    model = randomised(Qwen2_5_VLForConditionalGeneration(qwen25_vl_config())).to(dtype)
+    model.save_pretrained(directory)
+    Qwen2VLImageProcessorPil(min_pixels=64, max_pixels=1024, patch_size=4).save_pretrained(directory)
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)
     return directory
 

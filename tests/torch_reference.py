@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dreamllm_jax.interop.names import to_torch
+from dreamllm_jax.interop.torch_modules import public_class
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.objectives.joint import Draws, JointConfig
 from tests.tiny import TinyDocument, told_sizes
@@ -49,22 +50,12 @@ class TorchDreamLLM(nn.Module):
     def __init__(self, config: DreamLLMConfig, params: dict):
         super().__init__()
         self.config = config
-        llama, clip, decoder = config.language_model, config.vision_encoder, config.image_decoder
+        language, clip, decoder = config.language_model, config.vision_encoder, config.image_decoder
         vae, unet = decoder.autoencoder, decoder.denoiser
-        width = llama.hidden_size
-        self.language_model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=llama.vocab_size,
-                hidden_size=width,
-                intermediate_size=llama.intermediate_size,
-                num_hidden_layers=llama.num_hidden_layers,
-                num_attention_heads=llama.num_attention_heads,
-                num_key_value_heads=llama.num_key_value_heads,
-                max_position_embeddings=llama.max_position_embeddings,
-                rms_norm_eps=llama.rms_norm_eps,
-                attn_implementation="eager",
-            )
-        )
+        width = language.hidden_size
+        causal_lm = public_class(language.public)
+        told = causal_lm.config_class(**language.to_public(), attn_implementation="eager")
+        self.language_model = causal_lm(told)
         self.vision_encoder = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=clip.hidden_size,
@@ -106,6 +97,8 @@ class TorchDreamLLM(nn.Module):
             for part, tree in params.items()
             for name, array in to_torch({part: tree}).items()
         }
+        if language.tie_word_embeddings:
+            tensors["language_model.lm_head.weight"] = tensors["language_model.embed_tokens.weight"]
         self._public = {_ours(name): name for name in self.state_dict()}
         self.load_state_dict({self._public[name]: tensor for name, tensor in tensors.items()})
 

@@ -53,11 +53,13 @@ class RowShape:
       length: tokens in a row (L).
       see: groups of slots for images that are read.
       dream: groups of slots for images that are painted.
+      axes: of a token's position, 1 or 3 (`data.positions`), as the language model has them.
     """
 
     length: int
     see: tuple[SlotGroup, ...] = ()
     dream: tuple[SlotGroup, ...] = ()
+    axes: int = 1
 
     def __post_init__(self):
         if self.length < 1:
@@ -110,7 +112,8 @@ class Batch:
     Attributes:
       tokens: i32[B, L] token ids; image and query positions hold their placeholder id.
       segment_ids: i32[B, L] 0 is padding, 1.. are the documents packed in the row.
-      positions: i32[B, L] positions, restarting at 0 in each document.
+      positions: i32[B, L] positions, restarting at 0 in each document; i32[B, L, 3] for a language model whose
+        positions have three axes (`data.positions`).
       loss_weights: f32[B, L] weight of predicting `tokens[i]` from its prefix; 0 at the start of a document, on
         padding and on tokens that are not learned, below on those of an answer that is worse than the segment before.
       see: images that are read, by group.
@@ -139,7 +142,7 @@ def empty_batch(count: int, shape: RowShape, pad: int = 0) -> Batch:
     return Batch(
         tokens=np.full((count, shape.length), pad, np.int32),
         segment_ids=np.zeros((count, shape.length), np.int32),
-        positions=np.zeros((count, shape.length), np.int32),
+        positions=np.zeros((count, shape.length) if shape.axes == 1 else (count, shape.length, shape.axes), np.int32),
         loss_weights=np.zeros((count, shape.length), np.float32),
         see=tuple(map(room, shape.see)),
         dream=tuple(map(room, shape.dream)),

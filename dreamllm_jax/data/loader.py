@@ -25,6 +25,7 @@ from dreamllm_jax.data.packing import Get, Item, Need, NothingFits, RowStream
 from dreamllm_jax.data.readers import Readers
 from dreamllm_jax.data.rows import Counts, Crop, Pixels, fill_row
 from dreamllm_jax.data.settings import CorpusConfig, DataConfig
+from dreamllm_jax.data.templates import TemplateError
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.data.tokens import Encoded, encode_document
 
@@ -35,7 +36,7 @@ _TRIED = 8  # first records of a corpus, of which one must be of use
 # Settings that change nothing in what a step trains on.
 _ASIDE = ("path", "pairs", "tokenizer", "workers", "readers", "max_bad")
 # Each document is counted as one of them.
-READ = ("documents", "dropped_record", "dropped_room", "dropped_empty", "dropped_changed")
+READ = ("documents", "dropped_record", "dropped_template", "dropped_room", "dropped_empty", "dropped_changed")
 
 
 class Loader:
@@ -165,6 +166,8 @@ class Loader:
         draw, flip = self._mixture.draws(record)
         try:
             encoded = self._encode(place.corpus, document, draw)
+        except TemplateError:
+            return leave_out("template")
         except ValueError:
             return leave_out("room")
         if document.blank or not encoded.learns:

@@ -7,7 +7,7 @@ from typing import Any
 from dreamllm_jax.common.directories import is_remote
 from dreamllm_jax.data import storage, tokenizer
 from dreamllm_jax.data.corpora import compose, folder, openmoji, photographs
-from dreamllm_jax.data.tokens import VICUNA_SYSTEM
+from dreamllm_jax.data.templates import VICUNA_SYSTEM
 
 SOURCES = {"openmoji": openmoji, "photographs": photographs}
 DEFAULT_PAIRS = 24

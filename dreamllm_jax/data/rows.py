@@ -16,7 +16,8 @@ from dreamllm_jax.data import images
 from dreamllm_jax.data.batch import Batch, RowShape, Slots
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.packing import Item
-from dreamllm_jax.data.tokens import Placed
+from dreamllm_jax.data.positions import grid_of, place
+from dreamllm_jax.data.tokens import Encoded, Placed
 
 Counts = collections.Counter[tuple[str, str]]  # by corpus and what is counted
 
@@ -61,6 +62,15 @@ class Pixels:
         group = self._shape.dream[placed.group]
         return images.paint_sizes(images.size_of(placed.image.data), group.height, group.width, flip)
 
+    def positions(self, encoded: Encoded, begin: int, end: int) -> np.ndarray:
+        """Of the tokens from `begin` to `end`, a document or a part that begins anew: i32[n], or i32[n, 3]."""
+        if self._shape.axes == 1:
+            return np.arange(end - begin)
+        groups = [self._shape.see[placed.group] for placed in encoded.see]
+        grids = (grid_of(group.tokens, group.height, group.width) for group in groups)
+        read = [(placed.at - begin, grid) for placed, grid in zip(encoded.see, grids, strict=True)]
+        return place(end - begin, [image for image in read if 0 <= image[0] < end - begin])
+
     def _remember(self, use: str, data: bytes, *options: Any) -> np.ndarray:
         key = (use, data, *options)
         with self._lock:
@@ -99,7 +109,8 @@ def fill_row(batch: Batch, index: int, row: Sequence[Item], pixels: Pixels, stri
         batch.tokens[index, start:stop] = encoded.tokens
         for begin, end in itertools.pairwise((*encoded.starts, stop - start)):
             segment, where = segment + 1, slice(start + begin, start + end)
-            batch.segment_ids[index, where], batch.positions[index, where] = segment, np.arange(end - begin)
+            batch.segment_ids[index, where] = segment
+            batch.positions[index, where] = pixels.positions(encoded, begin, end)
         counts[corpus, "documents"] += 1
         counts[corpus, "tokens"] += stop - start
         try:

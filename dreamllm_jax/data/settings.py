@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from dreamllm_jax.data import stored
-from dreamllm_jax.data.tokens import MODES, TEMPLATES, Mode
+from dreamllm_jax.data.templates import NAMES
+from dreamllm_jax.data.tokens import MODES, Mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,8 @@ class CorpusConfig:
       epochs: instead of a weight, how often each of its documents is taken relative to the others': 2 for all but 1
         here means that this corpus is seen twice while each of the others is seen once.
       limit: use so many of its documents, the first ones; 0 for all.
-      template: how conversations are written, vicuna_v1 or llama_2.
+      template: how conversations are written: vicuna_v1, llama_2, chatml, qwen2, qwen2_5, internvl3, llava_onevision,
+        smollm2, or chat_template for the one that comes with the tokenizer.
       learn_dream_start: in conversations, learn the decision to paint too.
       see_first: where an image is both painted and read, read it first, so that it is painted from itself.
     """
@@ -33,8 +35,8 @@ class CorpusConfig:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; known are {', '.join(MODES)}")
-        if self.template not in TEMPLATES:
-            raise ValueError(f"unknown template {self.template!r}; known are {', '.join(TEMPLATES)}")
+        if self.template not in NAMES:
+            raise ValueError(f"unknown template {self.template!r}; known are {', '.join(NAMES)}")
         if not self.weight > 0:
             raise ValueError(f"the weight of a corpus must be positive, got {self.weight}")
         if self.epochs < 0 or self.limit < 0:
@@ -51,7 +53,7 @@ class DataConfig:
       path: the data set's directory, as `python -m dreamllm_jax.data` leaves it; or what a training run is to prepare
         by itself: openmoji, photographs, or a folder of pictures with captions.
       pairs: how many captioned pictures to prepare then; 0 for 24 of openmoji and photographs, or all of a folder.
-      tokenizer: a SentencePiece model, a tokenizer.json or a directory; empty for the data set's own.
+      tokenizer: a SentencePiece model, a tokenizer.json, Qwen's .tiktoken or a directory; empty for the data set's own.
       corpora: which of its corpora, and how; empty for all of them.
       window: documents that wait to be packed into each row.
       workers: threads that tokenise, pack and decode ahead; 0 does it, and reads, in the training thread.

@@ -1,4 +1,4 @@
-"""The tokenizer: SentencePiece's results from the `tokenizers` library, and the special tokens of documents.
+"""The tokenizer: SentencePiece's or a byte-level one's results from the `tokenizers` library, and special tokens.
 
 A SentencePiece BPE model is converted once (`from_sentencepiece`) and equals SentencePiece on every text; the tokens of
 `dreamllm_jax.data.vocabulary` are appended. Text is always encoded literally: `"<image>"` inside a user's text is seven
@@ -18,13 +18,14 @@ import sentencepiece
 from etils import epath
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
 from dreamllm_jax.common import gguf_reader
 from dreamllm_jax.common.directories import NO_POINTER, is_lfs_pointer, write_whole
-from dreamllm_jax.data.told import LLAMA_NAMES, Told, read_json
-from dreamllm_jax.data.vocabulary import ADDED_TOKENS, SpecialTokens
+from dreamllm_jax.data.byte_level import SPLITS, VOCABULARY, from_files, from_merges, from_tiktoken
+from dreamllm_jax.data.told import CHAT_TEMPLATE, MARKS, SENTENCEPIECE_NAMES, Told, read_json
+from dreamllm_jax.data.vocabulary import ADDED_TOKENS, OUR_MARKS, ImageMarks, SpecialTokens, added_tokens
 
 _logger = logging.getLogger(__name__)
 
@@ -39,12 +40,15 @@ class Tokenizer:
 
     Attributes:
       fast: the tokenizer itself, which holds all special tokens.
-      names: which of them transformers knows as bos_token, eos_token, unk_token and pad_token.
+      names: which of them transformers knows as bos_token, if documents begin with one, eos_token, unk_token and
+        pad_token.
       special: the ids of the special tokens.
       new_tokens: ids that were appended to a base vocabulary just now: no model has seen them.
       sentencepiece_model: what it was converted from, if it was.
       legacy: in a conversation, text behind a special token begins with SentencePiece's space, as any text does; False
         where the tokenizer's configuration says so, as Llama 2's does.
+      marks: the tokens by which an image that is read is written.
+      chat_template: how its model's authors write conversations, in Jinja; None if nothing tells.
     """
 
     def __init__(
@@ -54,23 +58,27 @@ class Tokenizer:
         new_tokens: Sequence[int] = (),
         sentencepiece_model: bytes | None = None,
         legacy: bool = True,
+        marks: ImageMarks = OUR_MARKS,
+        chat_template: str | None = None,
     ):
         self.fast, self.names = fast, dict(names)
         self.new_tokens = tuple(new_tokens)
         self.sentencepiece_model = sentencepiece_model
         self.legacy = legacy
-        bos, eos = (fast.token_to_id(names[name]) for name in ("bos_token", "eos_token"))
-        self.special = SpecialTokens.of(bos, eos, {token: fast.token_to_id(token) for token in ADDED_TOKENS})
+        self.marks, self.chat_template = marks, chat_template
+        bos, eos = (fast.token_to_id(names[name]) if name in names else None for name in ("bos_token", "eos_token"))
+        ids = {token: fast.token_to_id(token) for token in (*added_tokens(marks), *marks.tokens)}
+        self.special = SpecialTokens.of(bos, eos, ids, marks)
         fast.encode_special_tokens = True  # as any other text
         fast.no_truncation()  # which transformers stores with a tokenizer that was used so
         fast.no_padding()
         if getattr(fast.model, "dropout", None):  # for training it: a text would have other tokens each time
             fast.model.dropout = None
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
         """Number of ids, the special tokens included."""
-        return self.fast.get_vocab_size()
+        return max(self.fast.get_vocab().values()) + 1
 
     def encode_text(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of the text, taken literally, without bos or eos; nothing for the empty text.
@@ -81,11 +89,31 @@ class Tokenizer:
         fast = self.fast if prefix else self._without_prefix
         return fast.encode(text, add_special_tokens=False).ids
 
+    def encode_spans(self, text: str, first: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text behind a special token, or `first` of all, and the characters that each is made of."""
+        fast = self._with_prefix if first or self._prefixed else self._without_prefix
+        encoded = fast.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    @functools.cached_property
+    def _prefixed(self) -> bool:
+        """Whether a text behind a special token begins with SentencePiece's space."""
+        meant, end = FastTokenizer.from_str(self.fast.to_str()), self.special.eos
+        (given,) = {token for token, index in meant.get_vocab().items() if index == end}
+        return self.legacy and meant.encode(f"{given}a", add_special_tokens=False).ids == [end, *self.encode_text("a")]
+
+    @functools.cached_property
+    def _with_prefix(self) -> FastTokenizer:
+        return _literal(self.fast.to_str())
+
+    @functools.cached_property
+    def control(self) -> Mapping[str, AddedToken]:
+        """The special tokens, which no text means."""
+        return {token.content: token for token in self.fast.get_added_tokens_decoder().values() if token.special}
+
     @functools.cached_property
     def _without_prefix(self) -> FastTokenizer:
-        fast = FastTokenizer.from_str(json.dumps(_drop_prefix(json.loads(self.fast.to_str()))))
-        fast.encode_special_tokens = True
-        return fast
+        return _literal(json.dumps(_drop_prefix(json.loads(self.fast.to_str()))))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out."""
@@ -95,14 +123,18 @@ class Tokenizer:
         """Writes the files by which transformers (and `load_tokenizer`) read a tokenizer.
 
         That is `tokenizer.json`, `tokenizer_config.json`, `added_tokens.json`, `special_tokens_map.json`, and
-        `tokenizer.model` if it came from SentencePiece.
+        `tokenizer.model` if it came from SentencePiece; `chat_template.jinja` if there is one.
         """
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / FILE, self.fast.to_str())
         if self.sentencepiece_model is not None:
             write_whole(directory / SENTENCEPIECE_FILE, self.sentencepiece_model)
-        names = {**self.names, "additional_special_tokens": [token for token in ADDED_TOKENS if token != "[PAD]"]}
+        if self.chat_template is not None:
+            write_whole(directory / CHAT_TEMPLATE, self.chat_template)
+        special = dict.fromkeys([*added_tokens(self.marks), *self.marks.tokens])
+        more = [token for token in special if token not in self.names.values()]
+        names = {**self.names, "additional_special_tokens": more}
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         added = {
             str(index): {flag: getattr(token, flag) for flag in flags}
@@ -112,7 +144,9 @@ class Tokenizer:
         ids = {token["content"]: int(index) for index, token in added.items() if token["content"] not in base}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None,
             **names,
+            MARKS: list(self.marks),
             "added_tokens_decoder": added,
             "clean_up_tokenization_spaces": False,
             "legacy": self.legacy,
@@ -125,8 +159,9 @@ class Tokenizer:
             write_whole(directory / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Reads a SentencePiece `.model`, a `tokenizer.json`, a Hugging Face directory holding either, or a `.gguf` model.
+def load_tokenizer(path: str | os.PathLike, marks: ImageMarks | None = None) -> Tokenizer:
+    """Reads a SentencePiece `.model`, a `tokenizer.json`, a Hugging Face directory holding either or a byte-level
+    `vocab.json` with `merges.txt`, Qwen's `.tiktoken`, or a `.gguf` model.
 
     A directory's SentencePiece model is taken before its `tokenizer.json`, unless it cannot be converted or has another
     vocabulary. Tokens that the model's authors added stay at their ids, wherever the directory tells them
@@ -134,35 +169,50 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     special tokens, the missing ones are appended; a directory may give their ids like the others' or in its config's
     `special_tokens2ids_dict`. Whether a SentencePiece model is `legacy` stands in the tokenizer_config.json beside it.
 
+    Images are marked by the tokens that the vocabulary has for it (`KNOWN_MARKS`), of which then none of ours are
+    appended; unless tokenizer_config.json says otherwise in `image_marks`, a list of three.
+
+    Args:
+      marks: how images are marked, whatever is told.
+
     Raises:
       FileNotFoundError: nothing to read there.
       ValueError: the file is damaged, or of a kind that cannot be converted exactly, or ids that cannot be.
     """
     try:
-        return _load(epath.Path(path))
+        return _load(epath.Path(path), marks)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its files are not as transformers writes them: {error!r}") from None
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
 
-def _load(path: epath.Path) -> Tokenizer:
+def _load(path: epath.Path, marks: ImageMarks | None) -> Tokenizer:
     if not path.exists():
         raise FileNotFoundError(
             f"no tokenizer at {path}: put a {SENTENCEPIECE_FILE} or a {FILE} there, with the tokenizer_config.json "
             "beside it, or import the model with --tokenizer"
         )
     if path.suffix == ".gguf":
-        fast, names = from_gguf(path)
-        return _with_special_tokens(fast, names, {})
+        fast, names, template = from_gguf(path)
+        return _with_special_tokens(fast, names, Told({"chat_template": template}), marks)
+    if path.suffix == ".tiktoken":
+        fast, names = from_tiktoken(_read_file(path)), {"eos_token": "<|endoftext|>"}
+        return _with_special_tokens(fast, names, Told(), marks)
     if path.is_dir():
         files = [file for file in (path / SENTENCEPIECE_FILE, path / FILE) if file.exists()]
+        if not files and (path / VOCABULARY).exists():
+            told, model = Told.read(path), read_json(path / "config.json").get("model_type", "")
+            fast = from_files(path, told.settings.get("tokenizer_class") or "", model)
+            told.add_to(fast)
+            return _with_special_tokens(fast, told.names(fast), told, marks)
         if not files:
             raise FileNotFoundError(f"neither {SENTENCEPIECE_FILE} nor {FILE} in {path}")
     elif path.suffix in (".model", ".json"):
         files = [path]
     else:
-        raise ValueError(f"{path}: a tokenizer is a SentencePiece .model, a {FILE}, a .gguf or a directory with one")
+        kinds = f"a SentencePiece .model, a {FILE}, a .gguf, Qwen's .tiktoken or a directory with one"
+        raise ValueError(f"{path}: a tokenizer is {kinds}")
     told = Told.read(files[0].parent if files[0].name in (SENTENCEPIECE_FILE, FILE) else None)
     converted = _converted(*files) if files[0].suffix == ".model" else None
     if files[-1].suffix == ".json":
@@ -172,11 +222,11 @@ def _load(path: epath.Path) -> Tokenizer:
         if converted is None or not _same_ids(converted, whole, told):
             if converted is not None:
                 _logger.warning("%s is left aside for %s, which has other ids", *files)
-            return _with_special_tokens(whole, told.names(whole), told.recorded)
+            return _with_special_tokens(whole, told.names(whole), told, marks)
     else:
         told.add_to(converted)
     legacy = read_json(files[0].parent / "tokenizer_config.json").get("legacy") is not False
-    return _with_special_tokens(converted, told.names(converted), told.recorded, files[0].read_bytes(), legacy)
+    return _with_special_tokens(converted, told.names(converted), told, marks, files[0].read_bytes(), legacy)
 
 
 def _converted(file: epath.Path, instead: epath.Path | None = None) -> FastTokenizer | None:
@@ -227,7 +277,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         num_threads=1,
         minloglevel=2,
     )
-    return _with_special_tokens(from_sentencepiece(model.getvalue()), dict(LLAMA_NAMES), {}, model.getvalue())
+    fast = from_sentencepiece(model.getvalue())
+    return _with_special_tokens(fast, dict(SENTENCEPIECE_NAMES), Told(), OUR_MARKS, model.getvalue())
 
 
 def from_sentencepiece(model: bytes) -> FastTokenizer:
@@ -295,28 +346,8 @@ def _bpe(pieces: list[tuple[str, float, int]], unknown: int, bos: int) -> FastTo
     return fast
 
 
-# How text is split before merging, by the name that GGUF files give: llama.cpp's `llama_vocab_pre_type`.
-_WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
-_SPLITS = {
-    "gpt-2": _WORDS,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _WORDS]),
-    "llama-bpe": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(
-                Regex(
-                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-                ),
-                behavior="isolated",
-            ),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
-}
-
-
-def from_gguf(path: str | os.PathLike) -> tuple[FastTokenizer, dict[str, str]]:
-    """The tokenizer inside a `.gguf` model, and the names of its bos and eos.
+def from_gguf(path: str | os.PathLike) -> tuple[FastTokenizer, dict[str, str], str | None]:
+    """The tokenizer inside a `.gguf` model, the names of its bos and eos, and its template of conversations.
 
     Raises:
       FileNotFoundError, ValueError, ImportError: as `gguf_reader.open_gguf_reader`.
@@ -331,21 +362,29 @@ def from_gguf(path: str | os.PathLike) -> tuple[FastTokenizer, dict[str, str]]:
     bos, eos = field("bos_token_id", 1), field("eos_token_id", 2)
     if kind == "llama":
         fast = _bpe(list(zip(tokens, field("scores"), kinds, strict=True)), field("unknown_token_id", 0), bos)
-    elif kind == "gpt2" and field("pre", "gpt-2") in _SPLITS:
+    elif kind == "gpt2" and field("pre", "gpt-2") in SPLITS:
         merges = [tuple(merge.split(" ")) for merge in field("merges")]
-        fast = FastTokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-        fast.pre_tokenizer = _SPLITS[field("pre", "gpt-2")]
-        fast.decoder = decoders.ByteLevel()
+        fast = from_merges({token: index for index, token in enumerate(tokens)}, merges, field("pre", "gpt-2"))
         _mark_special(fast, [token for token, type_ in zip(tokens, kinds, strict=True) if type_ == _CONTROL])
     else:
         raise ValueError(
             f"{path}: its tokenizer ({kind}, {field('pre')}) is not supported; give another with --tokenizer"
         )
-    return fast, {"bos_token": tokens[bos], "eos_token": tokens[eos]}
+    names = {"bos_token": tokens[bos], "eos_token": tokens[eos]}
+    if field("pre") == "qwen2":  # whose documents begin with nothing, though the files have an id for it
+        del names["bos_token"]
+    return fast, names, gguf_reader.field(reader, "tokenizer.chat_template", None)
 
 
 def _mark_special(fast: FastTokenizer, tokens: Iterable[str]) -> None:
     fast.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+
+
+def _literal(description: str) -> FastTokenizer:
+    """To encode text with; no post-processor, for some take blanks from what a token is said to be made of."""
+    fast = FastTokenizer.from_str(description)
+    fast.encode_special_tokens, fast.post_processor = True, None
+    return fast
 
 
 def _drop_prefix(part: Any) -> Any:
@@ -361,13 +400,19 @@ def _drop_prefix(part: Any) -> Any:
 def _with_special_tokens(
     fast: FastTokenizer,
     names: dict[str, str],
-    recorded: dict[str, int],
+    told: Told,
+    marks: ImageMarks | None,
     sentencepiece_model: bytes | None = None,
     legacy: bool = True,
 ) -> Tokenizer:
-    wanted = sorted(ADDED_TOKENS, key=lambda token: (recorded.get(token, 1 << 30), ADDED_TOKENS.index(token)))
+    recorded, marks = told.recorded, told.marks(fast, marks)
+    ours = added_tokens(marks)
+    wanted = sorted(ours, key=lambda token: (recorded.get(token, 1 << 30), ours.index(token)))
     new = [token for token in wanted if fast.token_to_id(token) is None and token not in recorded]
-    _mark_special(fast, wanted)
+    _mark_special(fast, dict.fromkeys([*wanted, *marks.tokens]))
+    for token in wanted:
+        if fast.model.id_to_token(fast.token_to_id(token)) not in (None, token):
+            raise ValueError(f"the vocabulary has gaps, so that {token} has the id of another token: close them")
     for token, index in recorded.items():
         if fast.token_to_id(token) != index:
             raise ValueError(f"the special token {token} should have the id {index}, got {fast.token_to_id(token)}")
@@ -376,7 +421,8 @@ def _with_special_tokens(
     names = {**names, "pad_token": "[PAD]"}
     known = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
     _mark_special(fast, [token for token in names.values() if token not in known])
-    return Tokenizer(fast, names, [fast.token_to_id(token) for token in new], sentencepiece_model, legacy)
+    added = [fast.token_to_id(token) for token in new]
+    return Tokenizer(fast, names, added, sentencepiece_model, legacy, marks, told.chat_template)
 
 
 def _read_file(path: epath.Path) -> bytes:

@@ -1,6 +1,7 @@
 """What a document becomes: tokens, loss weights and the places of its images.
 
-SEE is `<im_start> <im_patch>*P <im_end>`, DREAM is `<dream_start> <im_patch>*Q <dream_end>`:
+SEE is `<im_start> <im_patch>*P <im_end>`, or how the language model was taught to read images (`ImageMarks`); DREAM is
+`<dream_start> <im_patch>*Q <dream_end>`. Where a tokenizer has no `<s>`, documents begin without it:
 
     pair, comprehension   <s> SEE text </s>                    learns text, </s>
     pair, creation        <s> text DREAM </s>                  learns the image
@@ -9,7 +10,7 @@ SEE is `<im_start> <im_patch>*P <im_end>`, DREAM is `<dream_start> <im_patch>*Q 
       comprehension       only SEE at each image
       creation            only DREAM at each image
       see_first           SEE DREAM at each image, an ablation: it is then painted from itself
-    instruct_interleaved  vicuna prompt, then as interleaved   learns what follows the prompt
+    instruct_interleaved  prompt in a template, then as interleaved   learns what follows the prompt
     conversation          turns in a template; the user's images are SEE, the assistant's DREAM SEE
                                                                learns the assistant's turns, images
     text                  <s> text </s>                        learns text, </s>
@@ -27,45 +28,13 @@ import numpy as np
 
 from dreamllm_jax.data import images
 from dreamllm_jax.data.batch import RowShape, SlotGroup
+from dreamllm_jax.data.chat_template import find_template
 from dreamllm_jax.data.document import Document, Image, Segment, Text
+from dreamllm_jax.data.templates import ChatTemplate, Control, Piece, Said, Template, turns_of
 from dreamllm_jax.data.tokenizer import Tokenizer
 
 Mode = Literal["joint", "comprehension", "creation"]
 MODES = ("joint", "comprehension", "creation")
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Template:
-    """How the turns of a conversation are written.
-
-    Attributes:
-      system: the system's text where a conversation brings none.
-      first: what stands before the user's first words, with `{}` for the system's text, if there is any.
-      user: what stands before the user's words otherwise.
-      assistant: what follows them; a space stands between it and the answer, be that text or an image.
-      end: what follows the assistant's text, before `</s>`.
-      bos_each_turn: whether `<s>` begins every turn of the user, or only the first.
-    """
-
-    system: str
-    first: str
-    user: str
-    assistant: str
-    end: str
-    bos_each_turn: bool
-
-
-TEMPLATES = {
-    # FastChat's vicuna_v1.1.
-    "vicuna_v1": Template(VICUNA_SYSTEM, "{} USER: ", "USER: ", " ASSISTANT:", "", False),
-    # Llama 2 (Touvron et al. 2023), as its reference code writes dialogues.
-    "llama_2": Template("", "[INST] <<SYS>>\n{}\n<</SYS>>\n\n", "[INST] ", " [/INST]", " ", True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +95,7 @@ def encode_document(
       mode: joint, comprehension (images are read) or creation (images are painted). Only pairs and interleaved
         documents differ between them.
       draw: uniform in [0, 1); a pair in mode joint is painted below 0.5 and read otherwise.
-      template: of conversations and instructions, a name of `TEMPLATES`.
+      template: of conversations and instructions, one of `templates.NAMES`.
       learn_dream_start: learn the assistant's decision to paint in conversations too; the original does not.
       see_first: where an image is both painted and read, read it first; the model then paints what it has seen.
       complete: end with `</s>`; False leaves the document open, as a prompt. A conversation that ends with the user's
@@ -149,16 +118,18 @@ def encode_document(
         return Encoded(*joined, starts=(0, len(first.tokens)))
     if document.kind == "pair" and mode == "joint":
         mode = "creation" if draw < 0.5 else "comprehension"
+    written = find_template(template, tokenizer)
     row = _Row(tokenizer, shape, int(document.kind != "conversation"), see_first, seen_in)
     with contextlib.suppress(_Full):
         if document.kind == "conversation":
-            _write_conversation(row, document.segments, TEMPLATES[template], learn_dream_start, complete)
+            _write_conversation(row, document.segments, written, learn_dream_start, complete)
             return row.encoded()
         if document.kind == "instruct_interleaved":
-            _write_conversation(row, [s for s in document.segments if s.role != "assistant"], TEMPLATES[template])
+            asked = [segment for segment in document.segments if segment.role != "assistant"]
+            _write_conversation(row, asked, written, complete=False)
             _write_interleaved(row, [s for s in document.segments if s.role == "assistant"], mode)
         else:
-            row.write([row.special.bos], learn=False)
+            row.write(row.special.begin, learn=False)
         if document.kind == "text":
             for segment in document.texts:
                 row.write_text(segment.text)
@@ -171,7 +142,10 @@ def encode_document(
         elif document.kind == "interleaved":
             _write_interleaved(row, document.segments, mode)
     if complete and document.kind != "conversation":
-        row.end(learn=document.kind != "image_image" and (document.kind, mode) != ("pair", "creation"))
+        end = row.special.eos
+        if document.kind == "instruct_interleaved" and not isinstance(written, Template) and written.end is not None:
+            end = tokenizer.fast.token_to_id(written.end)
+        row.end(end, learn=document.kind != "image_image" and (document.kind, mode) != ("pair", "creation"))
     return row.encoded()
 
 
@@ -190,7 +164,7 @@ def _write_pair(row: "_Row", text: str, image: Image, mode: Mode) -> None:
         row.require(dream=[image])
         ids = row.tokenizer.encode_text(text)
         _, (group,) = row.places((), [image])
-        row.write(ids[: row.room - row.shape.dream[group].tokens - 2], learn=False)
+        row.write(ids[: row.room - len(row.special.painted(row.shape.dream[group].tokens))], learn=False)
         row.write_image(image, dream=True)
     else:
         row.require(see=[image])
@@ -210,11 +184,38 @@ def _write_interleaved(row: "_Row", segments: Sequence[Segment], mode: Mode) -> 
 def _write_conversation(
     row: "_Row",
     segments: Sequence[Segment],
-    template: Template,
+    template: Template | ChatTemplate,
     learn_dream_start: bool = False,
     complete: bool = True,
 ) -> None:
-    """Writes turns in a template.
+    if isinstance(template, Template):
+        _write_dialogue(row, segments, template, learn_dream_start, complete)
+    else:
+        _write_pieces(row, template.pieces(turns_of(segments), not complete), learn_dream_start)
+
+
+def _write_pieces(row: "_Row", pieces: Sequence[Piece], learn_dream_start: bool) -> None:
+    """Writes what a chat template made of a conversation: images are read, the assistant's painted before.
+
+    The text between two special tokens is encoded as one, as `apply_chat_template` does; those of its tokens are
+    learned that have a character to be learned.
+    """
+    for stretched, group in groupby(pieces, lambda piece: isinstance(piece, Said)):
+        if stretched:
+            row.write_stretch([(piece.text, piece.learn) for piece in group])
+            continue
+        for piece in group:
+            if isinstance(piece, Control):
+                row.write([row.tokenizer.fast.token_to_id(piece.token)], piece.learn)
+            else:
+                painted = piece.role == "assistant"
+                row.write_image(piece, see=True, dream=painted, learn_dream_start=painted and learn_dream_start)
+
+
+def _write_dialogue(
+    row: "_Row", segments: Sequence[Segment], template: Template, learn_dream_start: bool, complete: bool
+) -> None:
+    """Writes turns in plain text.
 
     Every stretch of text between images and `</s>` is encoded by itself, as the original's tokenizer does.
     """
@@ -222,13 +223,13 @@ def _write_conversation(
     def say(text: str, learn: bool) -> None:
         row.write_text(text, learn, prefix=row.tokenizer.legacy or not row.behind_special)
 
-    row.write([row.special.bos], learn=False)
+    row.write(row.special.begin, learn=False)
     system = "".join(s.text for s in segments if isinstance(s, Text) and s.role == "system") or template.system
     turns = [(role, list(turn)) for role, turn in groupby(segments, lambda s: s.role) if role != "system"]
     for index, (role, turn) in enumerate(turns):
         if role == "user":
             if template.bos_each_turn and index:
-                row.write([row.special.bos], learn=False)
+                row.write(row.special.begin, learn=False)
             heard = template.user if index or not system else template.first.format(system)
             for segment in turn:
                 if isinstance(segment, Text):
@@ -290,14 +291,25 @@ class _Row:
     @property
     def behind_special(self) -> bool:
         """Whether the last token is a special one that is not the row's first."""
-        special = (self.special.bos, self.special.eos, self.special.im_end, self.special.dream_end)
-        return len(self.tokens) > 1 and self.tokens[-1] in special
+        ids = self.special
+        return len(self.tokens) > 1 and self.tokens[-1] in (ids.bos, ids.eos, ids.seen(1)[-1], ids.dream_end)
 
     def write_text(self, text: str, learn: bool = True, prefix: bool = True) -> None:
         """Writes as much of the text as fits; `prefix` as in `Tokenizer.encode_text`."""
         ids = self.tokenizer.encode_text(text, prefix)
         room = self.room
         self.write(ids[:room], learn)
+        if len(ids) > room:
+            raise _Full
+
+    def write_stretch(self, parts: Sequence[tuple[str, bool]]) -> None:
+        """Writes as much as fits of a text, whose parts are learned or not."""
+        text = "".join(part for part, _ in parts)
+        ids, spans = self.tokenizer.encode_spans(text, first=not self.tokens)
+        learned = np.repeat([learn for _, learn in parts], [len(part) for part, _ in parts])
+        room = self.room
+        for token, (start, end) in list(zip(ids, spans, strict=True))[:room]:
+            self.write([token], learn=bool(learned[start:end].any()))
         if len(ids) > room:
             raise _Full
 
@@ -309,17 +321,16 @@ class _Row:
         if see and self.see_first:
             self._write_see(image, seen[0])
         if dream:
-            self.write([self.special.dream_start], learn_dream_start)
+            start, *rest = self.special.painted(self.shape.dream[painted[0]].tokens)
+            self.write([start], learn_dream_start)
             self.dream.append(Placed(image, len(self.tokens), painted[0]))
-            queries = self.shape.dream[painted[0]].tokens
-            self.write([self.special.im_patch] * queries + [self.special.dream_end], learn=False)
+            self.write(rest, learn=False)
         if see and not self.see_first:
             self._write_see(image, seen[0])
 
     def _write_see(self, image: Image, group: int) -> None:
-        self.write([self.special.im_start], learn=False)
-        self.see.append(Placed(image, len(self.tokens), group))
-        self.write([self.special.im_patch] * self.shape.see[group].tokens + [self.special.im_end], learn=False)
+        self.see.append(Placed(image, len(self.tokens) + len(self.special.before_patches), group))
+        self.write(self.special.seen(self.shape.see[group].tokens), learn=False)
 
     def require(self, see: Sequence[Image] = (), dream: Sequence[Image] = ()) -> None:
         """Raises ValueError unless these images fit."""
@@ -343,11 +354,9 @@ class _Row:
           _Full: tokens or slots are lacking.
         """
         found: list[list[int]] = []
-        room, shape = self.room, self.shape
-        for wanted, groups, before, paints in (
-            (see, shape.see, self.see, False),
-            (dream, shape.dream, self.dream, True),
-        ):
+        room, around = self.room, (len(self.special.seen(0)), len(self.special.painted(0)))
+        uses = ((see, self.shape.see, self.see), (dream, self.shape.dream, self.dream))
+        for (wanted, groups, before), more, paints in zip(uses, around, (False, True), strict=True):
             chosen = [placed.group for placed in before]
             for image in wanted:
                 free = [g for g, group in enumerate(groups) if chosen.count(g) < group.slots]
@@ -356,21 +365,23 @@ class _Row:
                 if not free:
                     raise _Full
                 chosen.append(_next_in_shape(image, groups, free, cropped=paints) if len(free) > 1 else free[0])
-                room -= groups[chosen[-1]].tokens + 2
+                room -= groups[chosen[-1]].tokens + more
             found.append(chosen[len(before) :])
         if room < 0:
             raise _Full
         return found[0], found[1]
 
-    def end(self, learn: bool) -> None:
-        """Writes `</s>` in the reserved place."""
-        self.tokens.append(self.special.eos)
+    def end(self, token: int, learn: bool) -> None:
+        """Writes what ends the document in the reserved place."""
+        self.tokens.append(token)
         self.weights.append(float(learn))
 
     def encoded(self) -> Encoded:
+        weights = np.asarray(self.weights, np.float32)
+        weights[:1] = 0  # nothing stands before it that it could be predicted from
         return Encoded(
             tokens=np.asarray(self.tokens, np.int32),
-            loss_weights=np.asarray(self.weights, np.float32),
+            loss_weights=weights,
             see=tuple(self.see),
             dream=tuple(self.dream),
         )

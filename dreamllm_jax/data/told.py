@@ -9,9 +9,11 @@ from etils import epath
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from dreamllm_jax.data.vocabulary import ADDED_TOKENS
+from dreamllm_jax.data.vocabulary import ADDED_TOKENS, OUR_MARKS, ImageMarks, marks_among
 
-LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+SENTENCEPIECE_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+CHAT_TEMPLATE = "chat_template.jinja"
+MARKS = "image_marks"  # where tokenizer_config.json tells them
 _LISTS = ("additional_special_tokens", "extra_special_tokens")  # of special tokens without a role
 
 
@@ -20,7 +22,8 @@ class Told:
     """What a directory tells of its tokenizer beside the vocabulary.
 
     Attributes:
-      settings: of tokenizer_config.json, over those of special_tokens_map.json.
+      settings: of tokenizer_config.json, over those of special_tokens_map.json; a template of conversations that has a
+        file of its own is taken before the one in there.
       added: tokens that were added to a base vocabulary, by id; ours are among them where they have ids already.
       ends: ids of eos in generation_config.json or config.json.
     """
@@ -36,7 +39,7 @@ class Told:
             return cls()
         names = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
         special, config, generation, model = (read_json(directory / name) for name in names)
-        told = cls({**special, **{name: value for name, value in config.items() if value is not None}})
+        told = cls({**config, **special, **{name: value for name, value in config.items() if value is not None}})
         for index, token in (config.get("added_tokens_decoder") or {}).items():
             flags = {name: token.get(name, False) for name in ("single_word", "lstrip", "rstrip", "normalized")}
             special = token.get("special", False) or told.is_special(token["content"])
@@ -45,6 +48,11 @@ class Told:
         ids = read_json(directory / "added_tokens.json") | {t: i for t, i in _flat(recorded) if t in ADDED_TOKENS}
         for token, index in ids.items():
             told = told.with_token(index, AddedToken(token, normalized=False, special=told.is_special(token)))
+        template = read_json(directory / "chat_template.json").get("chat_template")
+        if (file := directory / CHAT_TEMPLATE).exists():
+            template = file.read_text()
+        if template is not None:
+            told = dataclasses.replace(told, settings={**told.settings, "chat_template": template})
         ends = next((end for file in (generation, model) if (end := file.get("eos_token_id")) is not None), ())
         return dataclasses.replace(told, ends=[ends] if isinstance(ends, int) else list(ends))
 
@@ -90,8 +98,11 @@ class Told:
                 )
 
     def names(self, fast: FastTokenizer) -> dict[str, str]:
-        """The names of bos and eos: as told, else LLaMA's."""
-        names = dict(LLAMA_NAMES)
+        """The names of bos and eos: as told, else SentencePiece's; no bos if that is told, or there is no `<s>`."""
+        names = dict(SENTENCEPIECE_NAMES)
+        bos = SENTENCEPIECE_NAMES["bos_token"]
+        if not self.settings.get("bos_token", fast.token_to_id(bos) is not None and bos):
+            del names["bos_token"]
         ends = [token for index in self.ends if (token := fast.id_to_token(index)) is not None]
         if ends and names["eos_token"] not in ends:
             names["eos_token"] = ends[0]
@@ -103,6 +114,35 @@ class Told:
                     f"the tokenizer has no {name} {token!r}; give its directory with tokenizer_config.json"
                 )
         return names
+
+    def marks(self, fast: FastTokenizer, chosen: ImageMarks | None = None) -> ImageMarks:
+        """How images are marked: as `chosen`, else as told, else as the vocabulary's authors do it, else our way.
+
+        Raises:
+          ValueError: told otherwise than as start, patch and end; or tokens that the vocabulary does not have.
+        """
+        vocabulary = fast.get_vocab()
+        given = self.settings.get(MARKS) if chosen is None else chosen
+        if given is None:
+            return OUR_MARKS if self.recorded.keys() & set(OUR_MARKS) else marks_among(vocabulary)
+        match given:
+            case [str() | None, str(), str() | None]:
+                marks = ImageMarks(*given)
+            case _:
+                raise ValueError(f"{MARKS} are the tokens before, at and after an image's patches, got {given!r}")
+        if marks != OUR_MARKS and (missing := [token for token in marks.tokens if token not in vocabulary]):
+            raise ValueError(f"{MARKS} {', '.join(missing)}: the tokenizer has no such token")
+        if len(set(marks.tokens)) < len(marks.tokens):
+            raise ValueError(f"{MARKS} must differ from each other, got {', '.join(marks.tokens)}")
+        return marks
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of conversations, where several are named the default one."""
+        template = self.settings.get("chat_template")
+        if isinstance(template, Sequence) and not isinstance(template, str):
+            return {each["name"]: each["template"] for each in template}.get("default")
+        return template
 
 
 def _content(token: Any) -> str:

@@ -1,7 +1,8 @@
 """The special tokens that documents with images need."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 # Appended after the base vocabulary, in this order.
 ADDED_TOKENS = (
@@ -16,34 +17,94 @@ ADDED_TOKENS = (
 )
 
 
+class ImageMarks(NamedTuple):
+    """How an image that is read is written: the tokens before, at each of its patches, and after; None for no token."""
+
+    start: str | None
+    patch: str
+    end: str | None
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return tuple(token for token in self if token is not None)
+
+
+OUR_MARKS = ImageMarks("<im_start>", "<im_patch>", "<im_end>")
+# What models were taught to read images by. InternVL's vocabulary has Qwen's too, without a use.
+KNOWN_MARKS = (
+    OUR_MARKS,
+    ImageMarks("<img>", "<IMG_CONTEXT>", "</img>"),  # InternVL
+    ImageMarks("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),  # Qwen2-VL and later
+    ImageMarks(None, "<image>", None),  # LLaVA
+)
+
+
+def marks_among(tokens: Collection[str]) -> ImageMarks:
+    """The first of `KNOWN_MARKS` that a vocabulary has; ours, to be appended, if it has none."""
+    return next((marks for marks in KNOWN_MARKS if all(token in tokens for token in marks.tokens)), OUR_MARKS)
+
+
+def added_tokens(marks: ImageMarks) -> tuple[str, ...]:
+    """Those of `ADDED_TOKENS` that a vocabulary needs whose images are marked so."""
+    return tuple(token for token in ADDED_TOKENS if marks == OUR_MARKS or token not in OUR_MARKS)
+
+
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids. `<im_patch>` is the placeholder at image patches and at dream queries alike."""
+    """Token ids. `im_patch` is the placeholder at image patches and at dream queries alike.
 
-    bos: int
+    `bos` is None where documents begin with nothing; `im_start` and `im_end` where nothing stands around an image.
+    """
+
+    bos: int | None
     eos: int
     pad: int
     image: int
     im_patch: int
-    im_start: int
-    im_end: int
+    im_start: int | None
+    im_end: int | None
     dream: int
     dream_start: int
     dream_end: int
 
     @classmethod
-    def of(cls, bos: int, eos: int, ids: Mapping[str, int]) -> "SpecialTokens":
-        """`ids` has those of `ADDED_TOKENS`, as they are written there."""
-        return cls(bos, eos, *(ids[token] for token in ADDED_TOKENS))
+    def of(cls, bos: int | None, eos: int, ids: Mapping[str, int], marks: ImageMarks = OUR_MARKS) -> "SpecialTokens":
+        """`ids` has those of `added_tokens` and of the marks, as they are written there."""
+        by_name = dict(zip(OUR_MARKS, marks, strict=True))
+        names = [by_name.get(token, token) for token in ADDED_TOKENS]
+        return cls(bos, eos, *(None if name is None else ids[name] for name in names))
 
     @classmethod
-    def last_of(cls, vocab_size: int, bos: int = 1, eos: int = 2) -> "SpecialTokens":
+    def last_of(cls, vocab_size: int, bos: int | None = 1, eos: int = 2) -> "SpecialTokens":
         """The added tokens at the end of a vocabulary of `vocab_size`."""
         return cls(bos, eos, *range(vocab_size - len(ADDED_TOKENS), vocab_size))
 
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """What a document begins with: `<s>`, or nothing."""
+        return () if self.bos is None else (self.bos,)
+
+    @property
+    def before_patches(self) -> tuple[int, ...]:
+        return () if self.im_start is None else (self.im_start,)
+
+    @property
+    def after_patches(self) -> tuple[int, ...]:
+        return () if self.im_end is None else (self.im_end,)
+
+    def seen(self, patches: int) -> tuple[int, ...]:
+        """An image that is read: `<im_start> patches <im_end>`."""
+        return (*self.before_patches, *[self.im_patch] * patches, *self.after_patches)
+
+    def painted(self, queries: int) -> tuple[int, ...]:
+        """An image that is painted: `<dream_start> queries <dream_end>`."""
+        return (self.dream_start, *[self.im_patch] * queries, self.dream_end)
+
     def null_document(self, num_queries: int) -> tuple[int, ...]:
         """`<s> <dream_start> queries <dream_end> </s>`: what an image is painted from when its condition is dropped."""
-        return (self.bos, self.dream_start, *[self.im_patch] * num_queries, self.dream_end, self.eos)
+        return (*self.begin, *self.painted(num_queries), self.eos)
 
-
-NULL_SLOT = 2  # index of the first query in the null document
+    @property
+    def null_slot(self) -> int:
+        """Index of the first query in the null document."""
+        return len(self.begin) + 1

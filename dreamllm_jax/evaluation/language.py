@@ -66,7 +66,8 @@ def token_scores(
 
 
 class LanguageModel(TemplateLM):
-    """A DreamLLM as lm-eval sees a model. Documents begin with `<s>`; what is too long loses its beginning.
+    """A DreamLLM as lm-eval sees a model. Documents begin with `<s>`, where there is one; what is too long loses its
+    beginning.
 
     Args:
       batch: rows at a time on each host; no result depends on it.
@@ -82,14 +83,15 @@ class LanguageModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self._ours.special.bos
+        bos, eos = self._ours.special.bos, self._ours.special.eos
+        return eos if bos is None else bos
 
     @property
     def max_length(self) -> int:
         return self._model.config.language_model.max_position_embeddings
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        begin = [] if add_special_tokens is False else [self._ours.special.bos]
+        begin = () if add_special_tokens is False else self._ours.special.begin
         return [*begin, *self._ours.encode_text(string)]
 
     def _loglikelihood_tokens(

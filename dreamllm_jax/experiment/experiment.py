@@ -151,7 +151,8 @@ class Experiment:
             return group(given, self.model.num_queries, decoder, "moments", sizes=decoder.wants_sizes)
 
         seen, painted = self.rows.seen(encoder.image_size), self.rows.painted
-        return RowShape(self.rows.length, tuple(map(see, seen)), tuple(map(dream, painted)))
+        axes = self.model.language_model.position_axes
+        return RowShape(self.rows.length, tuple(map(see, seen)), tuple(map(dream, painted)), axes)
 
 
 def require_packages(experiment: Experiment) -> None:

@@ -85,5 +85,5 @@ def search(
 
 def _rows(reading: Reading, index: Int[Array, " R"]) -> Reading:
     """The readings of rows `index`, which may repeat."""
-    rest = jax.tree.map(lambda x: x[index], (reading.logits, reading.seen, reading.recent))
-    return Reading(reading.cache.rows(index), *rest)
+    parts = {name: getattr(reading, name) for name in ("logits", "seen", "recent", "position")}
+    return reading.replace(cache=reading.cache.rows(index), **jax.tree.map(lambda x: x[index], parts))

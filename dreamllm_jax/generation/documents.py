@@ -15,6 +15,7 @@ from etils import epath
 
 from dreamllm_jax.common.directories import read_json
 from dreamllm_jax.data import images
+from dreamllm_jax.data.chat_template import ends_of
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
@@ -73,7 +74,8 @@ def generate_documents(
     """Continues documents, all in one batch, and yields what is new as it comes.
 
     A document's text goes on until `<dream_start>`; then the queries are read, an image is painted from them and read
-    back in by the vision encoder (DreamLLM, section 3.3); and so on until `</s>` or until a budget is used up. All
+    back in by the vision encoder (DreamLLM, section 3.3); and so on until `</s>`, the end of a
+    turn in the template, or until a budget is used up. All
     documents that ask for an image after the same stretch of tokens are painted together. A document depends on its own
     prompt and seed alone, up to rounding, and continued from where it once was (its segments as a prompt) it goes on as
     it would have.
@@ -98,8 +100,9 @@ def generate_documents(
     require_sampler(model, sampler)
     if max_tokens < 1 or max_images < 0:
         raise ValueError(f"max_tokens must be positive and max_images not negative, got {max_tokens} and {max_images}")
-    ids = tokenizer.special
-    each = model.config.num_queries + encoder.tokens(*encoder.fitting(width, height)) + 4
+    ids, ends = tokenizer.special, ends_of(template, tokenizer)
+    patches = encoder.tokens(*encoder.fitting(width, height))
+    each = len(ids.painted(model.config.num_queries)) + len(ids.seen(patches))
     reading = begin(model, params, tokenizer, prompts, max_tokens + max_images * each, template, allowed)
     documents = [
         _Document(seed, sum(isinstance(segment, Painted) for segment in prompt), max_tokens, max_images)
@@ -111,11 +114,11 @@ def generate_documents(
 
     while not those("done").all():
         if (writing := those("writing")).any():
-            stop = (ids.eos, ids.dream_start)
+            stop = (*ends, ids.dream_start)
             tokens, count, reading = write(model, params, reading, STRETCH, stop, sampling, jnp.asarray(writing))
             tokens, count = jax.device_get((tokens, count))
             for row in np.flatnonzero(writing):
-                yield from _written(documents[row], int(row), tokens[row, : count[row]].tolist(), tokenizer)
+                yield from _written(documents[row], int(row), tokens[row, : count[row]].tolist(), tokenizer, ends)
         if (asking := those("asking")).any():
             yield from (Event(row, Painted(b""), False) for row in np.flatnonzero(asking).tolist())
             guiding = {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval}
@@ -125,16 +128,18 @@ def generate_documents(
                 yield Event(row, picture, True)
 
 
-def _written(document: _Document, row: int, new: list[int], tokenizer: Tokenizer) -> Iterator[Event]:
-    ids = tokenizer.special
+def _written(
+    document: _Document, row: int, new: list[int], tokenizer: Tokenizer, ends: Sequence[int]
+) -> Iterator[Event]:
+    dream_start = tokenizer.special.dream_start
     new = new[: document.tokens_left]
     document.tokens_left -= len(new)
     last = new[-1]
-    if last == ids.dream_start and document.images_left:
+    if last == dream_start and document.images_left:
         document.state = "asking"
-    elif last in (ids.eos, ids.dream_start) or not document.tokens_left:
+    elif last in (*ends, dream_start) or not document.tokens_left:
         document.state = "done"
-    document.tokens += tuple(token for token in new if token not in (ids.eos, ids.dream_start))
+    document.tokens += tuple(token for token in new if token not in (*ends, dream_start))
     complete = document.state != "writing"
     if document.tokens:
         yield Event(row, Written(tokenizer.decode(document.tokens).strip(), tokens=document.tokens), complete)
@@ -161,7 +166,7 @@ def _paint(
         document.painted += 1
         document.images_left -= 1
         document.state = "writing" if document.tokens_left else "done"
-    return pictures, read_image(model, params, reading, jnp.asarray(seen), jnp.asarray(asking))
+    return pictures, read_image(model, params, reading, jnp.asarray(seen), jnp.asarray(asking), size)
 
 
 def png(pixels: np.ndarray) -> bytes:

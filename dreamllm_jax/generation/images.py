@@ -151,7 +151,8 @@ def generate_images(
     require_sampler(model, sampler)
 
     def hidden(given: Sequence[Sequence[Segment]]) -> Float[Array, "N Q E"]:
-        return read_queries(model, params, begin(model, params, tokenizer, given, model.config.num_queries + 2))[0]
+        reading = begin(model, params, tokenizer, given, model.config.num_queries + 2, writes=False)
+        return read_queries(model, params, reading)[0]
 
     against = (
         jax.tree.map(lambda x: jnp.repeat(x, len(prompts), axis=0), hidden([negative]))

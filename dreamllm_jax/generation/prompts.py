@@ -54,7 +54,7 @@ def encode_prompts(
     ]
     see = [max(sum(placed.group == group for placed in one.see) for one in encoded) for group in range(len(sizes))]
     dream = max(len(one.dream) for one in encoded)
-    length = bucket(max(len(one.tokens) for one in encoded), 32)
+    length = bucket(max(1, *(len(one.tokens) for one in encoded)), 32)
     shape = _shape(config, dict(zip(sizes, map(bucket, see), strict=True)), bucket(dream), length)
     batch = empty_batch(len(prompts), dataclasses.replace(shape, dream=()), tokenizer.special.pad)
     pixels = Pixels(shape, config.vision_encoder.preprocess, config.image_decoder.preprocess)
@@ -103,7 +103,8 @@ def _shape(
         for size, slots in see.items()
         if slots
     )
-    return RowShape(length, tuple(groups), (SlotGroup(dream, config.num_queries, 1, 1),) if dream else ())
+    queries = (SlotGroup(dream, config.num_queries, 1, 1),) if dream else ()
+    return RowShape(length, tuple(groups), queries, config.language_model.position_axes)
 
 
 def _conversation(
@@ -123,7 +124,7 @@ def _open(
     segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMConfig, sizes: Sequence[tuple[int, int]]
 ) -> Encoded:
     ids = tokenizer.special
-    tokens, see, dream = [ids.bos], [], []
+    tokens, see, dream = [*ids.begin], [], []
     for segment in segments:
         if isinstance(segment, Written):
             tokens += segment.tokens
@@ -132,8 +133,8 @@ def _open(
         else:
             if isinstance(segment, Painted):
                 dream.append(Placed(segment, len(tokens) + 1))
-                tokens += [ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]
+                tokens += ids.painted(config.num_queries)
             size = _fitting(config, segment)
-            see.append(Placed(segment, len(tokens) + 1, sizes.index(size)))
-            tokens += [ids.im_start, *[ids.im_patch] * config.vision_encoder.tokens(*size), ids.im_end]
+            see.append(Placed(segment, len(tokens) + len(ids.before_patches), sizes.index(size)))
+            tokens += ids.seen(config.vision_encoder.tokens(*size))
     return Encoded(np.array(tokens, np.int32), np.zeros(len(tokens), np.float32), tuple(see), tuple(dream))

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from dreamllm_jax.data.batch import Batch
 from dreamllm_jax.data.document import Segment
+from dreamllm_jax.data.positions import grid_of, place
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.generation.prompts import bucket, encode_prompts, require_fits
 from dreamllm_jax.model import DreamLLM
@@ -28,12 +29,16 @@ class Reading:
     """What the rows have read so far: keys and values, which tokens; and the logits of their next tokens.
 
     `recent` has the hidden states of the last tokens, and which there are, for a connector that is given the prompt's.
+    `position` is the next token's, of a language model whose positions have three axes; others count what they read.
+    A vocabulary may be larger than the tokenizer's, which has the first `known` ids: the others are never written.
     """
 
     cache: Any
     logits: Float[Array, "B V"]
     seen: Bool[Array, "B V"]
     recent: tuple[Float[Array, "B P E"], Bool[Array, "B P"]] | None = None
+    position: Int[Array, " B"] | None = None
+    known: int | None = struct.field(pytree_node=False, default=None)
 
     @property
     def length(self) -> Int[Array, " B"]:
@@ -114,31 +119,48 @@ def choose(reading: Reading, sampling: Sampling | None) -> Int[Array, " B"]:
     return jnp.where(sampling.temperature > 0, token, greedy).astype(jnp.int32)
 
 
-def _advance(model: DreamLLM, params: dict, reading: Reading, embeddings: Array, counts: Array, seen=()) -> tuple:
-    """The rows read those embeddings that count (padding is on the right): hidden states and Reading."""
+def _advance(
+    model: DreamLLM, params: dict, reading: Reading, embeddings: Array, counts: Array, seen=(), steps: Any = None
+) -> tuple:
+    """The rows read those embeddings that count (padding is on the right): hidden states and Reading.
+
+    Args:
+      steps: i32[T, 3] or i32[B, T, 3] from the next position to each token's, on its axes; None for text.
+    """
     segment_ids = jnp.broadcast_to(counts, embeddings.shape[:2]).astype(jnp.int32)
-    positions = reading.length[:, None] + jnp.arange(segment_ids.shape[1])
+    position = reading.length if reading.position is None else reading.position
+    if steps is None:
+        positions = largest = position[:, None] + jnp.arange(segment_ids.shape[1])
+    else:
+        positions = position[:, None, None] + steps
+        largest = positions.max(axis=2)
+    after = jnp.max(jnp.where(segment_ids > 0, largest + 1, position[:, None]), axis=1)
     joined = model.bind({"params": params})
     hidden, cache = joined.decode(embeddings, positions, segment_ids, reading.cache, seen)
     count = jnp.sum(segment_ids, axis=1)
     final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)
     logits = joined.language_model.logits(final)[:, 0]
+    if reading.known is not None:
+        logits = jnp.where(jnp.arange(logits.shape[1]) < reading.known, logits, -jnp.inf)
     recent = reading.recent
     if recent is not None:
         states = jnp.concatenate([recent[0], hidden], axis=1)
         there = jnp.concatenate([recent[1], segment_ids > 0], axis=1)
         last = jnp.argsort(there, axis=1, stable=True)[:, -recent[0].shape[1] :]
         recent = jnp.take_along_axis(states, last[..., None], axis=1), jnp.take_along_axis(there, last, axis=1)
-    return hidden, Reading(cache, jnp.where((count > 0)[:, None], logits, reading.logits), reading.seen, recent)
+    logits = jnp.where((count > 0)[:, None], logits, reading.logits)
+    position = None if reading.position is None else after
+    return hidden, reading.replace(cache=cache, logits=logits, recent=recent, position=position)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "cache_length"))
-def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: int) -> Reading:
+@functools.partial(jax.jit, static_argnames=("model", "cache_length", "known"))
+def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: int, known: int | None = None) -> Reading:
     """Reads prompts of any lengths, with images to see.
 
     Args:
       prompts: one document a row from position 0, padded on the right with segment 0.
       cache_length: room for prompt and continuation (S).
+      known: ids that the tokenizer has; None for all of the vocabulary.
     """
     rows, joined, read = len(prompts.tokens), model.bind({"params": params}), []
     for slots in prompts.see:
@@ -148,15 +170,18 @@ def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: in
     vocabulary = model.config.language_model.vocab_size
     cache = model.config.language_model.cache(rows, cache_length, jnp.dtype(model.config.dtype))
     ids = model.config.special_tokens
-    around = jnp.asarray([ids.im_patch, ids.im_start, ids.im_end, ids.dream_end])  # never written, so never penalised
+    around = jnp.asarray([*ids.seen(1), ids.dream_end])  # never written, so never penalised
     within = (prompts.segment_ids != 0) & ~jnp.isin(prompts.tokens, around)
     seen = jnp.zeros((rows, vocabulary), bool).at[jnp.arange(rows)[:, None], prompts.tokens].max(within)
     recent, tokens = None, model.config.connector.prompt_tokens
     if tokens:
         states = jnp.zeros((rows, tokens, embeddings.shape[-1]), embeddings.dtype)
         recent = states, jnp.zeros(states.shape[:2], bool)
-    empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen, recent)
-    return _advance(model, params, empty, embeddings, prompts.segment_ids != 0, read)[1]
+    steps, position = None, None
+    if model.config.language_model.position_axes > 1:
+        steps, position = prompts.positions, jnp.zeros(rows, jnp.int32)
+    empty = Reading(cache, jnp.zeros((rows, vocabulary), jnp.float32), seen, recent, position, known)
+    return _advance(model, params, empty, embeddings, prompts.segment_ids != 0, read, steps)[1]
 
 
 def begin(
@@ -167,15 +192,22 @@ def begin(
     new: int,
     template: str = "",
     allowed: int | None = None,
+    writes: bool = True,
 ) -> Reading:
     """Reads how documents begin, with room for `new` tokens; arguments and errors as of `prompts.encode_prompts`.
 
+    Args:
+      writes: text is to follow; where documents begin with no token it can follow nothing but some.
+
     Raises:
-      ValueError: the documents could become longer than the model can read, or than is `allowed`.
+      ValueError: the documents could become longer than the model can read, or than is `allowed`; or there is nothing
+        to go on with.
     """
     batch = encode_prompts(prompts, tokenizer, model.config, template)
+    if writes and not batch.segment_ids[:, 0].all():
+        raise ValueError("a prompt is empty, and this model's documents begin with no token of their own: begin it")
     length = require_fits(model.config, batch, new, allowed) + STRETCH  # the last stretch may be longer, only to be cut
-    return read_prompts(model, params, batch, bucket(length, 64))
+    return read_prompts(model, params, batch, bucket(length, 64), tokenizer.vocab_size)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_tokens", "stop"), donate_argnames=("reading",))
@@ -228,25 +260,33 @@ def read_tokens(
     return advanced.replace(seen=advanced.seen.at[rows, tokens].max(active))
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames=("reading",))
+@functools.partial(jax.jit, static_argnames=("model", "size"), donate_argnames=("reading",))
 def read_image(
     model: DreamLLM,
     params: dict,
     reading: Reading,
     images: UInt8[Array, "B ..."],
     active: Bool[Array, " B"] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Reading:
-    """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, as the encoder preprocesses it."""
+    """Every row, or every active one, reads an image, `<im_start> patches <im_end>`, as the encoder preprocesses it.
+
+    Args:
+      size: height and width of the images, where the encoder takes them apart.
+    """
     ids = model.config.special_tokens
     joined = model.bind({"params": params})
     seen = joined.see(images)
-    patches = seen.shape[1]
-    tokens = jnp.asarray([ids.im_start, *[ids.im_patch] * patches, ids.im_end], jnp.int32)
-    tokens = jnp.broadcast_to(tokens, (images.shape[0], patches + 2))
-    slots = jnp.ones((images.shape[0], 1), jnp.int32)
+    patches, first = seen.shape[1], len(ids.before_patches)
+    tokens = jnp.asarray(ids.seen(patches), jnp.int32)
+    tokens = jnp.broadcast_to(tokens, (images.shape[0], len(tokens)))
+    slots = jnp.full((images.shape[0], 1), first, jnp.int32)
     read = [(seen[:, None], slots)]
     counts = True if active is None else active[:, None]
-    return _advance(model, params, reading, joined.embed(tokens, read), counts, read)[1]
+    steps = None
+    if model.config.language_model.position_axes > 1:
+        steps = place(tokens.shape[1], [(first, grid_of(patches, *(size or images.shape[1:3])))])
+    return _advance(model, params, reading, joined.embed(tokens, read), counts, read, steps)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "announced"), donate_argnames=("reading",))
@@ -265,7 +305,7 @@ def read_queries(
     """
     ids, queries = model.config.special_tokens, model.config.num_queries
     start = 0 if announced else 1
-    tokens = [ids.dream_start, *[ids.im_patch] * queries, ids.dream_end][1 - start :]
+    tokens = ids.painted(queries)[1 - start :]
     tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (reading.logits.shape[0], len(tokens)))
     slots = jnp.full((tokens.shape[0], 1), start, jnp.int32)
     embeddings = model.bind({"params": params}).embed(tokens, dream_slots=[slots])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dreamllm_jax.data.chat_template import ends_of
 from dreamllm_jax.data.document import Segment
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.generation.beams import search
@@ -26,7 +27,9 @@ def generate_texts(
     length_penalty: float = 1.0,
     template: str = "",
 ) -> list[str]:
-    """Continues every prompt until `</s>`, in one batch; each depends on itself and its seed alone, up to rounding.
+    """Continues every prompt until `</s>` or its turn's end, in one batch.
+
+    Each depends on itself and its seed alone, up to rounding.
 
     Args:
       prompts: how the documents begin, or the turns of conversations.
@@ -43,7 +46,7 @@ def generate_texts(
         raise ValueError("beams search for the most probable text: nothing is drawn, so leave the sampling out")
     if beams < 1 or max_tokens < 1:
         raise ValueError(f"beams and max_tokens must be positive, got {beams} and {max_tokens}")
-    eos = (tokenizer.special.eos,)
+    eos = ends_of(template, tokenizer)
     reading = begin(model, params, tokenizer, prompts, max_tokens, template)
     if beams > 1:
         tokens, count, _ = jax.device_get(search(model, params, reading, beams, max_tokens, eos, length_penalty))

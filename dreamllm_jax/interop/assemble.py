@@ -87,4 +87,5 @@ def _fresh(config: DreamLLMConfig, seed: int) -> dict[str, dict[str, Tensor]]:
     return {
         name: {key: Tensor.of(np.ascontiguousarray(array)) for key, array in to_torch(nn.unbox(tree["params"])).items()}
         for name, tree in params.items()
+        if "params" in tree  # a projector may have none
     }

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dreamllm_jax.checkpoints.saved import SavedModel, write_description, write_params
 from dreamllm_jax.common.directories import building, is_remote, require_free, require_room
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.data.vocabulary import OUR_MARKS
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.dreamllm import require_expressible, write_dreamllm
 from dreamllm_jax.interop.files import Scratch, import_torch
@@ -119,7 +120,7 @@ def export_model(
     for kind in formats:
         _require_expressible(saved.config, kind)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer.exists() else None
-    _warn_of_tokenizer(tokenizer, formats)
+    _check_tokenizer(tokenizer, formats)
     parts = {part for kind in formats for part in FORMATS[kind]}
     leaves = {path: leaf for path, leaf in saved.leaves().items() if _part(path) in parts}
     leaves = dict(sorted(leaves.items(), key=lambda item: PARTS.index(_part(item[0]))))
@@ -155,9 +156,15 @@ def export_model(
     return passed
 
 
-def _warn_of_tokenizer(tokenizer: Tokenizer | None, formats: Sequence[str]) -> None:
+def _check_tokenizer(tokenizer: Tokenizer | None, formats: Sequence[str]) -> None:
+    """Warns of what an export lacks; ValueError for what the original program does not know."""
     if tokenizer is None:
         _logger.warning("the checkpoint has no tokenizer, and neither has the export")
+    elif "dreamllm" in formats and tokenizer.marks != OUR_MARKS:
+        raise ValueError(
+            f"the original program does not mark images by {', '.join(tokenizer.marks.tokens)}: "
+            "export with --format=hf or diffusers"
+        )
     elif "dreamllm" in formats and tokenizer.sentencepiece_model is None:
         _logger.warning(
             "the tokenizer is not SentencePiece's: the original program's scripts miss their tokenizer.model"

@@ -293,6 +293,7 @@ def _name_in_plugin(prefix: str, tower: Any, name: str) -> str:
 def require_expressible(config: DreamLLMConfig) -> None:
     """Raises ValueError naming a setting that the original program does not know."""
     llama, encoder, projector = config.language_model, config.vision_encoder, config.visual_projector
+    special = config.special_tokens
     kinds = {
         "language_model": (llama, ("llama",)),
         "vision_encoder": (encoder, ("clip",)),
@@ -312,6 +313,7 @@ def require_expressible(config: DreamLLMConfig) -> None:
             "connector.pre_layernorm": config.connector.pre_layernorm,
             "connector.post_layernorm": config.connector.post_layernorm,
             "connector of kind 'conv' for a pooled vector": pooled and config.connector.kind == "conv",
+            "documents without <s>, or images without marks around them": None in dataclasses.astuple(special),
             "visual_projector.layer_norm_eps other than vision_encoder.layer_norm_eps": projector.post_layernorm
             and projector.layer_norm_eps != encoder.layer_norm_eps,
         }

@@ -75,17 +75,18 @@ def grow(part: Part, vocab_size: int, new_tokens: Sequence[int], init: str, seed
 
     Args:
       part: as from `open_language_model`.
-      vocab_size: rows wanted; never fewer than there are.
+      vocab_size: ids of the tokenizer: rows wanted; where there are more, as in a vocabulary padded to a multiple, they
+        stay.
       new_tokens: ids whose rows are new (also if the matrix had them, unused, before).
-      init: "normal" (zero mean, the configuration's `initializer_range`) or "mean" (of all other rows).
+      init: "normal" (zero mean, the configuration's `initializer_range`) or "mean" (of all other tokens' rows).
 
     Raises:
       ValueError: a matrix is not of the configuration's vocabulary.
     """
     config = part.config
-    old, vocab_size = config.vocab_size, max(vocab_size, config.vocab_size)
+    old, known, vocab_size = config.vocab_size, vocab_size, max(vocab_size, config.vocab_size)
     new = np.array(sorted({*new_tokens, *range(old, vocab_size)}), int)
-    kept = np.setdiff1d(np.arange(old), new)
+    kept = np.setdiff1d(np.arange(min(old, known)), new)
 
     def grown(name: str, tensor: Tensor) -> Tensor:
         if tensor.shape != (old, config.hidden_size):

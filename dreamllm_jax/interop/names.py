@@ -19,10 +19,10 @@ from dreamllm_jax.common import recognise
 from dreamllm_jax.interop.files import Tensor, is_float, require_finite
 from dreamllm_jax.layers.lora import is_adapter
 
-STACKS = frozenset({"layer", "layers", "transformer_blocks"})  # modules that are scanned stacks of layers
+STACKS = frozenset({"blocks", "layer", "layers", "transformer_blocks"})  # modules that are scanned stacks of layers
 _LISTS = (
     *("down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers"),
-    *("to_out", "to_qkv_multiscale", "net", "projector", "pooled_projector"),
+    *("to_out", "to_qkv_multiscale", "net", "projector", "pooled_projector", "mlp"),
 )
 _LISTED = re.compile(rf"^({'|'.join(_LISTS)})_(\d+)$")
 _KIND = re.compile(r"^(\d+)_of_(\d+)$")
@@ -51,13 +51,13 @@ def _to_ours(leaf: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
         return tensor
     if tensor.ndim == 4 and ndim == 2 and tensor.shape[2:] == (1, 1):  # a 1x1 convolution stored for a linear layer
         tensor = tensor[:, :, 0, 0]
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+    return tensor.transpose(*range(2, tensor.ndim), 1, 0)
 
 
 def _to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
     if leaf != "kernel":
         return array
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    return array.transpose(-1, -2, *range(array.ndim - 2))
 
 
 def _is_scanned(path: str) -> bool:

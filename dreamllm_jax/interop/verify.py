@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from dreamllm_jax.data.positions import grid_of, place
 from dreamllm_jax.interop import dreamllm_modules, torch_modules, vision_language_modules
 from dreamllm_jax.interop.dreamllm import tower_directory
 from dreamllm_jax.interop.files import import_torch, read_config
@@ -213,15 +214,20 @@ def _inputs(config: DreamLLMConfig) -> Values:
     language, encoder, decoder = config.language_model, config.vision_encoder, config.image_decoder
     text = rng.integers(language.vocab_size, size=min(32, language.max_length))
     half = len(text) // 2
-    see = [ids.bos, *text[:half], ids.im_start, *[ids.im_patch] * encoder.num_patches, ids.im_end]
-    dream = [*text[half:], ids.dream_start, *[ids.im_patch] * config.num_queries, ids.dream_end]
+    before = [*ids.begin, *text[:half], *ids.before_patches]
+    see = [*ids.begin, *text[:half], *ids.seen(encoder.num_patches)]
+    dream = [*text[half:], *ids.painted(config.num_queries)]
     side, multiple = encoder.image_size, decoder.training_size_multiple
+    places = np.arange(len(see + dream))
+    if language.position_axes > 1:
+        places = place(len(places), [(len(before), grid_of(encoder.num_patches, side, side))])
     picture = 2 * multiple, 3 * multiple
     values = {
         "text": [text],
         "document": [see + dream],
         "seen": [see],
-        "see_slots": [[half + 2]],
+        "places": [places],
+        "see_slots": [[len(before)]],
         "dream_slots": [[len(see) + len(text) - half + 1]],
         "pixels": rng.normal(size=(1, side, side, 3)),
         "images": rng.uniform(-1, 1, (1, *picture, 3)),
@@ -279,19 +285,20 @@ def _our_vision_encoder(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
 
 
 def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
-    def decode(x: jax.Array) -> jax.Array:
-        return joined.decode(x, jnp.arange(x.shape[1])[None], jnp.ones(x.shape[:2], jnp.int32))[0]
+    def decode(x: jax.Array, places: jax.Array) -> jax.Array:
+        return joined.decode(x, places, jnp.ones(x.shape[:2], jnp.int32))[0]
 
+    text, places = values["text"], values["places"]
     logits, given = joined.language_model.logits, joined.variables["params"]
-    outputs = {"language model/logits": logits(decode(joined.embed(values["text"])))}
+    outputs = {"language model/logits": logits(decode(joined.embed(text), jnp.arange(text.shape[1])[None]))}
     if "visual_projector" not in given:
         return outputs
     seen = [(joined.visual_projector(values["vision encoder/states"])[None], values["see_slots"])]
     if "dream_queries" not in given:
-        hidden = decode(joined.embed(values["seen"], seen))
+        hidden = decode(joined.embed(values["seen"], seen), places[:, : values["seen"].shape[1]])
         return outputs | {"multimodal forward/logits": logits(hidden)}
     slots = values["dream_slots"]
-    hidden = decode(joined.embed(values["document"], seen, [slots]))
+    hidden = decode(joined.embed(values["document"], seen, [slots]), places)
     at_queries = take(hidden, slots, joined.config.num_queries)[:, 0]
     outputs["multimodal forward/logits"] = logits(hidden)
     condition = joined.condition(at_queries)
@@ -329,7 +336,8 @@ def _run_theirs(run: Callable, config: DreamLLMConfig, loaders: Mapping, sides: 
     for part, module in modules.items():
         _require_same_settings(part, config, module)
         # By the parameters: other tensors are loaded as float32 from files of any type.
-        dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in module.parameters()))
+        types = [parameter.dtype for parameter in module.parameters()] or [torch.float32]
+        dtype = functools.reduce(torch.promote_types, types)
         stored[part] = str(dtype).removeprefix("torch."), sum(tensor.numel() for tensor in _in_files(module))
     for dtype, values in sides.items():  # float32 comes first: there is no way back from bfloat16
         to = getattr(torch, dtype)
@@ -377,7 +385,10 @@ def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMCon
     if paints:
         at_queries = slice(int(values["dream_slots"]), int(values["dream_slots"]) + config.num_queries)
         (x[:, at_queries],) = modules["dream_queries"].values()
-    hidden = language_model.model(inputs_embeds=x).last_hidden_state
+    places = values["places"][:, : x.shape[1]]
+    if places.ndim == 3:
+        places = places.permute(2, 0, 1)  # transformers has the axes first
+    hidden = language_model.model(inputs_embeds=x, position_ids=places).last_hidden_state
     outputs["multimodal forward/logits"] = language_model.lm_head(hidden)
     if paints:
         condition = modules["connector"](hidden[:, at_queries])

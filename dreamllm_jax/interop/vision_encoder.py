@@ -1,5 +1,6 @@
 """A vision encoder in Hugging Face's layout, alone or in a whole model, and its image processor."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,10 @@ def read_vision_config(directory: Path, select_layer: int | None = None, joined:
 
 def _vision_encoder_of(more: Mapping[str, Any], joined: bool, settings: Mapping[str, Any]) -> VisionEncoderConfig:
     settings, besides = settings_of(VISION, settings, joined)
-    return reader(registry.VISION_ENCODERS, settings).from_public(settings, **{**besides, **more})
+    tower = reader(registry.VISION_ENCODERS, settings)
+    if unknown := more.keys() - {field.name for field in dataclasses.fields(tower)}:
+        raise ValueError(f"a vision encoder of kind {tower.kind!r} has no {', '.join(unknown)} to choose")
+    return tower.from_public(settings, **{**besides, **more})
 
 
 def _with_processor(config: VisionEncoderConfig, settings: Mapping) -> VisionEncoderConfig:

@@ -3,7 +3,7 @@
 A layout is a row of `LAYOUTS`. Each part is opened as if it lay alone: `open_language_model` and `open_vision_encoder`
 take theirs, `open_visual_projector` the third.
 
-LLaVA is arXiv 2304.08485 and 2310.03744, LLaVA-OneVision 2408.03326, InternVL3 2504.10479.
+LLaVA is arXiv 2304.08485 and 2310.03744, LLaVA-OneVision 2408.03326, InternVL3 2504.10479, Qwen2.5-VL 2502.13923.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from dreamllm_jax.interop import files, internvl
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.towers.connectors.newline import NewlineConfig
-from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
 from dreamllm_jax.towers.registry import VisualProjectorConfig
 
 LANGUAGE, VISION, PROJECTOR = "language_model", "vision_encoder", "visual_projector"
@@ -206,6 +206,20 @@ LAYOUTS = (
         projecting=_onevision_projecting,
         towers=_LLAVA_TOWERS,
         project=_onevision_project,
+    ),
+    Layout(
+        types=("qwen2_5_vl",),
+        torch_class="Qwen2_5_VLForConditionalGeneration",
+        groups=MappingProxyType({LANGUAGE: "", VISION: ""}),  # both read the whole of it, of either generation
+        names=(
+            (r"(model\.)?visual\.", VISION, ""),
+            (r"model\.language_model\.", LANGUAGE, "model."),
+            (r"(?=model\.|lm_head\.)", LANGUAGE, ""),
+        ),
+        seeing=lambda _: {},
+        projecting=lambda _: IdentityConfig(),
+        towers=MappingProxyType({LANGUAGE: "model.language_model", VISION: "model.visual"}),
+        project=lambda _, states: states,
     ),
 )
 

@@ -88,7 +88,8 @@ def painting_error(
 
 def _towers(model: DreamLLM, params: dict, *names: str) -> tuple[dict, dict]:
     """The parameters of some towers, cast as they are used, and their `Weight`s."""
-    params, weights = ({name: tree[name] for name in names} for tree in (params, abstract_params(model.config)))
+    trees = (params, abstract_params(model.config))  # a projector may have none
+    params, weights = ({name: tree[name] for name in names if name in tree} for tree in trees)
     return cast_early(params, weights, model.config.dtype), weights
 
 

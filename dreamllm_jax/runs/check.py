@@ -16,7 +16,7 @@ from dreamllm_jax.experiment import recipes
 from dreamllm_jax.experiment.experiment import Experiment, read_experiment, require_mesh_fits, require_packages
 from dreamllm_jax.model import abstract_params
 from dreamllm_jax.parallel.mesh import MESH_AXES
-from dreamllm_jax.runs.start import require_initial, require_room, with_initial
+from dreamllm_jax.runs.start import require_initial, require_room, require_templates, with_initial
 from dreamllm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dreamllm_jax.training.parameters import RANDOM_AND_FROZEN, count_and_bytes, count_parameters, parameter_lines
 from dreamllm_jax.training.state import Leaves, split_params
@@ -68,7 +68,9 @@ def _require_data(experiment: Experiment) -> None:
             f"with --name={missing[0]}, or leave it out of config.data.corpora"
         )
     if not experiment.parameters.init_from or data.tokenizer:  # otherwise that model has one
-        require_room(open_tokenizer(data.path, data.tokenizer), experiment.model)
+        tokenizer = open_tokenizer(data.path, data.tokenizer)
+        require_room(tokenizer, experiment.model)
+        require_templates(tokenizer, data)
 
 
 def describe(config: Mapping[str, Any]) -> str:

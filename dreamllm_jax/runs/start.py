@@ -20,6 +20,7 @@ from etils import epath
 from dreamllm_jax.checkpoints.saved import CONFIG_FILE, TOKENIZER, write_description
 from dreamllm_jax.common.configuration import ConfigError, differences, read
 from dreamllm_jax.common.directories import absolute, is_remote, read_json, write_whole
+from dreamllm_jax.data.chat_template import find_template
 from dreamllm_jax.data.preparation import SOURCES, prepare
 from dreamllm_jax.data.settings import DataConfig
 from dreamllm_jax.data.storage import SUMMARY, open_tokenizer
@@ -97,6 +98,7 @@ def start_run(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
 
     tokenizer = open_tokenizer(data.path, data.tokenizer)
     require_room(tokenizer, experiment.model)
+    require_templates(tokenizer, data)
     model = dataclasses.replace(experiment.model, special_tokens=tokenizer.special)
     run = Run(workdir, dataclasses.replace(experiment, model=model, data=data), tokenizer, config)
     if not begun:
@@ -165,6 +167,15 @@ def require_room(tokenizer: Tokenizer, model: DreamLLMConfig) -> None:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids, config.model.language_model.vocab_size has room for {room}"
         )
+
+
+def require_templates(tokenizer: Tokenizer, data: DataConfig) -> None:
+    """Raises ConfigError for a template of conversations that the tokenizer cannot write."""
+    for name, corpus in data.corpora.items():
+        try:
+            find_template(corpus.template, tokenizer)
+        except ValueError as error:
+            raise ConfigError(f"config.data.corpora.{name}.template: {error}") from None
 
 
 def with_initial(

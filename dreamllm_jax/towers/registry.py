@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dreamllm_jax.towers.connectors.newline import NewlineConfig
-from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
 from dreamllm_jax.towers.image_decoders.sana import SanaConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion_3 import StableDiffusion3Config
@@ -14,14 +14,16 @@ from dreamllm_jax.towers.image_decoders.stable_diffusion_xl import StableDiffusi
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
 from dreamllm_jax.towers.language_models.qwen2 import Qwen2Config
 from dreamllm_jax.towers.language_models.qwen3 import Qwen3Config
+from dreamllm_jax.towers.language_models.qwen25_vl import Qwen25VLConfig
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
+from dreamllm_jax.towers.vision_encoders.qwen25_vl import Qwen25VisionConfig
 from dreamllm_jax.towers.vision_encoders.siglip import SiglipVisionConfig
 
 # The first of a role is taken where a public file does not say what it is.
-LANGUAGE_MODELS = (LlamaConfig, Qwen2Config, Qwen3Config)
-VISION_ENCODERS = (ClipVisionConfig, SiglipVisionConfig, InternVitConfig)
-VISUAL_PROJECTORS = (ProjectorConfig, NewlineConfig)
+LANGUAGE_MODELS = (LlamaConfig, Qwen2Config, Qwen3Config, Qwen25VLConfig)
+VISION_ENCODERS = (ClipVisionConfig, SiglipVisionConfig, InternVitConfig, Qwen25VisionConfig)
+VISUAL_PROJECTORS = (ProjectorConfig, NewlineConfig, IdentityConfig)
 CONNECTORS = (ProjectorConfig,)
 IMAGE_DECODERS = (StableDiffusionConfig, StableDiffusionXLConfig, SanaConfig, StableDiffusion3Config)
 

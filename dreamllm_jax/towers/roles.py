@@ -29,6 +29,7 @@ class LanguageModelRole(Protocol):
         on, which `rope_scaling`, if any, stretches.
       lora: adapters, None for none (`layers.lora`).
       divided: mesh axes, and the setting that they must divide.
+      position_axes: of a token's position: 1, or 3 (`data.positions`).
     """
 
     kind: str
@@ -42,6 +43,8 @@ class LanguageModelRole(Protocol):
     @property
     def max_length(self) -> int: ...
     @property
+    def position_axes(self) -> int: ...
+    @property
     def divided(self) -> tuple[tuple[tuple[str, ...], str], ...]: ...
     def make(self, dtype: Any, remat: str) -> "LanguageModel": ...
     def cache(self, rows: int, length: int, dtype: Any) -> Any: ...
@@ -50,13 +53,16 @@ class LanguageModelRole(Protocol):
 
 
 class LanguageModel(Protocol):
-    """Its module. `__call__` gives the hidden states after the final norm, and the cache with this call's tokens."""
+    """Its module. `__call__` gives the hidden states after the final norm, and the cache with this call's tokens.
+
+    Positions have as many axes as the configuration says; one for all of them will do where they are alike, in text.
+    """
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]: ...
     def __call__(
         self,
         embeddings: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | Int[Array, "B T 3"],
         segment_ids: Int[Array, "B T"],
         cache: Any = None,
     ) -> tuple[Float[Array, "B T E"], Any]: ...

@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_named(whole, tmp_path):
     with pytest.raises(ValueError, match="has its own: leave out --vision-encoder, --select-layer"):
         more = {"vision_encoder": other, "select_layer": 1}
         run("import", vision_language=other, **more, image_decoder=whole / "decoder", to=tmp_path / "to")
-    towers = public_models.save_llama(tmp_path / "llama")
+    towers = public_models.save_language_model(tmp_path / "llama")
     with pytest.raises(ValueError, match=r"config\.json: model_type 'llama' is of no vision-language model"):
         run("import", vision_language=towers, image_decoder=whole / "decoder", to=tmp_path / "to")
     assert not (tmp_path / "to").exists()

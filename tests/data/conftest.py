@@ -9,7 +9,7 @@ from PIL import Image
 from dreamllm_jax.data import images, storage, tokenizer
 from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.corpora import compose
-from dreamllm_jax.data.tokens import VICUNA_SYSTEM
+from dreamllm_jax.data.templates import VICUNA_SYSTEM
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 
 COLOURS = {

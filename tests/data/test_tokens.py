@@ -6,8 +6,9 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.templates import VICUNA_SYSTEM
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import VICUNA_SYSTEM, encode_document
+from dreamllm_jax.data.tokens import encode_document
 from dreamllm_jax.data.vocabulary import ADDED_TOKENS
 from tests.data.conftest import with_slots
 

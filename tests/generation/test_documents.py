@@ -1,5 +1,6 @@
 """Documents of text and images: the same alone, in a batch, and continued from what was saved."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -14,8 +15,9 @@ from dreamllm_jax.generation import images as painting
 from dreamllm_jax.generation.documents import DOCUMENT, PAGE, generate_documents, load_document, png, save_document
 from dreamllm_jax.generation.images import paint
 from dreamllm_jax.generation.prompts import Painted, Written, encode_prompts, require_fits
-from dreamllm_jax.generation.text import Sampling
+from dreamllm_jax.generation.text import Sampling, begin, read_image, read_queries
 from dreamllm_jax.layers.rope import RopeScaling
+from dreamllm_jax.model import DreamLLM
 from tests.painter import TOKENIZER, model_that_paints
 from tests.tiny import DREAM_SIZE
 
@@ -166,3 +168,21 @@ def test_other_shapes_seeds_and_scales_of_images():
     with pytest.raises(ValueError, match=r"two ascending numbers from 0 to 1, got 0\.7 and 0\.3"):
         painted(guidance_interval=(0.7, 0.3))
     assert np.abs(without - hardly).max() <= 1 and painting._sample._cache_size() <= compiled + 2
+
+
+@pytest.mark.slow
+def test_a_model_whose_documents_begin_with_nothing_and_whose_images_have_no_marks():
+    special = dataclasses.replace(TOKENIZER.special, bos=None, im_start=None, im_end=None)
+    tokenizer, model = copy.copy(TOKENIZER), DreamLLM(dataclasses.replace(MODEL.config, special_tokens=special))
+    tokenizer.special = special
+    reading = begin(model, PARAMS, tokenizer, [[Text("")], [Text("a red fox"), PICTURE]], 8, writes=False)
+    assert reading.length.tolist() == [0, len(TOKENIZER.encode_text("a red fox")) + 4]
+    hidden, _ = read_queries(model, PARAMS, reading)
+    null = model.bind({"params": PARAMS}).null_hidden()
+    np.testing.assert_allclose(hidden[0], null, rtol=1e-5, atol=1e-5)
+    reading = begin(model, PARAMS, tokenizer, [[Text("a red fox")], [Text("a red fox"), PICTURE]], 8)
+    pixels = model.config.vision_encoder.preprocess(images.decode(PICTURE.data), 16, 16)
+    again = read_image(model, PARAMS, reading, np.stack([pixels] * 2), np.array([True, False]))
+    np.testing.assert_allclose(again.logits[0], again.logits[1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="a prompt is empty, and this model's documents begin with no token"):
+        next(generate_documents(model, PARAMS, tokenizer, [[Text("")]], **BUDGET))

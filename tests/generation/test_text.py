@@ -1,5 +1,8 @@
 """What is written equals what transformers' generate writes with the same weights, and draws are as asked for."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +20,8 @@ from dreamllm_jax.data.batch import Batch
 from dreamllm_jax.generation.beams import search
 from dreamllm_jax.generation.text import Reading, Sampling, choose, read_prompts, write
 from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.towers.language_models.qwen2 import Qwen2Config
+from dreamllm_jax.towers.language_models.qwen3 import Qwen3Config
 from tests.tiny import TinyDocument, make_batch, tiny_config, tiny_params
 from tests.torch_reference import TorchDreamLLM
 
@@ -24,6 +29,17 @@ CONFIG = tiny_config()
 MODEL, PARAMS = DreamLLM(CONFIG), tiny_params(CONFIG)
 PROMPTS, NEW = 64, 10
 IDS = CONFIG.special_tokens
+
+LLAMA = CONFIG.language_model
+SIZES = {
+    name: getattr(LLAMA, name)
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+}
+FAMILIES = {
+    "llama": LLAMA,
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=12),
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +55,11 @@ def prompts(documents) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return TorchDreamLLM(CONFIG, PARAMS).language_model.eval()
+def family(request):
+    """A language model of the family as both programs have it: ours, its parameters, transformers'."""
+    config = dataclasses.replace(CONFIG, language_model=FAMILIES[request.param])
+    params = tiny_params(config)
+    return DreamLLM(config), params, TorchDreamLLM(config, params).language_model.eval()
 
 
 def stop_at(reference, documents) -> int:
@@ -50,19 +69,29 @@ def stop_at(reference, documents) -> int:
     return int(np.bincount(chosen).argmax())
 
 
+SETTINGS = [{}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 0.5}, {"repetition_penalty": 1.7}]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "settings", [{}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 0.5}, {"repetition_penalty": 1.7}]
+    ("family", "settings"),
+    [
+        *(("llama", settings) for settings in SETTINGS),
+        *((family, settings) for family in ("qwen2", "qwen3") for settings in SETTINGS[:2]),
+    ],
+    indirect=["family"],
+    ids=str,
 )
-def test_equals_transformers(documents, prompts, reference, settings):
+def test_equals_transformers(documents, prompts, family, settings):
+    model, params, reference = family
     stop = stop_at(reference, documents)
-    reading = read_prompts(MODEL, PARAMS, prompts, 48)
+    reading = read_prompts(model, params, prompts, 48)
     if beams := settings.get("num_beams"):
-        tokens, count, _ = search(MODEL, PARAMS, reading, beams, NEW, (stop,), settings.get("length_penalty", 1.0))
+        tokens, count, _ = search(model, params, reading, beams, NEW, (stop,), settings.get("length_penalty", 1.0))
     else:
         penalty = settings.get("repetition_penalty", 1.0)
         sampling = Sampling.of(range(PROMPTS), temperature=0.0, repetition_penalty=penalty)
-        tokens, count, _ = write(MODEL, PARAMS, reading, NEW, (stop,), sampling)
+        tokens, count, _ = write(model, params, reading, NEW, (stop,), sampling)
     config = GenerationConfig(
         max_new_tokens=NEW, do_sample=False, eos_token_id=stop, pad_token_id=IDS.pad, bos_token_id=IDS.bos, **settings
     )
@@ -125,6 +154,19 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(prompts):
     whole = written(slice(0, 6), range(6))
     np.testing.assert_array_equal(written(slice(2, 4), [2, 3]), whole[2:4])
     assert (written(slice(2, 4), [8, 9]) != whole[2:4]).any()
+
+
+@pytest.mark.slow
+def test_ids_that_the_tokenizer_does_not_have_are_never_written(prompts):
+    some, known = jax.tree.map(lambda x: x[:8], prompts), 20
+    for limit, few in ((None, False), (known, True)):
+        read = functools.partial(read_prompts, MODEL, PARAMS, some, 48, limit)
+        drawn, *_ = write(MODEL, PARAMS, read(), NEW, (known - 1,), Sampling.of(range(8), 3.0, repetition_penalty=1.5))
+        likely, *_ = write(MODEL, PARAMS, read(), NEW, (known - 1,))
+        searched, *_ = search(MODEL, PARAMS, read(), 3, NEW, (known - 1,), 1.0)
+        for tokens in (drawn, likely, searched):
+            written = np.asarray(tokens)
+            assert (written[written != IDS.pad] < known).all() == few
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dreamllm_jax.data.vocabulary import SpecialTokens
 from dreamllm_jax.interop.language_model import hf_settings
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.layers.rope import RopeScaling
-from dreamllm_jax.towers.language_models.decoder import Decoder, KVCache
+from dreamllm_jax.towers.language_models.decoder import Decoder
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
 from tests.parity import assert_same, gradients, random_weights, randomised, relative_error, tensors
 from tests.tiny import logits_of
@@ -127,7 +127,7 @@ def test_dynamic_scaling_follows_what_each_row_has_read():
     """As transformers with its cache does for a row alone, whatever rows lie beside it."""
     theirs, ours, params = pair(**VARIANTS["dynamic"])
     tokens, step = tokens_of(2, 14), jax.jit(run.__wrapped__, static_argnums=0)
-    cache, theirs_cache = KVCache.create(ours.config, 2, 64), transformers.DynamicCache()
+    cache, theirs_cache = ours.config.cache(2, 64), transformers.DynamicCache()
     for start, stop in ((0, 10), (10, 11), (11, 14)):
         with torch.no_grad():
             want = theirs.model(torch.from_numpy(tokens[:1, start:stop]), past_key_values=theirs_cache)
@@ -212,7 +212,7 @@ def test_the_cache_changes_nothing_for_ragged_rows():
     assert (calls.sum(0) == lengths).all()
 
     step = jax.jit(run.__wrapped__, static_argnums=0, donate_argnums=5)
-    cache = KVCache.create(ours.config, rows, 10)
+    cache = ours.config.cache(rows, 10)
     done, got = np.zeros(rows, int), [[] for _ in range(rows)]
     for counts in calls:
         width = counts.max()
@@ -233,7 +233,7 @@ def test_the_cache_changes_nothing_for_ragged_rows():
 
 def test_a_full_cache_drops_what_does_not_fit():
     ours, params = small()
-    _, full = hidden_of(ours, params, tokens_of(1, 4), cache=KVCache.create(ours.config, 1, 4))
+    _, full = hidden_of(ours, params, tokens_of(1, 4), cache=ours.config.cache(1, 4))
     _, over = hidden_of(ours, params, tokens_of(1, 4), cache=full)
     np.testing.assert_array_equal(over.k, full.k)
 

@@ -173,4 +173,39 @@ class ProjectorConnector(Projector):
         return self._multiply(mean, "pooled_projector", config.depth, self.pooled, config.pooled_bias)
 
 
+@dataclasses.dataclass(frozen=True)
+class IdentityConfig:
+    """The visual projector after a vision encoder whose features are as wide as the language model's embeddings."""
+
+    kind: Literal["identity"] = "identity"
+
+    def require_tokens(self, tokens: int) -> None:
+        """Nothing: any number will do."""
+
+    def make(self, features: int, dtype: jnp.dtype, **names: str) -> "Identity":
+        """The module, which has no parameters."""
+        return Identity(features, **names)
+
+    def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int) -> None:
+        """Adds nothing."""
+
+
+class Identity(nn.Module):
+    """Gives what it is given.
+
+    Raises:
+      ValueError: features of another width.
+    """
+
+    features: int
+
+    def __call__(self, x: Float[Array, "N T I"]) -> Float[Array, "N T I"]:
+        if x.shape[-1] != self.features:
+            raise ValueError(
+                f"the vision encoder's features have {x.shape[-1]} channels, the language model's embeddings "
+                f"{self.features}: a visual projector of kind 'identity' cannot join them"
+            )
+        return x
+
+
 ProjectorConfig.PUBLISHED = {"linear": {"kind": "linear"}, "mlp": {"kind": "mlp", "depth": 2}, "conv": {"kind": "conv"}}

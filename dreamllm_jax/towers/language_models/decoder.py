@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dreamllm_jax.layers.attention import attend
+from dreamllm_jax.data.positions import AXES
+from dreamllm_jax.layers.attention import attend, attend_after
 from dreamllm_jax.layers.flops import Tally, dense
 from dreamllm_jax.layers.linear import Embedding
 from dreamllm_jax.layers.lora import LoraConfig
@@ -32,6 +33,7 @@ from dreamllm_jax.layers.rope import RopeScaling, apply_rope, rope_frequencies
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
 from dreamllm_jax.parallel.mesh import constrain
 from dreamllm_jax.towers.language_models import decoder_flops
+from dreamllm_jax.towers.language_models.cache import KVCache
 
 Array = jax.Array
 
@@ -74,6 +76,8 @@ class DecoderConfig:
       qk_norm: normalise each head's queries and keys before they are rotated (Qwen3).
       norm_unit_offset: norms multiply by 1 + scale (Gemma).
       embedding_scale: what embeddings are multiplied by (Gemma: the root of the width).
+      mrope_section: how many of a head's pairs are turned by each of the three axes that positions then have (time,
+        row, column; M-RoPE, arXiv 2409.12191); empty for positions of one axis.
       pattern: the kinds of the layers, repeated until there are `num_hidden_layers`.
       lora: low-rank adapters of the layers' products, None for none.
     """
@@ -98,6 +102,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    mrope_section: tuple[int, ...] = ()
     pattern: tuple[LayerKind, ...] = (LayerKind(),)
     lora: LoraConfig | None = None
 
@@ -133,11 +138,21 @@ class DecoderConfig:
             )
         if self.head_dim % 2 or self.head_dim < 2:
             raise ValueError(f"head_dim {self.head_dim} is odd or not positive: rotary embedding turns pairs")
+        section = self.mrope_section
+        if section and (len(section) != AXES or min(section) < 0 or sum(section) != self.head_dim // 2):
+            raise ValueError(
+                f"mrope_section must be {AXES} numbers that add up to half of head_dim {self.head_dim}, got {section}"
+            )
 
     @property
     def width(self) -> int:
         """Of embeddings and hidden states (E)."""
         return self.hidden_size
+
+    @property
+    def position_axes(self) -> int:
+        """Of a token's position: 1, or 3 (`data.positions`)."""
+        return AXES if self.mrope_section else 1
 
     @property
     def divided(self) -> tuple[tuple[tuple[str, ...], str], ...]:
@@ -154,7 +169,7 @@ class DecoderConfig:
 
     def cache(self, rows: int, length: int, dtype: Any = jnp.float32) -> "KVCache":
         """An empty cache for so many rows of at most `length` tokens; what exceeds it would be dropped."""
-        return KVCache.create(self, rows, length, dtype)
+        return KVCache.create(self.num_hidden_layers, self.num_key_value_heads, self.head_dim, rows, length, dtype)
 
     @property
     def max_length(self) -> int:
@@ -182,50 +197,15 @@ class DecoderConfig:
 
 
 @struct.dataclass
-class KVCache:
-    """Keys and values of what each row has read; rows fill at their own pace, without gaps.
-
-    Attributes:
-      k: f[N, B, S, K, D] rotated keys.
-      v: f[N, B, S, K, D] values.
-      segment_ids: i32[B, S] segment of each entry, 0 where empty.
-      length: i32[B] filled entries of each row.
-    """
-
-    k: Array
-    v: Array
-    segment_ids: Array
-    length: Array
-
-    @classmethod
-    def create(cls, config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32) -> "KVCache":
-        """See `DecoderConfig.cache`."""
-        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-        axes = ("layers", "rows", None, "kv_heads", None)
-        return cls(
-            k=constrain(jnp.zeros(shape, dtype), axes),
-            v=constrain(jnp.zeros(shape, dtype), axes),
-            segment_ids=jnp.zeros((batch, length), jnp.int32),
-            length=jnp.zeros((batch,), jnp.int32),
-        )
-
-    def rows(self, index: Array) -> "KVCache":
-        """The caches of rows `index` i32[R], which may repeat."""
-        return KVCache(self.k[:, index], self.v[:, index], self.segment_ids[index], self.length[index])
-
-
-@struct.dataclass
 class _Context:
-    """What the layers share: segments, and where this call's tokens go in the cache.
+    """What the layers share: segments, and what the rows have read before.
 
     `rotations` has cosines and sines f32[B, T, D / 2], one for each kind of layer.
     """
 
     rotations: tuple[tuple[Array, Array], ...]
     segment_ids: Array
-    k_segment_ids: Array | None = None
-    q_index: Array | None = None
-    slots: Array | None = None
+    cache: KVCache | None = None
 
 
 class RMSNorm(nn.Module):
@@ -264,7 +244,7 @@ class _Part(nn.Module):
 
 
 class Attention(_Part):
-    """Rotary self-attention with grouped queries; the cache is the whole stack's, of which it fills layer `layer`.
+    """Rotary self-attention with grouped queries; with a cache it gives its keys and values f[B, T, K, D] too.
 
     Attributes:
       kind: its place in the pattern.
@@ -273,7 +253,7 @@ class Attention(_Part):
     kind: int
 
     @nn.compact
-    def __call__(self, x: Array, cache: tuple[Array, Array] | None, layer: Array, context: _Context):
+    def __call__(self, x: Array, layer: Array, context: _Context) -> tuple[Array, tuple[Array, Array] | None]:
         config, window = self.config, self.config.pattern[self.kind].window
         width, bias = (config.hidden_size,), config.attention_bias
         cos, sin = context.rotations[self.kind]
@@ -287,28 +267,16 @@ class Attention(_Part):
         q, k = jax.lax.optimization_barrier((q, k))  # so that the products write the layout that attention reads
         q = constrain(q, ("rows", "tokens", "act_heads", None))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        segments, cache = context.segment_ids, context.cache
         if cache is None:
             q, k, v = (keep(x, "attention") for x in (q, k, v))
-            segments = context.segment_ids
-            out = attend(q, k, v, q_segments=segments, k_segments=segments, causal=True, window=window)
+            out, new = attend(q, k, v, q_segments=segments, k_segments=segments, causal=True, window=window), None
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = tuple(
-                stack.at[layer, rows, context.slots].set(new.astype(stack.dtype), mode="drop")
-                for stack, new in zip(cache, (k, v), strict=True)
-            )
-            out = attend(
-                q,
-                *(stack[layer].astype(q.dtype) for stack in cache),
-                q_segments=context.segment_ids,
-                k_segments=context.k_segment_ids,
-                q_index=context.q_index,
-                causal=True,
-                window=window,
-            )
+            before, new = (*cache.layer(layer, q.dtype), cache.segment_ids), (k, v)
+            out = attend_after(q, k, v, segments, *before, index=cache.index(x.shape[1]), window=window)
         out = constrain(out, ("rows", "tokens", "act_heads", None))
         out_bias = bias if config.attention_out_bias is None else config.attention_out_bias
-        return self.linear(q_heads, width, "o_proj", ("heads", "embed"), out_bias)(out), cache
+        return self.linear(q_heads, width, "o_proj", ("heads", "embed"), out_bias)(out), new
 
 
 class MLP(_Part):
@@ -328,20 +296,18 @@ class MLP(_Part):
 
 
 class Block(_Part):
-    """One layer, as the body of a scan: the carry is (hidden f[B, T, E], the cache's k and v or None)."""
+    """One layer, as the body of a scan over hidden states f[B, T, E]; gives what `Attention` does for the cache."""
 
     kind: int = 0
 
     @nn.compact
-    def __call__(self, carry, layer: Array, context: _Context):
-        (x, cache), config = carry, self.config
-        residual = ("rows", "tokens", "act_embed")
+    def __call__(self, x: Array, layer: Array, context: _Context) -> tuple[Array, tuple[Array, Array] | None]:
+        config, residual = self.config, ("rows", "tokens", "act_embed")
         normed = LayerNorm(config, name="input_layernorm")(x)
-        attended, cache = Attention(config, self.dtype, self.kind, name="self_attn")(normed, cache, layer, context)
+        attended, new = Attention(config, self.dtype, self.kind, name="self_attn")(normed, layer, context)
         x = keep(constrain(x + attended, residual), "attention")
         normed = LayerNorm(config, name="post_attention_layernorm")(x)
-        x = constrain(x + MLP(config, self.dtype, name="mlp")(normed), residual)
-        return (x, cache), None
+        return constrain(x + MLP(config, self.dtype, name="mlp")(normed), residual), new
 
 
 class Pattern(_Part):
@@ -350,13 +316,14 @@ class Pattern(_Part):
     remat: str
 
     @nn.compact
-    def __call__(self, carry, first: Array, context: _Context):
-        kinds = len(self.config.pattern)
+    def __call__(self, x: Array, first: Array, context: _Context) -> tuple[Array, tuple[Array, Array] | None]:
+        kinds, new = len(self.config.pattern), []
         for kind in range(kinds):
             block = rematerialised(Block, self.remat)
             name = f"{kind}_of_{kinds}"  # from which `interop.names` knows the layer
-            carry, _ = block(self.config, self.dtype, kind, name=name)(carry, first + kind, context)
-        return carry, None
+            x, one = block(self.config, self.dtype, kind, name=name)(x, first + kind, context)
+            new.append(one)
+        return x, None if context.cache is None else jax.tree.map(lambda *x: jnp.stack(x), *new)
 
 
 class Head(nn.Module):
@@ -418,7 +385,8 @@ class Decoder(nn.Module):
 
         Args:
           embeddings: f[B, T, E].
-          positions: i32[B, T] position of each token in its document, for the rotary embedding.
+          positions: i32[B, T] position of each token in its document, for the rotary embedding, or i32[B, T, 3] on the
+            axes of `mrope_section`.
           segment_ids: i32[B, T] document of each token, 0 for padding.
           cache: what the rows have read before.
 
@@ -428,25 +396,21 @@ class Decoder(nn.Module):
         config = self.config
         length = embeddings.shape[1]
         if cache is not None:
-            valid = segment_ids != 0
-            filled = cache.length + valid.sum(axis=1, dtype=jnp.int32)
-            length = filled[:, None]
+            length = (cache.length + jnp.sum(segment_ids != 0, axis=1))[:, None]
+        if positions.ndim == 3:  # each frequency by its own axis
+            positions = positions[..., np.repeat(np.arange(AXES), config.mrope_section)]
+        else:
+            positions = positions[..., None]
         turns = {}  # by base, for kinds of layers may share it
         for theta in dict.fromkeys(kind.rope_theta for kind in config.pattern):
-            angles = positions[..., None].astype(jnp.float32) * config.rope_frequencies(length, theta)
+            angles = positions.astype(jnp.float32) * config.rope_frequencies(length, theta)
             turns[theta] = jnp.cos(angles), jnp.sin(angles)
-        context = _Context(tuple(turns[kind.rope_theta] for kind in config.pattern), segment_ids)
+        context = _Context(tuple(turns[kind.rope_theta] for kind in config.pattern), segment_ids, cache)
+        first = jnp.arange(0, config.num_hidden_layers, len(config.pattern))
+        hidden, new = self.layers(embeddings.astype(self.dtype), first, context)
         if cache is not None:
-            index = cache.length[:, None] + jnp.arange(segment_ids.shape[1])
-            slots = jnp.where(valid, index, cache.segment_ids.shape[1])  # past the end: padding is dropped, not written
-            rows = jnp.arange(segment_ids.shape[0])[:, None]
-            k_segment_ids = cache.segment_ids.at[rows, slots].set(segment_ids, mode="drop")
-            context = context.replace(k_segment_ids=k_segment_ids, q_index=index, slots=slots)
-        carry = (embeddings.astype(self.dtype), None if cache is None else (cache.k, cache.v))
-        (hidden, stacks), _ = self.layers(carry, jnp.arange(0, config.num_hidden_layers, len(config.pattern)), context)
-        if cache is not None:
-            k, v = stacks
-            cache = KVCache(k=k, v=v, segment_ids=k_segment_ids, length=filled)
+            k, v = (x.reshape(-1, *x.shape[-4:]) for x in new)  # those of a pattern's kinds one after the other
+            cache = cache.extended(k, v, segment_ids)
         return self.norm(hidden), cache
 
     def head_kernel(self) -> Array:
