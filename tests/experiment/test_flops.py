@@ -98,10 +98,6 @@ CASES = {
         ),
         "rows": {"dream_slots": 0, "see": tuple({"slots": 1, "height": 16, "width": width} for width in (16, 32))},
     },
-    "tiles, frozen": {
-        "model": tiny_config(vision_encoder=InternVitConfig(**INTERN_VIT), remat="full"),
-        "rows": {"dream_slots": 0},
-    },
     "painted alone, detached": {"rows": {"see_slots": 0}, "objective": {"lm_weight": 0.0, "detach_condition": True}},
 }
 

@@ -1,6 +1,7 @@
 """InternViT equals transformers' class, and sees pictures in the tiles that its image processor makes."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -73,7 +74,7 @@ def projector_names(found):
     return {name.replace(old := name.split(".")[0], today[old]): tensor for name, tensor in found.items()}
 
 
-def assert_equal_towers(theirs, ours, params, count=3):
+def assert_equal_towers(theirs, ours, params, count=3, compiled=compiled):
     """Outputs, and gradients with respect to the pixels and every weight."""
     rng, side = np.random.default_rng(0), ours.config.image_size
     images = rng.normal(size=(count, side, side, 3)).astype(np.float32)
@@ -207,4 +208,6 @@ def test_one_layer_at_true_width():
     shape = dataclasses.replace(published, num_hidden_layers=1, image_size=112).to_public()
     theirs, ours, params = pair(shape, width=896)
     assert (ours.config.width, published.num_patches) == (4096, 256)
-    assert_equal_towers(theirs, ours, params, count=1)
+    # Without the optimiser such wide products take a minute.
+    optimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 2})
+    assert_equal_towers(theirs, ours, params, count=1, compiled=optimised)
