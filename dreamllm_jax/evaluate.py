@@ -103,11 +103,12 @@ def comprehend(arguments: argparse.Namespace) -> None:
     annotations.require_answers(questions, files)
     checkpoint, mesh, devices = _start(arguments)
     target = _target(arguments)
-    model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
+    template = "" if arguments.template == NONE else arguments.template
+    model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices, template)
     asking = {
         "beams": arguments.beams or task.beams,
         "max_tokens": arguments.max_tokens or comprehension.most_tokens(model),
-        "template": "" if arguments.template == NONE else arguments.template,
+        "template": template,
     }
     with use(mesh, devices):
         answers = comprehension.answer(model, params, tokenizer, task, questions, batch=arguments.batch, **asking)

@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.command != "image":
         _sampling(arguments, [0])  # which settings it refuses is told at once
     mesh, devices = _mesh(arguments)
-    loaded = load_model(arguments.checkpoint, mesh, devices)
+    loaded = load_model(arguments.checkpoint, mesh, devices, vars(arguments).get("template", ""))
     if arguments.command != "text":
         painting = _painting(arguments)
         require_size(loaded[0], painting["size"])
@@ -111,7 +111,7 @@ def serve(arguments: argparse.Namespace) -> None:
         raise ImportError(f"the chat page needs {error.name}: pip install 'dreamllm_jax[serve]'") from None
     with server.listen(arguments.host, arguments.port) as listening:
         mesh, devices = _mesh(arguments)
-        model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
+        model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices, arguments.template)
         require_sampler(model, samplers.SamplerConfig(arguments.sampler))
         painting = {"size": require_size(model, arguments.size), "sampler": arguments.sampler}
         within = functools.partial(use, mesh, devices)
