@@ -64,7 +64,9 @@ class PublicDecoder(DecoderConfig):
         ours = cls(**values, **_rope(config))
         window = config.get("sliding_window")
         if window is not None and window < ours.max_length and _windowed(config, ours.num_hidden_layers, *cls.unsaid):
-            raise ValueError(f"sliding_window = {window} is not supported, as a layer sees fewer tokens than a document may have")
+            raise ValueError(
+                f"sliding_window = {window} is not supported, as a layer sees fewer tokens than a document may have"
+            )
         return ours
 
     def to_public(self) -> dict[str, Any]:
