@@ -37,8 +37,50 @@ def of_folder(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def save_fork(directory: Path, package: str = "dreamllm_qwen2", bias: bool = True) -> Path:
-    """What its trainer leaves, of Qwen2.5, CLIP and Stable Diffusion 3.5, with the towers' directories inside."""
+def save_clip(directory: Path) -> dict:
+    """CLIP and its plugin's file; that plugin's settings."""
+    public_models.save_clip(directory / "clip")
+    projector = randomised(nn.Linear(16, WIDTH)).state_dict()
+    content = {f"clip_vision_model.{name}": x for name, x in of_folder(directory / "clip").items()}
+    content |= {f"projector.projector.{name}": x for name, x in projector.items()}
+    torch.save(content, directory / "clip_vision_embedding.bin")
+    return {
+        "_target_": "CLIPVisionEmbedding",
+        "clip_vision_model_name_or_path": "/models/clip",
+        "projector_type": "linear",
+        "projector_depth": 1,
+        "select_layer": -2,
+    }
+
+
+def save_intern_vit(directory: Path) -> dict:
+    """InternViT as OpenGVLab stores it and its plugin's file; that plugin's settings."""
+    public_models.save_internvl(directory / "whole", chat=True)
+    tower = {name: x for name, x in of_folder(directory / "whole").items() if name.startswith("vision_model.")}
+    settings = json.loads((directory / "whole" / "config.json").read_text())["vision_config"]
+    shutil.rmtree(directory / "whole")
+    (directory / "vit").mkdir()
+    (directory / "vit" / "config.json").write_text(json.dumps(settings))
+    width = 4 * settings["hidden_size"]
+    norm = randomised(nn.LayerNorm(width)).state_dict()
+    projector = randomised(nn.Sequential(nn.Linear(width, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))).state_dict()
+    content = tower | {f"post_layernorm.{name}": x for name, x in norm.items()}
+    content |= {f"projector.projector.{name}": x for name, x in projector.items()}
+    torch.save(content, directory / "intern_vit_embedding.bin")
+    return {
+        "_target_": "InternViTEmbedding",
+        "intern_vit_model_name_or_path": "/models/vit",
+        "projector_type": "mlp",
+        "projector_depth": 2,
+        "select_layer": -1,
+    }
+
+
+SIGHTS = {"clip": save_clip, "intern_vit": save_intern_vit}
+
+
+def save_fork(directory: Path, package: str = "dreamllm_qwen2", sight: str = "clip", bias: bool = True) -> Path:
+    """What its trainer leaves, of Qwen2.5 and Stable Diffusion 3.5, with the towers' directories inside."""
     tokenizer = byte_level.save_tokenizer(directory, "qwen2_5_vl", bos_token="<|im_start|>")
     tokenizer.add_tokens(ADDED, special_tokens=True)
     tokenizer.save_pretrained(directory)
@@ -52,16 +94,7 @@ def save_fork(directory: Path, package: str = "dreamllm_qwen2", bias: bool = Tru
         max_position_embeddings=128,
     )
     randomised(Qwen2ForCausalLM(config)).save_pretrained(directory)
-    public_models.save_clip(directory / "clip")
-    public_models.save_sd3(directory / "diffusion")
-
-    clip, decoder = of_folder(directory / "clip"), directory / "diffusion"
-    projector = randomised(nn.Linear(16, WIDTH)).state_dict()
-    torch.save(
-        {f"clip_vision_model.{name}": x for name, x in clip.items()}
-        | {f"projector.projector.{name}": x for name, x in projector.items()},
-        directory / "clip_vision_embedding.bin",
-    )
+    decoder = public_models.save_sd3(directory / "diffusion")
     torch.save({"dream_queries": torch.randn(1, QUERIES, WIDTH)}, directory / "dream_embedding.bin")
     parts = {
         "vae": of_folder(decoder / "vae"),
@@ -73,16 +106,14 @@ def save_fork(directory: Path, package: str = "dreamllm_qwen2", bias: bool = Tru
     torch.save(head, directory / "stable_diffusion3_head.bin")
 
     vision_name, head_name = NAMES[package]
+    linear = {"projector_type": "linear", "projector_depth": 1}
     places = {
-        vision_name: ("CLIPVisionEmbedding", {"clip_vision_model_name_or_path": "/models/clip", "select_layer": -2}),
-        "dream_embedding": ("DreamEmbedding", {"num_dream_queries": QUERIES}),
-        head_name: ("StableDiffusion3Head", {"diffusion_name_or_path": "/models/diffusion"}),
+        vision_name: SIGHTS[sight](directory),
+        "dream_embedding": {"_target_": "DreamEmbedding", "num_dream_queries": QUERIES},
+        head_name: {"_target_": "StableDiffusion3Head", "diffusion_name_or_path": "/models/diffusion", **linear},
     }
-    linear = {"projector_type": "linear", "projector_depth": 1, "pretrained_model_name_or_path": None}
-    plugins = {
-        name: {"_target_": f"omni.models.{package}.modeling_plugins.{target}", **linear, **settings}
-        for name, (target, settings) in places.items()
-    }
+    module = f"omni.models.{package}.modeling_plugins"
+    plugins = {name: {**given, "_target_": f"{module}.{given['_target_']}"} for name, given in places.items()}
     ids = tokenizer.get_vocab()
     more = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", *ADDED)
     edit(
@@ -105,15 +136,20 @@ def edit(directory: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "bias"), [pytest.param("dreamllm_qwen2", True, marks=pytest.mark.slow), ("dreamllm_qwen_sd3", False)]
+    ("package", "sight", "bias"),
+    [
+        pytest.param("dreamllm_qwen2", "intern_vit", True, marks=pytest.mark.slow),
+        ("dreamllm_qwen_sd3", "clip", False),
+    ],
 )
-def test_a_checkpoint_comes_in(tmp_path, package, bias):
+def test_a_checkpoint_comes_in(tmp_path, package, sight, bias):
     """Whatever its plugins are called, its tokens, the head's biases; torch computes the same."""
-    theirs = save_fork(tmp_path / "theirs", package, bias)
+    theirs = save_fork(tmp_path / "theirs", package, sight, bias)
     run("import", dreamllm=theirs, to=tmp_path / "ours")
     found = saved.find(str(tmp_path / "ours"))
     config, tokenizer = found.config, load_tokenizer(found.tokenizer)
     assert (config.language_model.kind, config.image_decoder.kind) == ("qwen2", "stable_diffusion_3")
+    assert (config.vision_encoder.kind, config.visual_projector.pre_layernorm) == (sight, sight == "intern_vit")
     connector = config.connector
     assert config.num_queries == QUERIES and [bool(connector.bias), connector.pooled_bias] == [bias, bias]
     special, names = config.special_tokens, tokenizer.fast.id_to_token
@@ -139,7 +175,7 @@ def test_what_is_not_read_is_named(tmp_path):
     theirs = save_fork(tmp_path / "theirs")
     settings = json.loads((theirs / "config.json").read_text())
     plugins = settings["plugins_init_kwargs"]
-    vision = {"_target_": "InternViTEmbedding", "intern_vit_model_name_or_path": "/models/vit"}
+    other = {"_target_": "SAMEmbedding", "sam_model_name_or_path": "/models/sam"}
 
     def refused(message: str, error: type[Exception] = ValueError, **changes) -> None:
         edit(theirs, **changes)
@@ -148,7 +184,8 @@ def test_what_is_not_read_is_named(tmp_path):
         edit(theirs, **settings)
         assert not (tmp_path / "ours").exists()
 
-    refused("InternViTEmbedding is not supported", plugins_init_kwargs=plugins | {"vision_encoder": vision})
+    unknown = r"refers to None \(clip_vision_model_name_or_path\), and no config.json is found in any directory"
+    refused(unknown, FileNotFoundError, plugins_init_kwargs=plugins | {"vision_encoder": other})
     ids = settings["special_tokens2ids_dict"]
     fewer = {token: index for token, index in ids.items() if token != "<|im_end|>"}
     refused(r"special_tokens2ids_dict has no <\|im_end\|>$", special_tokens2ids_dict=fewer)
