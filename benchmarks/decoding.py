@@ -1,9 +1,9 @@
 """What writing one token reads and writes in the memory of each chip of a slice, by the TPU compiler.
 
-JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.decoding --llm=qwen3-8b --topology=v5e-8 --tensor=8 --rows=16
+JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.decoding --llm=qwen3-8b --topology=v5e-8 --tensor=8
 
-Needs no TPU. Prints a line of JSON, bytes of one chip: `floor` is the language model's weights but for its embeddings, and
-the cache; `ratio` is what the compiled loop's body moves over that.
+Needs no TPU. Prints a line of JSON, bytes of one chip: `floor` is the language model's weights but for its embeddings,
+and the cache; `ratio` is what the compiled loop's body moves over that.
 """
 
 import argparse
