@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 FOLDER = "tokenizer"  # where checkpoints and data sets keep theirs
 FILE, SENTENCEPIECE_FILE = "tokenizer.json", "tokenizer.model"
 _BPE = 2  # TrainerSpec.ModelType
-_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece.Type, and GGUF's token_type
+_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6  # SentencePiece.Type, and GGUF's token_type
 
 
 class Tokenizer:
@@ -364,6 +364,8 @@ def from_gguf(path: str | os.PathLike) -> tuple[FastTokenizer, dict[str, str], s
         fast = _bpe(list(zip(tokens, field("scores"), kinds, strict=True)), field("unknown_token_id", 0), bos)
     elif kind == "gpt2" and field("pre", "gpt-2") in SPLITS:
         merges = [tuple(merge.split(" ")) for merge in field("merges")]
+        while kinds[-1] == _UNUSED:  # made up for the rows to which a vocabulary was padded
+            tokens, kinds = tokens[:-1], kinds[:-1]
         fast = from_merges({token: index for index, token in enumerate(tokens)}, merges, field("pre", "gpt-2"))
         _mark_special(fast, [token for token, type_ in zip(tokens, kinds, strict=True) if type_ == _CONTROL])
     else:

@@ -134,13 +134,16 @@ def test_the_tokenizer_of_qwen_splits_as_its_own(tmp_path):
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     tokens = [*described["vocab"], "<|endoftext|>"]
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL])
+    padded = [f"[PAD{index}]" for index in range(len(tokens), len(tokens) + 7)]  # as in Qwen's own files
+    writer.add_token_list(tokens + padded)
+    types = [gguf.TokenType.NORMAL] * (len(tokens) - 1) + [gguf.TokenType.CONTROL]
+    writer.add_token_types(types + [gguf.TokenType.UNUSED] * len(padded))
     writer.add_token_merges([" ".join(merge) for merge in described["merges"]])
     writer.add_bos_token_id(len(tokens) - 1)
     writer.add_eos_token_id(len(tokens) - 1)
     finish(writer)
     read = load_tokenizer(tmp_path / "a.gguf")
+    assert read.new_tokens[0] == len(tokens), "padding is no token"
     for text in (*words, "x=12345;\t\ty\n \n z", "'S 'Re I'D"):
         assert read.encode_text(text) == fast.encode(text).ids
         assert read.decode(read.encode_text(text)) == text
