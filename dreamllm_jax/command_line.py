@@ -107,6 +107,18 @@ def seed_number(text: str) -> int:
     return number
 
 
+def add_guidance_interval(parser: argparse.ArgumentParser) -> None:
+    """The flag `--guidance_interval LOW HIGH` of a command that paints."""
+    parser.add_argument(
+        "--guidance_interval",
+        type=finite,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="shares of the timesteps, 0 the picture and 1 the noise, between which there is guidance",
+    )
+
+
 def _guarded(main: Callable[[Any], None]) -> Callable[[Any], None]:
     def guarded(arguments: Any) -> None:
         _show_progress()

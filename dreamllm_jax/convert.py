@@ -257,10 +257,14 @@ def _original(arguments: argparse.Namespace) -> tuple[Source, Tokenizer | None]:
             raise
         print(f"warning: {error}: the checkpoint has no tokenizer; --tokenizer gives it one", file=sys.stderr)
         return source, None
+    config, padding = source.config, tokenizer.special.pad
+    if padding < config.language_model.vocab_size:  # no token sees it: it need not be the checkpoint's
+        padded = dataclasses.replace(config.special_tokens, pad=padding)
+        source = dataclasses.replace(source, config=dataclasses.replace(config, special_tokens=padded))
     if tokenizer.special != source.config.special_tokens:
         raise ValueError(
             f"the tokenizer's special tokens are {tokenizer.special}, those of {arguments.dreamllm}/config.json "
-            f"{source.config.special_tokens}"
+            f"{config.special_tokens}"
         )
     return source, tokenizer
 

@@ -18,7 +18,7 @@ from absl.flags import argparse_flags
 from etils import epath
 
 from dreamllm_jax import command_line
-from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
+from dreamllm_jax.command_line import add_guidance_interval, finite, not_negative, positive, seed_number
 from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora.records import under
 from dreamllm_jax.data.document import Text
@@ -28,7 +28,7 @@ from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.evaluation import annotations, comprehension, creation, features, fid, recall, scores, table
 from dreamllm_jax.generation.documents import generate_documents, save_document
-from dreamllm_jax.generation.images import require_sampler, require_size
+from dreamllm_jax.generation.images import require_interval, require_sampler, require_size
 from dreamllm_jax.parallel import distributed
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
 from dreamllm_jax.runs.load import load_model, load_run, require_run
@@ -103,11 +103,12 @@ def comprehend(arguments: argparse.Namespace) -> None:
     annotations.require_answers(questions, files)
     checkpoint, mesh, devices = _start(arguments)
     target = _target(arguments)
-    model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
+    template = "" if arguments.template == NONE else arguments.template
+    model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices, template)
     asking = {
         "beams": arguments.beams or task.beams,
         "max_tokens": arguments.max_tokens or comprehension.most_tokens(model),
-        "template": "" if arguments.template == NONE else arguments.template,
+        "template": template,
     }
     with use(mesh, devices):
         answers = comprehension.answer(model, params, tokenizer, task, questions, batch=arguments.batch, **asking)
@@ -129,6 +130,7 @@ def comprehend(arguments: argparse.Namespace) -> None:
 
 def create(arguments: argparse.Namespace) -> None:
     captions = creation.read_captions(arguments.captions, arguments.limit)
+    require_interval(arguments.guidance_interval)
     reference = fid.load(arguments.reference) if arguments.reference else None
     if bool(reference) != bool(arguments.inception):
         raise ValueError("FID needs both --inception=FILE and --reference=FILE")
@@ -146,6 +148,7 @@ def create(arguments: argparse.Namespace) -> None:
         require_size(model, arguments.size)[0],
         sampler,
         arguments.guidance,
+        tuple(arguments.guidance_interval),
         arguments.each,
         arguments.seed,
     )
@@ -239,6 +242,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--sampler", choices=known, help="if not given, the image decoder's own")
     add.add_argument("--steps", type=positive, default=150, help="of denoising; %(default)s if not given")
     add.add_argument("--guidance", type=finite, default=2.0, help="1 for none; %(default)s if not given")
+    add_guidance_interval(add)
     add.add_argument("--inception", default="", help="TorchScript file of the features, inception-2015-12-05.pt")
     add.add_argument("--reference", default="", help="statistics of the true pictures, from `reference`")
     add.add_argument("--clip", default="", help="folder of a CLIP of transformers, for CLIP score and --each")

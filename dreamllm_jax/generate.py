@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from dreamllm_jax import command_line
-from dreamllm_jax.command_line import finite, not_negative, positive, seed_number
+from dreamllm_jax.command_line import add_guidance_interval, finite, not_negative, positive, seed_number
 from dreamllm_jax.common.directories import read_text
 from dreamllm_jax.data import images, lines
 from dreamllm_jax.data.corpora import media
@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.command != "image":
         _sampling(arguments, [0])  # which settings it refuses is told at once
     mesh, devices = _mesh(arguments)
-    loaded = load_model(arguments.checkpoint, mesh, devices)
+    loaded = load_model(arguments.checkpoint, mesh, devices, vars(arguments).get("template", ""))
     if arguments.command != "text":
         painting = _painting(arguments)
         require_size(loaded[0], painting["size"])
@@ -111,7 +111,7 @@ def serve(arguments: argparse.Namespace) -> None:
         raise ImportError(f"the chat page needs {error.name}: pip install 'dreamllm_jax[serve]'") from None
     with server.listen(arguments.host, arguments.port) as listening:
         mesh, devices = _mesh(arguments)
-        model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices)
+        model, params, tokenizer = load_model(arguments.checkpoint, mesh, devices, arguments.template)
         require_sampler(model, samplers.SamplerConfig(arguments.sampler))
         painting = {"size": require_size(model, arguments.size), "sampler": arguments.sampler}
         within = functools.partial(use, mesh, devices)
@@ -297,14 +297,7 @@ def make_parser() -> argparse_flags.ArgumentParser:
             add.add_argument("--eta", type=finite, default=0.0, help="fresh noise of ddim, from 0 to 1; 0 if not given")
             add.add_argument("--guidance", type=finite, default=3.5, help="1 for none; %(default)s if not given")
             add.add_argument("--rescale", type=finite, default=0.0, help="of guided predictions, from 0, none, to 1")
-            add.add_argument(
-                "--guidance_interval",
-                type=finite,
-                nargs=2,
-                default=(0.0, 1.0),
-                metavar=("LOW", "HIGH"),
-                help="shares of the timesteps, 0 the picture and 1 the noise, between which there is guidance",
-            )
+            add_guidance_interval(add)
         if command == "text":
             add.add_argument("--stop", action="append", default=[], help="a string that ends a text; may be repeated")
             add.add_argument("--beams", type=positive, default=1, help="of beam search; 1: none")

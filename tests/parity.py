@@ -9,6 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dreamllm_jax.layers.lora import LORA_A, LORA_B, merge
 
 TOLERANCE = 1e-5
 # Compilation is nearly all the time that small models take, and half of it goes without the optimiser.
@@ -64,6 +67,15 @@ def random_weights(shapes: Any, seed: int = 0) -> Any:
         return 0.3 * noise + (1 if name == "scale" else 0)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def merged(params: Any, scale: float) -> dict:
+    """A parameter tree whose kernels do what they and their adapters (`layers.lora`) did together."""
+    flat = flatten_dict(params, sep="/")
+    for path in [path for path in flat if path.endswith(f"/{LORA_A}")]:
+        kernel, b = (path.replace(LORA_A, leaf) for leaf in ("kernel", LORA_B))
+        flat[kernel] = merge(flat[kernel], flat.pop(path), flat.pop(b), scale)
+    return unflatten_dict(flat, sep="/")
 
 
 def relative_error(got: np.ndarray, want: np.ndarray, scale: np.ndarray | None = None) -> float:

@@ -13,7 +13,8 @@ from dreamllm_jax.data import stored
 from dreamllm_jax.model import DreamLLMConfig
 
 ROLES = {"moments": "image_decoder", "features": "vision_encoder"}  # whose tower makes each of the stored arrays
-_IDLE = ("initializer_range", "sample_size")  # settings of towers that do not change what they compute
+# Settings of towers that do not change what is stored, which is not scaled yet.
+_IDLE = ("initializer_range", "sample_size", "scaling_factor", "shift_factor")
 _TOLERANCE = 0.01  # of marks, as a share of the norm: ten times what rounding to bfloat16 does
 
 
@@ -49,9 +50,11 @@ def _marks(leaves: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Ar
 
 def settings_of(config: DreamLLMConfig, name: str) -> dict[str, Any]:
     """The settings of its tower that a kind of stored array depends on, by dotted path, as JSON gives them back."""
-    settings = flat(getattr(config, ROLES[name]).stored_settings)
-    kept = {path: value for path, value in settings.items() if path.rpartition(".")[2] not in _IDLE}
-    return json.loads(json.dumps(kept))
+    return json.loads(json.dumps(_that_count(flat(getattr(config, ROLES[name]).stored_settings))))
+
+
+def _that_count(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: value for path, value in settings.items() if path.rpartition(".")[2] not in _IDLE}
 
 
 def require_same_towers(
@@ -66,7 +69,7 @@ def require_same_towers(
     ours = marks(config, name, leaves)
     changed = [
         f"{ROLES[name]}.{key} is {there!r}, and here {here!r}"
-        for key, (there, here) in differences(found.tower, settings_of(config, name)).items()
+        for key, (there, here) in differences(_that_count(found.tower), settings_of(config, name)).items()
     ]
     moved = found.weights.keys() != ours.keys() or any(
         abs(product - ours[path][0]) > _TOLERANCE * norm for path, (product, norm) in found.weights.items()

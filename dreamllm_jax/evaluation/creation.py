@@ -40,6 +40,7 @@ class Painting:
 
     Attributes:
       size: pixels on a side.
+      guidance, guidance_interval: see `generation.images.paint`.
       each: pictures of every caption.
       seed: of all; a picture's own comes from it, the caption's id and the picture's number alone.
     """
@@ -47,6 +48,7 @@ class Painting:
     size: int
     sampler: SamplerConfig = SamplerConfig(steps=150)
     guidance: float = 2.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     each: int = 1
     seed: int = 42
 
@@ -149,6 +151,7 @@ def paint(
             size=painting.size,
             sampler=painting.sampler,
             guidance=painting.guidance,
+            guidance_interval=painting.guidance_interval,
         )
         for image, picture in zip(some, np.asarray(pixels), strict=False):
             if image in missing:

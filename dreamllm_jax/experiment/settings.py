@@ -189,17 +189,22 @@ class SamplesConfig:
       documents: of each corpus, the first ones with a picture and words, or with a question; 0 for none.
       max_tokens: longest text to write.
       steps, guidance: of painting.
+      guidance_interval: shares of the timesteps, 0 the picture and 1 the noise, between which there is guidance.
     """
 
     documents: int = 0
     max_tokens: int = 64
     steps: int = 25
     guidance: float = 3.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
         for name, least in (("documents", 0), ("max_tokens", 1), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval must be two ascending numbers from 0 to 1, got {low} and {high}")
 
 
 @dataclasses.dataclass(frozen=True)

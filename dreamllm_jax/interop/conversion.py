@@ -18,7 +18,7 @@ from dreamllm_jax.common.directories import building, is_remote, require_free, r
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.data.vocabulary import OUR_MARKS
 from dreamllm_jax.interop import verify
-from dreamllm_jax.interop.dreamllm import require_expressible, write_dreamllm
+from dreamllm_jax.interop.dreamllm_export import require_expressible, write_dreamllm
 from dreamllm_jax.interop.files import Scratch, import_torch
 from dreamllm_jax.interop.image_decoder import write_image_decoder
 from dreamllm_jax.interop.language_model import write_language_model

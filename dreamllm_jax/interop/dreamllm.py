@@ -1,10 +1,14 @@
-"""Checkpoints of the original program (RunpeiDong/DreamLLM).
+"""Checkpoints of the original program (RunpeiDong/DreamLLM), and of its fork over Qwen2.5 (FolSpark/DreamLLM-Qwen2.5).
 
 The language model is stored as Hugging Face's; its plugins have a file each (`save_model` of `modeling_plugins.py` in
 `omni/models/dreamllm` and `dreamllm_sdxl`): `dream_embedding.bin`, `clip_vision_embedding.bin`,
 `stable_diffusion_head.bin` or `stable_diffusion_xl_head.bin`, or, in older checkpoints, only queries and projectors in
 `dream_queries.pt`, `clip_vision_model_projector.pt`, `unet_projector.pt`. The towers' shapes are those of the
 directories that `config.json` refers to, and so are their weights where no plugin file holds them.
+
+The fork (`dreamllm_qwen`, `dreamllm_qwen_sd3`, `dreamllm_qwen2`) has `stable_diffusion3_head.bin`, calls some plugins
+otherwise in `config.json`, and takes Qwen's tokens for what it can. Its `intern_vit_embedding.bin`
+is InternViT's, with a norm before the projector. It is read, and not written.
 """
 
 import dataclasses
@@ -13,35 +17,109 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dreamllm_jax.common import recognise
 from dreamllm_jax.data.vocabulary import ADDED_TOKENS, SpecialTokens
 from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
-from dreamllm_jax.interop.image_decoder import open_image_decoder, read_decoder_config, write_image_decoder
-from dreamllm_jax.interop.language_model import hf_settings, hf_tensors, language_model_part, write_hf
-from dreamllm_jax.interop.source import Part, Source, config_of, join, split
-from dreamllm_jax.interop.vision_encoder import open_vision_encoder, read_vision_config, write_vision_encoder
+from dreamllm_jax.interop.image_decoder import open_image_decoder, read_decoder_config
+from dreamllm_jax.interop.language_model import language_model_part
+from dreamllm_jax.interop.source import IMAGE_DECODER, Part, Source, config_of, join, split
+from dreamllm_jax.interop.vision_encoder import open_vision_encoder, read_vision_config
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
 from dreamllm_jax.towers.language_models.llama import LlamaConfig
+from dreamllm_jax.towers.language_models.qwen2 import Qwen2Config
 
 _logger = logging.getLogger(__name__)
 
 VISION, QUERIES, HEAD = "clip_vision_embedding", "dream_embedding", "stable_diffusion_head"
 _OLD = {VISION: "clip_vision_model_projector.pt", QUERIES: "dream_queries.pt", HEAD: "unet_projector.pt"}
-# What a plugin's file holds: beginnings of its names -> parts of ours. A projector's norm stands beside it.
-VISION_PARTS = {"clip_vision_model.": "vision_encoder", "projector.": "visual_projector"}
-HEAD_PARTS = {"vae.": "image_decoder/autoencoder", "unet.": "image_decoder/denoiser", "projector.": "connector"}
 NORM, QUERIES_NAME = "post_layernorm.", "dream_queries"
-# The head of each kind of image decoder: its file, and its class in `omni.models`.
-HEADS = {
-    "stable_diffusion": ("stable_diffusion_head", "dreamllm.modeling_plugins.StableDiffusionHead"),
-    "stable_diffusion_xl": ("stable_diffusion_xl_head", "dreamllm_sdxl.modeling_plugins.StableDiffusionXLHead"),
+OUR_POOLED = "pooled_projector."  # the way to a pooled vector in our connector
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """How a vision encoder is stored.
+
+    Attributes:
+      stem: of its file.
+      place: the setting that names its directory.
+      tower: how the names begin of its tensors.
+      norm: what the norm beside the projector is to our projector, `NORM` to the file.
+    """
+
+    stem: str
+    place: str
+    tower: str
+    norm: str = NORM
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What its file holds: beginnings of its names -> parts of ours."""
+        return {self.tower: "vision_encoder", "projector.": "visual_projector"}
+
+
+# By the kind of vision encoder; the second is the fork's.
+SIGHTS = {
+    "clip": Sight(VISION, "clip_vision_model_name_or_path", "clip_vision_model."),
+    "intern_vit": Sight("intern_vit_embedding", "intern_vit_model_name_or_path", "vision_model.", "pre_layernorm."),
 }
-# The way to a pooled vector, in a head's file and in our connector.
-POOLED, OUR_POOLED = "global_projector.projector.", "pooled_projector."
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How an image decoder is stored.
+
+    Attributes:
+      stem: of its file.
+      target: its class in `omni.models`, if it can be written.
+      pooled: how the names begin of the way to a pooled vector.
+    """
+
+    stem: str
+    target: str = ""
+    pooled: str = ""
+
+
+# By the kind of image decoder.
+HEADS = {
+    "stable_diffusion": Head("stable_diffusion_head", "dreamllm.modeling_plugins.StableDiffusionHead"),
+    "stable_diffusion_xl": Head(
+        "stable_diffusion_xl_head",
+        "dreamllm_sdxl.modeling_plugins.StableDiffusionXLHead",
+        "global_projector.projector.",
+    ),
+    "stable_diffusion_3": Head("stable_diffusion3_head", pooled="pooled_projector.projector."),
+}
+_RENAMED = {"vision_encoder": VISION, "stable_diffusion3_head": HEAD}  # plugins of the fork
+# Its tokens in the place of the original's.
+_QWEN_TOKENS = {
+    "<s>": "<|im_start|>",
+    "</s>": "<|im_end|>",
+    "[PAD]": "<|endoftext|>",
+    "<im_patch>": "<|image_pad|>",
+    "<im_start>": "<|vision_start|>",
+    "<im_end>": "<|vision_end|>",
+}
+
+
+def head_of(decoder: Any) -> Head:
+    """How an image decoder is stored; ValueError if neither program has it."""
+    if decoder.kind not in HEADS:
+        raise ValueError(f"the original program has no head for an image decoder of kind {decoder.kind!r}")
+    return HEADS[decoder.kind]
+
+
+def head_parts(decoder: Any) -> dict[str, str]:
+    """What a head's file holds, as `Sight.parts`."""
+    denoiser = f"{decoder.denoiser.public.folder}."
+    return {"vae.": f"{IMAGE_DECODER}/autoencoder", denoiser: f"{IMAGE_DECODER}/denoiser", "projector.": "connector"}
+
+
+def plugins_of(settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The settings of a checkpoint's plugins, by the names that the original has for them."""
+    return {_RENAMED.get(name, name): plugin for name, plugin in settings.get("plugins_init_kwargs", {}).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +143,11 @@ class _Layout:
         return tuple(found)
 
 
-# Towers that a checkpoint refers to: the plugin and its setting that name the directory, and a file inside of it.
+# Towers that a checkpoint refers to: the plugin, the settings of which one names the directory, and files of which one
+# is there.
 _TOWERS = {
-    "vision_encoder": (VISION, "clip_vision_model_name_or_path", "config.json"),
-    "image_decoder": (HEAD, "diffusion_name_or_path", "unet/config.json"),
+    "vision_encoder": (VISION, tuple(sight.place for sight in SIGHTS.values()), ("config.json",)),
+    "image_decoder": (HEAD, ("diffusion_name_or_path",), ("unet/config.json", "transformer/config.json")),
 }
 
 
@@ -79,14 +158,15 @@ def tower_directory(directory: Path, plugins: Mapping[str, Mapping], tower: str,
     Raises:
       FileNotFoundError: there is none.
     """
-    plugin, key, inside = _TOWERS[tower]
+    plugin, keys, inside = _TOWERS[tower]
+    key = next((key for key in keys if key in plugins.get(plugin, {})), keys[0])
     name = plugins.get(plugin, {}).get(key)
     candidates = [given] if given else _places(directory, name)
     for candidate in candidates:
-        if (candidate / inside).is_file():
+        if any((candidate / file).is_file() for file in inside):
             return candidate
     raise FileNotFoundError(
-        f"{directory}/config.json refers to {name!r} ({key}), and no {inside} is found in "
+        f"{directory}/config.json refers to {name!r} ({key}), and no {' and no '.join(inside)} is found in "
         f"{', '.join(map(str, candidates)) or 'any directory'}: name the directory with --{tower.replace('_', '-')}"
     )
 
@@ -106,10 +186,9 @@ def _layout(directory: Path, given: Mapping[str, Path | None]) -> _Layout:
     settings = files.read_config(directory / "config.json", dict)
     if settings.get("model_type") != "dreamllm":
         raise ValueError(f"{directory}/config.json has model_type {settings.get('model_type')!r}, expected 'dreamllm'")
-    plugins = settings.get("plugins_init_kwargs", {})
+    plugins = plugins_of(settings)
     if missing := [name for name in (VISION, QUERIES, HEAD) if name not in plugins]:
         raise ValueError(f"{directory}/config.json: plugins_init_kwargs has no {', '.join(missing)}")
-
     towers = {tower: tower_directory(directory, plugins, tower, given.get(tower)) for tower in _TOWERS}
     return _Layout(directory, settings, plugins, **towers)
 
@@ -117,22 +196,33 @@ def _layout(directory: Path, given: Mapping[str, Path | None]) -> _Layout:
 def _config(layout: _Layout) -> DreamLLMConfig:
     """The model described by a checkpoint's `config.json` and the towers' configurations it refers to."""
     vision, head, queries = (layout.plugins[name] for name in (VISION, HEAD, QUERIES))
-    encoder = read_vision_config(layout.vision_encoder, vision.get("select_layer"))
+    layer, in_squares = vision.get("select_layer"), SIGHTS["intern_vit"].place in vision
+    encoder = read_vision_config(layout.vision_encoder, None if in_squares and layer == -1 else layer)
+    if encoder.kind != ("intern_vit" if in_squares else "clip"):
+        raise ValueError(f"{layout.directory}/config.json: {layout.vision_encoder} is of kind {encoder.kind!r}")
+    if in_squares:
+        encoder = dataclasses.replace(encoder, max_tiles=1)  # the fork sees a picture as one
     decoder = read_decoder_config(layout.image_decoder)
+    of_fork = ".dreamllm_qwen" in queries.get("_target_", "")
     try:
         return DreamLLMConfig(
-            language_model=LlamaConfig.from_public(layout.settings),
+            language_model=Qwen2Config.from_public({**layout.settings, "model_type": "qwen2"})
+            if of_fork
+            else LlamaConfig.from_public(layout.settings),
             vision_encoder=encoder,
             image_decoder=decoder,
             visual_projector=_projector(
                 VISION,
                 vision,
+                pre_layernorm=in_squares,
                 post_layernorm=vision.get("use_additional_post_layernorm", False),
                 layer_norm_eps=encoder.layer_norm_eps,
             ),
-            connector=_projector(HEAD, head, **_pooled(layout, decoder)),
+            connector=_projector(HEAD, head, **_biases(layout, decoder)),
             num_queries=queries.get("num_dream_queries", 64),
-            special_tokens=_special_tokens(layout.settings.get("special_tokens2ids_dict", {})),
+            special_tokens=_special_tokens(
+                layout.settings.get("special_tokens2ids_dict", {}), _QWEN_TOKENS if of_fork else {}
+            ),
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{layout.directory}/config.json: {error}") from None
@@ -145,26 +235,25 @@ def _projector(plugin: str, settings: Mapping[str, Any], **more) -> ProjectorCon
     return ProjectorConfig(kind=kind, depth=settings.get("projector_depth", 1), **more)
 
 
-def _pooled(layout: _Layout, decoder: Any) -> dict[str, Any]:
-    """The settings of the way to a pooled vector, of which the head's file alone says whether it has biases."""
+def _biases(layout: _Layout, decoder: Any) -> dict[str, Any]:
+    """Which of its ways have biases; if one is to a pooled vector, the head's file alone says so."""
     if not decoder.pooled_width:
         return {}
-    path, _ = layout.plugin(HEAD, _head_file(decoder))
-    names = [name for name in files.open_tensors(path) if name.startswith(POOLED)] if path else []
-    return {"pooled_bias": any(name.endswith(".bias") for name in names)}
+    head = head_of(decoder)
+    path, _ = layout.plugin(HEAD, head.stem)
+    biases = [name for name in files.open_tensors(path) if name.endswith(".bias")] if path else []
+    found = {"pooled_bias": any(name.startswith(head.pooled) for name in biases)}
+    return found | ({"bias": True} if any(name.startswith("projector.") for name in biases) else {})
 
 
-def _head_file(decoder: Any) -> str:
-    if decoder.kind not in HEADS:
-        raise ValueError(f"the original program has no head for an image decoder of kind {decoder.kind!r}")
-    return HEADS[decoder.kind][0]
-
-
-def _special_tokens(ids: Mapping[str, Any]) -> SpecialTokens:
+def _special_tokens(ids: Mapping[str, Any], called: Mapping[str, str]) -> SpecialTokens:
+    """Of the ids in a `config.json`, where tokens may be called otherwise: ours -> theirs."""
     ids = {**ids, **ids.get("additional_special_tokens", {})}
-    if missing := [token for token in ("<s>", "</s>", *ADDED_TOKENS) if token not in ids]:
+    names = {token: called.get(token, token) for token in ("<s>", "</s>", *ADDED_TOKENS)}
+    if missing := [token for token in names.values() if token not in ids]:
         raise ValueError(f"special_tokens2ids_dict has no {', '.join(missing)}")
-    return SpecialTokens.of(ids["<s>"], ids["</s>"], ids)
+    found = {token: ids[name] for token, name in names.items()}
+    return SpecialTokens.of(found["<s>"], found["</s>"], found)
 
 
 def open_dreamllm(directory: Path, vision_encoder: Path | None = None, image_decoder: Path | None = None) -> Source:
@@ -212,11 +301,12 @@ def _queries(layout: _Layout) -> dict[str, Tensor]:
 
 
 def _vision(layout: _Layout, config: DreamLLMConfig) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
-    path, old = layout.plugin(VISION)
+    sight = SIGHTS[config.vision_encoder.kind]
+    path, old = layout.plugin(VISION, sight.stem)
     if path:
-        found = split(files.open_tensors(path), {**VISION_PARTS, NORM: NORM}, path.name)
+        found = split(files.open_tensors(path), {**sight.parts, NORM: NORM}, path.name)
         encoder = Part.of(config.vision_encoder, found["vision_encoder"])
-        projector = found["visual_projector"] | {NORM + name: tensor for name, tensor in found[NORM].items()}
+        projector = found["visual_projector"] | {sight.norm + name: tensor for name, tensor in found[NORM].items()}
     else:
         encoder = open_vision_encoder(layout.vision_encoder, config.vision_encoder.select_layer)
         projector = files.open_tensors(old)
@@ -224,157 +314,13 @@ def _vision(layout: _Layout, config: DreamLLMConfig) -> tuple[dict[str, dict[str
 
 
 def _head(layout: _Layout, config: DreamLLMConfig) -> dict[str, dict[str, Tensor]]:
-    path, old = layout.plugin(HEAD, _head_file(config.image_decoder))
+    head, parts = head_of(config.image_decoder), head_parts(config.image_decoder)
+    path, old = layout.plugin(HEAD, head.stem)
     if path:
-        found = split(files.open_tensors(path), {**HEAD_PARTS, POOLED: POOLED}, path.name)
-        pooled = {OUR_POOLED + name: tensor for name, tensor in found.pop(POOLED).items()}
+        found = split(files.open_tensors(path), parts | ({head.pooled: OUR_POOLED} if head.pooled else {}), path.name)
+        pooled = {OUR_POOLED + name: tensor for name, tensor in found.pop(OUR_POOLED, {}).items()}
         connector = found.pop("connector") | pooled
         towers = {part: Part.of(config_of(config, part), tensors) for part, tensors in found.items()}
         return {"connector": connector, **{part: tower.tensors for part, tower in towers.items()}}
     _, towers = open_image_decoder(layout.image_decoder)
     return {"connector": files.open_tensors(old), **{part: tower.tensors for part, tower in towers.items()}}
-
-
-def write_dreamllm(
-    directory: Path,
-    config: DreamLLMConfig,
-    tensors: Mapping[str, Mapping[str, np.ndarray]],
-    max_shard_size: int,
-    location: str = "",
-) -> None:
-    """Writes what the original's `DreamLLMForCausalMLM.from_pretrained` and its plugins load, tokenizer excepted.
-
-    Args:
-      tensors: part of the parameter tree -> torch name -> array.
-      location: where the directory will be used. The original looks for the towers at the paths that `config.json`
-        names, relative ones from where it is started: they are named as folders of `location`.
-
-    Raises:
-      ValueError: naming a setting that the original program does not know.
-    """
-    require_expressible(config)
-    llama, found = config.language_model, tensors["language_model"]
-    settings = hf_settings(llama, config.special_tokens, str(found["embed_tokens.weight"].dtype))
-    del settings["mlp_bias"], settings["head_dim"]
-    if llama.rope_scaling is not None:
-        settings["rope_scaling"] = {"type": llama.rope_scaling.rope_type, "factor": llama.rope_scaling.factor}
-    settings = {"architectures": ["DreamLLMForCausalMLM"], "model_type": "dreamllm", **settings}
-    settings |= _plugin_settings(config, location)
-    unscaled = dataclasses.replace(llama, rope_scaling=None)
-    buffers = {
-        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": unscaled.rope_frequencies(1)
-        for layer in range(llama.num_hidden_layers)
-    }
-    write_hf(directory, settings, hf_tensors(llama, found) | buffers, max_shard_size)
-
-    (queries,) = tensors["dream_queries"].values()
-    files.write_pickle(directory / f"{QUERIES}.bin", {QUERIES_NAME: queries[None]})
-    for plugin, parts in ((VISION, VISION_PARTS), (HEAD, HEAD_PARTS)):
-        named = {
-            _name_in_plugin(prefix, config_of(config, part), name): tensor
-            for prefix, part in parts.items()
-            for name, tensor in tensors[part].items()
-        }
-        file = HEADS[config.image_decoder.kind][0] if plugin == HEAD else plugin
-        files.write_pickle(directory / f"{file}.bin", named)
-
-    write_vision_encoder(directory / "clip", config, tensors, max_shard_size)
-    write_image_decoder(directory / "diffusion", config, tensors, max_shard_size)
-
-
-def _name_in_plugin(prefix: str, tower: Any, name: str) -> str:
-    if isinstance(tower, ProjectorConfig):
-        if name.startswith(OUR_POOLED):
-            return POOLED + name.removeprefix(OUR_POOLED)
-        return name if name.startswith(NORM) else prefix + name
-    return prefix + tower.public.theirs(name)
-
-
-def require_expressible(config: DreamLLMConfig) -> None:
-    """Raises ValueError naming a setting that the original program does not know."""
-    llama, encoder, projector = config.language_model, config.vision_encoder, config.visual_projector
-    special = config.special_tokens
-    kinds = {
-        "language_model": (llama, ("llama",)),
-        "vision_encoder": (encoder, ("clip",)),
-        "visual_projector": (projector, ("linear", "mlp", "conv")),
-        "connector": (config.connector, ("linear", "mlp", "conv")),
-        "image_decoder": (config.image_decoder, tuple(HEADS)),
-    }
-    problems = [f"{role} of kind {tower.kind!r}" for role, (tower, known) in kinds.items() if tower.kind not in known]
-    if not problems:
-        scaling, pooled = llama.rope_scaling, config.image_decoder.pooled_width > 0
-        checks = {
-            "language_model.mlp_bias": llama.mlp_bias,
-            f"language_model.head_dim={llama.head_dim}": llama.head_dim * llama.num_attention_heads
-            != llama.hidden_size,
-            "language_model.rope_scaling of type llama3": scaling and scaling.rope_type not in ("linear", "dynamic"),
-            "visual_projector.pre_layernorm": projector.pre_layernorm,
-            "connector.pre_layernorm": config.connector.pre_layernorm,
-            "connector.post_layernorm": config.connector.post_layernorm,
-            "connector of kind 'conv' for a pooled vector": pooled and config.connector.kind == "conv",
-            "documents without <s>, or images without marks around them": None in dataclasses.astuple(special),
-            "visual_projector.layer_norm_eps other than vision_encoder.layer_norm_eps": projector.post_layernorm
-            and projector.layer_norm_eps != encoder.layer_norm_eps,
-        }
-        problems = [name for name, problem in checks.items() if problem]
-    if problems:
-        raise ValueError(f"the original program has no {problems[0]}: export with --format=hf or diffusers")
-
-
-def _plugin_settings(config: DreamLLMConfig, location: str) -> dict[str, Any]:
-    bos, eos, *added = dataclasses.astuple(config.special_tokens)
-    ids = dict(zip(ADDED_TOKENS, added, strict=True))
-
-    def plugin(kind: str, **settings) -> dict[str, Any]:
-        return {
-            "_target_": f"omni.models.{kind}",
-            "embed_hidden_size": config.language_model.hidden_size,
-            "pretrained_model_name_or_path": None,
-            **settings,
-        }
-
-    def projector(chosen: ProjectorConfig) -> dict[str, Any]:
-        return {"projector_type": chosen.kind, "projector_depth": chosen.depth, "freeze_projector": False}
-
-    width = config.image_decoder.pooled_width
-    pooled = {"global_condition_hidden_size": width} if width else {}
-
-    return {
-        "plugins_init_kwargs": {
-            VISION: plugin(
-                "dreamllm.modeling_plugins.CLIPVisionEmbedding",
-                clip_vision_model_name_or_path=str(Path(location, "clip")),
-                select_layer=config.vision_encoder.select_layer,
-                use_additional_post_layernorm=config.visual_projector.post_layernorm,
-                freeze_clip_vision_model=True,
-                freeze_embedding_layers=True,
-                local_files_only=True,
-                **projector(config.visual_projector),
-            ),
-            QUERIES: plugin(
-                "dreamllm.modeling_plugins.DreamEmbedding",
-                num_dream_queries=config.num_queries,
-                freeze_dream_queries=False,
-            ),
-            HEAD: plugin(
-                HEADS[config.image_decoder.kind][1],
-                diffusion_name_or_path=str(Path(location, "diffusion")),
-                freeze_unet=True,
-                freeze_vae=True,
-                local_files_only=True,
-                **projector(config.connector),
-                **pooled,
-            ),
-        },
-        "plugins_type": {VISION: "embedding", QUERIES: "embedding", HEAD: "head"},
-        "special_tokens2ids_dict": {
-            "<s>": bos,
-            "</s>": eos,
-            "[PAD]": ids.pop("[PAD]"),
-            "additional_special_tokens": ids,
-        },
-        "loss_weight_lm": 1.0,
-        "loss_weight_vm": 10.0,
-        "loss_scale_schedule": "none",
-    }

@@ -12,15 +12,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dreamllm_jax.interop.dreamllm import (
-    HEAD,
-    HEAD_PARTS,
-    HEADS,
     NORM,
-    POOLED,
     QUERIES,
     QUERIES_NAME,
-    VISION,
-    VISION_PARTS,
+    SIGHTS,
+    head_of,
+    head_parts,
+    plugins_of,
     tower_directory,
 )
 from dreamllm_jax.interop.source import config_of
@@ -46,7 +44,9 @@ def loaders(
     import torch
     from torch import nn
 
-    width, referred = config.language_model.width, settings.get("plugins_init_kwargs", {})
+    width, referred = config.language_model.width, plugins_of(settings)
+    stored, parts_of_head = head_of(config.image_decoder), head_parts(config.image_decoder)
+    tower, sight = config.vision_encoder, SIGHTS[config.vision_encoder.kind]
 
     def place(tower: str) -> Path:
         return tower_directory(directory, referred, tower, towers.get(tower))
@@ -59,17 +59,19 @@ def loaders(
         return pretrained(form, directory, config=shape)
 
     def vision() -> dict[str, nn.Module]:
-        cls = public_class(config.vision_encoder.public)
-        shape = cls.config_class.from_pretrained(
-            place("vision_encoder"), local_files_only=True, attn_implementation="eager"
-        )
-        projector = _projector(config.visual_projector, config.vision_encoder.width, width, bias=True)
+        cls, chosen = public_class(tower.public), config.visual_projector
+        if tower.kind == "clip":
+            shape = cls.config_class.from_pretrained(place("vision_encoder"), local_files_only=True)
+        else:  # whose directory is not of transformers' class
+            shape = cls.config_class(**tower.to_public())
+        shape._attn_implementation = "eager"
+        projector = _projector(chosen, tower.width, width, bias=chosen.bias is not False)
         modules = {"vision_encoder": cls(shape), "visual_projector": projector}
-        norms = {}
-        if config.visual_projector.post_layernorm:
-            norms[NORM] = nn.LayerNorm(width, shape.layer_norm_eps)
-        _fill(directory / f"{VISION}.bin", config, VISION_PARTS, modules, norms)
-        return {**modules, "visual_projector": nn.Sequential(projector, *norms.values())}
+        norm = nn.LayerNorm(tower.width if chosen.pre_layernorm else width, shape.layer_norm_eps)
+        there = chosen.pre_layernorm or chosen.post_layernorm
+        _fill(directory / f"{sight.stem}.bin", config, sight.parts, modules, {NORM: norm} if there else {})
+        ways = [norm, projector] if chosen.pre_layernorm else [projector, norm]
+        return {**modules, "visual_projector": nn.Sequential(*ways) if there else projector}
 
     def queries() -> nn.Module:
         table = nn.ParameterDict({QUERIES_NAME: torch.zeros(1, config.num_queries, width)})
@@ -79,26 +81,26 @@ def loaders(
     def head() -> dict[str, nn.Module]:
         where, modules = place("image_decoder"), {}
         with torch.device("meta"):  # not initialised, for every tensor comes from the file
-            for part in HEAD_PARTS.values():
+            for part in parts_of_head.values():
                 if part != "connector":
                     form = config_of(config, part).public
                     cls = public_class(form)
                     modules[part] = cls.from_config(cls.load_config(where / form.folder))
             chosen, pooled = config.connector, config.image_decoder.pooled_width
-            modules["connector"] = _projector(chosen, width, config.image_decoder.condition_width, bias=False)
+            condition = config.image_decoder.condition_width
+            modules["connector"] = _projector(chosen, width, condition, bias=bool(chosen.bias))
             more = {}
             if pooled:
-                more = {POOLED: _projector(chosen, width, pooled, bias=chosen.pooled_bias).projector}
-        _fill(directory / f"{head_file}.bin", config, HEAD_PARTS, modules, more)
+                more = {stored.pooled: _projector(chosen, width, pooled, bias=chosen.pooled_bias).projector}
+        _fill(directory / f"{stored.stem}.bin", config, parts_of_head, modules, more)
         return {**modules, "connector": _connector(modules["connector"], *more.values())}
 
     found = {"language_model": language_model}
-    head_file, _ = HEADS.get(config.image_decoder.kind, (HEAD, ""))
-    plugins = {VISION, QUERIES, head_file}
+    plugins = {sight.stem, QUERIES, stored.stem}
     there = {plugin for plugin in plugins if (directory / f"{plugin}.bin").is_file()}
     for plugin in sorted(plugins - there):
         _logger.warning("%s has no %s.bin: what it would hold is not compared", directory, plugin)
-    for plugin, load, parts in ((VISION, vision, VISION_PARTS), (head_file, head, HEAD_PARTS)):
+    for plugin, load, parts in ((sight.stem, vision, sight.parts), (stored.stem, head, parts_of_head)):
         if plugin in there:
             found |= {part: functools.partial(_only, load, part) for part in parts.values()}
     if len(there) == 3:
@@ -156,15 +158,17 @@ def _fill(
     """
     import torch
 
-    def name_of(name: str) -> str | None:
-        """As the public classes name their parameters today; None for what is none."""
+    def named(name: str, tensor: "torch.Tensor") -> dict[str, "torch.Tensor"]:
+        """As the public classes have it today; nothing of what is nothing of theirs."""
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         form = getattr(config_of(config, prefixes[prefix]), "public", None) if prefix else None
         ours = form.ours(name.removeprefix(prefix)) if form else None
-        return name if form is None else ours if ours is None else prefix + ours
+        parts = () if ours is None else form.parts(ours)
+        found = zip(parts, tensor.chunk(len(parts)), strict=True) if parts else ()
+        return {name: tensor} if form is None else {prefix + part: piece for part, piece in found}
 
     stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    tensors = {ours: tensor for name, tensor in stored.items() if (ours := name_of(name)) is not None}
+    tensors = {ours: part for name, tensor in stored.items() for ours, part in named(name, tensor).items()}
     filled = {prefix: modules[part] for prefix, part in prefixes.items()} | more
     own = {prefix + name: x for prefix, module in filled.items() for name, x in module.state_dict().items()}
     shapes = [(name, tensors[name].shape, own[name].shape) for name in own.keys() & tensors.keys()]

@@ -21,7 +21,7 @@ from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.data.positions import grid_of, place
 from dreamllm_jax.interop import dreamllm_modules, torch_modules, vision_language_modules
-from dreamllm_jax.interop.dreamllm import tower_directory
+from dreamllm_jax.interop.dreamllm import plugins_of, tower_directory
 from dreamllm_jax.interop.files import import_torch, read_config
 from dreamllm_jax.interop.sampling import compare_sampling
 from dreamllm_jax.interop.source import config_of
@@ -151,7 +151,7 @@ def _torch_side(
     place = directory
     if settings.get("model_type") == "dreamllm":
         loaders = dreamllm_modules.loaders(config, directory, settings, towers)
-        plugins, role = settings.get("plugins_init_kwargs", {}), "image_decoder"
+        plugins, role = plugins_of(settings), "image_decoder"
         try:
             place = tower_directory(directory, plugins, role, towers.get(role))
         except FileNotFoundError:

@@ -174,7 +174,7 @@ def _takes_cudnn(q: Array) -> bool:
 
 
 def _in_chunks(part: Callable, keys: int, q: Array, q_segments: Array | None, q_index: Array) -> Array:
-    """`part` of so many queries at a time that their scores are at most `MAX_SCORES`, recomputed in the backward pass."""
+    """`part` of so many queries that their scores are at most `MAX_SCORES`; computed again for its gradient."""
     size = max(1, MAX_SCORES // keys)
 
     def split(x):  # [B, T, ...] -> [chunks, B, size, ...]

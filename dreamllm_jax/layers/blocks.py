@@ -16,6 +16,7 @@ from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.flops import Tally, convolution, dense
 from dreamllm_jax.layers.full_attention_tpu import full_attention, supported
 from dreamllm_jax.layers.linear import spread
+from dreamllm_jax.layers.lora import LORA_A, LORA_B, LoraConfig, adapt, chosen, initial_a
 from dreamllm_jax.layers.weights import weight
 from dreamllm_jax.parallel.mesh import constrain, platform
 
@@ -36,10 +37,24 @@ class Conv(linear.Conv):
 
 
 class Dense(linear.Dense):
-    """A linear layer with logical axes on its weights."""
+    """A linear layer with logical axes on its weights, perhaps adapted."""
 
     kernel_init: nn.initializers.Initializer = weight(_kernel, "tower_in", "tower_out")
     bias_init: nn.initializers.Initializer = _ZEROS
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """f[..., I] -> f[..., features]."""
+        y = super().__call__(x)
+        return y if self.lora is None else y + adapt(x.astype(self.dtype), *self.adapter(x), self.lora.scale)
+
+    def adapter(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both of its products, f[I,R] and f[R,features], in the type of the computation."""
+        inputs, rank = x.shape[-1], self.lora.rank
+        a = self.param(LORA_A, weight(initial_a, "tower_in", "lora"), (inputs, rank))
+        b = self.param(LORA_B, weight(nn.initializers.zeros, "lora", "tower_out"), (rank, self.features))
+        return a.astype(self.dtype), b.astype(self.dtype)
 
 
 def moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -165,6 +180,7 @@ class Attention(nn.Module):
     norm_num_groups: int | None = None
     norm_eps: float = 1e-6
     dtype: jnp.dtype = jnp.float32
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
@@ -174,12 +190,12 @@ class Attention(nn.Module):
             x = GroupNorm(self.norm_eps, self.dtype, self.norm_num_groups, name="group_norm")(x)
         context = x if context is None else context
 
-        def project(name: str, inputs: jax.Array) -> jax.Array:
-            return Dense(width, use_bias=self.norm_num_groups is not None, dtype=self.dtype, name=name)(inputs)
+        def project(name: str, inputs: jax.Array, use_bias: bool = self.norm_num_groups is not None) -> jax.Array:
+            lora = chosen(self.lora, name)
+            return Dense(width, use_bias=use_bias, dtype=self.dtype, lora=lora, name=name)(inputs)
 
         q, k, v = project("to_q", x), project("to_k", context), project("to_v", context)
-        out = attend_packed(q, (k,), (v,), self.heads)
-        return Dense(width, dtype=self.dtype, name="to_out_0")(out)
+        return project("to_out_0", attend_packed(q, (k,), (v,), self.heads), use_bias=True)
 
 
 class Downsample2D(nn.Module):
@@ -267,10 +283,12 @@ def count_resnet(
         tally.product(f"{path}/conv_shortcut/kernel", dense(images * math.prod(size), inputs, outputs), live=live)
 
 
-def count_self_attention(tally: Tally, path: str, images: int, tokens: int, width: int, heads: int) -> None:
+def count_self_attention(
+    tally: Tally, path: str, images: int, tokens: int, width: int, heads: int, lora: LoraConfig | None = None
+) -> None:
     """Adds the FLOPs of an `Attention` of a sequence to itself."""
-    live, product = tally.live, dense(images * tokens, width, width)
+    live, shape = tally.live, (images * tokens, width, width)
     for name in ("to_q", "to_k", "to_v"):
-        tally.product(f"{path}/{name}/kernel", product, live=live)
+        tally.linear(f"{path}/{name}", *shape, lora, live=live)
     tally.attention(images, tokens, tokens, width, tally.live, heads=heads)
-    tally.product(f"{path}/to_out_0/kernel", product)
+    tally.linear(f"{path}/to_out_0", *shape, lora)

@@ -10,6 +10,7 @@ import jax
 
 from dreamllm_jax.layers import full_attention_tpu
 from dreamllm_jax.layers.attention import MAX_SCORES
+from dreamllm_jax.layers.lora import LORA_A, LORA_B, LoraConfig, chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,23 @@ class Tally:
         self.forward += flops
         self.total += Flops(model=flops * (1 + live + trained), products=flops * (1 + live + trained))
         self.live |= live or trained
+
+    def linear(
+        self,
+        path: str,
+        vectors: float,
+        inputs: int,
+        outputs: int,
+        lora: LoraConfig | None = None,
+        live: bool | None = None,
+    ) -> None:
+        """A linear layer of so many vectors, and its adapter if it has one; `live` as of `product`."""
+        before = self.live if live is None else live
+        self.product(f"{path}/kernel", dense(vectors, inputs, outputs), live=before)
+        if lora := chosen(lora, path.rpartition("/")[2]):
+            self.product(f"{path}/{LORA_A}", dense(vectors, inputs, lora.rank), live=before)
+            inside = before or self.trained(f"{path}/{LORA_A}")
+            self.product(f"{path}/{LORA_B}", dense(vectors, lora.rank, outputs), live=inside)
 
     def attention(
         self,

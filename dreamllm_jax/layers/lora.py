@@ -47,6 +47,11 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+def chosen(lora: LoraConfig | None, product: str) -> LoraConfig | None:
+    """The adapters, if there are any and this product is to have one."""
+    return lora if lora is not None and product in lora.targets else None
+
+
 def adapt(x: jax.Array, a: jax.Array, b: jax.Array, scale: float, axes: int = 1) -> jax.Array:
     """What an adapter adds to a product.
 

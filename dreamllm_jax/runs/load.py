@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dreamllm_jax.checkpoints.saved import CONFIG_FILE, MODEL, find
 from dreamllm_jax.common.directories import absolute
+from dreamllm_jax.data.chat_template import find_template
 from dreamllm_jax.data.storage import SUMMARY
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.experiment.experiment import Experiment
@@ -62,7 +63,7 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> Trained:
 
 
 def load_model(
-    name: epath.PathLike, mesh: Mesh | None = None, sharding: ShardingConfig = SINGLE
+    name: epath.PathLike, mesh: Mesh | None = None, sharding: ShardingConfig = SINGLE, template: str = ""
 ) -> tuple[DreamLLM, dict, Tokenizer]:
     """A trained or imported model, its parameters and its tokenizer: what generation takes.
 
@@ -72,9 +73,11 @@ def load_model(
     Args:
       name: a run's directory, `DIR@STEP` or `DIR@average`, or the directory of an imported model.
       mesh: over which the parameters are split, by the rules of `sharding`; default the first local device.
+      template: of conversations, which the tokenizer must be able to write.
 
     Raises:
-      FileNotFoundError, ValueError: there is none, see `saved.find`; it has no tokenizer, or another model's.
+      FileNotFoundError, ValueError: there is none, see `saved.find`; it has no tokenizer, or another model's, or one
+        that the template is not for.
     """
     found = find(str(name))
     tokenizer = load_tokenizer(found.tokenizer)
@@ -83,6 +86,8 @@ def load_model(
             f"{found.tokenizer} is another model's: its special tokens are {tokenizer.special}, those of {MODEL} "
             f"{found.config.special_tokens}"
         )
+    if template:
+        find_template(template, tokenizer)
     mesh = make_mesh(SINGLE, jax.local_devices()[:1]) if mesh is None else mesh
     weights = flatten_dict(abstract_params(found.config), sep="/")
     shardings = flatten_dict(param_shardings(abstract_params(found.config), mesh, sharding), sep="/")

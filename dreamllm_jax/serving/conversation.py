@@ -23,6 +23,8 @@ SETTINGS = {
     "temperature": (0.0, 2.0, 0.0),  # of drawing tokens; 0 takes the most probable ones
     "top_p": (0.05, 1.0, 1.0),
     "guidance": (1.0, 20.0, 3.5),  # of painting
+    "guidance_from": (0.0, 1.0, 0.0),  # shares of the timesteps, 0 the picture and 1 the noise, between which there is
+    "guidance_to": (0.0, 1.0, 1.0),
     "steps": (1, 250, 50),
     "seed": (0, 999_999_999, 0),  # of all draws
     "max_tokens": (1, 2048, 128),
@@ -34,7 +36,7 @@ def read_settings(given: Any) -> dict[str, Any]:
     """The settings of a request; what it leaves out has its default.
 
     Raises:
-      ValueError: an unknown one, or a value of the wrong type or beyond its limits.
+      ValueError: an unknown one, a value of the wrong type or beyond its limits, or no interval of guidance.
     """
     if not isinstance(given, dict) or not given.keys() <= SETTINGS.keys():
         raise ValueError(f"the settings are {', '.join(SETTINGS)}; got {given!r:.200}")
@@ -43,7 +45,10 @@ def read_settings(given: Any) -> dict[str, Any]:
         whole = type(default) is int
         if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
             raise ValueError(f"{name} must be a {'whole ' * whole}number from {least} to {most}, got {value!r}")
-    return {name: default for name, (*_, default) in SETTINGS.items()} | given
+    chosen = {name: default for name, (*_, default) in SETTINGS.items()} | given
+    if (low := chosen["guidance_from"]) > (high := chosen["guidance_to"]):
+        raise ValueError(f"guidance_from must not be more than guidance_to, got {low} and {high}")
+    return chosen
 
 
 def read_conversation(given: Any, vocab_size: int) -> list[Segment]:

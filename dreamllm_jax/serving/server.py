@@ -88,6 +88,7 @@ def make_reply(
             sampling=Sampling.of(seeds, settings["temperature"], top_p=settings["top_p"]),
             sampler=samplers.SamplerConfig(sampler, settings["steps"]),
             guidance=settings["guidance"],
+            guidance_interval=(settings["guidance_from"], settings["guidance_to"]),
             template=template,
             allowed=MAX_TOKENS,
         )

@@ -143,6 +143,7 @@ def answer(
             size=size,
             sampler=SamplerConfig(steps=config.steps),
             guidance=config.guidance,
+            guidance_interval=config.guidance_interval,
         )
         for question, picture in zip(to_paint, np.asarray(painted), strict=True):
             beside = np.concatenate([pixels(question.answer), picture], axis=1)

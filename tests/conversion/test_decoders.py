@@ -26,6 +26,7 @@ from dreamllm_jax.layers.lora import LoraConfig, adapters_in, is_adapter  # noqa
 from dreamllm_jax.model import abstract_params  # noqa: E402
 from dreamllm_jax.runs.initial import restore_initial  # noqa: E402
 from dreamllm_jax.towers.condition import Condition  # noqa: E402
+from dreamllm_jax.towers.image_decoders.mmdit import MMDiTLora  # noqa: E402
 from dreamllm_jax.towers.image_decoders.sana_transformer import SanaLora  # noqa: E402
 from tests import public_models  # noqa: E402
 from tests.conversion.helpers import FLOWS as KINDS  # noqa: E402
@@ -296,12 +297,14 @@ def test_flows_that_sample_alike_are_told_from_others(folders, scheduler, change
 ADAPTED = ("image_decoder/denoiser", "language_model")
 
 
-@pytest.fixture(scope="module")
-def adapted(imported, tmp_path_factory):
-    """The SANA model with adapters of its denoiser and of its language model."""
-    found = saved.find(str(imported["sana"] / "ours"))
+LORA = {"sana": SanaLora(rank=2, alpha=3.0), "stable_diffusion_3": MMDiTLora(rank=2, alpha=3.0)}
+
+
+def with_adapters(model: Path, to: Path) -> saved.SavedModel:
+    """The model with adapters of its denoiser and of its language model."""
+    found = saved.find(str(model))
     decoder, llama = found.config.image_decoder, found.config.language_model
-    denoiser = dataclasses.replace(decoder.denoiser, lora=SanaLora(rank=2, alpha=3.0))
+    denoiser = dataclasses.replace(decoder.denoiser, lora=LORA[decoder.kind])
     config = dataclasses.replace(
         found.config,
         image_decoder=dataclasses.replace(decoder, denoiser=denoiser),
@@ -309,10 +312,15 @@ def adapted(imported, tmp_path_factory):
     )
     drawn = flatten_dict(random_weights(nn.unbox(abstract_params(config))), sep="/")
     adapters = {path: leaf for path, leaf in drawn.items() if is_adapter(path)}
-    to = epath.Path(tmp_path_factory.mktemp("adapted") / "model")
+    to = epath.Path(to)
     saved.write_params(to, found.read(found.leaves()) | adapters)
     saved.write_description(to, config, None)
     return saved.find(str(to))
+
+
+@pytest.fixture(scope="module")
+def adapted(imported, tmp_path_factory):
+    return with_adapters(imported["sana"] / "ours", tmp_path_factory.mktemp("adapted") / "model")
 
 
 def velocity(config, params: dict) -> np.ndarray:
@@ -325,18 +333,22 @@ def velocity(config, params: dict) -> np.ndarray:
         return jax.jit(module.apply)({"params": params}, *given)
 
 
-def test_adapters_of_a_denoiser_are_merged(imported, adapted, tmp_path):
+@pytest.mark.parametrize("kind", ["sana", pytest.param("stable_diffusion_3", marks=pytest.mark.slow)])
+def test_adapters_of_a_denoiser_are_merged(imported, adapted, kind, tmp_path):
     """The export computes what the adapted model does, and knows nothing of adapters; those of one tower can stay."""
+    if kind != "sana":
+        adapted = with_adapters(imported[kind] / "ours", tmp_path / "adapted")
     count = {tower: sum(is_adapter(path) and path.startswith(tower) for path in adapted.leaves()) for tower in ADAPTED}
-    assert count == {"image_decoder/denoiser": 2 * (4 + 4 + 2), "language_model": 2 * 7}
+    products = {"sana": 4 + 4 + 2, "stable_diffusion_3": (8 + 4 + 4) + (8 + 4) + (7 + 2)}[kind]
+    assert count == {"image_decoder/denoiser": 2 * products, "language_model": 2 * 7}
     run("export", checkpoint=adapted.directory, format="diffusers", to=tmp_path / "out", no_check=True)
-    run("import", **towers(imported["sana"]) | {"image_decoder": tmp_path / "out"}, to=tmp_path / "in", num_queries=3)
+    run("import", **towers(imported[kind]) | {"image_decoder": tmp_path / "out"}, to=tmp_path / "in", num_queries=3)
     back = saved.find(str(tmp_path / "in"))
     assert back.config.image_decoder.denoiser.lora is None and not any(map(is_adapter, back.leaves()))
     part = "image_decoder/denoiser"
     want = velocity(adapted.config, adapted.part(part))
     assert relative_error(velocity(back.config, back.part(part)), want) < 1e-6
-    base = saved.find(str(imported["sana"] / "ours"))
+    base = saved.find(str(imported[kind] / "ours"))
     assert relative_error(velocity(base.config, base.part(part)), want) > 0.1
     with pytest.raises(ValueError, match="is of an adapter, which has no PyTorch name: merge it first"):
         names.to_torch(adapted.part(part))

@@ -66,4 +66,7 @@ def test_it_computes_what_transformers_does_and_is_exported_by_its_parts(whole, 
     assert {d.tower for d in differences} == {"vision encoder", "language model", "multimodal forward"}
     assert all(d.passed for d in differences), differences
     assert max(d.relative for d in differences if d.dtype == "float32") <= 1e-5
-    run("export", checkpoint=tmp_path / "ours", format="hf", to=tmp_path / "hf")
+    for form in ("hf", "diffusers"):  # as a Qwen2, and the tower in a folder of its own; both are compared
+        run("export", checkpoint=tmp_path / "ours", format=form, to=tmp_path / form)
+    again = open_vision_encoder(tmp_path / "diffusers" / "visual")
+    assert again.config == found.config.vision_encoder

@@ -178,6 +178,19 @@ def test_what_the_original_does_not_know_is_not_exported(original, tmp_path):
         ValueError, match=r"^the original program has no language_model\.mlp_bias: export with --format=hf"
     ):
         export_model(other, tmp_path / "to", ("dreamllm",))
+    special = dataclasses.replace(found.config.special_tokens, bos=None)
+    other = dataclasses.replace(found, config=dataclasses.replace(found.config, special_tokens=special))
+    with pytest.raises(
+        ValueError, match=r"^the original program has no documents without <s>, or images without marks"
+    ):
+        export_model(other, tmp_path / "to", ("dreamllm",))
+    copy = shutil.copytree(original / "ours", tmp_path / "copy")
+    edit(copy / "tokenizer" / "tokenizer_config.json", image_marks=["<s>", "<unk>", "</s>"])
+    with pytest.raises(
+        ValueError, match=r"^the original program does not mark images by <s>, <unk>, </s>: export with"
+    ):
+        export_model(saved.find(str(copy)), tmp_path / "to", ("dreamllm",))
+    shutil.rmtree(copy)
     decoder = found.config.image_decoder
     pixels = dataclasses.replace(
         found.config,

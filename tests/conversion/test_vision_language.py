@@ -64,6 +64,7 @@ def test_every_part_computes_what_the_public_class_does(whole):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("whole", ["llava_onevision"], indirect=True)
 def test_its_towers_go_out_and_are_loaded(whole, tmp_path):
     """Without what is nothing of ours, such as the head of a SigLIP; export compares them by itself."""
     config = saved.find(str(whole / "ours")).config

@@ -6,6 +6,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from dreamllm_jax import convert
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.tokenizer import load_tokenizer
 from dreamllm_jax.data.tokens import encode_document
@@ -79,6 +80,17 @@ def test_how_images_are_marked_is_a_setting(tmp_path):
         file.write_text(json.dumps(told | {"image_marks": marks}))
         with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["ours", "<img>,<IMG_CONTEXT>,</img>", ",<image>,", "<image>", "<img>,,</img>"])
+def test_the_flag_for_it(text):
+    known = {"ours": OUR_MARKS} | {",".join(mark or "" for mark in marks): marks for marks in MARKS.values()}
+    arguments = ["import", "--to=x", f"--image-marks={text}"]
+    if text in known:
+        assert convert.parser().parse_args(arguments).image_marks == known[text]
+    else:
+        with pytest.raises(SystemExit):
+            convert.parser().parse_args(arguments)
 
 
 def test_documents_begin_without_a_token(whose, shape):

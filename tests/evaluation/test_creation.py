@@ -120,6 +120,28 @@ def test_a_sampler_that_the_model_does_not_have_is_refused_before_a_directory_is
     assert not (tmp_path / "to").exists()
 
 
+def test_pictures_are_painted_as_the_command_says(command, tmp_path, monkeypatch):
+    asked = {}
+
+    def paint(*given, **settings):
+        asked.update(settings)
+        return np.zeros((len(settings["seeds"]), 4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(creation, "generate_images", paint)
+    words = [*command, f"--pictures={tmp_path / 'to'}", f"--to={tmp_path}", "--limit=2", "--guidance_interval"]
+    wrong = evaluate.make_parser().parse_args([*words, "0.9", "0.1"])
+    with pytest.raises(ValueError, match=r"^guidance_interval must be two ascending numbers from 0 to 1, got 0\.9"):
+        wrong.main(wrong)
+    assert not (tmp_path / "to").exists()
+    arguments = evaluate.make_parser().parse_args([*words, "0.2", "0.8"])
+    arguments.main(arguments)
+    assert (asked["guidance"], asked["guidance_interval"], asked["sampler"].steps) == (2.0, (0.2, 0.8), 2)
+    assert json.loads((tmp_path / "to" / "settings.json").read_text())["guidance_interval"] == [0.2, 0.8]
+    with pytest.raises(ValueError, match=r"settings\.json has another guidance_interval"):
+        other = evaluate.make_parser().parse_args([*words, "0.2", "0.9"])
+        other.main(other)
+
+
 @pytest.mark.slow
 def test_killed_twice_it_ends_with_the_same_pictures(command, tmp_path):
     words = [*command, f"--pictures={tmp_path / 'killed'}"]

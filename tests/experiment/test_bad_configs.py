@@ -61,7 +61,8 @@ BROKEN = [
     ),
     (
         {"model.language_model.kind": "lama"},
-        "config.model.language_model.kind must be one of 'llama', 'qwen2', 'qwen3', got 'lama'; did you mean 'llama'?",
+        "config.model.language_model.kind must be one of 'llama', 'qwen2', 'qwen3', 'qwen25_vl', got 'lama'; did you "
+        "mean 'llama'?",
     ),
     ({"model.image_decoder.autoencoder": {"patch_size": 4}}, "autoencoder.kind is missing: it is one of 'kl', 'pixel'"),
     ({"model.image_decoder.autoencoder.kind": [1]}, "autoencoder.kind must be one of 'kl', 'pixel', got [1]"),

@@ -11,9 +11,10 @@ from dreamllm_jax.layers.lora import LoraConfig
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.planning.step import lower_step
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.image_decoders.unet_transformer import UNetLora
 from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
 from tests.public_models import INTERN_VIT
-from tests.tiny import DECODER_XL, DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
+from tests.tiny import DECODER, DECODER_XL, DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
 
 STAGE_2 = (("(language_model|visual_projector|dream_queries|connector)/.*", True), (".*", False))
 ALIGNMENT = (("(visual_projector|dream_queries|connector)/.*", True), (".*", False))
@@ -22,6 +23,7 @@ ADAPTED = tiny_config(
     language_model=dataclasses.replace(
         tiny_config().language_model, lora=LoraConfig(8, 8.0, ("q_proj", "o_proj", "up_proj"))
     ),
+    image_decoder=dataclasses.replace(DECODER, denoiser=dataclasses.replace(DECODER.denoiser, lora=UNetLora(4, 4.0))),
     remat="full",
 )
 # Where a compiled multiplication was traced.

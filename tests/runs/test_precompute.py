@@ -168,6 +168,27 @@ def test_other_shapes_types_and_models_are_refused(case):
         require_same_towers(path, "pairs", "features", last, leaves)
 
 
+def test_only_what_the_stored_arrays_depend_on_must_be_the_same(case):
+    """They are not scaled yet: models may differ in that, whatever the stored description says of it."""
+    path, _, model, params = case
+    leaves, decoder = flatten_dict(params, sep="/"), model.config.image_decoder
+    folder = stored.folder(path, "pairs", "moments")
+    description = stored.read_description(folder)
+
+    def check(**changed):
+        autoencoder = dataclasses.replace(decoder.autoencoder, **changed)
+        config = dataclasses.replace(model.config, image_decoder=dataclasses.replace(decoder, autoencoder=autoencoder))
+        require_same_towers(path, "pairs", "moments", config, leaves)
+
+    check(scaling_factor=0.5, shift_factor=0.1, sample_size=64)
+    told = description.tower | {"autoencoder.scaling_factor": 0.7}
+    stored.write_description(folder, dataclasses.replace(description, tower=told))
+    check()
+    stored.write_description(folder, description)
+    with pytest.raises(ValueError, match=r"whose image_decoder\.autoencoder\.norm_num_groups is 4, and here 2: leave"):
+        check(norm_num_groups=2)
+
+
 def with_small_files():
     """The commands of `data`, with three documents in a file."""
     stored.PART = 3

@@ -114,6 +114,14 @@ def test_a_reply_is_streamed_and_the_conversation_goes_on():
         )
 
 
+def test_pictures_are_painted_as_the_settings_say(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(server, "generate_documents", lambda *_, **settings: iter(asked.update(settings) or EVENTS))
+    reply = server.make_reply(None, {}, None, size=DREAM_SIZE)
+    assert list(reply([Text("a fox")], read_settings({"guidance": 2.0, "guidance_to": 0.7, "steps": 9}))) == EVENTS
+    assert (asked["guidance"], asked["guidance_interval"], asked["sampler"].steps) == (2.0, (0.0, 0.7), 9)
+
+
 @pytest.mark.slow
 def test_a_model_replies_in_turns():
     """As its template has them; how it paints is seen in `test_browser`."""
@@ -202,6 +210,7 @@ def test_too_large_a_request_is_refused(client):
         (say(steps=2.5), "steps must be a whole number"),
         (say(max_images=True), "max_images must be a whole number"),
         (say(seed=1 << 40), "seed must be a whole number"),
+        (say(guidance_from=0.6, guidance_to=0.5), "guidance_from must not be more than guidance_to, got 0.6 and 0.5"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

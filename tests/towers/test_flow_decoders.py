@@ -21,7 +21,7 @@ from dreamllm_jax.parallel.feeding import rows_sharding, to_mesh
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
 from dreamllm_jax.towers.autoencoders.dc import DCAutoencoderConfig
 from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
-from dreamllm_jax.towers.image_decoders.mmdit import MMDiTConfig
+from dreamllm_jax.towers.image_decoders.mmdit import MMDiTConfig, MMDiTLora
 from dreamllm_jax.towers.image_decoders.sana import SanaConfig
 from dreamllm_jax.towers.image_decoders.sana_transformer import SanaLora, SanaTransformerConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion_3 import StableDiffusion3Config
@@ -60,9 +60,8 @@ SANA = SanaConfig(
         decoder_act_fns=("silu",) * 2,
     ),
 )
-LAST_QUERIES = (
-    "2_to_3/attn/(add_q_proj|norm_added_q)/"  # of the condition, which attends to nothing in SD3's last layer
-)
+# Of the condition, which attends to nothing in SD3's last layer.
+LAST_QUERIES = "2_to_3/attn/(add_q_proj|norm_added_q)/"
 SD3 = StableDiffusion3Config(
     denoiser=MMDiTConfig(
         sample_size=DREAM_SIZE // 2,
@@ -77,6 +76,7 @@ SD3 = StableDiffusion3Config(
         pos_embed_max_size=16,
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
+        lora=MMDiTLora(2, 4.0, ("to_q", "add_k_proj", "proj")),
     ),
     autoencoder=AutoencoderConfig(
         block_out_channels=(8, 8),
@@ -154,10 +154,10 @@ def test_every_weight_of_the_denoiser_learns_but_for_tables(case):
 
 
 @pytest.mark.slow
-def test_adapters_alone_are_trained():
-    case = Case(SANA)
+def test_adapters_alone_are_trained(case):
     state = abstract_of(case.config, [(".*/denoiser/.*/lora_[ab]", True), (".*", False)])
-    assert len(state.trainable) == 2 * 10  # of eight products of attention and two of the feed-forward
+    # Of two attentions and the feed-forward; of three kinds of layers' attentions and feed-forwards.
+    assert len(state.trainable) == 2 * {"sana": 10, "stable_diffusion_3": 4 + 3 + 5}[case.config.image_decoder.kind]
     split = [{path: case.leaves[path] for path in part} for part in (state.trainable, state.frozen)]
     step = jax.jit(lambda *parts: loss_and_gradients(case.objective, *parts, case.batch, case.draws))
     metrics, gradients = jax.device_get(step(*split))

@@ -8,19 +8,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.layers.flops import Tally
+from dreamllm_jax.layers.lora import LORA_A, LORA_B, is_adapter
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.image_decoders import mmdit
-from dreamllm_jax.towers.image_decoders.mmdit import PUBLISHED, MMDiTConfig
+from dreamllm_jax.towers.image_decoders.mmdit import PUBLISHED, MMDiTConfig, MMDiTLora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests.parity import assert_same, compiled, gradients, nchw, nhwc, randomised, relative_error, tensors  # noqa: E402
+from tests.parity import (  # noqa: E402
+    assert_same,
+    compiled,
+    gradients,
+    merged,
+    nchw,
+    nhwc,
+    random_weights,
+    randomised,
+    relative_error,
+    tensors,
+)
 
 TINY = {
     "sample_size": 8,
@@ -154,8 +166,28 @@ def test_fresh_table_of_positions_equals_diffusers():
     np.testing.assert_allclose(nn.unbox(made), reference.pos_embed.pos_embed.numpy(), atol=1e-6)
 
 
+ADAPTED = MMDiTConfig(**FAMILIES["3.5"], lora=MMDiTLora(rank=3, alpha=6.0))
+
+
+def test_adapters_merge_into_the_kernels():
+    config = dataclasses.replace(ADAPTED, num_layers=2)
+    model, inputs = config.make(jnp.float32), make_inputs(config)
+    params = random_weights(shapes_of(model, inputs))
+    # The attention of both streams, the second attention, and both feed-forwards; the last layer leaves some out.
+    assert sum(map(is_adapter, flatten_dict(params, sep="/"))) == 2 * (8 + 4 + 4 + 7 + 2)
+    plain = dataclasses.replace(config, lora=None).make(jnp.float32)
+    whole = merged(params, config.lora.scale)
+    got, want = (compiled(m.apply)({"params": p}, *inputs) for m, p in ((model, params), (plain, whole)))
+    assert relative_error(got, want) <= 1e-5
+    few = dataclasses.replace(config, lora=MMDiTLora(2, 2.0, ("add_k_proj", "net_2")))
+    found = flatten_dict(shapes_of(few.make(jnp.float32), inputs), sep="/")
+    assert {path.split("/", 2)[2] for path in found if path.endswith(LORA_B)} == {
+        f"{name}/{LORA_B}" for name in ("attn/add_k_proj", "ff/net_2", "ff_context/net_2")
+    }
+
+
 def test_every_weight_has_logical_axes():
-    config = MMDiTConfig(**FAMILIES["3.5"])
+    config = ADAPTED
     params = jax.eval_shape(config.make(jnp.float32).init, jax.random.key(0), *make_inputs(config))["params"]
     leaves, shapes = flatten_dict(nn.get_partition_spec(params), sep="/"), flatten_dict(nn.unbox(params), sep="/")
     stacks = {path.split("/")[1] for path in leaves if path.startswith("transformer_blocks/")}
@@ -164,22 +196,33 @@ def test_every_weight_has_logical_axes():
         scanned = name.startswith("transformer_blocks/")
         want = {1: ("tower_norm",), 2: ("tower_in", "tower_out"), 4: (None, None, "tower_in", "tower_out")}
         want[3] = (None, None, "tower_norm")
-        assert tuple(axes) == ("layers",) * scanned + want[len(shapes[name].shape) - scanned], name
+        adapter = {LORA_A: ("tower_in", "lora"), LORA_B: ("lora", "tower_out")}
+        want = adapter.get(name.split("/")[-1], want[len(shapes[name].shape) - scanned])
+        assert tuple(axes) == ("layers",) * scanned + want, name
 
 
-@pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["frozen", "trained"])
-def test_flops_are_the_compiled_ones(trained):
-    """Towards the condition alone, and towards the weights too."""
-    config = dataclasses.replace(MMDiTConfig(**FAMILIES["3.5"]), num_layers=4)
+TRAINED = {"frozen": lambda _: False, "trained": lambda _: True, "adapters": is_adapter}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "frozen" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED]
+)
+def test_flops_are_the_compiled_ones(name):
+    """Towards the condition alone, and towards the weights, or the adapters, too."""
+    trained = TRAINED[name]
+    config = dataclasses.replace(ADAPTED if name == "adapters" else MMDiTConfig(**FAMILIES["3.5"]), num_layers=4)
     model, (latents, timesteps, condition) = config.make(jnp.float32), make_inputs(config, size=(16, 8), n=4, q=32)
     params = shapes_of(model, (latents, timesteps, condition))
 
-    def loss(weights, condition):
+    flat = flatten_dict(params, sep="/")
+
+    def loss(chosen, condition, rest):
+        weights = unflatten_dict(rest | chosen, sep="/")
         return jnp.sum(jnp.square(model.apply({"params": weights}, latents, timesteps, condition)))
 
-    gradient = jax.grad(loss, argnums=(0, 1) if trained else 1)
-    text = jax.jit(gradient).lower(params, condition).compile().as_text()
-    tally = Tally(lambda _: trained, platform="cpu")
+    chosen = {path: x for path, x in flat.items() if trained(path)}
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(chosen, condition, flat).compile().as_text()
+    tally = Tally(trained, platform="cpu")
     config.flops(tally, 4, (16, 8), 32, condition_live=True)
     assert tally.total.executed == pytest.approx(read_program(text, {"data": 1}).mxu_flops, 0.01)
 

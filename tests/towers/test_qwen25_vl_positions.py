@@ -18,6 +18,8 @@ from dreamllm_jax.data.packing import Item
 from dreamllm_jax.data.positions import grid_of, place
 from dreamllm_jax.data.rows import Pixels, fill_row
 from dreamllm_jax.data.tokens import Encoded, Placed
+from dreamllm_jax.experiment import published
+from dreamllm_jax.experiment.experiment import read_experiment
 from dreamllm_jax.generation.beams import search
 from dreamllm_jax.generation.text import read_image, read_prompts, read_queries, write
 from dreamllm_jax.interop.names import from_torch, to_torch
@@ -28,7 +30,7 @@ from dreamllm_jax.towers.language_models.qwen25_vl import Qwen25VLConfig
 from dreamllm_jax.towers.vision_encoders.clip import normalise_pixels
 from dreamllm_jax.towers.vision_encoders.qwen25_vl import Qwen25VisionConfig
 from tests.parity import assert_same, compiled, gradients, randomised, tensors
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import logits_of, tiny_config, tiny_params
 
 VOCABULARY = 64
 TEXT = {
@@ -262,3 +264,19 @@ def test_what_is_read_bit_by_bit_is_what_is_read_at_once():
     got, reading = read_queries(MODEL, params, reading)
     np.testing.assert_allclose(got[0], hidden[0, slot : slot + CONFIG.num_queries], rtol=1e-4, atol=1e-5)
     assert reading.position.tolist() == [1 + batch.positions[0].max()]
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("qwen25-vl-3b", 3754622976), ("qwen25-vl-7b", 8292166656)])
+def test_published_towers_fit_together_and_are_of_the_published_sizes(name, parameters):
+    config = published.alignment(f"llm={name},vision={name}")
+    experiment = read_experiment({**config.to_dict(), "steps": 1, "data": {"path": "", "corpora": {}}})
+    model = experiment.model
+    assert isinstance(model.visual_projector, IdentityConfig)
+    assert model.vision_encoder.width == model.language_model.width and model.language_model.head_dim == 128
+    assert (experiment.row_shape.axes, experiment.row_shape.see[0].tokens) == (3, 256)
+    decoder, tower = (part.make(jnp.bfloat16) for part in (model.language_model, model.vision_encoder))
+    tokens, image = jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 112, 112, 3), jnp.uint8)
+    shapes = jax.eval_shape(
+        lambda: (decoder.init(jax.random.key(0), tokens, method=logits_of), tower.init(jax.random.key(0), image))
+    )
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == parameters

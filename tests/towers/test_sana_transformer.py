@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.layers import gated_depthwise, linear_attention, spaced_heads
 from dreamllm_jax.layers.flops import Tally
-from dreamllm_jax.layers.lora import LORA_A, LORA_B, is_adapter, merge
+from dreamllm_jax.layers.lora import LORA_A, LORA_B, is_adapter
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.image_decoders import sana_transformer
@@ -26,6 +26,7 @@ from tests.parity import (  # noqa: E402
     assert_same,
     compiled,
     gradients,
+    merged,
     nchw,
     nhwc,
     random_weights,
@@ -195,14 +196,10 @@ def adapted():
 
 def test_adapters_merge_into_the_kernels():
     model, inputs, params = adapted()
-    flat = flatten_dict(params, sep="/")
-    assert sum(map(is_adapter, flat)) == 2 * (4 + 4 + 2)
-    for path in [path for path in flat if path.endswith(LORA_A)]:
-        kernel, b = (path.replace(LORA_A, leaf) for leaf in ("kernel", LORA_B))
-        flat[kernel] = merge(flat[kernel], flat.pop(path), flat.pop(b), ADAPTED.lora.scale)
+    assert sum(map(is_adapter, flatten_dict(params, sep="/"))) == 2 * (4 + 4 + 2)
     plain = dataclasses.replace(ADAPTED, lora=None).make(jnp.float32)
-    merged = unflatten_dict(flat, sep="/")
-    got, want = (compiled(m.apply)({"params": p}, *inputs) for m, p in ((model, params), (plain, merged)))
+    whole = merged(params, ADAPTED.lora.scale)
+    got, want = (compiled(m.apply)({"params": p}, *inputs) for m, p in ((model, params), (plain, whole)))
     assert relative_error(got, want) <= 1e-5
 
 

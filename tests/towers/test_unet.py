@@ -1,5 +1,6 @@
 """The U-Net against diffusers' `UNet2DConditionModel` on the same random weights."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -10,14 +11,27 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from dreamllm_jax.interop.names import from_torch, to_torch
+from dreamllm_jax.layers.lora import LORA_A, LORA_B, is_adapter
 from dreamllm_jax.layers.timesteps import timestep_embedding
 from dreamllm_jax.towers.condition import Condition
-from dreamllm_jax.towers.image_decoders.unet import Transformer2DModel, UNet, UNetConfig
+from dreamllm_jax.towers.image_decoders.unet import UNet, UNetConfig
+from dreamllm_jax.towers.image_decoders.unet_transformer import Transformer2DModel, UNetLora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from tests.parity import assert_same, compiled, gradients, nchw, nhwc, randomised, relative_error, tensors  # noqa: E402
+from tests.parity import (  # noqa: E402
+    assert_same,
+    compiled,
+    gradients,
+    merged,
+    nchw,
+    nhwc,
+    random_weights,
+    randomised,
+    relative_error,
+    tensors,
+)
 
 TINY = {
     "sample_size": 8,
@@ -152,15 +166,32 @@ def test_timestep_embedding_equals_diffusers(width, flip, shift):
     np.testing.assert_allclose(got, want, atol=1e-6)
 
 
+def test_adapters_merge_into_the_kernels():
+    config = UNetConfig(**FAMILIES["2.x"], lora=UNetLora(rank=3, alpha=6.0))
+    inputs = make_inputs(config)
+    params = random_weights(shapes_of(UNet(config), inputs))
+    assert sum(map(is_adapter, flatten_dict(params, sep="/"))) == 2 * (4 + 4 + 2) * (1 + 2 + 2)  # transformers' layers
+    whole = merged(params, config.lora.scale)
+    cases = (config, params), (dataclasses.replace(config, lora=None), whole)
+    got, want = (compiled(UNet(c).apply)({"params": p}, *inputs) for c, p in cases)
+    assert relative_error(got, want) <= 1e-5
+    few = dataclasses.replace(config, lora=UNetLora(2, 2.0, ("to_k", "proj")))
+    found = {path.split("_blocks_0/")[-1] for path in flatten_dict(shapes_of(UNet(few), inputs), sep="/")}
+    assert {path for path in found if path.endswith(LORA_B) and not path.startswith(("up", "down", "mid"))} == {
+        f"{name}/{LORA_B}" for name in ("attn1/to_k", "attn2/to_k", "ff/net_0/proj")
+    }
+
+
 @pytest.mark.parametrize("family", ["2.x", "xl"])
 def test_every_weight_has_logical_axes(family):
-    config = UNetConfig(**FAMILIES[family])
+    config = UNetConfig(**FAMILIES[family], lora=UNetLora(2, 2.0))
     params = weights_of(UNet(config), make_inputs(config))
     leaves = flatten_dict(nn.get_partition_spec(params), sep="/")
     shapes = flatten_dict(nn.unbox(params), sep="/")
     for name, axes in leaves.items():
         want = {1: ("tower_norm",), 2: ("tower_in", "tower_out"), 4: (None, None, "tower_in", "tower_out")}
-        assert tuple(axes) == want[len(shapes[name].shape)], name
+        adapter = {LORA_A: ("tower_in", "lora"), LORA_B: ("lora", "tower_out")}
+        assert tuple(axes) == adapter.get(name.split("/")[-1], want[len(shapes[name].shape)]), name
 
 
 def test_wrong_channels_are_named():
@@ -231,6 +262,24 @@ def test_unsupported_setting_is_named(key, value):
     named = named.get(value, key) if isinstance(value, int | str) else key
     with pytest.raises(ValueError, match=named):
         UNetConfig.from_public(TINY | {"attention_head_dim": 2, key: value})
+
+
+def test_the_refiner_is_refused_by_name():
+    settings = {
+        "block_out_channels": [384, 768, 1536, 1536],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": 4,
+        "attention_head_dim": [6, 12, 24, 24],
+        "cross_attention_dim": 1280,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2560,
+    }
+    with pytest.raises(ValueError, match=r"^this is the refiner of Stable Diffusion XL .*take the base model.*$"):
+        UNetConfig.from_public(settings)
+    other = UNetConfig.from_public(settings | {"projection_class_embeddings_input_dim": 2816})
+    assert other.pooled_width == 1280
 
 
 def test_switched_off_settings_are_accepted():

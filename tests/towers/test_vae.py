@@ -12,6 +12,8 @@ from flax.traverse_util import flatten_dict
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.towers.autoencoders.kl import Autoencoder, AutoencoderConfig, sample_moments
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoder, PixelAutoencoderConfig
+from dreamllm_jax.towers.image_decoders.mmdit import MMDiTConfig
+from dreamllm_jax.towers.image_decoders.stable_diffusion_3 import StableDiffusion3Config
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -212,20 +214,25 @@ def test_unsupported_setting_is_named(key, value):
 
 
 @pytest.mark.slow
-def test_stable_diffusion_autoencoder_at_true_width():
+@pytest.mark.parametrize(
+    ("config", "weights", "side"),
+    [(AutoencoderConfig(), 83_653_863, 32), (StableDiffusion3Config(MMDiTConfig()).autoencoder, 83_819_683, 16)],
+    ids=["4 channels", "16 channels"],
+)
+def test_published_autoencoder_at_true_width(config, weights, side):
     """All 84 million weights on a small image, both ways."""
-    config = AutoencoderConfig()
     torch.manual_seed(0)
     reference = diffusers.AutoencoderKL(**config.to_public()).eval()
-    model = Autoencoder(config)
-    images = np.random.default_rng(0).uniform(-1, 1, size=(1, 32, 32, 3)).astype(np.float32)
+    assert sum(parameter.numel() for parameter in reference.parameters()) == weights
+    model, channels = Autoencoder(config), config.latent_channels
+    images = np.random.default_rng(0).uniform(-1, 1, size=(1, side, side, 3)).astype(np.float32)
     params = from_torch(shapes_of(model), tensors(reference))
     with torch.no_grad():
         want = reference.encode(nchw(images)).latent_dist.parameters
-        want_images = reference.decode(want[:, :4]).sample
+        want_images = reference.decode(want[:, :channels]).sample
     got = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode"))(params, images)
     decoded = jax.jit(lambda params, x: model.apply({"params": params}, x, method="decode"))(
-        params, nhwc(want)[..., :4]
+        params, nhwc(want)[..., :channels]
     )
     error = assert_same({"moments": got, "images": decoded}, {"moments": nhwc(want), "images": nhwc(want_images)})
     print(f"largest relative error {error:.1e}")

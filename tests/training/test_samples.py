@@ -15,13 +15,18 @@ from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.settings import CorpusConfig
 from dreamllm_jax.data.storage import Corpus, open_tokenizer
 from dreamllm_jax.experiment.experiment import read_experiment
+from dreamllm_jax.experiment.settings import SamplesConfig
+from dreamllm_jax.generation.documents import png
 from dreamllm_jax.generation.texts import generate_texts
+from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.parallel.feeding import rows_sharding
 from dreamllm_jax.parallel.mesh import make_mesh
 from dreamllm_jax.runs.load import load_run
+from dreamllm_jax.training import samples
 from dreamllm_jax.training.held_out import HeldOut
-from dreamllm_jax.training.samples import questions
+from dreamllm_jax.training.samples import Question, questions
 from tests.lives import Life, micro, together
+from tests.tiny import tiny_config
 
 IMAGE, OTHER, WORDS, MORE = Image(b"1"), Image(b"2"), Text("words"), Text("more")
 ASKED, SAID = Text("what?", "user"), Text("that", "assistant")
@@ -69,8 +74,8 @@ def logged(workdir: Path) -> dict[tuple[int, str], str | np.ndarray]:
 
 @pytest.mark.slow
 def test_samples_are_what_the_model_says(data, tmp_path):
-    samples = {"documents": 2, "max_tokens": 8, "steps": 2}
-    validation = {"every": 4, "path": data, "buckets": 1, "samples": samples}
+    wanted = {"documents": 2, "max_tokens": 8, "steps": 2}
+    validation = {"every": 4, "path": data, "buckets": 1, "samples": wanted}
     painted = {"slots": 1, "height": 8, "width": 16}
     config = micro(data, steps=4, checkpoint={"every": 4}, validation=validation)
     config["rows"] |= {"dream": (painted,), "dream_size": 77}  # which counts for nothing then
@@ -97,6 +102,18 @@ def test_samples_are_what_the_model_says(data, tmp_path):
     )
     shown = one[4, "samples/pairs/0/written/text_summary"]
     assert shown == f"🖼\n\n**Document:** {pair.texts[0].text}\n\n**Model:** {text}".strip()
+
+
+def test_pictures_are_painted_as_the_settings_say(monkeypatch):
+    asked, picture = {}, np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(samples, "generate_images", lambda *_, **settings: asked.update(settings) or picture[None])
+    question = Question("x", (WORDS,), Image(png(picture)))
+    config = SamplesConfig(guidance=2.0, guidance_interval=(0.2, 0.8))
+    (sample,) = samples.answer([question], config, (8, 8), DreamLLM(tiny_config()), {}, None).values()
+    assert sample.picture.shape == (8, 16, 3)
+    assert (asked["guidance"], asked["guidance_interval"]) == (2.0, (0.2, 0.8))
+    with pytest.raises(ValueError, match="guidance_interval must be two ascending numbers from 0 to 1"):
+        SamplesConfig(guidance_interval=(0.5, 1.5))
 
 
 def find(run):

@@ -31,6 +31,8 @@ class ProjectorConfig:
       pre_layernorm: a LayerNorm before the first layer (InternVL's `mlp1`).
       post_layernorm: a LayerNorm after the last layer.
       layer_norm_eps: their epsilon (the original takes it from the CLIP tower).
+      bias: whether linear layers have biases; None for as the original has it: the visual projector's do, the
+        connector's do not.
       pooled_bias: whether the layers on the way to a pooled vector have biases, for image decoders that want one.
     """
 
@@ -44,6 +46,7 @@ class ProjectorConfig:
     pre_layernorm: bool = False
     post_layernorm: bool = False
     layer_norm_eps: float = 1e-5
+    bias: bool | None = None
     pooled_bias: bool = True
 
     def __post_init__(self):
@@ -67,11 +70,11 @@ class ProjectorConfig:
 
     def make(self, features: int, dtype: jnp.dtype, **names: str) -> "Projector":
         """The visual projector, to vectors of the language model."""
-        return Projector(self, features, use_bias=True, dtype=dtype, **names)
+        return Projector(self, features, use_bias=self.bias is not False, dtype=dtype, **names)
 
     def make_connector(self, features: int, pooled: int, dtype: jnp.dtype, **names: str) -> "ProjectorConnector":
         """The connector, to a condition of this width and a pooled vector of that, 0 for none."""
-        return ProjectorConnector(self, features, use_bias=False, dtype=dtype, pooled=pooled, **names)
+        return ProjectorConnector(self, features, use_bias=bool(self.bias), dtype=dtype, pooled=pooled, **names)
 
     def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int, pooled: int = 0) -> None:
         """Adds the products of `images` of so many tokens."""

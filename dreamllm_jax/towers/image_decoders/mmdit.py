@@ -12,15 +12,16 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dreamllm_jax.layers.blocks import Conv, Dense, attend_packed, moments, shard_images
-from dreamllm_jax.layers.flops import Tally, dense
+from dreamllm_jax.layers.flops import Tally
 from dreamllm_jax.layers.linear import spread
+from dreamllm_jax.layers.lora import LoraConfig, chosen
 from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.positions import line_table
 from dreamllm_jax.layers.remat import rematerialised
@@ -29,17 +30,30 @@ from dreamllm_jax.layers.weights import LAYERS, weight
 from dreamllm_jax.parallel.mesh import platform
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
+from dreamllm_jax.towers.image_decoders import mmdit_flops
 from dreamllm_jax.towers.public import PublicForm
 
 Array = jax.Array
 
 _EPS = 1e-6
-_TIME_WIDTH = 256  # of the sinusoids
+_OURS = ("kind", "lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class MMDiTLora(LoraConfig):
+    """Adapters of the denoiser's products (`layers.lora`): of the attentions, where the condition's have `add` in their
+    names, and `proj` and `net_2` of both feed-forwards."""
+
+    products: ClassVar[tuple[str, ...]] = (
+        *("to_q", "to_k", "to_v", "to_out_0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("proj", "net_2"),
+    )
+    targets: tuple[str, ...] = products
 
 
 @dataclasses.dataclass(frozen=True)
 class MMDiTConfig:
-    """The settings of diffusers' `SD3Transformer2DModel`, all of them.
+    """The settings of diffusers' `SD3Transformer2DModel`, all of them, and its adapters (`lora`, None for none).
 
     `sample_size` is the side of the latents that it was made for, `pos_embed_max_size` the side, in patches, of the
     table of positions, from whose middle each image takes its part.
@@ -58,7 +72,9 @@ class MMDiTConfig:
     pos_embed_max_size: int = 96
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = None
+    lora: MMDiTLora | None = None
     kind: Literal["mmdit"] = "mmdit"
+    clock_width: ClassVar[int] = 256  # of the sinusoids that tell the time
     public = PublicForm(
         library="diffusers",
         torch_class="SD3Transformer2DModel",
@@ -70,7 +86,7 @@ class MMDiTConfig:
     )
 
     def __post_init__(self) -> None:
-        optional = ("dual_attention_layers", "qk_norm", "kind")
+        optional = ("dual_attention_layers", "qk_norm", *_OURS)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in optional and not (field.name == "out_channels" and value is None):
@@ -143,7 +159,7 @@ class MMDiTConfig:
 
     def to_public(self) -> dict[str, Any]:
         """The settings of a `SD3Transformer2DModel`'s config.json."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _OURS}
 
     def run_public(self, module: Any, latents: Any, timesteps: Any, condition: Condition) -> Any:
         """The prediction as the public class computes it, f[N,c,h,w], f[N] of torch -> f[N,c',h,w]."""
@@ -162,58 +178,7 @@ class MMDiTConfig:
           condition_live: whether gradients go back to the conditions, sequence and pooled.
           remat: as of `make`.
         """
-        width, heads = self.width, self.num_attention_heads
-        tokens = (size[0] // self.patch_size) * (size[1] // self.patch_size)
-        pixels = self.patch_size**2
-
-        def perceptron(name: str, inputs: int, live: bool) -> bool:
-            part = tally.beside(live)
-            part.product(f"time_text_embed/{name}/linear_1/kernel", dense(images, inputs, width))
-            part.product(f"time_text_embed/{name}/linear_2/kernel", dense(images, width, width))
-            tally.total += part.total
-            return part.live
-
-        live = perceptron("timestep_embedder", _TIME_WIDTH, False)
-        live |= perceptron("text_embedder", self.pooled_projection_dim, condition_live)
-        context = tally.beside(condition_live)
-        context.product("context_embedder/kernel", dense(images * queries, self.joint_attention_dim, width))
-        tally.total += context.total
-        tally.product("pos_embed/proj/kernel", dense(images * tokens, pixels * self.in_channels, width), live=False)
-        tally.live |= live or context.live
-
-        for first, end, dual, last in self.stacks:
-            path = f"transformer_blocks/{first}_to_{end}"
-            # In a scan what is live behind one layer is live before all.
-            tally.live |= tally.trained(f"{path}/attn/to_q/kernel") or tally.trained(f"{path}/norm1/linear/kernel")
-            layer = tally.beside(tally.live)
-            layer.product(f"{path}/norm1/linear/kernel", dense(images, width, (9 if dual else 6) * width))
-            layer.product(f"{path}/norm1_context/linear/kernel", dense(images, width, (2 if last else 6) * width))
-
-            def square(name: str, count: int, ratio: int = 1, layer: Tally = layer, path: str = path) -> None:
-                layer.product(f"{path}/{name}/kernel", dense(images * count, width, ratio * width))
-
-            for name in ("to_q", "to_k", "to_v", "to_out_0"):
-                square(f"attn/{name}", tokens)
-            for name in (
-                ("add_k_proj", "add_v_proj") if last else ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-            ):
-                square(f"attn/{name}", queries)
-            before = layer.forward
-            for count in (tokens,) if last else (tokens, queries):
-                layer.attention(images, count, (tokens, queries), width, layer.live, heads=heads)
-            if dual:
-                layer.attention(images, tokens, tokens, width, layer.live, heads=heads)
-            scores = layer.forward - before
-            for name in ("to_q", "to_k", "to_v", "to_out_0") if dual else ():
-                square(f"attn2/{name}", tokens)
-            for name, count in (("ff", tokens),) if last else (("ff", tokens), ("ff_context", queries)):
-                square(f"{name}/net_0/proj", count, 4)
-                square(f"{name}/net_2", count, 4)
-            if remat != "none":
-                layer.recompute(layer.forward - (scores if remat == "attention" else 0))
-            tally.total += layer.total * (end - first)
-        tally.product("norm_out/linear/kernel", dense(images, width, 2 * width))
-        tally.product("proj_out/kernel", dense(images * tokens, width, pixels * self.made_channels))
+        mmdit_flops.count(self, tally, images, size, queries, condition_live, remat)
 
 
 class _Part(nn.Module):
@@ -223,7 +188,7 @@ class _Part(nn.Module):
     dtype: Any = jnp.float32
 
     def linear(self, features: int, name: str) -> Dense:
-        return Dense(features, dtype=self.dtype, name=name)
+        return Dense(features, dtype=self.dtype, lora=chosen(self.config.lora, name), name=name)
 
 
 class Modulation(_Part):
@@ -420,7 +385,9 @@ class Clock(_Part):
     def __call__(self, timesteps: Array, pooled: Array) -> Array:
         """f32[N], f[N,P] -> f32[N,E]."""
         width = self.config.width
-        time = TimestepEmbedding(width, name="timestep_embedder")(timestep_embedding(timesteps, _TIME_WIDTH))
+        time = TimestepEmbedding(width, name="timestep_embedder")(
+            timestep_embedding(timesteps, MMDiTConfig.clock_width)
+        )
         return time + TimestepEmbedding(width, name="text_embedder")(pooled.astype(jnp.float32))
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from dreamllm_jax.layers import gated_depthwise, linear_attention
 from dreamllm_jax.layers.blocks import EXACT_DENSE, Conv, Dense, shard_images
 from dreamllm_jax.layers.flops import Tally
-from dreamllm_jax.layers.lora import LoraConfig
+from dreamllm_jax.layers.lora import LoraConfig, chosen
 from dreamllm_jax.layers.norms import modulated_norm
 from dreamllm_jax.layers.positions import position_table
 from dreamllm_jax.layers.remat import rematerialised
@@ -216,9 +216,7 @@ class _Part(nn.Module):
     ) -> list[jax.Array]:
         """The parts (`Product`) of what the product of this name makes of what is given."""
         given = given if isinstance(given, tuple) else (given,)
-        lora = self.config.lora
-        lora = lora if lora is not None and name in lora.targets else None
-        return Product(features, lora=lora, dtype=self.dtype, name=name, **settings)(*given)
+        return Product(features, lora=chosen(self.config.lora, name), dtype=self.dtype, name=name, **settings)(*given)
 
     def normalise(self, name: str, x: jax.Array, heads: Spacing | None = None) -> jax.Array:
         """Queries or keys, where the config asks for it."""

@@ -14,22 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from dreamllm_jax.layers.blocks import (
-    Attention,
     Conv,
-    Dense,
     Downsample2D,
     GroupNorm,
-    LayerNorm,
     ResnetBlock2D,
     Upsample2D,
     shard_images,
 )
 from dreamllm_jax.layers.flops import Tally
-from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.timesteps import TimestepEmbedding, timestep_embedding
 from dreamllm_jax.towers.condition import SIZES, Condition
 from dreamllm_jax.towers.diffusers_config import read_diffusers_config, require
 from dreamllm_jax.towers.image_decoders import unet_flops
+from dreamllm_jax.towers.image_decoders.unet_transformer import Transformer2DModel, UNetLora
 from dreamllm_jax.towers.public import PublicForm
 
 PerBlock = int | tuple[int, ...]
@@ -67,11 +64,15 @@ _FIXED = {
 }
 
 _SIZES = 6  # of a picture
+# Of SDXL's refiner, which is told five numbers, the last of them an aesthetic score.
+_REFINER = {"cross_attention_dim": 1280, "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2560}
+_OURS = ("kind", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The settings of diffusers' `UNet2DConditionModel` that vary among Stable Diffusion 1.x, 2.x and XL models.
+    """The settings of diffusers' `UNet2DConditionModel` that vary among Stable Diffusion 1.x, 2.x and XL models, and
+    the adapters of its transformers (`lora`, None for none).
 
     `PerBlock` values are one number, or one for each level from the finest to the coarsest. `attention_head_dim` is the
     *number* of heads unless `num_attention_heads` is given: the name is a historical slip of diffusers that every
@@ -101,6 +102,7 @@ class UNetConfig:
     addition_embed_type: Literal["text_time"] | None = None
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
+    lora: UNetLora | None = None
     kind: Literal["unet"] = "unet"
     public = PublicForm(
         library="diffusers",
@@ -179,14 +181,20 @@ class UNetConfig:
         """Reads the `config.json` of a diffusers `UNet2DConditionModel`.
 
         Raises:
-          ValueError: naming every setting that is not implemented.
+          ValueError: naming every setting that is not implemented; the U-Net is that of SDXL's refiner.
         """
+        if all(settings.get(name) == value for name, value in _REFINER.items()):
+            told = ", ".join(f"{name} {value}" for name, value in _REFINER.items())
+            raise ValueError(
+                f"this is the refiner of Stable Diffusion XL ({told}): it only goes over the base model's pictures, "
+                "told an aesthetic score in place of a target size; take the base model (stable-diffusion-xl-base-1.0)"
+            )
         off = {"upcast_attention": False} if settings.get("upcast_attention", True) is None else {}  # as XL's has it
         return read_diffusers_config(cls, {**settings, **off}, _FIXED)
 
     def to_public(self) -> dict[str, Any]:
         """The settings of a `UNet2DConditionModel`'s config.json."""
-        settings = {name: value for name, value in dataclasses.asdict(self).items() if name != "kind"}
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in _OURS}
         unused = ["num_attention_heads"] if self.num_attention_heads is None else []
         if self.addition_embed_type is None:
             unused += ["addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"]
@@ -235,90 +243,6 @@ class UNetConfig:
         unet_flops.count(self, tally, images, size, queries, condition_live, remat)
 
 
-class _Halves(Dense):
-    """A linear layer whose output comes in two halves: made apart, neither they nor their gradients are copied."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
-        bias = self.param("bias", self.bias_init, (self.features,))
-
-        def half(weights: jax.Array, offset: jax.Array) -> jax.Array:
-            y = x @ weights
-            return y + spread(offset, y.shape, y.dtype)
-
-        return tuple(map(half, jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2)))
-
-
-class GEGLU(nn.Module):
-    """A linear layer gated by the exact GELU of another (Shazeer 2002.05202)."""
-
-    width: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        values, gates = _Halves(2 * self.width, dtype=self.dtype, name="proj")(x)
-        gates = gates.astype(jnp.float32)
-        gates = 0.5 * gates * (1 + jax.lax.erf(gates * 0.5**0.5))  # half the work of erfc
-        return (values * gates).astype(self.dtype)
-
-
-class FeedForward(nn.Module):
-    """GEGLU four times as wide, and back."""
-
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = GEGLU(4 * x.shape[-1], self.dtype, name="net_0")(x)
-        return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
-
-
-class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the condition and a feed-forward, each after a norm and with a residual."""
-
-    heads: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-        """f[N,h*w,c], f[N,Q,C] -> f[N,h*w,c]."""
-        x += Attention(self.heads, dtype=self.dtype, name="attn1")(LayerNorm(dtype=self.dtype, name="norm1")(x))
-        x += Attention(self.heads, dtype=self.dtype, name="attn2")(
-            LayerNorm(dtype=self.dtype, name="norm2")(x), condition
-        )
-        return x + FeedForward(self.dtype, name="ff")(LayerNorm(dtype=self.dtype, name="norm3")(x))
-
-
-class Transformer2DModel(nn.Module):
-    """Transformer blocks over the positions of a feature map, between two projections, with a residual."""
-
-    heads: int
-    layers: int
-    norm_num_groups: int
-    use_linear_projection: bool
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-        """f[N,h,w,c], f[N,Q,C] -> f[N,h,w,c]."""
-        n, height, width, channels = x.shape
-
-        def project(name: str, h: jax.Array) -> jax.Array:
-            if self.use_linear_projection:
-                return Dense(channels, dtype=self.dtype, name=name)(h)
-            conv = Conv(channels, kernel_size=(1, 1), padding=0, dtype=self.dtype, name=name)
-            return conv(h.reshape(x.shape)).reshape(h.shape)
-
-        h = GroupNorm(num_groups=self.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name="norm")(x)
-        # Only positions from here on: the projections change the layout on their way, where a reshape would be a copy.
-        h = project("proj_in", h.reshape(n, height * width, channels))
-        for i in range(self.layers):
-            h = BasicTransformerBlock(self.heads, self.dtype, name=f"transformer_blocks_{i}")(h, condition)
-        return shard_images(x + project("proj_out", h).reshape(x.shape))
-
-
 class _Level(nn.Module):
     """What the blocks of one resolution have in common; `level` counts from the finest."""
 
@@ -355,6 +279,7 @@ class _Level(nn.Module):
             norm_num_groups=config.norm_num_groups,
             use_linear_projection=config.use_linear_projection,
             dtype=self.dtype,
+            lora=config.lora,
             name=f"attentions_{i}",
         )(x, condition)
 

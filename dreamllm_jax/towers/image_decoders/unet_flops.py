@@ -48,18 +48,19 @@ def count(
         tally.product(f"{name}/proj_in/kernel", dense(tokens, width, width))
         for i in range(depths[level]):
             block = f"{name}/transformer_blocks_{i}"
-            count_self_attention(tally, f"{block}/attn1", images, math.prod(size), width, config.heads[level])
-            tally.product(f"{block}/attn2/to_q/kernel", dense(tokens, width, width))
+            attend = images, math.prod(size), width, config.heads[level]
+            count_self_attention(tally, f"{block}/attn1", *attend, config.lora)
+            tally.linear(f"{block}/attn2/to_q", tokens, width, width, config.lora)
             context = tally.beside(condition_live)
             for projection in ("to_k", "to_v"):
-                product = dense(images * queries, config.cross_attention_dim, width)
-                context.product(f"{block}/attn2/{projection}/kernel", product, live=condition_live)
+                shape = images * queries, config.cross_attention_dim, width
+                context.linear(f"{block}/attn2/{projection}", *shape, config.lora, live=condition_live)
             before -= context.forward
             tally.total += context.total
             tally.attention(images, math.prod(size), queries, width, context.live, heads=config.heads[level])
-            tally.product(f"{block}/attn2/to_out_0/kernel", dense(tokens, width, width))
-            tally.product(f"{block}/ff/net_0/proj/kernel", dense(tokens, width, 8 * width))
-            tally.product(f"{block}/ff/net_2/kernel", dense(tokens, 4 * width, width))
+            tally.linear(f"{block}/attn2/to_out_0", tokens, width, width, config.lora)
+            tally.linear(f"{block}/ff/net_0/proj", tokens, width, 8 * width, config.lora)
+            tally.linear(f"{block}/ff/net_2", tokens, 4 * width, width, config.lora)
         if remat != "none":
             tally.recompute(tally.forward - before)
         tally.product(f"{name}/proj_out/kernel", dense(tokens, width, width))

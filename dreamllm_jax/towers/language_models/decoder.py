@@ -25,7 +25,7 @@ from dreamllm_jax.data.positions import AXES
 from dreamllm_jax.layers.attention import attend, attend_after
 from dreamllm_jax.layers.flops import Tally, dense
 from dreamllm_jax.layers.linear import Embedding
-from dreamllm_jax.layers.lora import LoraConfig
+from dreamllm_jax.layers.lora import LoraConfig, chosen
 from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.product import Linear
 from dreamllm_jax.layers.remat import keep, rematerialised
@@ -238,8 +238,7 @@ class _Part(nn.Module):
     def linear(
         self, inputs: tuple[int, ...], features: tuple[int, ...], name: str, axes: tuple[str, str], bias: bool
     ) -> Linear:
-        std, adapters = self.config.initializer_range, self.config.lora
-        adapters = adapters if adapters is not None and name in adapters.targets else None
+        std, adapters = self.config.initializer_range, chosen(self.config.lora, name)
         return Linear(inputs, features, bias, axes, std, self.dtype, adapters, name=name)
 
 
