@@ -120,11 +120,14 @@ class DreamLLM(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         width = config.language_model.width
         self.language_model = config.language_model.make(dtype, config.remat)
-        self.vision_encoder = config.vision_encoder.make(dtype, "none" if config.remat == "none" else "full")
+        of_images = "none" if config.remat == "none" else "full"
+        self.vision_encoder = config.vision_encoder.make(dtype, of_images)
         self.visual_projector = config.visual_projector.make(width, dtype)
         self.dream_queries = DreamQueries(config.num_queries, width)
         decoder = config.image_decoder
-        self.connector = config.connector.make_connector(decoder.condition_width, decoder.pooled_width, dtype)
+        self.connector = config.connector.make_connector(
+            decoder.condition_width, decoder.pooled_width, dtype, of_images
+        )
         self.image_decoder = decoder.make(dtype)
 
     def see(self, images: UInt8[Array, "N ..."] | Float[Array, "N ..."], stored: bool = False) -> Float[Array, "N P E"]:

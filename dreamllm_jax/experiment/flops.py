@@ -73,7 +73,7 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
         decoder, images = model.image_decoder, rows.per_step * group.slots
         connector = whole.part("connector", hidden.live and not objective.detach_condition)
         widths = language_model.width, decoder.condition_width, decoder.pooled_width
-        model.connector.flops(connector, images, model.num_queries, *widths)
+        model.connector.flops(connector, images, model.num_queries, *widths, model.remat != "none")
         _add(flops, {"connector": connector.total})
         if decoder.encodes_features and not group.stored:
             target = Tally(lambda _: False, platform=platform, dtype=model.dtype)  # no gradient goes there

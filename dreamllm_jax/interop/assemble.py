@@ -80,9 +80,9 @@ def _fresh(config: DreamLLMConfig, seed: int) -> dict[str, dict[str, Tensor]]:
             visual, np.zeros((1, seen.num_patches, seen.width), np.float32)
         ),
         "dream_queries": DreamQueries(config.num_queries, width).init(queries),
-        "connector": config.connector.make_connector(decoder.condition_width, decoder.pooled_width, jnp.float32).init(
-            connector, nothing_read(config, 1)
-        ),
+        "connector": config.connector.make_connector(
+            decoder.condition_width, decoder.pooled_width, jnp.float32, "none"
+        ).init(connector, nothing_read(config, 1)),
     }
     return {
         name: {key: Tensor.of(np.ascontiguousarray(array)) for key, array in to_torch(nn.unbox(tree["params"])).items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from dreamllm_jax.towers.connectors.newline import NewlineConfig
 from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
+from dreamllm_jax.towers.connectors.transformer import TransformerConfig
 from dreamllm_jax.towers.image_decoders.sana import SanaConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion_3 import StableDiffusion3Config
@@ -24,7 +25,7 @@ from dreamllm_jax.towers.vision_encoders.siglip import SiglipVisionConfig
 LANGUAGE_MODELS = (LlamaConfig, Qwen2Config, Qwen3Config, Qwen25VLConfig)
 VISION_ENCODERS = (ClipVisionConfig, SiglipVisionConfig, InternVitConfig, Qwen25VisionConfig)
 VISUAL_PROJECTORS = (ProjectorConfig, NewlineConfig, IdentityConfig)
-CONNECTORS = (ProjectorConfig,)
+CONNECTORS = (ProjectorConfig, TransformerConfig)
 IMAGE_DECODERS = (StableDiffusionConfig, StableDiffusionXLConfig, SanaConfig, StableDiffusion3Config)
 
 

@@ -11,6 +11,7 @@ from dreamllm_jax.layers.lora import LoraConfig
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.planning.step import lower_step
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.connectors.transformer import TransformerConfig
 from dreamllm_jax.towers.image_decoders.unet_transformer import UNetLora
 from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
 from tests.public_models import INTERN_VIT
@@ -83,7 +84,10 @@ CASES = {
         "rows": {"dream": tuple({"slots": 1, "height": DREAM_SIZE, "width": DREAM_SIZE * n} for n in (1, 2))},
     },
     "alignment": {"trainable": ALIGNMENT, "model": tiny_config(visual_projector=ProjectorConfig(kind="conv"))},
-    "everything, recomputed": {"trainable": EVERYTHING, "remat": "full"},
+    "everything, recomputed": {
+        "trainable": EVERYTHING,
+        "model": tiny_config(connector=TransformerConfig(num_hidden_layers=2, head_dim=8), remat="full"),
+    },
     "adapters": {"model": ADAPTED, "trainable": ((".*lora_.", True), (".*", False)), "remat": "full"},
     "text alone, chunks": {"rows": NO_IMAGES, "objective": {"loss_chunk": 8}, "remat": "attention+up"},
     "images computed beforehand": {"stored": ("moments", "features"), "trainable": ALIGNMENT},

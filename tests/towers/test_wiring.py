@@ -37,7 +37,7 @@ class PromptedConfig(ProjectorConfig):
     def condition_tokens(self, tokens):
         return tokens + self.prompt_tokens
 
-    def make_connector(self, features, pooled, dtype, **names):
+    def make_connector(self, features, pooled, dtype, remat, **names):
         return PromptedConnector(features, **names)
 
 

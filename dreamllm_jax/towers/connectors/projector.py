@@ -72,12 +72,16 @@ class ProjectorConfig:
         """The visual projector, to vectors of the language model."""
         return Projector(self, features, use_bias=self.bias is not False, dtype=dtype, **names)
 
-    def make_connector(self, features: int, pooled: int, dtype: jnp.dtype, **names: str) -> "ProjectorConnector":
+    def make_connector(
+        self, features: int, pooled: int, dtype: jnp.dtype, remat: str, **names: str
+    ) -> "ProjectorConnector":
         """The connector, to a condition of this width and a pooled vector of that, 0 for none."""
         return ProjectorConnector(self, features, use_bias=bool(self.bias), dtype=dtype, pooled=pooled, **names)
 
-    def flops(self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int, pooled: int = 0) -> None:
-        """Adds the products of `images` of so many tokens."""
+    def flops(
+        self, tally: Tally, images: int, tokens: int, inputs: int, outputs: int, pooled: int = 0, remat: bool = False
+    ) -> None:
+        """Adds the products of `images` of so many tokens; there is nothing that is worth computing again."""
         if pooled:
             beside = tally.beside(tally.live)
             for i, name in enumerate(_names("pooled_projector", self.depth)):
