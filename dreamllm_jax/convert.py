@@ -106,7 +106,9 @@ def parser() -> argparse_flags.ArgumentParser:
     add = commands.add_parser("export", help="a checkpoint of ours -> PyTorch's formats")
     add.set_defaults(main=_export)
     add.add_argument("--checkpoint", required=True, metavar="DIR[@STEP]", help="imported model or run's directory")
-    add.add_argument("--format", required=True, choices=(*FORMATS, "all"), help="all: a folder for each")
+    add.add_argument(
+        "--format", required=True, choices=(*FORMATS, "all"), help="all that can express it: a folder for each"
+    )
     add.add_argument("--to", required=True, help="local directory to write")
     add.add_argument("--dtype", choices=tuple(DTYPES), default="", help="type of all tensors; default: as stored")
     add.add_argument("--max-shard-size", type=_bytes, default=_bytes("5GB"), help="of one file, such as 5GB")
@@ -270,7 +272,7 @@ def _original(arguments: argparse.Namespace) -> tuple[Source, Tokenizer | None]:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    formats = tuple(FORMATS) if arguments.format == "all" else (arguments.format,)
+    formats = None if arguments.format == "all" else (arguments.format,)
     passed = export_model(
         saved.find(arguments.checkpoint).merged(),
         arguments.to,

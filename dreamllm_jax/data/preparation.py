@@ -47,8 +47,11 @@ def prepare(
         "source": str(source),
         "pairs": pairs or (DEFAULT_PAIRS if source in SOURCES else 0),
         "size": size,
-        "tokenizer": str(text_tokenizer) or vocab_size,
+        "tokenizer": vocab_size,
     }
+    chosen = tokenizer.load_tokenizer(text_tokenizer) if text_tokenizer else None
+    if chosen:
+        settings["tokenizer"] = chosen.fingerprint  # not its place, which is the run's own: that may be moved
     if source not in SOURCES:
         source = Path(source).absolute()
         settings |= {"source": str(source), "content": folder.fingerprint(source)}
@@ -65,9 +68,7 @@ def prepare(
         captioned = list(SOURCES[source].pairs(settings["pairs"], size))
     else:
         captioned = list(folder.pairs(source, pairs, size))
-    if text_tokenizer:
-        chosen = tokenizer.load_tokenizer(text_tokenizer)
-    else:
+    if not chosen:
         names = openmoji.names().values() if source == "openmoji" else ()
         chosen = tokenizer.train_tokenizer(_training_texts([*(text for _, text in captioned), *names]), vocab_size)
     return storage.write_dataset(to, compose.compose(captioned), chosen, settings)

@@ -6,6 +6,7 @@ characters, never a special token.
 """
 
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -79,6 +80,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, the special tokens included."""
         return max(self.fast.get_vocab().values()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a text, an image or a conversation gets other tokens."""
+        written = (self.fast.to_str(), self.names, self.legacy, self.marks, self.chat_template)
+        return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
     def encode_text(self, text: str, prefix: bool = True) -> list[int]:
         """Ids of the text, taken literally, without bos or eos; nothing for the empty text.

@@ -91,7 +91,7 @@ def import_model(source: Source, tokenizer: Tokenizer | None, to: str, dtypes: M
 def export_model(
     saved: SavedModel,
     to: str | os.PathLike,
-    formats: Sequence[str],
+    formats: Sequence[str] | None,
     dtype: str = "",
     max_shard_size: int = 5 * 10**9,
     location: str = "",
@@ -101,7 +101,7 @@ def export_model(
 
     Args:
       to: the directory; of several formats, each has a folder of its name in it.
-      formats: of `FORMATS`.
+      formats: of `FORMATS`; None for all that can express the model, each in its folder.
       dtype: type of all tensors; empty to keep each as it is stored.
       location: where the export will be used if not at `to` (see `write_dreamllm`).
       check: compare with torch (`interop.verify`), and tell the figures in the model card.
@@ -117,10 +117,14 @@ def export_model(
         raise ValueError(f"PyTorch's files are written to a local directory, which can then be copied to {to}")
     to = Path(to)
     require_free(to)
-    for kind in formats:
-        _require_expressible(saved.config, kind)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer.exists() else None
-    _check_tokenizer(tokenizer, formats)
+    apart = formats is None or len(formats) > 1
+    if formats is None:
+        formats = _expressible(saved.config, tokenizer)
+    else:
+        for kind in formats:
+            _require_expressible(saved.config, tokenizer, kind)
+    _warn_of_tokenizer(tokenizer, formats)
     parts = {part for kind in formats for part in FORMATS[kind]}
     leaves = {path: leaf for path, leaf in saved.leaves().items() if _part(path) in parts}
     leaves = dict(sorted(leaves.items(), key=lambda item: PARTS.index(_part(item[0]))))
@@ -130,7 +134,7 @@ def export_model(
 
     passed = True
     with _naming_a_full_disk(to), building(to) as directory:
-        folders = {kind: directory if len(formats) == 1 else directory / kind for kind in formats}
+        folders = {kind: directory / kind if apart else directory for kind in formats}
         with Scratch(directory / ".scratch") as scratch:
             tensors: dict[str, dict[str, np.ndarray]] = {part: {} for part in parts}
             for path, name, tensor in _torch_tensors(saved, sizes):
@@ -156,25 +160,27 @@ def export_model(
     return passed
 
 
-def _check_tokenizer(tokenizer: Tokenizer | None, formats: Sequence[str]) -> None:
-    """Warns of what an export lacks; ValueError for what the original program does not know."""
-    if tokenizer is None:
-        _logger.warning("the checkpoint has no tokenizer, and neither has the export")
-    elif "dreamllm" in formats and tokenizer.marks != OUR_MARKS:
-        raise ValueError(
-            f"the original program does not mark images by {', '.join(tokenizer.marks.tokens)}: "
-            "export with --format=hf or diffusers"
-        )
-    elif "dreamllm" in formats and tokenizer.sentencepiece_model is None:
-        _logger.warning(
-            "the tokenizer is not SentencePiece's: the original program's scripts miss their tokenizer.model"
-        )
+def _expressible(config: DreamLLMConfig, tokenizer: Tokenizer | None) -> list[str]:
+    """The formats that can express the model; tells why others cannot."""
+    found = []
+    for kind in FORMATS:
+        try:
+            _require_expressible(config, tokenizer, kind)
+            found.append(kind)
+        except ValueError as error:
+            _logger.warning("no %s: %s", kind, str(error).partition(": ")[0])
+    return found
 
 
-def _require_expressible(config: DreamLLMConfig, kind: str) -> None:
+def _require_expressible(config: DreamLLMConfig, tokenizer: Tokenizer | None, kind: str) -> None:
     if kind == "dreamllm":
         import_torch("--format=dreamllm")
         require_expressible(config)
+        if tokenizer is not None and tokenizer.marks != OUR_MARKS:
+            raise ValueError(
+                f"the original program does not mark images by {', '.join(tokenizer.marks.tokens)}: "
+                "export with --format=hf or diffusers"
+            )
     for part in FORMATS[kind]:
         tower = config_of(config, part)
         if not hasattr(tower, "public"):
@@ -183,6 +189,16 @@ def _require_expressible(config: DreamLLMConfig, kind: str) -> None:
             name = part.replace("/", ".")
             raise ValueError(f"{name} of kind {tower.kind!r} has no PyTorch format: only --format=hf")
         tower.to_public()
+
+
+def _warn_of_tokenizer(tokenizer: Tokenizer | None, formats: Sequence[str]) -> None:
+    """Warns of what an export lacks."""
+    if tokenizer is None:
+        _logger.warning("the checkpoint has no tokenizer, and neither has the export")
+    elif "dreamllm" in formats and tokenizer.sentencepiece_model is None:
+        _logger.warning(
+            "the tokenizer is not SentencePiece's: the original program's scripts miss their tokenizer.model"
+        )
 
 
 def _part(path: str) -> str:
