@@ -31,9 +31,11 @@ from dreamllm_jax.interop.source import PARTS, Source
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder
 from dreamllm_jax.interop.vision_language import open_visual_projector
 from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
+from dreamllm_jax.towers.connectors.transformer import TransformerConfig
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TOWERS = ("language_model", "vision_encoder", "image_decoder")
+_LAYERS = TransformerConfig.PUBLISHED
 # What a model that sees has of its own.
 _SEEING = (*_TOWERS[:2], "select_layer", "visual_projector", "visual_layernorm")
 
@@ -89,8 +91,8 @@ def parser() -> argparse_flags.ArgumentParser:
     )
     add.add_argument(
         "--connector",
-        type=_projector,
-        metavar="linear|mlp:DEPTH|conv",
+        type=lambda text: TransformerConfig(**_LAYERS[text]) if text in _LAYERS else _projector(text),
+        metavar=f"linear|mlp:DEPTH|conv|{'|'.join(_LAYERS)}",
         help="from the language model to the image decoder",
     )
     add.add_argument("--visual-layernorm", action="store_true", help="a LayerNorm after the visual projector")
