@@ -1,4 +1,4 @@
-"""Today's models from their published layouts through the stages and out again: Qwen3 with SigLIP and SANA, and a whole
+"""Today's models from their published layouts through stage II and out again: Qwen3 with SigLIP and SANA, and a whole
 Qwen2.5-VL. Their tokenizers are byte-level, their documents begin with no token.
 """
 
@@ -31,15 +31,14 @@ VOCABULARY = 320
 STEPS = 2
 
 
-def start_and_train(workdir: Path, initial: Path, stage: str, see: tuple[dict, ...] = (), **rows) -> None:
-    """Trains as a recipe does, on few small rows."""
-    aligning = stage == "alignment"
-    config = recipes.load(CONFIGS / f"{stage}.py", *[str(initial)] * aligning)
+def start_and_train(workdir: Path, initial: Path, see: tuple[dict, ...] = (), **rows) -> None:
+    """Trains as the recipe of stage II does, on few small rows."""
+    config = recipes.load(CONFIGS / "stage2_igpt.py")
     config.model = {"dtype": "float32", "remat": "none"}
     config.parameters.init_from = str(initial)
     config.parameters.frozen_dtype = "float32"  # so that what is frozen goes out as it came
     config.data.path, config.data.pairs, config.data.window = "openmoji", 6, 8
-    config.steps = 1 if aligning else STEPS
+    config.steps = STEPS
     config.rows = {"per_step": 8, "length": 96, "see_slots": 2, "dream_slots": 2, "dream_size": 16, **rows}
     config.rows.see = see
     config.objective.image_chunk = 0
@@ -51,7 +50,7 @@ def start_and_train(workdir: Path, initial: Path, stage: str, see: tuple[dict, .
 
 def tune(workdir: Path, initial: Path, **settings) -> dict[str, np.ndarray]:
     """What stage II makes of a model: the towers of images are as they came, the rest has moved."""
-    start_and_train(workdir, initial, "stage2_igpt", **settings)
+    start_and_train(workdir, initial, **settings)
     after, losses = tensors(workdir), [line["loss"] for line in read_metrics(workdir)]
     assert len(losses) == STEPS and np.isfinite(losses).all()
     before = tensors(initial)
@@ -66,7 +65,7 @@ def tune_twice(root: Path, initial: Path, **settings) -> Path:
     (root / "first").rename(root / "moved")
     shutil.rmtree(root / "moved" / "checkpoints" / str(STEPS))
     assert saved.find(str(root / "moved")).step == STEPS - 1
-    start_and_train(root / "moved", initial, "stage2_igpt", **settings)
+    start_and_train(root / "moved", initial, **settings)
     assert_identical(tensors(root / "moved"), whole)
     return root / "moved"
 
@@ -79,8 +78,7 @@ def test_qwen3_with_siglip_and_sana(tmp_path):
     (tmp_path / "language_model" / "tokenizer.model").unlink()
     byte_level.save_tokenizer(tmp_path / "language_model")
     run("import", **towers, num_queries=3, visual_projector="mlp:2", to=tmp_path / "ours")
-    start_and_train(tmp_path / "aligned", tmp_path / "ours", "alignment")
-    tune(tmp_path / "tuned", tmp_path / "aligned")
+    tune(tmp_path / "tuned", tmp_path / "ours")
     loaded = load_model(tmp_path / "tuned")
     assert loaded[2].special.bos is None
     pixels = generate_images(*loaded, [[Text("a red square")]], seeds=[0], size=16, guidance=2.0)

@@ -31,7 +31,7 @@ TINY = {
     "fullatt_block_indexes": [1],
 }
 # Height and width: windows at the border that are smaller, in both directions; whole windows; one; one that is smaller.
-SIZES = ((40, 24), (32, 48), (16, 16), (8, 56))
+SIZES = ((40, 24), (32, 48), (8, 56))
 
 
 def pair(**changes):
