@@ -11,6 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+WHOLE_RECIPES = pytest.mark.skipif(
+    "DREAMLLM_JAX_ALL_RECIPES" not in os.environ, reason="set it to compile whole recipes, for half an hour"
+)
 WITHOUT_IMAGES = ["--config.rows.see_slots=0", "--config.rows.dream_slots=0"]
 
 
@@ -95,6 +98,7 @@ def test_eight_chips_of_v5p(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@WHOLE_RECIPES
 def test_stage_two_with_all_towers(tmp_path):
     """Images add little to what is sent; the U-Net multiplies less than MaxDiffusion's 13.8 TFLOP for 8 images."""
     figures = plan(tmp_path, ["--topology=v5p-16"])
@@ -127,9 +131,9 @@ def assert_fits(figures):
 @pytest.mark.parametrize(
     ("config", "arguments"),
     [
-        ("stage1_comprehension.py:7b", ["--topology=v5e-8"]),
+        pytest.param("stage1_comprehension.py:7b", ["--topology=v5e-8"], marks=WHOLE_RECIPES),
         ("stage2_igpt.py:llm=llama31-8b,lora=64", ["--topology=v5e-16", *WITHOUT_IMAGES]),
-        ("small.py", ["--topology=v5e-1", "--config.rows.dream_slots=0"]),
+        pytest.param("small.py", ["--topology=v5e-1", "--config.rows.dream_slots=0"], marks=WHOLE_RECIPES),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -142,9 +146,7 @@ def test_recipes_fit_their_slices(config, arguments, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.skipif(
-    "DREAMLLM_JAX_ALL_RECIPES" not in os.environ, reason="set it to compile whole recipes, for half an hour"
-)
+@WHOLE_RECIPES
 @pytest.mark.parametrize(
     ("config", "topology"),
     [
