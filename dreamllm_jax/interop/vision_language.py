@@ -7,6 +7,7 @@ LLaVA is arXiv 2304.08485 and 2310.03744, LLaVA-OneVision 2408.03326, InternVL3 
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.source import Part
 from dreamllm_jax.towers.connectors.newline import NewlineConfig
 from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
+from dreamllm_jax.towers.public import require_supported
 from dreamllm_jax.towers.registry import VisualProjectorConfig
 
 LANGUAGE, VISION, PROJECTOR = "language_model", "vision_encoder", "visual_projector"
@@ -93,12 +95,6 @@ class Layout:
         raise ValueError(name)
 
 
-def _required(settings: Settings, wanted: Mapping[str, Any]) -> None:
-    for name, value in wanted.items():
-        if settings.get(name, value) != value:
-            raise ValueError(f"{name} = {settings[name]!r} is not supported: only {value!r} is")
-
-
 def _layer(settings: Settings, otherwise: int) -> int:
     layer = settings.get("vision_feature_layer", otherwise)
     if not isinstance(layer, int):
@@ -106,14 +102,14 @@ def _layer(settings: Settings, otherwise: int) -> int:
     return layer
 
 
-def _onevision_seeing(settings: Settings) -> dict[str, Any]:
-    _required(settings, {"vision_feature_select_strategy": "full"})
-    return {"select_layer": _layer(settings, -1)}
+def _llava_seeing(settings: Settings, strategy: str, layer: int) -> dict[str, Any]:
+    require_supported(settings, {"vision_feature_select_strategy": strategy})
+    return {"select_layer": _layer(settings, layer)}
 
 
-def _onevision_projecting(settings: Settings) -> NewlineConfig:
-    _required(settings, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True})
-    return NewlineConfig()
+def _llava_projecting(settings: Settings, projector: VisualProjectorConfig) -> VisualProjectorConfig:
+    require_supported(settings, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True})
+    return projector
 
 
 def _onevision_project(model: Any, features: Any) -> Any:
@@ -130,16 +126,6 @@ def _onevision_project(model: Any, features: Any) -> Any:
     return found
 
 
-def _llava_seeing(settings: Settings) -> dict[str, Any]:
-    _required(settings, {"vision_feature_select_strategy": "default"})
-    return {"select_layer": _layer(settings, -2)}
-
-
-def _llava_projecting(settings: Settings) -> ProjectorConfig:
-    _required(settings, {"projector_hidden_act": "gelu", "multimodal_projector_bias": True})
-    return ProjectorConfig("mlp", depth=2)
-
-
 # transformers up to 4.51 (and 5, which writes the same names, but for the vision tower's own), then 4.52 and later.
 _LLAVA_NAMES = (
     (r"language_model\.(?=model\.|lm_head\.)", LANGUAGE, ""),
@@ -154,7 +140,7 @@ _LLAVA_TOWERS = MappingProxyType({LANGUAGE: "model.language_model", VISION: "mod
 
 
 def _internvl_projecting(settings: Settings) -> ProjectorConfig:
-    _required(settings, {"projector_hidden_act": "gelu"})
+    require_supported(settings, {"projector_hidden_act": "gelu"})
     return ProjectorConfig("mlp", depth=2, pre_layernorm=True)
 
 
@@ -164,8 +150,8 @@ LAYOUTS = (
         torch_class="LlavaForConditionalGeneration",
         groups=_LLAVA_GROUPS,
         names=_LLAVA_NAMES,
-        seeing=_llava_seeing,
-        projecting=_llava_projecting,
+        seeing=functools.partial(_llava_seeing, strategy="default", layer=-2),
+        projecting=functools.partial(_llava_projecting, projector=ProjectorConfig("mlp", depth=2)),
         towers=_LLAVA_TOWERS,
         project=lambda model, states: model.model.multi_modal_projector(states),
     ),
@@ -201,9 +187,9 @@ LAYOUTS = (
         torch_class="LlavaOnevisionForConditionalGeneration",
         groups=_LLAVA_GROUPS,
         names=(*_LLAVA_NAMES, (r"(model\.)?image_newline$", PROJECTOR, "image_newline")),
-        seeing=_onevision_seeing,
+        seeing=functools.partial(_llava_seeing, strategy="full", layer=-1),
         joined=("packed",),
-        projecting=_onevision_projecting,
+        projecting=functools.partial(_llava_projecting, projector=NewlineConfig()),
         towers=_LLAVA_TOWERS,
         project=_onevision_project,
     ),

@@ -129,6 +129,16 @@ class PublicImageDecoder(Protocol):
     def public_noise_levels(own: Any, trainer: Any) -> Any: ...
 
 
+def require_supported(settings: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming it, for a setting that has another value than the one that is supported.
+
+    What is left out, or null, passes.
+    """
+    for name, value in supported.items():
+        if settings.get(name, value) not in (value, None):
+            raise ValueError(f"{name} = {settings[name]!r} is not supported: only {value!r} is")
+
+
 def reader(classes: Sequence[type], settings: Mapping[str, Any]) -> type:
     """The configuration class that reads a config.json; the first of them for one that does not say what it is of.
 

@@ -13,7 +13,8 @@ from PIL import Image
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.interop.vision_encoder import read_vision_config
 from dreamllm_jax.model import DreamLLM
-from dreamllm_jax.towers.vision_encoders.clip import ClipVision, ClipVisionConfig, normalise_pixels
+from dreamllm_jax.towers.vision_encoders.clip import MEAN, STD, ClipVision, ClipVisionConfig
+from dreamllm_jax.towers.vision_encoders.pixels import normalise
 from tests.parity import assert_same, gradients, randomised, relative_error, tensors
 from tests.tiny import tiny_config, tiny_params
 
@@ -120,7 +121,7 @@ def test_pixels_are_normalised_as_transformers_does():
     image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
     processor = transformers.CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
     want = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    np.testing.assert_allclose(normalise_pixels(image), want, atol=1e-6)
+    np.testing.assert_allclose(normalise(image, MEAN, STD), want, atol=1e-6)
 
 
 def test_the_processor_beside_a_tower_says_how_its_pixels_are_normalised(tmp_path):
@@ -135,7 +136,7 @@ def test_the_processor_beside_a_tower_says_how_its_pixels_are_normalised(tmp_pat
     config = read_vision_config(tmp_path)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))
     want = processor(photo, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    got = normalise_pixels(config.preprocess(photo, size, size), config.image_mean, config.image_std)
+    got = normalise(config.preprocess(photo, size, size), config.image_mean, config.image_std)
     np.testing.assert_allclose(got, want, atol=1e-6)
 
     whole = tiny_config()
@@ -144,7 +145,7 @@ def test_the_processor_beside_a_tower_says_how_its_pixels_are_normalised(tmp_pat
     images = np.random.default_rng(1).integers(0, 256, (1, *[encoder.image_size] * 2, 3), dtype=np.uint8)
     features = jax.jit(lambda variables, images: model.bind(variables).see(images))
     variables = {"params": tiny_params(whole)}
-    normalised = normalise_pixels(images, (0.5,) * 3)
+    normalised = normalise(images, (0.5,) * 3, STD)
     assert relative_error(features(variables, images), features(variables, normalised)) < 1e-6
 
     path = tmp_path / "preprocessor_config.json"

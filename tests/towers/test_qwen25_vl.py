@@ -16,7 +16,8 @@ from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder, read_vision_config
 from dreamllm_jax.layers.flops import Tally
 from dreamllm_jax.planning.program import read_program
-from dreamllm_jax.towers.vision_encoders.clip import normalise_pixels
+from dreamllm_jax.towers.vision_encoders.clip import MEAN, STD
+from dreamllm_jax.towers.vision_encoders.pixels import normalise
 from dreamllm_jax.towers.vision_encoders.qwen25_vl import Qwen25Vision, Qwen25VisionConfig
 from tests.parity import assert_same, compiled, gradients, nchw, randomised, relative_error, tensors
 
@@ -134,7 +135,7 @@ def test_pictures_become_pixels_as_transformers_makes_them(tmp_path):
         found = processor(picture, return_tensors="np")
         size = config.fitting(width, height)
         assert tuple(found["image_grid_thw"][0, 1:] * 4) == size
-        pixels = normalise_pixels(config.preprocess(picture, *size))
+        pixels = normalise(config.preprocess(picture, *size), MEAN, STD)
         want, *_ = processor.patchify(np.asarray(pixels).transpose(2, 0, 1), 4, 2, 2)
         np.testing.assert_allclose(found["pixel_values"], want, atol=1e-6)
     few = dataclasses.replace(config, sizes=((32, 32), (32, 64), (64, 32)))

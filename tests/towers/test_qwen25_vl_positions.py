@@ -27,7 +27,8 @@ from dreamllm_jax.model import DreamLLM, abstract_params
 from dreamllm_jax.objectives.images import hidden_states
 from dreamllm_jax.towers.connectors.projector import IdentityConfig
 from dreamllm_jax.towers.language_models.qwen25_vl import Qwen25VLConfig
-from dreamllm_jax.towers.vision_encoders.clip import normalise_pixels
+from dreamllm_jax.towers.vision_encoders.clip import MEAN, STD
+from dreamllm_jax.towers.vision_encoders.pixels import normalise
 from dreamllm_jax.towers.vision_encoders.qwen25_vl import Qwen25VisionConfig
 from tests.parity import assert_same, compiled, gradients, randomised, tensors
 from tests.tiny import logits_of, tiny_config, tiny_params
@@ -139,7 +140,7 @@ def seen_by_transformers(encoded: Encoded) -> dict:
     """What its model is given of a document."""
     patches, grids = [], []
     for placed in encoded.see:
-        image = normalise_pixels(np.asarray(Picture.open(io.BytesIO(placed.image.data))))
+        image = normalise(np.asarray(Picture.open(io.BytesIO(placed.image.data))), MEAN, STD)
         processor = transformers.Qwen2VLImageProcessorPil(do_resize=False, do_rescale=False, do_normalize=False)
         found, *grid = processor.patchify(np.asarray(image).transpose(2, 0, 1), 4, 2, 2)
         patches.append(found)

@@ -16,7 +16,7 @@ from dreamllm_jax.interop.vision_encoder import open_vision_encoder, read_vision
 from dreamllm_jax.layers.flops import Tally
 from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.towers.connectors.newline import NewlineConfig
-from dreamllm_jax.towers.vision_encoders.clip import normalise_pixels
+from dreamllm_jax.towers.vision_encoders.pixels import normalise
 from dreamllm_jax.towers.vision_encoders.siglip import SiglipVision, SiglipVisionConfig
 from tests import public_models
 from tests.parity import assert_same, compiled, gradients, nchw, nhwc, randomised, relative_error, tensors
@@ -112,7 +112,7 @@ def test_pixels_are_those_of_the_image_processor(tmp_path):
         want = processor(photo, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
         pixels = config.preprocess(photo, *config.fitting(*photo.size))
         np.testing.assert_array_equal(pixels, np.rint((want / 2 + 0.5) * 255))
-        got = normalise_pixels(pixels, config.image_mean, config.image_std)
+        got = normalise(pixels, config.image_mean, config.image_std)
         np.testing.assert_allclose(got, want, rtol=0, atol=2**-23)  # one step of a number next to 1
         again = transformers.SiglipImageProcessorPil.from_dict(config.processor())
         np.testing.assert_array_equal(again(photo, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0), want)

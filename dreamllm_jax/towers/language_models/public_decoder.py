@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from dreamllm_jax.layers.rope import RopeScaling
 from dreamllm_jax.towers.language_models.decoder import DecoderConfig
-from dreamllm_jax.towers.public import PublicForm, reader
+from dreamllm_jax.towers.public import PublicForm, reader, require_supported
 
 _SHAPES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -57,9 +57,7 @@ class PublicDecoder(DecoderConfig):
           ValueError: naming a setting that is not supported.
         """
         reader((cls,), config)
-        for name, value in _SUPPORTED.items():
-            if config.get(name, value) not in (value, None):
-                raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
+        require_supported(config, _SUPPORTED)
         values = {name: config[name] for name in (*_EVERYWHERE, *cls.own) if config.get(name) is not None}
         ours = cls(**values, **_rope(config))
         window = config.get("sliding_window")

@@ -4,7 +4,7 @@ Legend: N images, S image size, P patches, E width.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -15,11 +15,12 @@ from PIL import Image
 
 from dreamllm_jax.data.images import centre_crop
 from dreamllm_jax.layers.flops import Tally
-from dreamllm_jax.layers.linear import Conv, Embedding, spread
+from dreamllm_jax.layers.linear import Embedding, spread
 from dreamllm_jax.layers.weights import normal, weight
 from dreamllm_jax.parallel.mesh import constrain
 from dreamllm_jax.towers.public import PublicForm, reader
-from dreamllm_jax.towers.vision_encoders.vit import NORMALISATION, Encoder, Part, VitConfig
+from dreamllm_jax.towers.vision_encoders.pixels import NORMALISATION
+from dreamllm_jax.towers.vision_encoders.vit import Encoder, Part, VitConfig
 
 Array = jax.Array
 
@@ -124,27 +125,13 @@ class ClipVisionConfig(VitConfig):
         return module(pixels, output_hidden_states=True).hidden_states[self.select_layer][:, 1:]
 
 
-def normalise_pixels(pixels: Array, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Array:
-    """u8[..., 3] RGB -> f32[..., 3] with the mean taken off and divided by the standard deviation."""
-    return (pixels.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
-
-
 class Embeddings(Part):
     """The class token and a linear map of each patch, plus learned positions."""
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
         config, width = self.config, self.config.hidden_size
-        patches = Conv(
-            width,
-            (config.patch_size,) * 2,
-            strides=(config.patch_size,) * 2,
-            padding="VALID",
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=weight(normal(config.initializer_range), None, None, None, "tower_out"),
-            name="patch_embedding",
-        )(images).reshape(images.shape[0], -1, width)
+        patches = self.patches(images, "patch_embedding", bias=False)
         token = self.param("class_embedding", weight(normal(width**-0.5), "tower_norm"), (width,))
         x = jnp.concatenate([spread(token, (images.shape[0], 1, width), self.dtype), patches], axis=1)
         init = weight(normal(config.initializer_range), None, "tower_out")
@@ -172,11 +159,7 @@ class ClipVision(Part):
           ValueError: the images are not of the tower's size.
         """
         config = self.config
-        if images.shape[1:] != (config.image_size, config.image_size, 3):
-            raise ValueError(f"images are {images.shape[1:]} where the tower takes {(config.image_size,) * 2 + (3,)}")
-        if images.dtype == jnp.uint8:
-            images = normalise_pixels(images, config.image_mean, config.image_std)
-        images = constrain(images, ("images", None, None, None))
+        images = self.pixels(images)
         part = (config, self.dtype)
         x = Embeddings(*part, name="embeddings")(images.astype(self.dtype))
         x = constrain(x, ("images", None, None))

@@ -19,14 +19,14 @@ from PIL import Image
 from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.blocks import LayerNorm
 from dreamllm_jax.layers.flops import Tally, dense
-from dreamllm_jax.layers.linear import Conv, spread
+from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
 from dreamllm_jax.parallel.mesh import constrain
-from dreamllm_jax.towers.public import PublicForm, reader
+from dreamllm_jax.towers.public import PublicForm, reader, require_supported
 from dreamllm_jax.towers.vision_encoders import tiles, vit
-from dreamllm_jax.towers.vision_encoders.clip import normalise_pixels
+from dreamllm_jax.towers.vision_encoders.pixels import NORMALISATION, normalised, require_beginning
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
@@ -53,7 +53,7 @@ _OLDER = {
     "qk_normalization": "use_qk_norm",
     "initializer_factor": "layer_scale_init_value",
 }
-_OURS = ("kind", "downsample", "max_tiles", *vit.NORMALISATION)  # that no config.json of the tower has
+_OURS = ("kind", "downsample", "max_tiles", *NORMALISATION)  # that no config.json of the tower has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +120,7 @@ class InternVitConfig:
         for name in (*names, "downsample", "max_tiles"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.initializer_range < 0 or min(self.image_std) <= 0:
-            raise ValueError(
-                f"initializer_range must not be negative and image_std positive, got {self.initializer_range} and "
-                f"{self.image_std}"
-            )
+        require_beginning(self)
         for name, known in (("hidden_act", vit.ACTIVATIONS), ("norm_type", ("layer_norm", "rms_norm"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not supported: choose from {list(known)}")
@@ -227,10 +223,8 @@ class InternVitConfig:
             raise ValueError(f"select_layer={select_layer} is not supported: InternViT is read at its last layer")
         alone = config.get("vision_config") or config
         tiled = config.get("dynamic_image_size", config.get("model_type") != "internvl_chat")
-        for settings, supported in ((alone, _SUPPORTED), (config, _WHOLE | (_TILED if tiled else {}))):
-            for name, value in supported.items():
-                if settings.get(name, value) not in (value, None):
-                    raise ValueError(f"{name} = {settings[name]!r} is not supported: only {value!r} is")
+        require_supported(alone, _SUPPORTED)
+        require_supported(config, _WHOLE | (_TILED if tiled else {}))
         read = {_OLDER.get(name, name): value for name, value in alone.items()}
         for name in ("image_size", "patch_size"):
             sides = read.get(name, [1])
@@ -251,7 +245,7 @@ class InternVitConfig:
             read["max_tiles"] = 1
         elif "max_dynamic_patch" in config:
             read["max_tiles"] = config["max_dynamic_patch"]
-        names = {field.name for field in dataclasses.fields(cls)} - {"kind", *vit.NORMALISATION}
+        names = {field.name for field in dataclasses.fields(cls)} - {"kind", *NORMALISATION}
         return cls(**{name: read[name] for name in names if name in read})
 
     def to_public(self) -> dict[str, Any]:
@@ -269,10 +263,10 @@ class InternVitConfig:
         side = self.image_size
         for name, ours in self.processor().items():
             same = (ours, None, *((side,) if name == "size" else ()))
-            checked = name not in ("image_processor_type", "crop_to_patches", "max_patches", *vit.NORMALISATION)
+            checked = name not in ("image_processor_type", "crop_to_patches", "max_patches", *NORMALISATION)
             if checked and settings.get(name) not in same:
                 raise ValueError(f"{name} = {settings[name]!r} is not supported: only {ours!r} is")
-        found = {name: tuple(settings[name]) for name in vit.NORMALISATION if settings.get(name)}
+        found = {name: tuple(settings[name]) for name in NORMALISATION if settings.get(name)}
         found |= {"max_tiles": settings["max_patches"]} if settings.get("max_patches") else {}
         return dataclasses.replace(self, **found)
 
@@ -290,7 +284,7 @@ class InternVitConfig:
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            **{name: list(getattr(self, name)) for name in vit.NORMALISATION},
+            **{name: list(getattr(self, name)) for name in NORMALISATION},
         }
 
     def run_public(self, module: Any, pixels: Any) -> Any:
@@ -342,18 +336,7 @@ class PatchEmbeddings(_Part):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
-        patch, init = (self.config.patch_size,) * 2, normal(self.config.initializer_range)
-        patches = Conv(
-            self.config.hidden_size,
-            patch,
-            strides=patch,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=weight(init, None, None, None, "tower_out"),
-            bias_init=_ZEROS,
-            name="projection",
-        )(images)
-        return patches.reshape(images.shape[0], -1, self.config.hidden_size)
+        return self.patches(images, "projection")
 
 
 class Embeddings(_Part):
@@ -433,9 +416,7 @@ class InternVit(_Part):
         config, count, tile = self.config, images.shape[0], (self.config.image_size, self.config.image_size, 3)
         if images.ndim not in (4, 5) or images.shape[-3:] != tile:
             raise ValueError(f"images are {images.shape[1:]} where the tower takes {tile}, or tiles of that")
-        if images.dtype == jnp.uint8:
-            images = normalise_pixels(images, config.image_mean, config.image_std)
-        x = constrain(images.reshape(-1, *tile), ("images", None, None, None))
+        x = constrain(normalised(images, config).reshape(-1, *tile), ("images", None, None, None))
         x = Embeddings(config, self.dtype, name="embeddings")(x.astype(self.dtype))
         x = constrain(x, ("images", None, None))
         x = Encoder(config, self.dtype, self.remat, name="encoder")(x)

@@ -28,9 +28,10 @@ from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.rope import apply_rope
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
 from dreamllm_jax.parallel.mesh import constrain
-from dreamllm_jax.towers.public import PublicForm, reader
+from dreamllm_jax.towers.public import PublicForm, reader, require_supported
 from dreamllm_jax.towers.vision_encoders import qwen25_vl_layout as layout
-from dreamllm_jax.towers.vision_encoders.clip import MEAN, STD, normalise_pixels
+from dreamllm_jax.towers.vision_encoders.clip import MEAN, STD
+from dreamllm_jax.towers.vision_encoders.pixels import NORMALISATION, normalised, require_beginning
 
 Array = jax.Array
 
@@ -39,9 +40,8 @@ _EPS = 1e-6  # of all norms
 
 # Settings of a config.json that would change the function computed here: name -> the one value that is supported.
 _SUPPORTED = {"hidden_act": "silu", "in_channels": 3, "in_chans": 3, "temporal_patch_size": _FRAMES}
-_NORMALISATION = ("image_mean", "image_std")
 _BUDGET = ("min_pixels", "max_pixels")
-_OURS = ("kind", "image_size", "sizes", *_NORMALISATION, *_BUDGET)  # that no config.json has
+_OURS = ("kind", "image_size", "sizes", *NORMALISATION, *_BUDGET)  # that no config.json has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +97,7 @@ class Qwen25VisionConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.initializer_range < 0 or min(self.image_std) <= 0:
-            raise ValueError(
-                f"initializer_range must not be negative and image_std positive, got {self.initializer_range} and "
-                f"{self.image_std}"
-            )
+        require_beginning(self)
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of 4 * num_heads ({self.num_heads}): a head's channels "
@@ -221,9 +217,7 @@ class Qwen25VisionConfig:
         """
         config = config.get("vision_config") or config
         reader((cls,), config)
-        for name, value in _SUPPORTED.items():
-            if config.get(name, value) not in (value, None):
-                raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
+        require_supported(config, _SUPPORTED)
         rope = config.get("rope_parameters") or {}
         if (theta := rope.get("rope_theta", layout.THETA)) != layout.THETA:
             raise ValueError(f"rope_theta = {theta} is not supported: only {layout.THETA} is")
@@ -245,11 +239,8 @@ class Qwen25VisionConfig:
         Raises:
           ValueError: that makes other pixels of an image than `preprocess`.
         """
-        ours = {name: value for name, value in self.processor().items() if name not in _CHOSEN}
-        for name, value in ours.items():
-            if settings.get(name) not in (value, None):
-                raise ValueError(f"{name} = {settings[name]!r} is not supported: only {value!r} is")
-        found = {name: tuple(settings[name]) for name in _NORMALISATION if settings.get(name)}
+        require_supported(settings, {n: value for n, value in self.processor().items() if n not in _CHOSEN})
+        found = {name: tuple(settings[name]) for name in NORMALISATION if settings.get(name)}
         edges = settings.get("size") or {}
         for name, edge in zip(_BUDGET, ("shortest_edge", "longest_edge"), strict=True):  # as they are called now
             if pixels := settings.get(name) or edges.get(edge):
@@ -272,7 +263,7 @@ class Qwen25VisionConfig:
             "patch_size": self.patch_size,
             "temporal_patch_size": _FRAMES,
             "merge_size": self.spatial_merge_size,
-            **{name: list(getattr(self, name)) for name in _NORMALISATION},
+            **{name: list(getattr(self, name)) for name in NORMALISATION},
         }
 
     def run_public(self, module: Any, pixels: Any) -> Any:
@@ -289,7 +280,7 @@ class Qwen25VisionConfig:
         return module(patches, grid_thw=grid).pooler_output.reshape(count, h * w, -1)
 
 
-_CHOSEN = {"image_processor_type", "size", *_BUDGET, *_NORMALISATION}  # of the processor's settings
+_CHOSEN = {"image_processor_type", "size", *_BUDGET, *NORMALISATION}  # of the processor's settings
 
 
 def _square(settings: Mapping[str, Any]) -> dict[str, int]:
@@ -429,9 +420,7 @@ class Qwen25Vision(_Part):
         config, part = self.config, (self.config, self.dtype)
         _, height, width, _ = images.shape
         config.tokens(height, width)
-        if images.dtype == jnp.uint8:
-            images = normalise_pixels(images, config.image_mean, config.image_std)
-        images = constrain(images, ("images", None, None, None))
+        images = constrain(normalised(images, config), ("images", None, None, None))
         windows, size = config.windows(height, width), (height, width)
         order = windows[windows >= 0]
         turns = layout.rotations(

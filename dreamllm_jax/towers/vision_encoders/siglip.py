@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from dreamllm_jax.layers.flops import Tally
-from dreamllm_jax.layers.linear import Conv, Embedding, spread
+from dreamllm_jax.layers.linear import Embedding, spread
 from dreamllm_jax.layers.weights import normal, weight
 from dreamllm_jax.parallel.mesh import constrain
-from dreamllm_jax.towers.public import PublicForm, reader
-from dreamllm_jax.towers.vision_encoders.clip import normalise_pixels
-from dreamllm_jax.towers.vision_encoders.vit import NORMALISATION, Encoder, Part, VitConfig
+from dreamllm_jax.towers.public import PublicForm, reader, require_supported
+from dreamllm_jax.towers.vision_encoders.pixels import NORMALISATION
+from dreamllm_jax.towers.vision_encoders.vit import Encoder, Part, VitConfig
 
 _RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _OURS = ("kind", "select_layer", "resample", "packed", *NORMALISATION)  # that no config.json has
@@ -107,10 +107,8 @@ class SiglipVisionConfig(VitConfig):
         Raises:
           ValueError: that makes other pixels of an image than `preprocess`.
         """
-        for name, ours in self.processor().items():
-            checked = name not in ("image_processor_type", "resample", *NORMALISATION)
-            if checked and settings.get(name) not in (ours, None):
-                raise ValueError(f"{name} = {settings[name]!r} is not supported: only {ours!r} is")
+        chosen = ("image_processor_type", "resample", *NORMALISATION)
+        require_supported(settings, {n: value for n, value in self.processor().items() if n not in chosen})
         found = {name: tuple(settings[name]) for name in NORMALISATION if settings.get(name)}
         if (resample := settings.get("resample")) is not None:
             known = {int(method): name for name, method in _RESAMPLE.items()}
@@ -153,17 +151,8 @@ class Embeddings(Part):
 
     @nn.compact
     def __call__(self, images: Float[Array, "N S S 3"]) -> Float[Array, "N p E"]:
-        config, width, patch = self.config, self.config.hidden_size, (self.config.patch_size,) * 2
-        patches = Conv(
-            width,
-            patch,
-            strides=patch,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=weight(normal(config.initializer_range), None, None, None, "tower_out"),
-            bias_init=weight(nn.initializers.zeros, "tower_norm"),
-            name="patch_embedding",
-        )(images).reshape(images.shape[0], -1, width)
+        config, width = self.config, self.config.hidden_size
+        patches = self.patches(images, "patch_embedding")
         init = weight(normal(width**-0.5), None, "tower_out")
         positions = Embedding(config.side**2, width, init, name="position_embedding")
         return patches + spread(positions.embedding, patches.shape, self.dtype)
@@ -188,11 +177,7 @@ class SiglipVision(Part):
           ValueError: the images are not of the tower's size.
         """
         config = self.config
-        if images.shape[1:] != (config.image_size, config.image_size, 3):
-            raise ValueError(f"images are {images.shape[1:]} where the tower takes {(config.image_size,) * 2 + (3,)}")
-        if images.dtype == jnp.uint8:
-            images = normalise_pixels(images, config.image_mean, config.image_std)
-        images = constrain(images, ("images", None, None, None))
+        images = self.pixels(images)
         x = Embeddings(config, self.dtype, name="embeddings")(images.astype(self.dtype))
         x = constrain(x, ("images", None, None))
         x = Encoder(config, self.dtype, self.remat, name="encoder")(x)

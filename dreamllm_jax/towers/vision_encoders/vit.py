@@ -14,10 +14,12 @@ import jax.numpy as jnp
 
 from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.flops import Tally, dense
-from dreamllm_jax.layers.linear import Dense
+from dreamllm_jax.layers.linear import Conv, Dense
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
 from dreamllm_jax.parallel.mesh import constrain
+from dreamllm_jax.towers.public import require_supported
+from dreamllm_jax.towers.vision_encoders.pixels import NORMALISATION, normalised, require_beginning
 
 Array = jax.Array
 
@@ -28,7 +30,6 @@ ACTIVATIONS = {
 }
 # Settings of a config.json that would change the function computed here: name -> the one value that is supported.
 _SUPPORTED = {"num_channels": 3, "attention_dropout": 0.0, "dropout": 0.0}
-NORMALISATION = ("image_mean", "image_std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +56,7 @@ class VitConfig:
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "layer_norm_eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.initializer_range < 0 or min(self.image_std) <= 0:
-            raise ValueError(
-                f"initializer_range must not be negative and image_std positive, got {self.initializer_range} and "
-                f"{self.image_std}"
-            )
+        require_beginning(self)
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported: choose from {list(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
@@ -156,9 +153,7 @@ class VitConfig:
         Raises:
           ValueError: naming one that is not supported.
         """
-        for name, value in _SUPPORTED.items():
-            if config.get(name, value) not in (value, None):
-                raise ValueError(f"{name} = {config[name]!r} is not supported: only {value!r} is")
+        require_supported(config, _SUPPORTED)
         for name in ("image_size", "patch_size"):
             if not isinstance(config.get(name, 1), int):
                 raise ValueError(f"{name} = {config[name]!r} is not supported: only a single number is")
@@ -185,6 +180,33 @@ class Part(nn.Module):
             bias_init=_ZEROS,
             name=name,
         )
+
+    def pixels(self, images: Array) -> Array:
+        """u8[N, S, S, 3] pixels normalised, or f[N, S, S, 3] as they are.
+
+        Raises:
+          ValueError: the images are not of the tower's size.
+        """
+        wanted = (self.config.image_size, self.config.image_size, 3)
+        if images.shape[1:] != wanted:
+            raise ValueError(f"images are {images.shape[1:]} where the tower takes {wanted}")
+        return constrain(normalised(images, self.config), ("images", None, None, None))
+
+    def patches(self, images: Array, name: str, bias: bool = True) -> Array:
+        """f[N, P, E], a linear map of each patch, row by row."""
+        patch = (self.config.patch_size,) * 2
+        patches = Conv(
+            self.config.hidden_size,
+            patch,
+            strides=patch,
+            padding="VALID",
+            use_bias=bias,
+            dtype=self.dtype,
+            kernel_init=weight(normal(self.config.initializer_range), None, None, None, "tower_out"),
+            bias_init=_ZEROS,
+            name=name,
+        )(images)
+        return patches.reshape(images.shape[0], -1, self.config.hidden_size)
 
     def norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(
