@@ -30,8 +30,6 @@ CHOICES = {
     "decoder": registry.published(registry.IMAGE_DECODERS),
     "connector": registry.published(registry.CONNECTORS),
 }
-# Where both towers are of one published model that sees: its visual projector, by the kind of its vision encoder.
-PROJECTORS = {"qwen25_vl": {"kind": "identity"}}
 ALIGNMENT_ARGUMENTS = {"llm": "7b", "vision": "clip-l-224", "decoder": "sd21", "connector": "linear", "queries": 64}
 TUNING_ARGUMENTS = ALIGNMENT_ARGUMENTS | {"lora": 0}
 
@@ -50,8 +48,8 @@ def model(argument: str = "") -> dict[str, Any]:
 
 def _model(given: Any) -> dict[str, Any]:
     towers = {role: copy.deepcopy(CHOICES[argument][getattr(given, argument)]) for argument, role in ROLES.items()}
-    if given.llm == given.vision and (kind := towers["vision_encoder"]["kind"]) in PROJECTORS:
-        towers["visual_projector"] = dict(PROJECTORS[kind])
+    if given.llm == given.vision and (projector := registry.projector_of(towers["vision_encoder"]["kind"])):
+        towers["visual_projector"] = projector
     return {**towers, "num_queries": given.queries, "dtype": "bfloat16"}
 
 

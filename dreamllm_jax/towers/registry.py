@@ -41,6 +41,11 @@ ConnectorConfig = _any_of(CONNECTORS)
 ImageDecoderConfig = _any_of(IMAGE_DECODERS)
 
 
+def projector_of(vision_encoder: str) -> dict[str, Any]:
+    """What the vision encoders of this kind say of the visual projector that they were published with."""
+    return dict(next(tower.projector for tower in VISION_ENCODERS if tower.kind == vision_encoder))
+
+
 def published(classes: Sequence[type]) -> dict[str, dict[str, Any]]:
     """The settings that were published of these towers, by the names that recipes' arguments give them."""
     return {name: settings for tower in classes for name, settings in tower.PUBLISHED.items()}

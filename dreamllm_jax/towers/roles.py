@@ -8,6 +8,7 @@ Legend: B rows, T tokens, N images, P patches, F width of features, Q dream quer
 V vocabulary, H x W pixels, h x w x c latents.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import jax
@@ -79,11 +80,14 @@ class VisionEncoderRole(Protocol):
       fitting: height and width as which it best sees an image of this width and height, by itself.
       pixels_shape: of what `preprocess` gives, (H, W, 3) unless it takes images apart; its module is given these.
       stored_depends: how the paths begin of the parameters that what is stored depends on; `stored_settings` likewise.
+      projector: settings of the visual projector beside the language model that it was published with; empty for the
+        usual ones.
     """
 
     kind: str
     image_size: int
     stored_depends: tuple[str, ...]
+    projector: Mapping[str, Any]
 
     @property
     def width(self) -> int: ...

@@ -8,6 +8,7 @@ Legend: N images, T tiles of an image, S pixels on a side of a tile, P features 
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -73,6 +74,8 @@ class InternVitConfig:
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
+
+    projector: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     kind: Literal["intern_vit"] = "intern_vit"
     hidden_size: int = 1024

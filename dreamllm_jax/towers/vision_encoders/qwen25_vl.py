@@ -11,6 +11,7 @@ features, G windows, M features of a whole window.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -61,6 +62,7 @@ class Qwen25VisionConfig:
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
+    projector: ClassVar[Mapping[str, Any]] = MappingProxyType({"kind": "identity"})
 
     kind: Literal["qwen25_vl"] = "qwen25_vl"
     depth: int = 32

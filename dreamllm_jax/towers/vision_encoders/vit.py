@@ -6,7 +6,8 @@ Legend: N images, S image size, P patches, E width.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,8 @@ class VitConfig:
 
     `image_mean` and `image_std` normalise pixels in [0, 1].
     """
+
+    projector: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     hidden_size: int = 768
     intermediate_size: int = 3072
