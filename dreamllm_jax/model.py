@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from dreamllm_jax.data.prompting import Prompting
 from dreamllm_jax.data.vocabulary import SpecialTokens
 from dreamllm_jax.layers import remat
 from dreamllm_jax.layers.linear import spread
@@ -40,6 +41,7 @@ class DreamLLMConfig:
     Attributes:
       num_queries: dream queries an image is painted from.
       special_tokens: ids; None for the last eight of the vocabulary.
+      prompting: how it is asked to paint, of `data.prompting`; None for captions that stand alone.
       dtype: what the towers compute in; parameters are stored as the training configuration says.
       remat: what the language model's layers keep for their backward pass: "none" (everything), "dots", "full"
         (nothing), "offload", or names (see `layers.remat`).
@@ -52,6 +54,7 @@ class DreamLLMConfig:
     connector: ConnectorConfig = ProjectorConfig()
     num_queries: int = 64
     special_tokens: SpecialTokens | None = None
+    prompting: Prompting | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "full"
 
