@@ -1,7 +1,7 @@
 """How a model is asked to paint: the words around a caption, or around an instruction and the images that it is about.
 
-OpenUni (arXiv 2505.23661), MetaQuery (arXiv 2504.06256) and UniLIP (arXiv 2507.23278) ask in a conversation, of which the
-assistant's turn begins with the picture; DreamLLM's captions stand alone.
+OpenUni (arXiv 2505.23661), MetaQuery (arXiv 2504.06256) and UniLIP (arXiv 2507.23278) ask in a conversation, of which
+the assistant's turn begins with the picture; DreamLLM's captions stand alone.
 """
 
 import dataclasses
