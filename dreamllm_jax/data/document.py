@@ -11,7 +11,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 Role = Literal["", "system", "user", "assistant"]
-Kind = Literal["pair", "image_image", "interleaved", "instruct_interleaved", "conversation", "text", "preference"]
+Kind = Literal[
+    "pair", "image_image", "edit", "interleaved", "instruct_interleaved", "conversation", "text", "preference"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -43,10 +45,11 @@ Segment = Text | Image
 class Document:
     """Segments in reading order, and the kind of corpus they come from.
 
-    pair: one text and one image; image_image: source image, then target image; interleaved: texts and images in any
-    order; instruct_interleaved: the user's instruction, then as interleaved by the assistant; conversation: turns of
-    user and assistant, each segment with its role; text: texts only; preference: a conversation in texts, whose last
-    one, also the assistant's, is an answer that is worse than the one before it.
+    pair: one text and one image; image_image: source image, then target image; edit: images, the instruction that is
+    about them, and last the image that it asks for; interleaved: texts and images in any order; instruct_interleaved:
+    the user's instruction, then as interleaved by the assistant; conversation: turns of user and assistant, each
+    segment with its role; text: texts only; preference: a conversation in texts, whose last one, also the assistant's,
+    is an answer that is worse than the one before it.
     """
 
     kind: Kind
@@ -60,6 +63,10 @@ class Document:
             raise ValueError(f"a pair has one text and one image, got {texts} and {images}")
         if self.kind == "image_image" and (texts, images) != (0, 2):
             raise ValueError(f"an image_image document has two images and no text, got {images} and {texts} texts")
+        if self.kind == "edit" and (texts != 1 or images < 2 or not isinstance(self.segments[-1], Image)):
+            raise ValueError(
+                f"an edit has a text, images and ends with one of them, got {texts} texts and {images} images"
+            )
         if self.kind in ("text", "preference") and images:
             raise ValueError(f"a {self.kind} document has no images, got {images}")
         if self.kind == "preference" and [s.role for s in self.segments[-3:]] != ["user", "assistant", "assistant"]:
