@@ -45,11 +45,11 @@ Segment = Text | Image
 class Document:
     """Segments in reading order, and the kind of corpus they come from.
 
-    pair: one text and one image; image_image: source image, then target image; edit: images, the instruction that is
-    about them, and last the image that it asks for; interleaved: texts and images in any order; instruct_interleaved:
-    the user's instruction, then as interleaved by the assistant; conversation: turns of user and assistant, each
-    segment with its role; text: texts only; preference: a conversation in texts, whose last one, also the assistant's,
-    is an answer that is worse than the one before it.
+    pair: one text and one image; image_image: source image, then target image; edit: images that are read, one text,
+    the instruction, and last the image that is to be made of them; interleaved: texts and images in any order;
+    instruct_interleaved: the user's instruction, then as interleaved by the assistant; conversation: turns of user and
+    assistant, each segment with its role; text: texts only; preference: a conversation in texts, whose last one, also
+    the assistant's, is an answer that is worse than the one before it.
     """
 
     kind: Kind
@@ -65,7 +65,8 @@ class Document:
             raise ValueError(f"an image_image document has two images and no text, got {images} and {texts} texts")
         if self.kind == "edit" and (texts != 1 or images < 2 or not isinstance(self.segments[-1], Image)):
             raise ValueError(
-                f"an edit has a text, images and ends with one of them, got {texts} texts and {images} images"
+                "an edit has images to read, one text and last the image to paint, got "
+                f"{', '.join(type(segment).__name__.lower() for segment in self.segments) or 'nothing'}"
             )
         if self.kind in ("text", "preference") and images:
             raise ValueError(f"a {self.kind} document has no images, got {images}")
@@ -89,7 +90,7 @@ class Document:
     @property
     def blank(self) -> bool:
         """Whether it says nothing, though it is of a kind that is all about its text."""
-        return self.kind in ("pair", "text") and not any(s.text.strip() for s in self.texts)
+        return self.kind in ("pair", "edit", "text") and not any(s.text.strip() for s in self.texts)
 
     @property
     def images(self) -> tuple[Image, ...]:

@@ -9,7 +9,8 @@ from dreamllm_jax.data import images, storage
 from dreamllm_jax.data.batch import RowShape
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import Encoded, Mode, encode_document
+from dreamllm_jax.data.tokens import Mode, encode_document
+from dreamllm_jax.data.writing import Encoded
 
 _STYLE = """
 body { font: 15px/1.7 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }

@@ -11,7 +11,8 @@ from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.packing import Item
 from dreamllm_jax.data.rows import Pixels, fill_row
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import Encoded, Placed, encode_document
+from dreamllm_jax.data.tokens import encode_document
+from dreamllm_jax.data.writing import Encoded, Placed
 from dreamllm_jax.model import DreamLLMConfig
 
 
