@@ -74,9 +74,8 @@ class Experiment:
             raise ConfigError(str(error)) from None
         if self.objective.drop_prob and (model.prompting or any(use.drops for use in self.data.corpora.values())):
             raise ConfigError(
-                f"objective.drop_prob={self.objective.drop_prob:g} drops what images are painted from once more, or for "
-                "the document without a prompt, which a model with model.prompting is never asked by: set it to 0, and "
-                "data.corpora.NAME.drop_text"
+                f"objective.drop_prob={self.objective.drop_prob:g}: with model.prompting, or where a corpus drops its "
+                "text or images, that is all that is dropped: set it to 0, and data.corpora.NAME.drop_text to the share"
             )
         if max(self.timeout, self.host_timeout) > threading.TIMEOUT_MAX:
             raise ConfigError(

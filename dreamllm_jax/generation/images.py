@@ -124,6 +124,14 @@ def paint(
     return decode(model, params, latents, size)
 
 
+def nothing_asked(model: DreamLLM, params: dict, tokenizer: Tokenizer) -> Float[Array, "1 Q E"] | None:
+    """What guidance leads away from where no image is edited: the model's words for no caption; None if it has none."""
+    if model.config.prompting is None:
+        return None
+    reading = begin(model, params, tokenizer, [()], model.config.num_queries + 2, writes=False, asked=True)
+    return read_queries(model, params, reading)[0]
+
+
 def generate_images(
     model: DreamLLM,
     params: dict,

@@ -53,8 +53,9 @@ class Sample:
 def questions(name: str, document: Document, config: CorpusConfig) -> Iterator[Question]:
     """What a document can be asked; nothing that the mode of its corpus leaves out of training.
 
-    A conversation is asked for the assistant's first words, an edit for its last image. Of other documents the first image is asked for, given what
-    stands before it, or else the text after it; and the text after it, given all up to the image.
+    A conversation is asked for the assistant's first words, an edit for its last image. Of other documents the first
+    image is asked for, given what stands before it, or else the text after it; and the text after it, given all up to
+    the image.
     """
     segments, written = document.segments, config.mode != "creation"
     if document.kind in ("conversation", "instruct_interleaved"):
@@ -64,7 +65,8 @@ def questions(name: str, document: Document, config: CorpusConfig) -> Iterator[Q
         return
     if document.kind == "edit":
         *read, target = document.images
-        yield Question(f"{name}/painted", (*read, *document.texts), target)
+        if config.mode != "comprehension":
+            yield Question(f"{name}/painted", (*read, *document.texts), target)
         return
     if document.kind == "pair":
         segments = (*document.images, *document.texts)  # in whichever order they are stored
