@@ -38,7 +38,8 @@ from dreamllm_jax.data.images import paint_pixels
 from dreamllm_jax.data.loader import Loader
 from dreamllm_jax.data.rows import Pixels
 from dreamllm_jax.data.settings import CorpusConfig, DataConfig
-from dreamllm_jax.data.tokens import Placed, encode_document
+from dreamllm_jax.data.tokens import encode_document
+from dreamllm_jax.data.writing import Placed
 from dreamllm_jax.towers.vision_encoders.clip import ClipVisionConfig
 
 CROPS = ClipVisionConfig().preprocess, paint_pixels
