@@ -115,6 +115,11 @@ def parser() -> argparse_flags.ArgumentParser:
     )
     add.add_argument("--dtype", choices=stored.DTYPES, default="bfloat16", help="type to store: data.stored_dtype")
     add.add_argument("--batch", type=positive, default=32, help="images at once on each device")
+    add.add_argument(
+        "--latents",
+        default="",
+        help="take moments from here, IMAGE_FILE.pt as OpenUni's script leaves them; one of --corpora",
+    )
     distributed.add_flags(add)
     return top
 
@@ -177,6 +182,8 @@ def _precompute(arguments: argparse.Namespace) -> None:
 
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.timeout)
     corpora = arguments.corpora or sorted(storage.read_summary(arguments.directory)["corpora"])
+    if arguments.latents and (len(corpora) != 1 or arguments.names != ["moments"]):
+        raise ValueError(f"--latents={arguments.latents} are the moments of one corpus: name it with --corpora")
     model, params, _ = load_model(arguments.checkpoint)
     for corpus in corpora:
         for name in arguments.names:
@@ -190,6 +197,7 @@ def _precompute(arguments: argparse.Namespace) -> None:
                 size=arguments.size,
                 dtype=arguments.dtype,
                 batch=arguments.batch,
+                latents=arguments.latents,
             )
             everyone = distributed.gather(computed)  # and nobody leaves before the others are done
             if jax.process_index() == 0:
