@@ -41,6 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
     model = family.towers(llm, vision, given.decoder, "metaquery", num_queries=256 if sana else 77)
     model["prompting"] = family.prompting("metaquery", template=template)
     if given.llm == "llava-ov-0.5b":
+        model["vision_encoder"]["packed"] = True
         model["visual_projector"] = {"kind": "newline"}
     if not sana:
         model["connector"]["output_scale"] = 1.0
