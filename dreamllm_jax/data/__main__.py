@@ -29,6 +29,7 @@ from dreamllm_jax.data.corpora.records import Format
 from dreamllm_jax.data.corpora.tfds_sets import Tfds
 from dreamllm_jax.data.importing import Options, import_corpus
 from dreamllm_jax.data.preparation import prepare
+from dreamllm_jax.data.prompting import PUBLISHED
 from dreamllm_jax.data.tokenizer import FOLDER
 from dreamllm_jax.data.tokens import MODES
 from dreamllm_jax.parallel import distributed
@@ -69,6 +70,7 @@ def parser() -> argparse_flags.ArgumentParser:
 
     page = argparse.ArgumentParser(add_help=False)
     page.add_argument("--mode", choices=MODES, default="joint", help="of the page's documents")
+    page.add_argument("--prompting", choices=PUBLISHED, help="whose words ask for images on the page; else none do")
     page.add_argument("--length", type=positive, default=2048, help="tokens in a row of the page")
     page.add_argument("--slots", type=not_negative, default=8, help="images to see and to paint in a row of the page")
 
@@ -171,7 +173,14 @@ def _sample(arguments: argparse.Namespace) -> None:
     see, dream = SlotGroup(arguments.slots, 256, 224, 224), SlotGroup(arguments.slots, 64, 512, 512)  # as published
     shape = RowShape(arguments.length, (see,), (dream,))
     sheet.write_sheet(
-        arguments.directory, arguments.name, arguments.to, arguments.count, shape, arguments.mode, arguments.tokenizer
+        arguments.directory,
+        arguments.name,
+        arguments.to,
+        arguments.count,
+        shape,
+        arguments.mode,
+        arguments.tokenizer,
+        PUBLISHED.get(arguments.prompting),
     )
     print(arguments.to)
 

@@ -119,7 +119,7 @@ class Loader:
             problem = f"a row of {room} leaves nothing to learn of its first documents"
             for document in documents:
                 try:
-                    if self._encode(name, document, draw).learns:
+                    if self._encode(name, document, draw, 0.0).learns:
                         break
                 except ValueError as error:
                     problem = str(error)
@@ -180,8 +180,8 @@ class Loader:
         item = Item(record, place.corpus, encoded, flip=not encoded.see and bool(flip < self._config.flip))
         return item if need in (None, item.need(self._shape)) else leave_out("changed")
 
-    def _encode(self, corpus: str, document: Document, draw: float, drop: float = 1.0) -> Encoded:
-        """A document of a corpus by its uniform draws; nothing is dropped of it by one of 1."""
+    def _encode(self, corpus: str, document: Document, draw: float, drop: float) -> Encoded:
+        """A document of a corpus, by its uniform draws."""
         use = self._uses[corpus]
         return encode_document(
             document,

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from dreamllm_jax.data.document import Image, Segment, Text
+from dreamllm_jax.data.templates import NAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Prompting:
     max_tokens: int = 0
 
     def __post_init__(self):
+        if self.template not in NAMES:
+            raise ValueError(f"prompting.template must be one of {', '.join(NAMES)}, got {self.template!r}")
         for name, places in (
             ("paint", ("{text}",)),
             ("edit", ("{text}", "{image}")),

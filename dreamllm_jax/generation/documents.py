@@ -19,7 +19,15 @@ from dreamllm_jax.data.chat_template import ends_of
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.generation.images import DEFAULT, paint, require_interval, require_sampler, require_size
+from dreamllm_jax.generation.images import (
+    DEFAULT,
+    generate_images,
+    nothing_asked,
+    paint,
+    require_interval,
+    require_sampler,
+    require_size,
+)
 from dreamllm_jax.generation.prompts import Painted, Written, bucket
 from dreamllm_jax.generation.text import STRETCH, Reading, Sampling, begin, read_image, read_queries, write
 from dreamllm_jax.model import DreamLLM
@@ -122,10 +130,32 @@ def generate_documents(
         if (asking := those("asking")).any():
             yield from (Event(row, Painted(b""), False) for row in np.flatnonzero(asking).tolist())
             guiding = {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval}
+            if guidance != 1.0:
+                guiding["negative"] = nothing_asked(model, params, tokenizer)
             painting = {"size": size, "sampler": sampler, **guiding}
             pictures, reading = _paint(model, params, reading, documents, asking, **painting)
             for row, picture in pictures.items():
                 yield Event(row, picture, True)
+
+
+def paint_reply(
+    model: DreamLLM, params: dict, tokenizer: Tokenizer, conversation: Sequence[Segment], seed: int, **painting: Any
+) -> Iterator[Event]:
+    """The picture that a model which is asked in words of its own (`DreamLLMConfig.prompting`) paints for the last turn
+    of a conversation: from its text, or as an edit of its images.
+
+    Args:
+      seed: as of `generate_documents`.
+      painting: settings of `generate_images`.
+
+    Raises:
+      ValueError, ImageError: see there.
+    """
+    last = max((i for i, segment in enumerate(conversation) if segment.role == "assistant"), default=-1)
+    seeds = [seed + sum(isinstance(segment, Painted) for segment in conversation)]
+    yield Event(0, Painted(b""), False)
+    (pixels,) = generate_images(model, params, tokenizer, [conversation[last + 1 :]], seeds=seeds, **painting)
+    yield Event(0, Painted(png(pixels)), True)
 
 
 def _written(

@@ -193,8 +193,9 @@ def begin(
     template: str = "",
     allowed: int | None = None,
     writes: bool = True,
+    asked: bool = False,
 ) -> Reading:
-    """Reads how documents begin, with room for `new` tokens; arguments and errors as of `prompts.encode_prompts`.
+    """Reads how documents begin, with room for `new` tokens; other arguments and errors as of `prompts.encode_prompts`.
 
     Args:
       writes: text is to follow; where documents begin with no token it can follow nothing but some.
@@ -203,7 +204,7 @@ def begin(
       ValueError: the documents could become longer than the model can read, or than is `allowed`; or there is nothing
         to go on with.
     """
-    batch = encode_prompts(prompts, tokenizer, model.config, template)
+    batch = encode_prompts(prompts, tokenizer, model.config, template, asked)
     if writes and not batch.segment_ids[:, 0].all():
         raise ValueError("a prompt is empty, and this model's documents begin with no token of their own: begin it")
     length = require_fits(model.config, batch, new, allowed) + STRETCH  # the last stretch may be longer, only to be cut
