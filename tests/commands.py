@@ -1,6 +1,6 @@
-"""Command lines in forks of a process that has the libraries already, which takes seconds to import them."""
+"""Command lines in processes of their own, without the seconds that it takes to import their libraries."""
 
-import multiprocessing
+import multiprocessing.reduction
 import os
 import runpy
 import sys
@@ -10,17 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tests.forks import SERVER
+
 ROOT = Path(__file__).parent.parent
-_LIBRARIES = (
-    "evaluation.creation",
-    "interop.conversion",
-    "interop.verify",
-    "runs.check",
-    "serving.server",
-    "training.loop",
-)
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([f"dreamllm_jax.{name}" for name in _LIBRARIES])
 
 
 def run(
@@ -34,7 +26,7 @@ def run(
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         streams = [multiprocessing.reduction.DupFd(stream.fileno()) for stream in (out, errors)]
         words = [f"dreamllm_jax.{module}", *arguments]
-        process = _FORKS.Process(target=_main, args=(words, str(cwd), dict(environment or {}), streams))
+        process = SERVER.Process(target=_main, args=(words, str(cwd), dict(environment or {}), streams))
         process.start()
         process.join(120)
         assert process.exitcode is not None, f"{words} is not done after two minutes"
