@@ -20,6 +20,7 @@ from dreamllm_jax.command_line import finite, not_negative, positive, share
 from dreamllm_jax.data import sheet, storage, stored
 from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.corpora.conversations import Llava
+from dreamllm_jax.data.corpora.edits import Edits
 from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
 from dreamllm_jax.data.corpora.openmoji import OpenMoji
 from dreamllm_jax.data.corpora.pairs import Folder, ImagePairs, WebDataset
@@ -37,6 +38,7 @@ FORMATS: dict[str, type[Format]] = {
     "webdataset": WebDataset,
     "folder": Folder,
     "image_pairs": ImagePairs,
+    "edits": Edits,
     "mmc4": Mmc4,
     "obelics": Obelics,
     "instruct_interleaved": InstructInterleaved,
