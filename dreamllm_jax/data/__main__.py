@@ -20,7 +20,7 @@ from dreamllm_jax.command_line import finite, not_negative, positive, share
 from dreamllm_jax.data import sheet, storage, stored
 from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.corpora.conversations import Llava
-from dreamllm_jax.data.corpora.edits import Edits
+from dreamllm_jax.data.corpora.edits import Edit
 from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
 from dreamllm_jax.data.corpora.openmoji import OpenMoji
 from dreamllm_jax.data.corpora.pairs import Folder, ImagePairs, WebDataset
@@ -38,7 +38,7 @@ FORMATS: dict[str, type[Format]] = {
     "webdataset": WebDataset,
     "folder": Folder,
     "image_pairs": ImagePairs,
-    "edits": Edits,
+    "edit": Edit,
     "mmc4": Mmc4,
     "obelics": Obelics,
     "instruct_interleaved": InstructInterleaved,
@@ -117,6 +117,11 @@ def parser() -> argparse_flags.ArgumentParser:
     )
     add.add_argument("--dtype", choices=stored.DTYPES, default="bfloat16", help="type to store: data.stored_dtype")
     add.add_argument("--batch", type=positive, default=32, help="images at once on each device")
+    add.add_argument(
+        "--latents",
+        default="",
+        help="take moments from here, IMAGE_FILE.pt as OpenUni's script leaves them; one of --corpora",
+    )
     distributed.add_flags(add)
     return top
 
@@ -186,6 +191,8 @@ def _precompute(arguments: argparse.Namespace) -> None:
 
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.timeout)
     corpora = arguments.corpora or sorted(storage.read_summary(arguments.directory)["corpora"])
+    if arguments.latents and (len(corpora) != 1 or arguments.names != ["moments"]):
+        raise ValueError(f"--latents={arguments.latents} are the moments of one corpus: name it with --corpora")
     model, params, _ = load_model(arguments.checkpoint)
     for corpus in corpora:
         for name in arguments.names:
@@ -199,6 +206,7 @@ def _precompute(arguments: argparse.Namespace) -> None:
                 size=arguments.size,
                 dtype=arguments.dtype,
                 batch=arguments.batch,
+                latents=arguments.latents,
             )
             everyone = distributed.gather(computed)  # and nobody leaves before the others are done
             if jax.process_index() == 0:

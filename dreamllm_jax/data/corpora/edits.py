@@ -1,61 +1,84 @@
-"""Edits: images, what is to be done to them, and the result."""
+"""Edits: images, an instruction that is about them, and what they become."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from dreamllm_jax.data import images
-from dreamllm_jax.data.corpora import pictures, tables, tars
-from dreamllm_jax.data.corpora.records import Dropped, Part, Record, field, local, read_text, setting, under
+from dreamllm_jax.data.corpora import tables, tars
+from dreamllm_jax.data.corpora.annotated import ANNOTATION, AnnotatedTable
+from dreamllm_jax.data.corpora.records import Dropped, Part, Record, find, first, has_field, read_text, setting
+
+# As the public corpora call them, each after those of ShareGPT-4o-Image.
+_GIVEN = ("input_image", "source_images", "source_image", "src_img", "input")
+_TARGET = ("output_image", "target_image", "edited_img", "output")
+_INSTRUCTION = ("input_prompt", "prompt", "instruction", "edited_prompt_list", "caption", "text", "txt")
 
 
 @dataclasses.dataclass(frozen=True)
-class Edits(pictures.ImageTable):
-    """Images, an instruction and the result: rows of a table, or samples of tars (`1.source.jpg`, `1.target.jpg`).
+class Edit(AnnotatedTable):
+    """Images, an instruction and the image that comes of it: tables, Parquet with images in it, or tars.
 
-    In a tar the instruction stands in the sample's `.json`, in `1.instruction.txt` or in `1.txt`.
+    Known are the fields of ShareGPT-4o-Image, GPT-Image-Edit-1.5M, OmniEdit, MetaQuery-Instruct and OpenUni's lists,
+    and tars as UniLIP writes them (1.input.jpg, 1.output.jpg, 1.txt). Of several instructions the last is taken, as
+    MetaQuery does.
     """
 
-    given: str = setting("source", "field with the image, or images, to edit; several fields with commas between")
-    target: str = setting("target", "field with the result")
-    text: str = setting("instruction", "field with the instruction; of several in it, the first")
-
-    def needed(self) -> list[tuple[str, ...]]:
-        return [(name,) for name in (*self._given, self.target, self.text)]
+    given: str = setting("", "field with the image that is given, or a list of such")
+    target: str = setting("", "field with the image that is to be made of it")
+    instruction: str = setting("", "field with the instruction")
 
     def parts(self) -> list[Part]:
-        root = local(self.source)
-        archives = under(root, tars.SUFFIXES) if root.is_dir() else [root] if tars.is_tar(root) else []
-        return [Part(str(path)) for path in archives] or super().parts()
+        archives = [path for path in find(self.source, (*tars.SUFFIXES, *tables.SUFFIXES)) if tars.is_tar(path)]
+        if archives and not self.images:  # else they hold the images of a table
+            return [Part(str(path)) for path in archives]
+        return super().parts()
+
+    def needed(self) -> list[tuple[str, ...]]:
+        return [
+            (*self._names("given", _GIVEN), "image"),
+            (*self._names("target", _TARGET), "image"),
+            (*self._names("instruction", _INSTRUCTION), ANNOTATION, "conversations"),
+        ]
+
+    def _names(self, what: str, known: tuple[str, ...]) -> tuple[str, ...]:
+        return (chosen,) if (chosen := getattr(self, what)) else known
 
     def rows(self, part: Part) -> Iterator[Mapping[str, Any] | Dropped]:
-        path = epath.Path(part.path)
-        return map(self._fields, tars.samples(path)) if tars.is_tar(path) else tables.rows(part)
+        if not tars.is_tar(part.path):
+            yield from super().rows(part)
+            return
+        for sample in tars.samples(epath.Path(part.path)):
+            yield sample if isinstance(sample, Dropped) else {_bare(name): data for name, data in sample.items()}
 
     def record(self, row: Mapping[str, Any], part: Part) -> Record | Dropped:
-        values = [field(row, name) for name in self._given]
-        given = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
-        target = self.read(field(row, self.target), part)
-        return Record("edit", (*(self.read(one, part) for one in given), read_text(field(row, self.text)), target))
+        if has_field(row, "conversations"):
+            row = _plain(row)
+            if isinstance(row, Dropped):
+                return row
+        given = first(row, self._names("given", _GIVEN))
+        read = [self.read(file, part) for file in (given if isinstance(given, list) else [given])]
+        names = self._names("instruction", _INSTRUCTION)
+        asked = first(row, names)
+        text = read_text(asked[-1]) if isinstance(asked, list) else self.text_of(row, names, part)
+        return Record("edit", (*read, text, self.read(first(row, self._names("target", _TARGET)), part)))
 
-    @property
-    def _given(self) -> list[str]:
-        return [name.strip() for name in self.given.split(",")]
 
-    def _fields(self, sample: dict[str, bytes] | Dropped) -> dict[str, Any] | Dropped:
-        """A tar's sample as a row: `source.jpg` is the field `source`."""
-        if isinstance(sample, Dropped):
-            return sample
-        try:
-            told = json.loads(sample.get("json", b"{}"))
-        except (ValueError, RecursionError):
-            return Dropped("not_json")
-        fields = dict(told) if isinstance(told, dict) else {}
-        for name, data in sample.items():
-            stem, _, extension = name.rpartition(".")
-            if extension in images.EXTENSIONS or extension == "txt":
-                fields[stem or self.text] = data
-        return fields
+def _bare(name: str) -> str:
+    """`input` of `input.jpg`."""
+    stem, _, extension = name.rpartition(".")
+    return stem if extension in images.EXTENSIONS and stem else name
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any] | Dropped:
+    """A row of GPT-Image-Edit, all its images in `image` and one question to them, with the fields of ShareGPT-4o."""
+    asked = [turn["value"] for turn in row["conversations"] if turn["from"] == "human"]
+    if len(asked) != 1 or not isinstance(row.get("image"), list):
+        return Dropped("fields")
+    *given, target = row["image"]
+    if asked[0].count("<image>") != len(given):
+        return Dropped("placeholders")
+    text = " ".join(asked[0].replace("<image>", " ").split())
+    return {"input_image": given, "output_image": target, "input_prompt": text}
