@@ -217,7 +217,9 @@ def _of_queries(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
         return open_metaquery(arguments.metaquery, **places, tokenizer=arguments.tokenizer)
     if missing:
         raise ValueError(f"give {', '.join(missing)} as well: --openuni has not the shapes of its towers")
-    return open_openuni(arguments.openuni, **places, heads=arguments.connector_heads, tokenizer=arguments.tokenizer)
+    return open_openuni(
+        arguments.openuni, **places, heads=arguments.connector_heads, tokenizer=arguments.tokenizer
+    )
 
 
 def _flag(name: str) -> str:

@@ -118,7 +118,9 @@ def _decoder_directory(directory: Path, settings: Mapping[str, Any]) -> Path:
     return _found(directory, settings, _IDS[0], "image_decoder", "transformer/config.json", "unet/config.json")
 
 
-def _without_queries(towers: Towers, settings: Mapping[str, Any], vision_language: Path) -> tuple[Towers, Tensor, int]:
+def _without_queries(
+    towers: Towers, settings: Mapping[str, Any], vision_language: Path
+) -> tuple[Towers, Tensor, int]:
     """The towers with a vocabulary that ends with the two marks; the queries, its last rows; and the rows before."""
     language, count = towers.language_model, settings.get("num_metaqueries", 64)
     rows, tensors = language.config.vocab_size, dict(language.tensors)
@@ -161,9 +163,7 @@ def _tokenizer(path: Path, rows: int) -> Tokenizer:
         content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < kept]
         fast = FastTokenizer.from_str(json.dumps(content))
         if set(beyond) != {f"<img{i}>" for i in range(len(beyond))}:
-            raise ValueError(
-                f"{path}: the tokenizer has {words.vocab_size} ids, MetaQuery's has {kept} but for queries"
-            )
+            raise ValueError(f"{path}: the tokenizer has {words.vocab_size} ids, MetaQuery's has {kept} but for queries")
         words = Tokenizer(fast, words.names, (), None, words.legacy, words.marks, words.chat_template, MARKS)
     return words
 

@@ -180,8 +180,6 @@ def write_openuni(directory: Path, config: DreamLLMConfig, tensors: Mapping[str,
     for name, tensor in tensors[CONNECTOR].items():
         ours = next((prefix for prefix in names if name.startswith(prefix)), "")
         found[(names[ours] if ours else "connector.") + name.removeprefix(ours)] = tensor
-    head, embedding = (
-        f"{PREFIXES[BACKBONE]}language_model.{name}.weight" for name in ("lm_head", "model.embed_tokens")
-    )
+    head, embedding = (f"{PREFIXES[BACKBONE]}language_model.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
     found.setdefault(head, found[embedding])  # a state has both, tied or not
     files.write_pickle(directory / FILE, found, files.STATE)
