@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     given = recipes.parse(arg, CHOICES, size="l-512", stage="pretrain")
     pretrain = given.stage == "pretrain"
     model = family.internvl(*SIZES[given.size], prompting=family.prompting("openuni"))
+    model["dream_queries"] = {"init": "width"}
     trained = family.ONLY if pretrain else family.DENOISER
     config = family.painting(model, trained, pictures=512 if pretrain else 256, slots=8, length=2688)
     config.rows.dream_size = 1024 if given.size == "l-1024" else 512

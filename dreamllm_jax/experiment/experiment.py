@@ -77,6 +77,11 @@ class Experiment:
                 f"objective.drop_prob={self.objective.drop_prob:g}: with model.prompting, or where a corpus drops its "
                 "text or images, that is all that is dropped: set it to 0, and data.corpora.NAME.drop_text to the share"
             )
+        if model.dream_queries.init == "vocabulary" and not self.parameters.init_from:
+            raise ConfigError(
+                "model.dream_queries.init='vocabulary' begins with the mean of a trained language model's rows: import "
+                "one with convert import --dream-queries=vocabulary, and name it in parameters.init_from"
+            )
         if max(self.timeout, self.host_timeout) > threading.TIMEOUT_MAX:
             raise ConfigError(
                 f"timeout={self.timeout:g} or host_timeout={self.host_timeout:g} is longer than any clock runs"
