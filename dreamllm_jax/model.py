@@ -67,6 +67,10 @@ class DreamLLMConfig:
                 getattr(self, name).require_tokens(tokens)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+        seen, decoder = self.vision_encoder, self.image_decoder
+        if decoder.encodes_features:
+            width = seen.width if decoder.encodes_features == "vision_encoder" else self.language_model.width
+            decoder.require_features(seen.image_size, seen.num_patches, width)
         if self.special_tokens is None:
             object.__setattr__(self, "special_tokens", SpecialTokens.last_of(self.language_model.vocab_size))
 

@@ -25,6 +25,8 @@ from dreamllm_jax.interop.language_model import write_language_model
 from dreamllm_jax.interop.model_card import model_card
 from dreamllm_jax.interop.names import torch_tensors
 from dreamllm_jax.interop.source import IMAGE_DECODER, PARTS, Source, config_of, split_path
+from dreamllm_jax.interop.unilip import require_expressible as require_unilip
+from dreamllm_jax.interop.unilip import write_unilip
 from dreamllm_jax.interop.vision_encoder import write_vision_encoder
 from dreamllm_jax.model import DreamLLMConfig
 
@@ -34,6 +36,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 # Format -> the parts of the model that it has.
 FORMATS = {
     "dreamllm": PARTS,
+    "unilip": PARTS,
     "hf": ("language_model",),
     "diffusers": ("vision_encoder", *(part for part in PARTS if part.startswith(f"{IMAGE_DECODER}/"))),
 }
@@ -149,6 +152,8 @@ def export_model(
                     write_image_decoder(folder, saved.config, tensors, max_shard_size)
                     place = folder / saved.config.vision_encoder.public.folder
                     write_vision_encoder(place, saved.config, tensors, max_shard_size)
+                elif kind == "unilip":
+                    write_unilip(folder, saved.config, tensors, max_shard_size)
                 else:
                     write_dreamllm(folder, saved.config, tensors, max_shard_size, str(place))
                 if tokenizer is not None and kind != "diffusers":
@@ -173,6 +178,8 @@ def _expressible(config: DreamLLMConfig, tokenizer: Tokenizer | None) -> list[st
 
 
 def _require_expressible(config: DreamLLMConfig, tokenizer: Tokenizer | None, kind: str) -> None:
+    if kind == "unilip":
+        return require_unilip(config)
     if kind == "dreamllm":
         import_torch("--format=dreamllm")
         require_expressible(config)
