@@ -3,6 +3,8 @@
 python -m dreamllm_jax.convert import --language-model=DIR --vision-encoder=DIR --image-decoder=DIR --to=DIR
 python -m dreamllm_jax.convert import --vision-language=DIR --image-decoder=DIR --to=DIR
 python -m dreamllm_jax.convert import --dreamllm=DIR --to=DIR
+python -m dreamllm_jax.convert import --openuni=FILE --vision-language=DIR --image-decoder=DIR --to=DIR
+python -m dreamllm_jax.convert import --metaquery=DIR --to=DIR
 python -m dreamllm_jax.convert export --checkpoint=DIR[@STEP] --format=dreamllm --to=DIR
 python -m dreamllm_jax.convert verify --checkpoint=DIR[@STEP] --torch=DIR
 """
@@ -27,6 +29,8 @@ from dreamllm_jax.interop.conversion import DTYPES, FORMATS, export_model, impor
 from dreamllm_jax.interop.dreamllm import open_dreamllm
 from dreamllm_jax.interop.image_decoder import open_image_decoder
 from dreamllm_jax.interop.language_model import open_language_model
+from dreamllm_jax.interop.metaquery import open_metaquery
+from dreamllm_jax.interop.openuni import open_openuni
 from dreamllm_jax.interop.source import PARTS, Source
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder
 from dreamllm_jax.interop.vision_language import open_visual_projector
@@ -36,6 +40,7 @@ from dreamllm_jax.towers.connectors.transformer import TransformerConfig
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TOWERS = ("language_model", "vision_encoder", "image_decoder")
 _LAYERS = TransformerConfig.PUBLISHED
+_WHOLES = ("openuni", "metaquery", "dreamllm")  # checkpoints of programs
 # What a model that sees has of its own.
 _SEEING = (*_TOWERS[:2], "select_layer", "visual_projector", "visual_layernorm")
 
@@ -71,6 +76,9 @@ def parser() -> argparse_flags.ArgumentParser:
     )
     add.add_argument("--image-decoder", type=Path, help="Stable Diffusion or SANA: a diffusers directory")
     add.add_argument("--dreamllm", type=Path, help="a checkpoint of the original program, instead of the three")
+    add.add_argument("--openuni", type=Path, metavar="FILE", help="OpenUni's: its .pth; the towers' shapes beside it")
+    add.add_argument("--connector-heads", type=command_line.positive, help="of OpenUni's connector, if not 64 wide")
+    add.add_argument("--metaquery", type=Path, help="MetaQuery's: a directory, which names those of its towers")
     add.add_argument("--tokenizer", type=Path, help="tokenizer, if not the one beside the language model")
     add.add_argument(
         "--dtype",
@@ -182,6 +190,13 @@ def _bytes(text: str) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    if wholes := [name for name in _WHOLES if getattr(arguments, name) is not None]:
+        _require_left_out(arguments, wholes[0], (*wholes[1:], "language_model", "vision_encoder", *_FRESH))
+    if arguments.connector_heads and not arguments.openuni:
+        raise ValueError("--connector-heads is of --openuni: leave it out")
+    if arguments.openuni or arguments.metaquery:
+        source, tokenizer = _of_queries(arguments)
+        return import_model(source, tokenizer, arguments.to, arguments.dtype)
     towers = {_flag(name): getattr(arguments, name) for name in _TOWERS}
     if arguments.vision_language is not None:
         _require_left_out(arguments, "vision_language", _SEEING)
@@ -193,6 +208,18 @@ def _import(arguments: argparse.Namespace) -> None:
         _require_left_out(arguments, "dreamllm", ("language_model", "vision_language", *_FRESH))
     source, tokenizer = _assembled(arguments) if arguments.dreamllm is None else _original(arguments)
     import_model(source, tokenizer, arguments.to, arguments.dtype)
+
+
+def _of_queries(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
+    places = {name: getattr(arguments, name) for name in ("vision_language", "image_decoder")}
+    missing = [_flag(name) for name, place in places.items() if place is None]
+    if arguments.metaquery:
+        return open_metaquery(arguments.metaquery, **places, tokenizer=arguments.tokenizer)
+    if missing:
+        raise ValueError(f"give {', '.join(missing)} as well: --openuni has not the shapes of its towers")
+    return open_openuni(
+        arguments.openuni, **places, heads=arguments.connector_heads, tokenizer=arguments.tokenizer
+    )
 
 
 def _flag(name: str) -> str:

@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import sentencepiece
@@ -25,8 +26,17 @@ from tokenizers import Tokenizer as FastTokenizer
 from dreamllm_jax.common import gguf_reader
 from dreamllm_jax.common.directories import NO_POINTER, is_lfs_pointer, write_whole
 from dreamllm_jax.data.byte_level import SPLITS, VOCABULARY, from_files, from_merges, from_tiktoken
-from dreamllm_jax.data.told import CHAT_TEMPLATE, MARKS, SENTENCEPIECE_NAMES, Told, read_json
-from dreamllm_jax.data.vocabulary import ADDED_TOKENS, OUR_MARKS, ImageMarks, SpecialTokens, added_tokens
+from dreamllm_jax.data.told import CHAT_TEMPLATE, MARKS, PAINT_MARKS, SENTENCEPIECE_NAMES, Told, read_json
+from dreamllm_jax.data.vocabulary import (
+    ADDED_TOKENS,
+    OUR_MARKS,
+    OUR_PAINT_MARKS,
+    ImageMarks,
+    PaintMarks,
+    SpecialTokens,
+    added_tokens,
+    written_as,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +58,7 @@ class Tokenizer:
       sentencepiece_model: what it was converted from, if it was.
       legacy: in a conversation, text behind a special token begins with SentencePiece's space, as any text does; False
         where the tokenizer's configuration says so, as Llama 2's does.
-      marks: the tokens by which an image that is read is written.
+      marks: the tokens by which an image that is read is written; `painting` those of one that is painted.
       chat_template: how its model's authors write conversations, in Jinja; None if nothing tells.
     """
 
@@ -61,15 +71,17 @@ class Tokenizer:
         legacy: bool = True,
         marks: ImageMarks = OUR_MARKS,
         chat_template: str | None = None,
+        painting: PaintMarks = OUR_PAINT_MARKS,
     ):
         self.fast, self.names = fast, dict(names)
         self.new_tokens = tuple(new_tokens)
         self.sentencepiece_model = sentencepiece_model
         self.legacy = legacy
-        self.marks, self.chat_template = marks, chat_template
+        self.marks, self.chat_template, self.painting = marks, chat_template, painting
         bos, eos = (fast.token_to_id(names[name]) if name in names else None for name in ("bos_token", "eos_token"))
-        ids = {token: fast.token_to_id(token) for token in (*added_tokens(marks), *marks.tokens)}
-        self.special = SpecialTokens.of(bos, eos, ids, marks)
+        written = written_as(marks, painting, names.get("pad_token", names["eos_token"]))
+        tokens = filter(None, (*added_tokens(marks, painting), *written.values()))
+        self.special = SpecialTokens.of(bos, eos, {token: fast.token_to_id(token) for token in tokens}, written)
         fast.encode_special_tokens = True  # as any other text
         fast.no_truncation()  # which transformers stores with a tokenizer that was used so
         fast.no_padding()
@@ -85,6 +97,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Changes when a text, an image or a conversation gets other tokens."""
         written = (self.fast.to_str(), self.names, self.legacy, self.marks, self.chat_template)
+        written += () if self.painting == OUR_PAINT_MARKS else (self.painting,)
         return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
     def encode_text(self, text: str, prefix: bool = True) -> list[int]:
@@ -139,7 +152,7 @@ class Tokenizer:
             write_whole(directory / SENTENCEPIECE_FILE, self.sentencepiece_model)
         if self.chat_template is not None:
             write_whole(directory / CHAT_TEMPLATE, self.chat_template)
-        special = dict.fromkeys([*added_tokens(self.marks), *self.marks.tokens])
+        special = dict.fromkeys([*added_tokens(self.marks, self.painting), *self.marks.tokens, *self.painting])
         more = [token for token in special if token not in self.names.values()]
         names = {**self.names, "additional_special_tokens": more}
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -154,6 +167,7 @@ class Tokenizer:
             "bos_token": None,
             **names,
             MARKS: list(self.marks),
+            PAINT_MARKS: list(self.painting),
             "added_tokens_decoder": added,
             "clean_up_tokenization_spaces": False,
             "legacy": self.legacy,
@@ -166,7 +180,12 @@ class Tokenizer:
             write_whole(directory / file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def load_tokenizer(path: str | os.PathLike, marks: ImageMarks | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | os.PathLike,
+    marks: ImageMarks | None = None,
+    painting: PaintMarks | None = None,
+    added: Mapping[str, int] = MappingProxyType({}),
+) -> Tokenizer:
     """Reads a SentencePiece `.model`, a `tokenizer.json`, a Hugging Face directory holding either or a byte-level
     `vocab.json` with `merges.txt`, Qwen's `.tiktoken`, or a `.gguf` model.
 
@@ -177,24 +196,26 @@ def load_tokenizer(path: str | os.PathLike, marks: ImageMarks | None = None) -> 
     `special_tokens2ids_dict`. Whether a SentencePiece model is `legacy` stands in the tokenizer_config.json beside it.
 
     Images are marked by the tokens that the vocabulary has for it (`KNOWN_MARKS`), of which then none of ours are
-    appended; unless tokenizer_config.json says otherwise in `image_marks`, a list of three.
+    appended; unless tokenizer_config.json says otherwise in `image_marks`, a list of three. Where it says in
+    `paint_marks`, a list of two, how painted ones are, none of ours are appended for these.
 
     Args:
-      marks: how images are marked, whatever is told.
+      marks, painting: how images, and painted ones, are marked, whatever is told.
+      added: special tokens that the vocabulary has too, and their ids.
 
     Raises:
       FileNotFoundError: nothing to read there.
       ValueError: the file is damaged, or of a kind that cannot be converted exactly, or ids that cannot be.
     """
     try:
-        return _load(epath.Path(path), marks)
+        return _load(epath.Path(path), lambda told: told.choosing(marks, painting, added))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its files are not as transformers writes them: {error!r}") from None
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
 
-def _load(path: epath.Path, marks: ImageMarks | None) -> Tokenizer:
+def _load(path: epath.Path, choose: Callable[[Told], Told]) -> Tokenizer:
     if not path.exists():
         raise FileNotFoundError(
             f"no tokenizer at {path}: put a {SENTENCEPIECE_FILE} or a {FILE} there, with the tokenizer_config.json "
@@ -202,17 +223,17 @@ def _load(path: epath.Path, marks: ImageMarks | None) -> Tokenizer:
         )
     if path.suffix == ".gguf":
         fast, names, template = from_gguf(path)
-        return _with_special_tokens(fast, names, Told({"chat_template": template}), marks)
+        return _with_special_tokens(fast, names, choose(Told({"chat_template": template})))
     if path.suffix == ".tiktoken":
         fast, names = from_tiktoken(_read_file(path)), {"eos_token": "<|endoftext|>"}
-        return _with_special_tokens(fast, names, Told(), marks)
+        return _with_special_tokens(fast, names, choose(Told()))
     if path.is_dir():
         files = [file for file in (path / SENTENCEPIECE_FILE, path / FILE) if file.exists()]
         if not files and (path / VOCABULARY).exists():
-            told, model = Told.read(path), read_json(path / "config.json").get("model_type", "")
+            told, model = choose(Told.read(path)), read_json(path / "config.json").get("model_type", "")
             fast = from_files(path, told.settings.get("tokenizer_class") or "", model)
             told.add_to(fast)
-            return _with_special_tokens(fast, told.names(fast), told, marks)
+            return _with_special_tokens(fast, told.names(fast), told)
         if not files:
             raise FileNotFoundError(f"neither {SENTENCEPIECE_FILE} nor {FILE} in {path}")
     elif path.suffix in (".model", ".json"):
@@ -220,7 +241,7 @@ def _load(path: epath.Path, marks: ImageMarks | None) -> Tokenizer:
     else:
         kinds = f"a SentencePiece .model, a {FILE}, a .gguf, Qwen's .tiktoken or a directory with one"
         raise ValueError(f"{path}: a tokenizer is {kinds}")
-    told = Told.read(files[0].parent if files[0].name in (SENTENCEPIECE_FILE, FILE) else None)
+    told = choose(Told.read(files[0].parent if files[0].name in (SENTENCEPIECE_FILE, FILE) else None))
     converted = _converted(*files) if files[0].suffix == ".model" else None
     if files[-1].suffix == ".json":
         whole = _read_whole(files[-1])
@@ -229,11 +250,11 @@ def _load(path: epath.Path, marks: ImageMarks | None) -> Tokenizer:
         if converted is None or not _same_ids(converted, whole, told):
             if converted is not None:
                 _logger.warning("%s is left aside for %s, which has other ids", *files)
-            return _with_special_tokens(whole, told.names(whole), told, marks)
+            return _with_special_tokens(whole, told.names(whole), told)
     else:
         told.add_to(converted)
     legacy = read_json(files[0].parent / "tokenizer_config.json").get("legacy") is not False
-    return _with_special_tokens(converted, told.names(converted), told, marks, files[0].read_bytes(), legacy)
+    return _with_special_tokens(converted, told.names(converted), told, files[0].read_bytes(), legacy)
 
 
 def _converted(file: epath.Path, instead: epath.Path | None = None) -> FastTokenizer | None:
@@ -285,7 +306,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         minloglevel=2,
     )
     fast = from_sentencepiece(model.getvalue())
-    return _with_special_tokens(fast, dict(SENTENCEPIECE_NAMES), Told(), OUR_MARKS, model.getvalue())
+    return _with_special_tokens(fast, dict(SENTENCEPIECE_NAMES), Told(), model.getvalue())
 
 
 def from_sentencepiece(model: bytes) -> FastTokenizer:
@@ -410,15 +431,15 @@ def _with_special_tokens(
     fast: FastTokenizer,
     names: dict[str, str],
     told: Told,
-    marks: ImageMarks | None,
     sentencepiece_model: bytes | None = None,
     legacy: bool = True,
 ) -> Tokenizer:
-    recorded, marks = told.recorded, told.marks(fast, marks)
-    ours = added_tokens(marks)
+    told.add_to(fast)
+    recorded, marks, painting = told.recorded, told.marks(fast), told.painting(fast)
+    ours = added_tokens(marks, painting)
     wanted = sorted(ours, key=lambda token: (recorded.get(token, 1 << 30), ours.index(token)))
     new = [token for token in wanted if fast.token_to_id(token) is None and token not in recorded]
-    _mark_special(fast, dict.fromkeys([*wanted, *marks.tokens]))
+    _mark_special(fast, dict.fromkeys([*wanted, *marks.tokens, *painting]))
     for token in wanted:
         if fast.model.id_to_token(fast.token_to_id(token)) not in (None, token):
             raise ValueError(f"the vocabulary has gaps, so that {token} has the id of another token: close them")
@@ -427,11 +448,11 @@ def _with_special_tokens(
             raise ValueError(f"the special token {token} should have the id {index}, got {fast.token_to_id(token)}")
     if fast.token_to_id("<unk>") is not None:
         names = {**names, "unk_token": "<unk>"}
-    names = {**names, "pad_token": "[PAD]"}
+    names = {**names, "pad_token": "[PAD]" if "[PAD]" in ours else told.pad(fast, names["eos_token"])}
     known = {token.content for token in fast.get_added_tokens_decoder().values() if token.special}
     _mark_special(fast, [token for token in names.values() if token not in known])
     added = [fast.token_to_id(token) for token in new]
-    return Tokenizer(fast, names, added, sentencepiece_model, legacy, marks, told.chat_template)
+    return Tokenizer(fast, names, added, sentencepiece_model, legacy, marks, told.chat_template, painting)
 
 
 def _read_file(path: epath.Path) -> bytes:

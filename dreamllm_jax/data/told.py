@@ -3,17 +3,18 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from etils import epath
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 
-from dreamllm_jax.data.vocabulary import ADDED_TOKENS, OUR_MARKS, ImageMarks, marks_among
+from dreamllm_jax.data.vocabulary import ADDED_TOKENS, OUR_MARKS, OUR_PAINT_MARKS, ImageMarks, PaintMarks, marks_among
 
 SENTENCEPIECE_NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 CHAT_TEMPLATE = "chat_template.jinja"
-MARKS = "image_marks"  # where tokenizer_config.json tells them
+MARKS, PAINT_MARKS = "image_marks", "paint_marks"  # where tokenizer_config.json tells them
 _LISTS = ("additional_special_tokens", "extra_special_tokens")  # of special tokens without a role
 
 
@@ -68,6 +69,20 @@ class Told:
             named |= {*map(_content, more.values() if isinstance(more, Mapping) else more)}
         return token in ADDED_TOKENS or token in named
 
+    def choosing(
+        self, marks: ImageMarks | None, painting: PaintMarks | None, added: Mapping[str, int] = MappingProxyType({})
+    ) -> "Told":
+        """As if the files told of images and painted ones so, and of these special tokens, at these ids, too.
+
+        Raises:
+          ValueError: as of `with_token`.
+        """
+        chosen = {name: list(found) for name, found in ((MARKS, marks), (PAINT_MARKS, painting)) if found is not None}
+        told = dataclasses.replace(self, settings={**self.settings, **chosen})
+        for token, index in added.items():
+            told = told.with_token(index, AddedToken(token, normalized=False, special=True))
+        return told
+
     def joined(self, whole: FastTokenizer) -> "Told":
         """With the tokens that a tokenizer.json has added; ValueError for two ids of a token."""
         told = self
@@ -115,14 +130,14 @@ class Told:
                 )
         return names
 
-    def marks(self, fast: FastTokenizer, chosen: ImageMarks | None = None) -> ImageMarks:
-        """How images are marked: as `chosen`, else as told, else as the vocabulary's authors do it, else our way.
+    def marks(self, fast: FastTokenizer) -> ImageMarks:
+        """How images are marked: as told, else as the vocabulary's authors do it, else our way.
 
         Raises:
           ValueError: told otherwise than as start, patch and end; or tokens that the vocabulary does not have.
         """
         vocabulary = fast.get_vocab()
-        given = self.settings.get(MARKS) if chosen is None else chosen
+        given = self.settings.get(MARKS)
         if given is None:
             return OUR_MARKS if self.recorded.keys() & set(OUR_MARKS) else marks_among(vocabulary)
         match given:
@@ -135,6 +150,24 @@ class Told:
         if len(set(marks.tokens)) < len(marks.tokens):
             raise ValueError(f"{MARKS} must differ from each other, got {', '.join(marks.tokens)}")
         return marks
+
+    def painting(self, fast: FastTokenizer) -> PaintMarks:
+        """How painted images are marked: as told, else our way; errors as of `marks`."""
+        match self.settings.get(PAINT_MARKS):
+            case None:
+                return OUR_PAINT_MARKS
+            case [str() as start, str() as end]:
+                marks = PaintMarks(start, end)
+            case given:
+                raise ValueError(f"{PAINT_MARKS} are the tokens before and after a painted image, got {given!r}")
+        if marks != OUR_PAINT_MARKS and (missing := [mark for mark in marks if fast.token_to_id(mark) is None]):
+            raise ValueError(f"{PAINT_MARKS} {', '.join(missing)}: the tokenizer has no such token")
+        return marks
+
+    def pad(self, fast: FastTokenizer, otherwise: str) -> str:
+        """The token that pads, as told, if the vocabulary has it."""
+        name = _content(self.settings.get("pad_token"))
+        return name if name and fast.token_to_id(name) is not None else otherwise
 
     @property
     def chat_template(self) -> str | None:

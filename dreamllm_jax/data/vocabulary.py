@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 # Appended after the base vocabulary, in this order.
@@ -44,9 +45,30 @@ def marks_among(tokens: Collection[str]) -> ImageMarks:
     return next((marks for marks in KNOWN_MARKS if all(token in tokens for token in marks.tokens)), OUR_MARKS)
 
 
-def added_tokens(marks: ImageMarks) -> tuple[str, ...]:
-    """Those of `ADDED_TOKENS` that a vocabulary needs whose images are marked so."""
-    return tuple(token for token in ADDED_TOKENS if marks == OUR_MARKS or token not in OUR_MARKS)
+class PaintMarks(NamedTuple):
+    """How an image that is painted is written: the tokens before and after its dream queries."""
+
+    start: str
+    end: str
+
+
+OUR_PAINT_MARKS = PaintMarks("<dream_start>", "<dream_end>")
+
+
+def added_tokens(marks: ImageMarks, painting: PaintMarks = OUR_PAINT_MARKS) -> tuple[str, ...]:
+    """Those of `ADDED_TOKENS` that a vocabulary needs whose images are marked so; one that marks painted images by
+    tokens of its own has all that is needed for them."""
+    seen, others = marks == OUR_MARKS, painting == OUR_PAINT_MARKS
+    return tuple(token for token in ADDED_TOKENS if (seen if token in OUR_MARKS else others))
+
+
+def written_as(marks: ImageMarks, painting: PaintMarks, pad: str) -> dict[str, str | None]:
+    """What stands for those of `ADDED_TOKENS` that such a vocabulary does not need; `pad` is its own padding."""
+    found = dict(zip(OUR_MARKS, marks, strict=True))
+    if painting == OUR_PAINT_MARKS:
+        return found
+    others = {"[PAD]": pad, "<image>": marks.patch, "<dream>": painting.start}
+    return found | others | dict(zip(OUR_PAINT_MARKS, painting, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +90,11 @@ class SpecialTokens:
     dream_end: int
 
     @classmethod
-    def of(cls, bos: int | None, eos: int, ids: Mapping[str, int], marks: ImageMarks = OUR_MARKS) -> "SpecialTokens":
-        """`ids` has those of `added_tokens` and of the marks, as they are written there."""
-        by_name = dict(zip(OUR_MARKS, marks, strict=True))
-        names = [by_name.get(token, token) for token in ADDED_TOKENS]
+    def of(
+        cls, bos: int | None, eos: int, ids: Mapping[str, int], written: Mapping[str, str | None] = MappingProxyType({})
+    ) -> "SpecialTokens":
+        """`ids` has those of `ADDED_TOKENS`, as they are `written`."""
+        names = [written.get(token, token) for token in ADDED_TOKENS]
         return cls(bos, eos, *(None if name is None else ids[name] for name in names))
 
     @classmethod

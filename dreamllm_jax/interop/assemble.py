@@ -61,10 +61,10 @@ def assemble(
     if isinstance(visual_projector, Part):
         parts["visual_projector"] = visual_projector
     tensors = _fresh(config, seed) | {name: part.tensors for name, part in parts.items()}
-    return join(config, tensors, _left_out(parts.values()), {name: part.where for name, part in parts.items()})
+    return join(config, tensors, left_out(parts.values()), {name: part.where for name, part in parts.items()})
 
 
-def _left_out(parts: Iterable[Part]) -> tuple[str, ...]:
+def left_out(parts: Iterable[Part]) -> tuple[str, ...]:
     """What none of the parts takes that lie in the same directory."""
     places: dict[Path | None, list[tuple[str, ...]]] = {}
     for part in parts:

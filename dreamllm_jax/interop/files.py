@@ -30,6 +30,7 @@ _DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+STATE = "state_dict"  # where trainers' pickles have the model
 _ALIGNMENT = 64  # bytes, as numpy and torch like their arrays
 T = TypeVar("T")
 
@@ -64,12 +65,13 @@ class Tensor:
         if not self.shape or self.shape[0] % count:
             raise ValueError(f"{self.where or 'a tensor'} is of shape {self.shape}, which has no {count} equal parts")
         size = self.shape[0] // count
-        return [
-            dataclasses.replace(
-                self, shape=(size, *self.shape[1:]), read=lambda at=at: self.read()[at * size : (at + 1) * size]
-            )
-            for at in range(count)
-        ]
+        return [self.rows(at * size, (at + 1) * size) for at in range(count)]
+
+    def rows(self, start: int, stop: int) -> "Tensor":
+        """The part of it from one index of its first axis to before another."""
+        return dataclasses.replace(
+            self, shape=(stop - start, *self.shape[1:]), read=lambda: self.read()[start:stop]
+        )
 
 
 def read_json(path: Path) -> dict:
@@ -110,7 +112,7 @@ def import_torch(purpose: str):
 def open_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file or of a pickled `.bin` or `.pt` one (read as weights only, never executed).
 
-    A pickle that holds a single tensor gives it the name "".
+    A pickle that holds a single tensor gives it the name ""; of a trainer's, `state_dict` is read.
 
     Raises:
       FileNotFoundError, ValueError: naming the file; ImportError if a pickle needs torch and it is not installed.
@@ -239,6 +241,8 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is refused, for it is a pickle of more than tensors: {found or error}") from None
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path} is truncated or not a PyTorch file: {str(error).splitlines()[0]}") from None
+    if isinstance(content, Mapping) and isinstance(content.get(STATE), Mapping):
+        content = content[STATE]
     content = {"": content} if isinstance(content, torch.Tensor) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} does not hold tensors by name")
@@ -251,6 +255,12 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {name} is stored as {kind}, which is not supported") from None
         tensors[name] = dataclasses.replace(Tensor.of(array), where=f"{path}: {name}")
     return tensors
+
+
+def refuse(problems: list[str], where: Path) -> None:
+    """Raises ValueError listing tensors that do not fit, if there are any."""
+    if problems:
+        raise ValueError(f"{where}: {len(problems):,} tensors do not fit:\n  {recognise.listed(problems)}")
 
 
 def is_float(dtype: np.dtype) -> bool:
@@ -361,8 +371,8 @@ def _serialize(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     path.chmod(mode)  # the library's own is for the owner alone
 
 
-def write_pickle(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict as `torch.save` does."""
+def write_pickle(path: Path, tensors: Mapping[str, np.ndarray], key: str = "") -> None:
+    """Writes a state dict as `torch.save` does, itself or as the one entry of a dict."""
     torch = import_torch(f"writing {path.name}")
 
     def to_torch(array: np.ndarray):
@@ -371,7 +381,8 @@ def write_pickle(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         return torch.from_numpy(array)
 
     with path.open("wb") as file:  # torch's own writer would not say why it could not write
-        torch.save({name: to_torch(array) for name, array in tensors.items()}, file)
+        state = {name: to_torch(array) for name, array in tensors.items()}
+        torch.save({key: state} if key else state, file)
 
 
 def write_json(path: Path, content: Mapping) -> None:

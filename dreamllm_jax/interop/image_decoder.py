@@ -6,13 +6,14 @@ What kind of decoder it is say its parts: the `_class_name` of each one's config
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from dreamllm_jax.common import recognise
 from dreamllm_jax.interop import files
-from dreamllm_jax.interop.source import IMAGE_DECODER, Part
+from dreamllm_jax.interop.source import IMAGE_DECODER, Part, Stored
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers import registry
 from dreamllm_jax.towers.public import reader
@@ -95,17 +96,25 @@ def _settings(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def open_image_decoder(directory: Path) -> tuple[ImageDecoderConfig, dict[str, Part]]:
+def open_image_decoder(
+    directory: Path, stored: Mapping[str, Stored] = MappingProxyType({})
+) -> tuple[ImageDecoderConfig, dict[str, Part]]:
     """The decoder in a directory of diffusers, and its parts by their paths in the model.
+
+    Args:
+      stored: by these paths, what is taken for the tensors in the directory.
 
     Raises:
       FileNotFoundError, ValueError: naming the file or setting that is missing or not supported.
     """
-    config = read_decoder_config(directory)
-    return config, {
-        f"{IMAGE_DECODER}/{part}": Part.open(tower, directory / tower.public.folder)
-        for part, tower in public_parts(config).items()
-    }
+    config, found = read_decoder_config(directory), {}
+    for part, tower in public_parts(config).items():
+        path = f"{IMAGE_DECODER}/{part}"
+        if path in stored:
+            found[path] = Part.of(tower, stored[path].named(), stored[path].where)
+        else:
+            found[path] = Part.open(tower, directory / tower.public.folder)
+    return config, found
 
 
 def public_parts(config: ImageDecoderConfig) -> dict[str, Any]:

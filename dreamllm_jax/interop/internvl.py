@@ -1,8 +1,11 @@
-"""InternVL's own layout as transformers' `InternVLForConditionalGeneration` has it, for the comparison with that."""
+"""InternVL's own layout as transformers' `InternVLForConditionalGeneration` has it, for the comparison with that, and the
+other way."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 # Of the vision tower: settings by their names there, and what they are called by transformers.
 _SETTINGS = {
@@ -35,13 +38,22 @@ _NAMES = (
 
 def converted(settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings and the tensors (of torch, or numpy's arrays) of a directory in InternVL's own layout, or in UniLIP's,
-    which is half of this and half of transformers', as the class of transformers has them."""
+    as the class of transformers has them."""
     language = settings.get("llm_config") or settings["text_config"]
     vision = {_SETTINGS.get(name, name): value for name, value in settings["vision_config"].items() if name in _KNOWN}
+    whole = {
+        "vision_config": vision,
+        "text_config": dict(language),
+        "downsample_ratio": settings.get("downsample_ratio", 0.5),
+        "tie_word_embeddings": language.get("tie_word_embeddings", settings.get("tie_word_embeddings", False)),
+    }
+    return whole, as_transformers({name: x for name, x in tensors.items() if not re.match(_PAINTING, name)})
+
+
+def as_transformers(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors alone."""
     found = {}
     for name, tensor in tensors.items():
-        if re.match(_PAINTING, name):
-            continue
         for pattern, instead in _NAMES:
             name = re.sub(pattern, instead, name)
         if ".attention.qkv." in name:
@@ -50,10 +62,33 @@ def converted(settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
                 found[name.replace(".qkv.", f".{part}_proj.")] = tensor[at * size : (at + 1) * size]
         else:
             found[name] = tensor
-    whole = {
-        "vision_config": vision,
-        "text_config": dict(language),
-        "downsample_ratio": settings.get("downsample_ratio", 0.5),
-        "tie_word_embeddings": language.get("tie_word_embeddings", settings.get("tie_word_embeddings", False)),
-    }
-    return whole, found
+    return found
+
+
+# Of the vision tower alone, the other way.
+_PUBLISHED = (
+    (r"\.cls_token$", ".class_embedding"),
+    (r"\.position_embeddings$", ".position_embedding"),
+    (r"\.patch_embeddings\.projection\.", ".patch_embedding."),
+    (r"^encoder\.layer\.", "encoder.layers."),
+    (r"\.attention\.projection_layer\.", ".attn.proj."),
+    (r"\.attention\.", ".attn."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.lambda_([12])$", r".ls\1"),
+)
+
+
+def as_published(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of transformers' vision tower as InternVL's own layout has them."""
+    found = {}
+    for name, tensor in tensors.items():
+        if re.search(r"\.[kv]_proj\.", name):
+            continue  # with the queries'
+        if ".q_proj." in name:
+            tensor = np.concatenate([tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+            name = name.replace(".q_proj.", ".qkv.")
+        for pattern, instead in _PUBLISHED:
+            name = re.sub(pattern, instead, name)
+        found[name] = tensor
+    return found

@@ -12,7 +12,7 @@ from dreamllm_jax.data.vocabulary import SpecialTokens
 from dreamllm_jax.interop import files
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.gguf import open_gguf
-from dreamllm_jax.interop.source import Part
+from dreamllm_jax.interop.source import Part, Stored
 from dreamllm_jax.interop.vision_language import LANGUAGE, open_part, settings_of
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers import registry
@@ -23,8 +23,11 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 _BUFFER = "rotary_emb.inv_freq"
 
 
-def open_language_model(path: Path) -> Part:
+def open_language_model(path: Path, stored: Stored | None = None) -> Part:
     """A directory of Hugging Face's layout, of a language model or of one that sees, or a `.gguf` file.
+
+    Args:
+      stored: as of `vision_language.open_part`.
 
     Raises:
       FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
@@ -34,8 +37,8 @@ def open_language_model(path: Path) -> Part:
     recognise.require(path, "config.json")
     recognise.require_no_adapter(path)
     config = files.read_config(path / "config.json", _language_model_of)
-    found = open_part(path, LANGUAGE, config.public.stems)
-    return found.complete(language_model_part(config, found.tensors, path))
+    found = open_part(path, LANGUAGE, config.public.stems, stored)
+    return found.complete(language_model_part(config, found.tensors, stored.where if stored else path))
 
 
 def _language_model_of(settings: Mapping[str, Any]) -> LanguageModelConfig:

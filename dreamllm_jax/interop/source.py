@@ -42,6 +42,25 @@ def config_of(config: DreamLLMConfig, part: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stored:
+    """The tensors of a tower, or of several, in a file that has others too.
+
+    Attributes:
+      tensors: by their names there.
+      prefix: how these begin.
+      where: the file or directory.
+    """
+
+    tensors: Mapping[str, Tensor]
+    prefix: str
+    where: Path
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors, by their names in a file of their own."""
+        return {name.removeprefix(self.prefix): tensor for name, tensor in self.tensors.items()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
     """One tower of a checkpoint.
 

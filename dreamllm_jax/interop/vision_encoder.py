@@ -10,7 +10,7 @@ import numpy as np
 
 from dreamllm_jax.common import recognise
 from dreamllm_jax.interop import files
-from dreamllm_jax.interop.source import Part
+from dreamllm_jax.interop.source import Part, Stored
 from dreamllm_jax.interop.vision_language import VISION, open_part, settings_of
 from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers import registry
@@ -21,19 +21,22 @@ from dreamllm_jax.towers.registry import VisionEncoderConfig
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
-def open_vision_encoder(directory: Path, select_layer: int | None = None, joined: bool = False) -> Part:
+def open_vision_encoder(
+    directory: Path, select_layer: int | None = None, joined: bool = False, stored: Stored | None = None
+) -> Part:
     """The vision tower in a directory.
 
     Args:
       select_layer: the hidden state that is read; None for the usual one of the kind, or of the model that it lies in.
       joined: the visual projector of that model is taken too.
+      stored: as of `vision_language.open_part`.
 
     Raises:
       FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
     """
     config = read_vision_config(directory, select_layer, joined)
-    found = open_part(directory, VISION, config.public.stems)
-    return found.complete(Part.of(config, found.tensors, directory))
+    found = open_part(directory, VISION, config.public.stems, stored)
+    return found.complete(Part.of(config, found.tensors, stored.where if stored else directory))
 
 
 def read_vision_config(directory: Path, select_layer: int | None = None, joined: bool = False) -> VisionEncoderConfig:

@@ -18,7 +18,7 @@ from typing import Any
 from dreamllm_jax.common import recognise
 from dreamllm_jax.interop import files, internvl
 from dreamllm_jax.interop.files import Tensor
-from dreamllm_jax.interop.source import Part
+from dreamllm_jax.interop.source import Part, Stored
 from dreamllm_jax.towers.connectors.newline import NewlineConfig
 from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
 from dreamllm_jax.towers.public import require_supported
@@ -254,11 +254,12 @@ class Found:
         return dataclasses.replace(part, left_out=(*(self.places[name] for name in part.left_out), *self.others))
 
 
-def open_part(directory: Path, part: str, stems: Sequence[str] = STEMS) -> Found:
+def open_part(directory: Path, part: str, stems: Sequence[str] = STEMS, stored: Stored | None = None) -> Found:
     """A part's tensors in its own directory or in a vision-language model's.
 
     Args:
       stems: of the files in its own.
+      stored: what is taken for the tensors in a vision-language model's directory.
 
     Raises:
       FileNotFoundError, ValueError: as of `files.open_model`, or listing tensors that the layout does not know.
@@ -268,9 +269,10 @@ def open_part(directory: Path, part: str, stems: Sequence[str] = STEMS) -> Found
         tensors = files.open_model(directory, *stems)
         return Found(tensors, {name: name for name in tensors})
     found, places, others, unexpected = {}, {}, [], []
-    for name, tensor in files.open_model(directory, *STEMS).items():
+    stored = stored or Stored(files.open_model(directory, *STEMS), "", directory)
+    for name, tensor in stored.tensors.items():
         try:
-            owner = layout.owner(name)
+            owner = layout.owner(name.removeprefix(stored.prefix))
         except ValueError:
             unexpected.append(f"unexpected {name} {tensor.shape}")
             continue
@@ -278,8 +280,7 @@ def open_part(directory: Path, part: str, stems: Sequence[str] = STEMS) -> Found
             found[owner[1]], places[owner[1]] = tensor, name
         else:
             others.append(name)
-    if unexpected:
-        raise ValueError(f"{directory}: {len(unexpected):,} tensors do not fit:\n  {recognise.listed(unexpected)}")
+    files.refuse(unexpected, stored.where)
     return Found(found, places, tuple(others))
 
 
@@ -299,16 +300,16 @@ def settings_of(part: str, settings: Settings, joined: bool = False) -> tuple[Se
     return layout.settings(part, settings), besides | dict.fromkeys(layout.joined if joined else (), True)
 
 
-def open_visual_projector(directory: Path) -> Part:
-    """The visual projector of a vision-language model.
+def open_visual_projector(directory: Path, stored: Stored | None = None) -> Part:
+    """The visual projector of a vision-language model; `stored` as of `open_part`.
 
     Raises:
       FileNotFoundError, ValueError: it is no such model; or naming a setting or tensors that do not fit.
     """
     recognise.require(directory, "config.json")
     config = files.read_config(directory / "config.json", _projector_of)
-    found = open_part(directory, PROJECTOR)
-    return found.complete(Part(config, found.tensors, where=directory))
+    found = open_part(directory, PROJECTOR, stored=stored)
+    return found.complete(Part(config, found.tensors, where=stored.where if stored else directory))
 
 
 def _projector_of(settings: Settings) -> VisualProjectorConfig:
