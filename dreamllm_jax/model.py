@@ -33,6 +33,8 @@ from dreamllm_jax.towers.registry import (
     VisualProjectorConfig,
 )
 
+TEACHER = "teacher"  # of the parameters, beside the model's own
+
 
 @dataclasses.dataclass(frozen=True)
 class DreamLLMConfig:
@@ -42,6 +44,8 @@ class DreamLLMConfig:
       num_queries: dream queries an image is painted from.
       special_tokens: ids; None for the last eight of the vocabulary.
       prompting: how it is asked to paint, of `data.prompting`; None for captions that stand alone.
+      teacher: a second vision encoder and visual projector, which stay as these were when a run began and are never
+        trained: what `objectives.reconstruction` can keep them near to.
       dtype: what the towers compute in; parameters are stored as the training configuration says.
       remat: what the language model's layers keep for their backward pass: "none" (everything), "dots", "full"
         (nothing), "offload", or names (see `layers.remat`).
@@ -55,6 +59,7 @@ class DreamLLMConfig:
     num_queries: int = 64
     special_tokens: SpecialTokens | None = None
     prompting: Prompting | None = None
+    teacher: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "full"
 
@@ -220,7 +225,11 @@ class DreamLLM(nn.Module):
 @functools.cache
 def abstract_params(config: DreamLLMConfig) -> dict:
     """The parameter tree's shapes (`layers.weights.Weight`), nothing computed."""
-    return dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
+    params = dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
+    if config.teacher:
+        taught = {name: params[name] for name in ("vision_encoder", "visual_projector") if name in params}
+        params[TEACHER] = jax.tree.map(lambda x: x.replace(fixed=True), taught, is_leaf=lambda x: isinstance(x, Weight))
+    return params
 
 
 def axes_of(weights: Any) -> Any:

@@ -1,5 +1,5 @@
-"""InternVL's own layout as transformers' `InternVLForConditionalGeneration` has it, for the comparison with that, and the
-other way."""
+"""InternVL's own layout as transformers' `InternVLForConditionalGeneration` has it, for the comparison with that, and
+the other way."""
 
 import re
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ _NAMES = (
 
 
 def converted(settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and the tensors (of torch, or numpy's arrays) of a directory in InternVL's own layout, or in UniLIP's,
+    """The settings and the tensors (of torch, or numpy's arrays) of a directory in InternVL's own layout, or UniLIP's,
     as the class of transformers has them."""
     language = settings.get("llm_config") or settings["text_config"]
     vision = {_SETTINGS.get(name, name): value for name, value in settings["vision_config"].items() if name in _KNOWN}

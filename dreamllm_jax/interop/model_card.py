@@ -13,8 +13,14 @@ from omni.models.dreamllm.modeling_dreamllm import DreamLLMForCausalMLM
 
 tokenizer = LlamaTokenizer.from_pretrained(path, padding_side="right")
 model = DreamLLMForCausalMLM.from_pretrained(path, tokenizer=tokenizer, reset_plugin_model_name_or_path=True)"""
+_UNILIP = """from transformers import AutoTokenizer
+from unilip.model.language_model.unilip_internvl import UniLIP_InternVLForCausalLM
+
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = UniLIP_InternVLForCausalLM.from_pretrained(path)  # config.json names directories that it reads, too"""
 _WHAT = {
     "dreamllm": "A DreamLLM in the format of the [original program](https://github.com/RunpeiDong/DreamLLM)",
+    "unilip": "A DreamLLM in the format of [UniLIP](https://github.com/nnnth/UniLIP)'s program",
     "hf": "The language model of a DreamLLM",
     "diffusers": "The image decoder and the vision encoder of a DreamLLM",
 }
@@ -24,7 +30,7 @@ def model_card(saved: SavedModel, kind: str, differences: list[verify.Difference
     """The text of an export's README.md.
 
     Args:
-      kind: its format, "dreamllm", "hf" or "diffusers".
+      kind: its format, one of `conversion.FORMATS`.
       differences: from PyTorch, as `verify.compare` found them; None if they were not looked for.
     """
     run = saved.directory / CONFIG_FILE
@@ -64,6 +70,8 @@ def _loading(config: DreamLLMConfig, kind: str) -> str:
     """How an export is loaded."""
     if kind == "dreamllm":
         return _ORIGINAL
+    if kind == "unilip":
+        return _UNILIP
     if kind == "hf":
         cls = config.language_model.public.torch_class
         return f"""from transformers import AutoTokenizer, {cls}

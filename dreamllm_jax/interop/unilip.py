@@ -2,13 +2,12 @@
 of an autoencoder.
 
 `config.json` is transformers' for InternVL, with the counts of queries and of the connector's layers, and the names of
-directories that its program reads: the shapes of SANA and of the autoencoder's decoder stand in SANA's alone. Tensors of
-the vision tower are named as in InternVL's own layout, the rest as their classes have them.
+directories that its program reads: the shapes of SANA and of the autoencoder's decoder stand in SANA's alone. The
+vision tower's tensors are named as in InternVL's own layout, the rest as their classes have them.
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from dreamllm_jax.data.prompting import PUBLISHED as PROMPTINGS
-from dreamllm_jax.interop import files
+from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dreamllm_jax.data.vocabulary import PaintMarks
+from dreamllm_jax.interop import files, internvl
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.image_decoder import read_decoder_config
 from dreamllm_jax.interop.language_model import hf_settings, hf_tensors, open_language_model, write_hf
@@ -31,6 +32,9 @@ from dreamllm_jax.towers.image_decoders.sana import SanaConfig
 from dreamllm_jax.towers.language_models.qwen2 import Qwen2Config
 from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
 
+_TOKENIZERS = ("tokenizer.json", "vocab.json")
+# What of InternVL's begins and ends an image that is read; the queries follow the first, and nothing follows them.
+_MARKS = PaintMarks("<img>", "</img>")
 DENOISER, AUTOENCODER = f"{IMAGE_DECODER}/denoiser", f"{IMAGE_DECODER}/autoencoder"
 QUERIES = "model.latent_queries"
 # How the names of tensors begin: those of the connector are in two places.
@@ -41,18 +45,6 @@ PREFIXES = {
     "autoencoder": "model.vae_decoder.",
 }
 FOLDER = "image_decoder"  # of an export, with the settings of SANA's parts
-# The vision tower as InternVL's own layout names it: what stands in our names, and there.
-_VISION = (
-    (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
-    (r"^embeddings\.position_embeddings$", "embeddings.position_embedding"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
-    (r"^encoder\.layer\.", "encoder.layers."),
-    (r"\.attention\.projection_layer\.", ".attn.proj."),
-    (r"\.attention\.", ".attn."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.lambda_(\d)$", r".ls\1"),
-)
 _VISUAL_PROJECTOR = ProjectorConfig("mlp", depth=2, pre_layernorm=True)
 _VISUAL = {"pre_layernorm.": "0.", "projector.0.": "1.", "projector.2.": "3."}
 # Directories that the program reads, by the language model's width.
@@ -63,12 +55,19 @@ _HUB = {
 _DECODER_HUB = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
 
 
-def open_unilip(directory: Path, image_decoder: Path | None = None) -> Source:
-    """A checkpoint of UniLIP, with the special tokens of no tokenizer yet.
+def open_unilip(
+    directory: Path,
+    vision_language: Path | None = None,
+    image_decoder: Path | None = None,
+    tokenizer: Path | None = None,
+) -> tuple[Source, Tokenizer]:
+    """A checkpoint of UniLIP, and its tokenizer.
 
     Args:
-      image_decoder: SANA's directory, of which the settings alone are read, where the one that config.json names is not
-        found.
+      vision_language: InternVL's directory, of which the tokenizer alone is read, where the one that config.json names
+        is not found.
+      image_decoder: SANA's, of which the settings alone are read, likewise.
+      tokenizer: if not theirs.
 
     Raises:
       FileNotFoundError, ValueError: naming every file, setting or tensor that is missing, unexpected or does not fit.
@@ -78,12 +77,18 @@ def open_unilip(directory: Path, image_decoder: Path | None = None) -> Source:
     projector = open_visual_projector(directory)
     own = {name: tensor for name, tensor in files.open_model(directory, *STEMS).items() if name.startswith("model.")}
     found = split(own, {QUERIES: QUERIES, **{prefix: part for part, prefix in PREFIXES.items()}}, str(directory))
-    queries = {"weight": _first(tensor) for tensor in found[QUERIES].values()}
+    queries = {"weight": _first(*found[QUERIES].values())} if found[QUERIES] else {}
     connector = found["layers"] | {f"projector.{name}": tensor for name, tensor in found["projector"].items()}
-    place = sana_directory(directory, settings, image_decoder)
+    place = _sana(directory, settings, image_decoder)
     sana = read_decoder_config(place)
     if not isinstance(sana, SanaConfig):
         raise ValueError(f"{place} holds an image decoder of kind {sana.kind!r}, not SANA")
+    read = load_tokenizer(tokenizer or vision_language or _tokenizer(directory, settings), painting=_MARKS)
+    if read.vocab_size > language.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {read.vocab_size} ids, the language model of {directory} {language.config.vocab_size} "
+            "rows: give its own with --tokenizer"
+        )
     seen = dataclasses.replace(vision.config, max_tiles=1)  # a picture is seen as one
     try:
         config = DreamLLMConfig(
@@ -93,6 +98,7 @@ def open_unilip(directory: Path, image_decoder: Path | None = None) -> Source:
             visual_projector=projector.config,
             connector=_connector(language.config, settings["connect_layer"]),
             num_queries=settings["n_query"],
+            special_tokens=read.special,
             prompting=PROMPTINGS["unilip"],
         )
     except (TypeError, ValueError) as error:
@@ -103,8 +109,7 @@ def open_unilip(directory: Path, image_decoder: Path | None = None) -> Source:
         **{"dream_queries": queries, "connector": connector},
         **{DENOISER: denoiser.tensors, AUTOENCODER: found["autoencoder"]},
     }
-    source = join(config, parts, where=dict.fromkeys(parts, directory))
-    return dataclasses.replace(source, tokenizer=_tokenizer(directory, settings))
+    return join(config, parts, where=dict.fromkeys(parts, directory)), read
 
 
 def _checked(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -129,7 +134,7 @@ def _places(directory: Path, name: str | None) -> list[Path]:
     return [directory / name, Path(name), directory.parent / name, directory.parent / Path(name).name]
 
 
-def sana_directory(directory: Path, settings: Mapping[str, Any], given: Path | None = None) -> Path:
+def _sana(directory: Path, settings: Mapping[str, Any], given: Path | None = None) -> Path:
     """The directory with the settings of SANA and the autoencoder: the one given, or else one in or beside the
     checkpoint.
 
@@ -146,13 +151,20 @@ def sana_directory(directory: Path, settings: Mapping[str, Any], given: Path | N
     )
 
 
-def _tokenizer(directory: Path, settings: Mapping[str, Any]) -> Path | None:
-    """The directory of its tokenizer, if it is there."""
-    places = [directory, *_places(directory, settings.get("mllm_path"))]
-    return next((place for place in places if any((place / name).is_file() for name in _TOKENIZERS)), None)
+def _tokenizer(directory: Path, settings: Mapping[str, Any]) -> Path:
+    """The directory of its tokenizer.
 
-
-_TOKENIZERS = ("tokenizer.json", "vocab.json")
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    name = settings.get("mllm_path")
+    places = [directory, *_places(directory, name)]
+    if found := next((place for place in places if any((place / file).is_file() for file in _TOKENIZERS)), None):
+        return found
+    raise FileNotFoundError(
+        f"{directory}/config.json refers to {name!r} (mllm_path), and no {' and no '.join(_TOKENIZERS)} is found in "
+        f"{', '.join(map(str, places))}: name InternVL's directory with --vision-language"
+    )
 
 
 def _interpolation_scale(sample_size: int) -> float:
@@ -210,7 +222,8 @@ def require_expressible(config: DreamLLMConfig) -> None:
             raise ValueError(f"UniLIP's program does not know {name}={got!r}: only {wanted!r}")
     layers = getattr(config.connector, "num_hidden_layers", 1)
     wanted = _connector(language, layers)
-    if dataclasses.replace(wanted, prompt_tokens=getattr(config.connector, "prompt_tokens", 0)) != config.connector:
+    free = {name: getattr(config.connector, name, None) for name in ("prompt_tokens", "copied", "initializer_range")}
+    if dataclasses.replace(wanted, **free) != config.connector:
         raise ValueError(f"UniLIP's program does not know connector={config.connector}: only {wanted}")
 
 
@@ -275,10 +288,7 @@ def _paths(width: int) -> dict[str, str]:
 def _named(config: DreamLLMConfig, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """All tensors by the program's names."""
     found = {f"language_model.{n}": x for n, x in hf_tensors(config.language_model, tensors["language_model"]).items()}
-    seen = {_renamed(name): x for name, x in tensors["vision_encoder"].items()}
-    for name in [name for name in seen if ".attn.q_proj." in name]:
-        parts = [seen.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        seen[name.replace("q_proj", "qkv")] = np.concatenate(parts)
+    seen = internvl.as_published(tensors["vision_encoder"])
     found |= {f"vision_tower.{name}": x for name, x in seen.items()}
     for ours, theirs in _VISUAL.items():
         own = {name.removeprefix(ours): x for name, x in tensors["visual_projector"].items() if name.startswith(ours)}
@@ -289,9 +299,3 @@ def _named(config: DreamLLMConfig, tensors: Mapping[str, Mapping[str, np.ndarray
     for part, prefix in ((DENOISER, PREFIXES["denoiser"]), (AUTOENCODER, PREFIXES["autoencoder"])):
         found |= {prefix + name: x for name, x in tensors[part].items()}
     return found
-
-
-def _renamed(name: str) -> str:
-    for pattern, theirs in _VISION:
-        name = re.sub(pattern, theirs, name)
-    return name

@@ -85,8 +85,8 @@ def compare(
       params: gives one part of the parameter tree, such as "image_decoder/denoiser", as a nested dict of numpy arrays
         of any float type.
       directory: a causal language model of transformers; or one that sees (a row of `vision_language.LAYOUTS`; UniLIP
-        paints, too), our new tokens left aside; or the folders of an image decoder, perhaps that of a vision encoder, of diffusers; or a
-        checkpoint of the original program, whose towers' configurations are found as the import finds them.
+        paints too), our new tokens left aside; or the folders of an image decoder, perhaps that of a vision encoder, of
+        diffusers; or a checkpoint of the original program, whose towers' configurations are found as the import does.
       dtypes: "float32", "bfloat16" or both.
       towers: see `dreamllm_modules.loaders`.
 

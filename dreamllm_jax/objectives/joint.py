@@ -73,9 +73,12 @@ class JointConfig:
         )
 
     def require(self, model: DreamLLMConfig, trained: Callable[[str], bool], paints: bool) -> None:
-        """Raises ValueError if rows that have, or have no, room for images to paint leave nothing to learn."""
+        """Raises ValueError if rows that have, or have no, room for images to paint leave nothing to learn, or there is
+        a teacher, from whom nothing is."""
         if self.lm_weight == 0 and not paints:
             raise ValueError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
+        if model.teacher:
+            raise ValueError("model.teacher is of objective.kind=reconstruction: leave it out")
 
     def make(self, model: DreamLLM) -> "Joint":
         """The objective for a model."""

@@ -153,7 +153,7 @@ class ImageDecoderRole(Protocol):
       draws: the randomness of one image's error, of six keys, the fourth of which is the objective's.
       within: draws moved into one of so many equal ranges of time; `time_range` says which that is.
       require_features: raises ValueError if latents cannot be made of so many features, so wide, of images of so many
-        pixels on a side; asked if it `encodes_features`.
+        pixels on a side; asked, like `reconstruction_flops`, if it `encodes_features`.
       default_sampler: the one that it is sampled with if none is named.
       steps: a sampler's table for images of so many pixels, and the scale of the noise that it begins with.
     """
@@ -196,6 +196,9 @@ class ImageDecoderRole(Protocol):
     def make(self, dtype: Any) -> "ImageDecoder": ...
     def flops(
         self, tally: Tally, images: int, height: int, width: int, queries: int, condition_live: bool, stored: bool
+    ) -> dict[str, Flops]: ...
+    def reconstruction_flops(
+        self, tally: Tally, images: int, height: int, width: int, features_live: bool
     ) -> dict[str, Flops]: ...
 
 
@@ -271,4 +274,7 @@ class ImageDecoder(Protocol):
         self, latents: Float[Array, "N h w c"], time: Array, condition: Condition
     ) -> Float[Array, "N h w c"]: ...
     def decode(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N H W 3"]: ...
+    def reconstruct(
+        self, images: UInt8[Array, "N H W 3"], features: Float[Array, "N T E"] | None = None
+    ) -> Float[Array, "N H W 3"]: ...
     def __call__(self, condition: Condition) -> None: ...

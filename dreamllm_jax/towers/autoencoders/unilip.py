@@ -1,9 +1,10 @@
-"""UniLIP's autoencoder (arXiv 2507.23278): latents are made of what the language model is given of a picture, and pixels
-of them by the decoder of a deep compression autoencoder (`dc.py`).
+"""UniLIP's autoencoder (arXiv 2507.23278): latents are made of what the language model is given of a picture, pixels of
+latents by the decoder of a deep compression autoencoder (`dc.py`).
 
-A latent is as large as one of those features; the decoder doubles its way to a picture somewhat larger than the one that
-was seen (512 pixels for 448), which is then scaled to that size. The program is nnnth/UniLIP (`vae_modules.py`, and
-`tokenizer/`, by which it is trained first: `objectives.reconstruction`). Parameters are named as there.
+A latent stands for as many pixels as one of those features; the decoder doubles its way to a picture somewhat larger
+than the one that was seen (512 pixels for 448), which is then scaled to that size. The program is nnnth/UniLIP
+(`vae_modules.py`, and `tokenizer/`, by which it is trained first: `objectives.reconstruction`). Parameters are named as
+there.
 
 Legend: N images, T features of an image, E their width, h x w x c latents, H x W pixels.
 """
@@ -71,7 +72,7 @@ class UnilipAutoencoderConfig:
         return latents / self.scaling_factor
 
     def run_public(self, module: Any, features: Any, latents: Any) -> dict[str, Any]:
-        """What `interop.unilip_modules.autoencoder` makes of torch's f[N,T,E] features and f[N,c,h,w] unscaled latents."""
+        """What `interop.unilip_modules.autoencoder` makes of torch's f[N,T,E] features and f[N,c,h,w] latents."""
         return {"stored": module.encode(features), "images": module.decode(latents)}
 
     def make(self, dtype: Any) -> "UnilipAutoencoder":

@@ -49,7 +49,7 @@ class LatentDecoderRole:
 
     def require_features(self, size: int, tokens: int, width: int) -> None:
         """Raises ValueError if latents cannot be made of so many features, so wide, of images of this size."""
-        height, across, _ = self.latent_shape(size, size)
+        height, across, _ = self.latent_shape(self.default_size, self.default_size)
         if size != self.default_size or tokens != height * across:
             raise ValueError(
                 f"image_decoder: its latents are {tokens} features of pictures of {size} pixels, as the vision encoder "
@@ -57,8 +57,8 @@ class LatentDecoderRole:
             )
         if self.autoencoder.feature_width not in (0, width):
             raise ValueError(
-                f"image_decoder.autoencoder.feature_width is {self.autoencoder.feature_width}, but features have {width} "
-                "channels"
+                f"image_decoder.autoencoder.feature_width is {self.autoencoder.feature_width}, but features "
+                f"have {width} channels"
             )
 
     @property
@@ -138,6 +138,19 @@ class LatentDecoderRole:
         self.denoiser.flops(denoiser, images, size, queries, condition_live, self.remat)
         return {"autoencoder": autoencoder.total, "denoiser": denoiser.total}
 
+    def reconstruction_flops(
+        self, tally: Tally, images: int, height: int, width: int, features_live: bool
+    ) -> dict[str, Flops]:
+        """FLOPs by part of what the autoencoder makes of the features of so many images, and of that pictures again.
+
+        Args:
+          features_live: whether gradients go back to the features.
+        """
+        autoencoder = tally.part("autoencoder", features_live)
+        self.autoencoder.encoder_flops(autoencoder, images, height, width)
+        self.autoencoder.decoder_flops(autoencoder, images, height, width)
+        return {"autoencoder": autoencoder.total}
+
 
 class LatentDecoder(nn.Module):
     """Its computations, over the parameters of `denoiser` and `autoencoder`."""
@@ -180,6 +193,12 @@ class LatentDecoder(nn.Module):
     def decode(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N H W 3"]:
         """Scaled latents -> pixels in [-1, 1]."""
         return self.autoencoder.decode(self.config.autoencoder.unscaled(latents))
+
+    def reconstruct(
+        self, images: UInt8[Array, "N H W 3"], features: Float[Array, "N T E"] | None = None
+    ) -> Float[Array, "N H W 3"]:
+        """Pictures in [-1, 1], made by the autoencoder of what it made of images; `features` as of `encode`."""
+        return self.autoencoder.decode(self.stored(images, features))
 
     def __call__(self, condition: Condition) -> None:
         """Touches every parameter once, on the smallest inputs: for `init`."""
