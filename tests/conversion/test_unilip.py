@@ -17,6 +17,7 @@ from dreamllm_jax.data.prompting import PUBLISHED  # noqa: E402
 from dreamllm_jax.interop.unilip_modules import autoencoder  # noqa: E402
 from dreamllm_jax.towers.autoencoders.dc import DCAutoencoderConfig  # noqa: E402
 from dreamllm_jax.towers.autoencoders.unilip import UnilipAutoencoderConfig  # noqa: E402
+from dreamllm_jax.towers.connectors.transformer import TransformerConfig  # noqa: E402
 from tests import byte_level, public_models  # noqa: E402
 from tests.conversion.helpers import assert_identical, run, tensors  # noqa: E402
 from tests.parity import randomised  # noqa: E402
@@ -189,9 +190,8 @@ def test_what_does_not_fit_is_named(theirs, ours, tmp_path):
     assert not (tmp_path / "to").exists()
 
 
+@pytest.mark.slow
 def test_a_connector_begins_as_the_last_layers(theirs, tmp_path, monkeypatch):
-    from dreamllm_jax.towers.connectors.transformer import TransformerConfig
-
     settings = {"intermediate_size": 48, "head_dim": 8, "num_key_value_heads": 2, "num_hidden_layers": 1}
     alike = TransformerConfig.PUBLISHED["unilip-1b"] | settings | {"prompt_tokens": 9}
     monkeypatch.setitem(TransformerConfig.PUBLISHED, "unilip-1b", alike)
@@ -206,12 +206,8 @@ def test_a_connector_begins_as_the_last_layers(theirs, tmp_path, monkeypatch):
             copied += 1
     assert copied == 12
     np.testing.assert_array_equal(found["connector/norm/scale"], found["language_model/norm/scale"])
-    for change, message in (
-        ({"intermediate_size": 40}, r"layers\.0\.mlp\.\w+\.weight is .* here, and there layers\.1\.mlp"),
-        ({"num_hidden_layers": 3}, r"and there layers\.-1\.\S+ is missing; choose another connector"),
-    ):
-        monkeypatch.setitem(TransformerConfig.PUBLISHED, "unilip-1b", alike | change)
-        with pytest.raises(ValueError, match=message):
-            run("import", to=tmp_path / "to", **given)
+    monkeypatch.setitem(TransformerConfig.PUBLISHED, "unilip-1b", alike | {"num_hidden_layers": 3})
+    with pytest.raises(ValueError, match=r"and there layers\.-1\.\S+ is missing; choose another connector"):
+        run("import", to=tmp_path / "to", **given)
     with pytest.raises(ValueError, match="copied=true needs layers as a language model has them"):
         TransformerConfig(layer="siglip", copied=True)
