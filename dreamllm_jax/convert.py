@@ -42,6 +42,7 @@ from dreamllm_jax.towers.connectors.transformer import TransformerConfig
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TOWERS = ("language_model", "vision_encoder", "image_decoder")
 _LAYERS = TransformerConfig.PUBLISHED
+_NAMED = ("vision_language", "image_decoder")  # the towers of those that paint by queries
 _WHOLES = ("openuni", "metaquery", "unilip", "dreamllm")  # checkpoints of programs
 # What a model that sees has of its own.
 _SEEING = (*_TOWERS[:2], "select_layer", "visual_projector", "visual_layernorm")
@@ -125,13 +126,17 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--to", required=True, help="local directory to write")
     add.add_argument("--dtype", choices=tuple(DTYPES), default="", help="type of all tensors; default: as stored")
     add.add_argument("--max-shard-size", type=_bytes, default=_bytes("5GB"), help="of one file, such as 5GB")
+    for name in _NAMED:
+        add.add_argument(_flag(name), metavar="NAME", help="of metaquery: by which its program will look for it")
     add.add_argument("--location", default="", help="where dreamllm's folder will be used, if not at --to")
     add.add_argument("--no-check", dest="check", action="store_false", help="do not compare with torch afterwards")
 
     add = commands.add_parser("verify", help="compare a checkpoint of ours with a PyTorch directory")
     add.set_defaults(main=_verify)
     add.add_argument("--checkpoint", required=True, metavar="DIR[@STEP]", help="imported model or run's directory")
-    add.add_argument("--torch", required=True, type=Path, help="directory in one of the formats of export")
+    add.add_argument(
+        "--torch", required=True, type=Path, help="directory in one of the formats of export, or OpenUni's file"
+    )
     add.add_argument("--vision-encoder", type=Path, help="of dreamllm: its directory, if not where config.json says")
     add.add_argument("--image-decoder", type=Path, help="of dreamllm: the diffusers directory, likewise")
     _refuse_former_names(add, "clip", "diffusion")
@@ -214,7 +219,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _of_queries(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
-    places = {name: getattr(arguments, name) for name in ("vision_language", "image_decoder")}
+    places = {name: getattr(arguments, name) for name in _NAMED}
     missing = [_flag(name) for name, place in places.items() if place is None]
     if arguments.unilip:
         return open_unilip(arguments.unilip, **places, tokenizer=arguments.tokenizer)
@@ -313,6 +318,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.max_shard_size,
         arguments.location,
         arguments.check,
+        {name: getattr(arguments, name) for name in _NAMED},
     )
     if not passed:
         sys.exit(f"error: {arguments.to} was written, but does not compute the same: see the table above")

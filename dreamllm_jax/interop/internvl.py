@@ -1,5 +1,5 @@
-"""InternVL's own layout as transformers' `InternVLForConditionalGeneration` has it, for the comparison with that, and
-the other way."""
+"""InternVL's own layout as transformers' `InternVLForConditionalGeneration` has it, for the comparison with that;
+and the other way."""
 
 import re
 from collections.abc import Mapping

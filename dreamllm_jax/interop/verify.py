@@ -20,12 +20,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.data.positions import grid_of, place
-from dreamllm_jax.interop import dreamllm_modules, torch_modules, unilip_modules, vision_language_modules
-from dreamllm_jax.interop.dreamllm import plugins_of, tower_directory
-from dreamllm_jax.interop.files import import_torch, read_config
+from dreamllm_jax.interop.files import import_torch
 from dreamllm_jax.interop.sampling import compare_sampling
 from dreamllm_jax.interop.source import config_of
-from dreamllm_jax.interop.vision_language import UNILIP, layout_of
+from dreamllm_jax.interop.torch_side import torch_side
 from dreamllm_jax.model import DreamLLM, DreamLLMConfig, painted_from
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.registry import ImageDecoderConfig
@@ -47,7 +45,8 @@ class Difference:
     """How far a tower of ours is from torch's; of several outputs, that of the one nearest to its limit or past it.
 
     Attributes:
-      tower: "language model", "vision encoder", "denoiser", "autoencoder", "multimodal forward" or "scheduler".
+      tower: "language model", "vision encoder", "connector", "denoiser", "autoencoder", "multimodal forward" or
+        "scheduler".
       dtype: what ours computed in, "float32" or "bfloat16"; "any" of the scheduler, which has no weights.
       largest: largest absolute difference from torch's float32 result (or float64, see `compare`).
       relative: L2 norm of the difference / L2 norm of that result.
@@ -86,13 +85,15 @@ def compare(
         of any float type.
       directory: a causal language model of transformers; or one that sees (a row of `vision_language.LAYOUTS`; UniLIP
         paints too), our new tokens left aside; or the folders of an image decoder, perhaps that of a vision encoder, of
-        diffusers; or a checkpoint of the original program, whose towers' configurations are found as the import does.
+        diffusers; or a checkpoint of the original program, whose towers' configurations are found as the import finds
+        them; or one of OpenUni, a file, or of MetaQuery, whose towers are taken to have our shapes.
       dtypes: "float32", "bfloat16" or both.
       towers: see `dreamllm_modules.loaders`.
 
     Returns:
       A difference for each tower and type. "multimodal forward" is the logits for one sequence of text and an image
-      and, of a checkpoint of the original program with all its plugin files, dream queries, and the condition of these.
+      and, of a checkpoint with dream queries (of the original program, one with all its plugin files), these, and their
+      condition. Without a language model there, the connector is compared by itself.
       "scheduler" is what `sampling.compare_sampling` compares, where the directory has one.
 
     Raises:
@@ -101,17 +102,14 @@ def compare(
         unexpected or of the wrong shape.
     """
     import_torch("verifying")
-    settings = _settings(Path(directory))
-    if layout_of(settings):
-        tokens = vision_language_modules.common_tokens(config, settings)
-        config, params = vision_language_modules.cut(config, params, tokens)
-    loaders, scheduler = _torch_side(config, Path(directory), settings, towers)
+    side = torch_side(config, params, Path(directory), towers)
+    config, params, loaders, scheduler = side.config, side.params, side.loaders, side.scheduler
     inputs = _inputs(config)
     theirs = {dtype: dict(inputs) for dtype in ("float32", *dtypes)}
     ours = {dtype: dict(inputs) for dtype in dtypes}
     exact: Values = {}  # torch's float64 results, of the towers that need them
     for tower, (parts, run_theirs, run_ours) in _TOWERS.items():
-        if parts[0] in loaders:
+        if parts[0] in loaders and not (tower == "connector" and "language_model" in loaders):
             loaded, before = {part: loaders[part] for part in parts if part in loaders}, set(theirs["float32"])
             try:
                 stored = _run_theirs(run_theirs, config, loaded, theirs)
@@ -120,9 +118,9 @@ def compare(
                 new = theirs["float32"].keys() - before if "float32" in dtypes else ()
                 if any(_relative(ours["float32"][name], theirs["float32"][name]) > FLOAT32_LIMIT for name in new):
                     # From what the towers before gave in float32, so that this one alone is judged.
-                    side = {name: theirs["float32"][name] for name in before}
-                    _run_theirs(run_theirs, config, loaded, {"float64": side})
-                    exact |= {name: side[name] for name in new}
+                    values = {name: theirs["float32"][name] for name in before}
+                    _run_theirs(run_theirs, config, loaded, {"float64": values})
+                    exact |= {name: values[name] for name in new}
                     _collect(stored)
             except ValueError as error:
                 raise ValueError(f"{directory}, {tower}: {error}") from error
@@ -136,35 +134,6 @@ def compare(
         found = compare_sampling(config.image_decoder, scheduler)
         differences.append(_worst([_same("scheduler", *pair) for pair in found.values()]))
     return differences
-
-
-def _settings(directory: Path) -> Mapping[str, Any]:
-    """Of its config.json; none if it has none."""
-    path = directory / "config.json"
-    return read_config(path, dict) if path.is_file() else {}
-
-
-def _torch_side(
-    config: DreamLLMConfig, directory: Path, settings: Mapping[str, Any], towers: Mapping[str, Path | None]
-) -> tuple[dict[str, Callable[[], "nn.Module"]], Path | None]:
-    """Part -> what loads its torch module; and where the scheduler's file may be."""
-    place = directory
-    if settings.get("model_type") == "dreamllm":
-        loaders = dreamllm_modules.loaders(config, directory, settings, towers)
-        plugins, role = plugins_of(settings), "image_decoder"
-        try:
-            place = tower_directory(directory, plugins, role, towers.get(role))
-        except FileNotFoundError:
-            return loaders, None
-    elif given := [f"--{name.replace('_', '-')}" for name, where in towers.items() if where]:
-        raise ValueError(f"{directory} is no checkpoint of the original program: leave out {', '.join(given)}")
-    elif settings.get("model_type") == UNILIP:
-        return unilip_modules.loaders(config, directory, settings), None
-    elif layout_of(settings):
-        return vision_language_modules.loaders(config, directory, settings), None
-    else:
-        loaders = torch_modules.loaders(config, directory, settings)
-    return loaders, place / config.image_decoder.public_scheduler
 
 
 def _worst(found: Sequence[Difference]) -> Difference:
@@ -239,6 +208,7 @@ def _inputs(config: DreamLLMConfig) -> Values:
         "latents": rng.normal(size=(2, *decoder.latent_shape(*picture))),
         # Small ones: the last bit of a sinusoid's frequency, which torch's exponential decides, is multiplied by them.
         "timesteps": [1.3, 17.7],
+        "hidden": rng.normal(size=(2, config.num_queries, language.width)),
         "conditions": rng.normal(size=(2, config.num_queries, decoder.condition_width)),
         "pooled": rng.normal(size=(2, decoder.pooled_width)),
         "sizes": [[96.0, 64.0, 16.0, 0.0, 64.0, 64.0], [64.0, 128.0, 0.0, 32.0, 64.0, 64.0]],
@@ -311,6 +281,10 @@ def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
     if condition.pooled is not None:
         outputs["multimodal forward/pooled"] = condition.pooled
     return outputs
+
+
+def _our_connector(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+    return {"connector/condition": joined.condition(values["hidden"]).sequence}
 
 
 def _painted_from(config: DreamLLMConfig, values: Mapping) -> int:
@@ -413,6 +387,10 @@ def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMCon
     return outputs
 
 
+def _their_connector(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
+    return {"connector/condition": modules["connector"](values["hidden"])["sequence"]}
+
+
 def _their_denoiser(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
     given = values["latents"], values["timesteps"], _condition(config.image_decoder, values)
     return {"denoiser/prediction": config.image_decoder.denoiser.run_public(modules[DENOISER], *given)}
@@ -435,10 +413,12 @@ def _require_same_settings(part: str, config: DreamLLMConfig, module: "nn.Module
             raise ValueError(f"{part.replace('/', '.')}.{name} is {ours} here, but {theirs} there")
 
 
-# Tower -> its parts, without the first of which there is none; torch's side; ours. The last uses what the first gave.
+# Tower -> its parts, without the first of which there is none; torch's side; ours. The last uses what the first gave;
+# where it is there, the connector is compared with it.
 _TOWERS = {
     "vision encoder": (["vision_encoder"], _their_vision_encoder, _our_vision_encoder),
     "denoiser": ([DENOISER], _their_denoiser, _our_denoiser),
+    "connector": (["connector"], _their_connector, _our_connector),
     "autoencoder": ([AUTOENCODER], _their_autoencoder, _our_autoencoder),
     "language model": (
         ["language_model", "visual_projector", "dream_queries", "connector"],

@@ -80,11 +80,18 @@ def loaders(
 ) -> dict[str, Callable[[], "nn.Module"]]:
     """Part -> what loads its torch module, out of the whole model; the language model has the first tokens alone, as
     many as ours. Errors as of `torch_modules.pretrained`."""
+    layout = layout_of(settings)
+    return parts_of(config, layout, functools.partial(_whole, layout, directory, settings))
+
+
+def parts_of(
+    config: DreamLLMConfig, layout: Layout, whole_model: Callable[[], "nn.Module"]
+) -> dict[str, Callable[[], "nn.Module"]]:
+    """What `loaders` gives, out of what loads the whole model."""
     import torch
     from torch import nn
 
-    layout, tokens = layout_of(settings), config.language_model.vocab_size
-    whole_model = functools.partial(_whole, layout, directory, settings)
+    tokens = config.language_model.vocab_size
 
     class Projector(nn.Module):
         """The whole model without its towers, as which its own code makes of features what the other is given."""
