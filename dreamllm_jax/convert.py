@@ -5,6 +5,7 @@ python -m dreamllm_jax.convert import --vision-language=DIR --image-decoder=DIR 
 python -m dreamllm_jax.convert import --dreamllm=DIR --to=DIR
 python -m dreamllm_jax.convert import --openuni=FILE --vision-language=DIR --image-decoder=DIR --to=DIR
 python -m dreamllm_jax.convert import --metaquery=DIR --to=DIR
+python -m dreamllm_jax.convert import --unilip=DIR --to=DIR
 python -m dreamllm_jax.convert export --checkpoint=DIR[@STEP] --format=dreamllm --to=DIR
 python -m dreamllm_jax.convert verify --checkpoint=DIR[@STEP] --torch=DIR
 """
@@ -33,6 +34,7 @@ from dreamllm_jax.interop.language_model import open_language_model
 from dreamllm_jax.interop.metaquery import open_metaquery
 from dreamllm_jax.interop.openuni import open_openuni
 from dreamllm_jax.interop.source import PARTS, Source
+from dreamllm_jax.interop.unilip import open_unilip
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder
 from dreamllm_jax.interop.vision_language import open_visual_projector
 from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
@@ -43,7 +45,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 _TOWERS = ("language_model", "vision_encoder", "image_decoder")
 _LAYERS = TransformerConfig.PUBLISHED
 _NAMED = ("vision_language", "image_decoder")  # the towers of those that paint by queries
-_WHOLES = ("openuni", "metaquery", "dreamllm")  # checkpoints of programs
+_WHOLES = ("openuni", "metaquery", "unilip", "dreamllm")  # checkpoints of programs
 # What a model that sees has of its own.
 _SEEING = (*_TOWERS[:2], "select_layer", "visual_projector", "visual_layernorm")
 
@@ -83,6 +85,7 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--openuni", type=Path, metavar="FILE", help="OpenUni's: its .pth; the towers' shapes beside it")
     add.add_argument("--connector-heads", type=command_line.positive, help="of OpenUni's connector, if not 64 wide")
     add.add_argument("--metaquery", type=Path, help="MetaQuery's: a directory, which names those of its towers")
+    add.add_argument("--unilip", type=Path, help="UniLIP's: a directory, likewise")
     add.add_argument("--tokenizer", type=Path, help="tokenizer, if not the one beside the language model")
     add.add_argument(
         "--dtype",
@@ -207,7 +210,7 @@ def _import(arguments: argparse.Namespace) -> None:
         _require_left_out(arguments, wholes[0], (*wholes[1:], "language_model", "vision_encoder", *_FRESH))
     if arguments.connector_heads and not arguments.openuni:
         raise ValueError("--connector-heads is of --openuni: leave it out")
-    if arguments.openuni or arguments.metaquery:
+    if arguments.openuni or arguments.metaquery or arguments.unilip:
         source, tokenizer = _of_queries(arguments)
         return import_model(source, tokenizer, arguments.to, arguments.dtype)
     towers = {_flag(name): getattr(arguments, name) for name in _TOWERS}
@@ -226,6 +229,8 @@ def _import(arguments: argparse.Namespace) -> None:
 def _of_queries(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
     places = {name: getattr(arguments, name) for name in _NAMED}
     missing = [_flag(name) for name, place in places.items() if place is None]
+    if arguments.unilip:
+        return open_unilip(arguments.unilip, **places, tokenizer=arguments.tokenizer)
     if arguments.metaquery:
         return open_metaquery(arguments.metaquery, **places, tokenizer=arguments.tokenizer)
     if missing:

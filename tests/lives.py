@@ -77,7 +77,7 @@ def micro(path: str, **changes) -> dict:
         },
         "data": {"path": path, "corpora": {"pairs": {}, "interleaved": {}}, "window": 4, "workers": 2},
         "rows": {"per_step": 8, "length": 32, "see_slots": 2, "dream_slots": 2, "dream_size": 8},
-        "objective": {"drop_prob": 0.2, "image_chunk": 0},
+        "objective": {"kind": "joint", "drop_prob": 0.2, "image_chunk": 0},
         # With a large epsilon a step is proportional to the gradient, and rounding is not blown up.
         "optimizer": {"learning_rate": 1e-2, "warmup_ratio": 0.2, "eps": 0.1, "ema_decay": 0.9},
         "checkpoint": {"every": 5, "keep": 2},

@@ -82,6 +82,13 @@ class Experiment:
                 "model.dream_queries.init='vocabulary' begins with the mean of a trained language model's rows: import "
                 "one with convert import --dream-queries=vocabulary, and name it in parameters.init_from"
             )
+        if model.teacher and not self.parameters.init_from:
+            raise ConfigError("model.teacher=True needs parameters.init_from: a teacher knows what was learned before")
+        if model.image_decoder.encodes_features and "moments" in self.data.stored:
+            raise ConfigError(
+                "data.stored: this image decoder makes latents of what the vision encoder sees, which are not computed "
+                "beforehand: leave moments out"
+            )
         if max(self.timeout, self.host_timeout) > threading.TIMEOUT_MAX:
             raise ConfigError(
                 f"timeout={self.timeout:g} or host_timeout={self.host_timeout:g} is longer than any clock runs"

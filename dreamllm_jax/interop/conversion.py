@@ -26,6 +26,8 @@ from dreamllm_jax.interop.language_model import write_language_model
 from dreamllm_jax.interop.model_card import model_card
 from dreamllm_jax.interop.names import torch_tensors
 from dreamllm_jax.interop.source import IMAGE_DECODER, PARTS, Source, config_of, split_path
+from dreamllm_jax.interop.unilip import require_expressible as require_unilip
+from dreamllm_jax.interop.unilip import write_unilip
 from dreamllm_jax.interop.vision_encoder import write_vision_encoder
 from dreamllm_jax.model import DreamLLMConfig
 
@@ -37,6 +39,7 @@ FORMATS = {
     "dreamllm": PARTS,
     "openuni": PARTS,
     "metaquery": PARTS,
+    "unilip": PARTS,
     "hf": ("language_model",),
     "diffusers": ("vision_encoder", *(part for part in PARTS if part.startswith(f"{IMAGE_DECODER}/"))),
 }
@@ -160,6 +163,8 @@ def export_model(
                     openuni.write(folder, saved.config, tensors)
                 elif kind == "metaquery":
                     metaquery.write(folder, saved.config, tensors, max_shard_size, names)
+                elif kind == "unilip":
+                    write_unilip(folder, saved.config, tensors, max_shard_size)
                 else:
                     write_dreamllm(folder, saved.config, tensors, max_shard_size, str(place))
                 if tokenizer is not None and kind not in ("diffusers", "openuni"):
@@ -192,6 +197,8 @@ def _require_expressible(
     if kind == "metaquery":
         metaquery.require(config)
         metaquery.names_of(config, names)
+    if kind == "unilip":
+        return require_unilip(config)
     if kind == "dreamllm":
         import_torch("--format=dreamllm")
         require_expressible(config)

@@ -14,6 +14,11 @@ from omni.models.dreamllm.modeling_dreamllm import DreamLLMForCausalMLM
 
 tokenizer = LlamaTokenizer.from_pretrained(path, padding_side="right")
 model = DreamLLMForCausalMLM.from_pretrained(path, tokenizer=tokenizer, reset_plugin_model_name_or_path=True)"""
+_UNILIP = """from transformers import AutoTokenizer
+from unilip.model.language_model.unilip_internvl import UniLIP_InternVLForCausalLM
+
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = UniLIP_InternVLForCausalLM.from_pretrained(path)  # config.json names directories that it reads, too"""
 _METAQUERY = """from models.metaquery import MetaQuery
 
 model = MetaQuery.from_pretrained(path)  # which takes the towers' shapes from where config.json names them"""
@@ -21,6 +26,7 @@ _WHAT = {
     "dreamllm": "A DreamLLM in the format of the [original program](https://github.com/RunpeiDong/DreamLLM)",
     "openuni": "A model in the format of [OpenUni's program](https://github.com/wusize/OpenUni)",
     "metaquery": "A model in the format of [MetaQuery's program](https://github.com/facebookresearch/metaquery)",
+    "unilip": "A DreamLLM in the format of [UniLIP](https://github.com/nnnth/UniLIP)'s program",
     "hf": "The language model of a DreamLLM",
     "diffusers": "The image decoder and the vision encoder of a DreamLLM",
 }
@@ -74,6 +80,8 @@ def _loading(config: DreamLLMConfig, kind: str) -> str:
         return _METAQUERY
     if kind == "openuni":
         return _openuni(config)
+    if kind == "unilip":
+        return _UNILIP
     if kind == "hf":
         cls = config.language_model.public.torch_class
         return f"""from transformers import AutoTokenizer, {cls}

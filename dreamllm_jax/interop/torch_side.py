@@ -5,10 +5,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dreamllm_jax.interop import dreamllm_modules, metaquery, query_modules, torch_modules, vision_language_modules
+from dreamllm_jax.interop import (
+    dreamllm_modules,
+    metaquery,
+    query_modules,
+    torch_modules,
+    unilip_modules,
+    vision_language_modules,
+)
 from dreamllm_jax.interop.dreamllm import plugins_of, tower_directory
 from dreamllm_jax.interop.files import read_config
-from dreamllm_jax.interop.vision_language import layout_of
+from dreamllm_jax.interop.vision_language import UNILIP, layout_of
 from dreamllm_jax.model import DreamLLMConfig
 
 if TYPE_CHECKING:
@@ -53,7 +60,8 @@ def torch_side(config: DreamLLMConfig, params: Params, path: Path, towers: Mappi
     if layout_of(settings):
         tokens = vision_language_modules.common_tokens(config, settings)
         config, params = vision_language_modules.cut(config, params, tokens)
-        return TorchSide(config, params, vision_language_modules.loaders(config, path, settings))
+        modules = unilip_modules if kind == UNILIP else vision_language_modules
+        return TorchSide(config, params, modules.loaders(config, path, settings))
     loaders = torch_modules.loaders(config, path, settings)
     return TorchSide(config, params, loaders, path / config.image_decoder.public_scheduler)
 

@@ -24,7 +24,7 @@ from dreamllm_jax.interop.files import import_torch
 from dreamllm_jax.interop.sampling import compare_sampling
 from dreamllm_jax.interop.source import config_of
 from dreamllm_jax.interop.torch_side import torch_side
-from dreamllm_jax.model import DreamLLM, DreamLLMConfig, take
+from dreamllm_jax.model import DreamLLM, DreamLLMConfig, painted_from
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.registry import ImageDecoderConfig
 
@@ -83,10 +83,10 @@ def compare(
       config: our model.
       params: gives one part of the parameter tree, such as "image_decoder/denoiser", as a nested dict of numpy arrays
         of any float type.
-      directory: a causal language model of transformers; or one that sees (a row of `vision_language.LAYOUTS`), our
-        new tokens left aside; or the folders of an image decoder, perhaps that of a vision encoder, of diffusers; or a
-        checkpoint of the original program, whose towers' configurations are found as the import finds them; or one of
-        OpenUni, a file, or of MetaQuery, whose towers are taken to have our shapes.
+      directory: a causal language model of transformers; or one that sees (a row of `vision_language.LAYOUTS`; UniLIP
+        paints too), our new tokens left aside; or the folders of an image decoder, perhaps that of a vision encoder, of
+        diffusers; or a checkpoint of the original program, whose towers' configurations are found as the import finds
+        them; or one of OpenUni, a file, or of MetaQuery, whose towers are taken to have our shapes.
       dtypes: "float32", "bfloat16" or both.
       towers: see `dreamllm_modules.loaders`.
 
@@ -192,7 +192,9 @@ def _inputs(config: DreamLLMConfig) -> Values:
     places = np.arange(len(see + dream))
     if language.position_axes > 1:
         places = place(len(places), [(len(before), grid_of(encoder.num_patches, side, side))])
-    picture = 2 * multiple, 3 * multiple
+    # Of features there is a square.
+    picture = (multiple, multiple) if decoder.encodes_features else (2 * multiple, 3 * multiple)
+    width = language.width if decoder.encodes_features == "visual_projector" else encoder.width
     values = {
         "text": [text],
         "document": [see + dream],
@@ -202,6 +204,7 @@ def _inputs(config: DreamLLMConfig) -> Values:
         "dream_slots": [[len(see) + len(text) - half + 1]],
         "pixels": rng.normal(size=(1, side, side, 3)),
         "images": rng.uniform(-1, 1, (1, *picture, 3)),
+        "features": rng.normal(size=(1, encoder.num_patches, width)),
         "latents": rng.normal(size=(2, *decoder.latent_shape(*picture))),
         # Small ones: the last bit of a sinusoid's frequency, which torch's exponential decides, is multiplied by them.
         "timesteps": [1.3, 17.7],
@@ -257,8 +260,8 @@ def _our_vision_encoder(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
 
 
 def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
-    def decode(x: jax.Array, places: jax.Array) -> jax.Array:
-        return joined.decode(x, places, jnp.ones(x.shape[:2], jnp.int32))[0]
+    def decode(x: jax.Array, places: jax.Array, seen: Sequence = ()) -> jax.Array:
+        return joined.decode(x, places, jnp.ones(x.shape[:2], jnp.int32), seen=seen)[0]
 
     text, places = values["text"], values["places"]
     logits, given = joined.language_model.logits, joined.variables["params"]
@@ -270,11 +273,11 @@ def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
         hidden = decode(joined.embed(values["seen"], seen), places[:, : values["seen"].shape[1]])
         return outputs | {"multimodal forward/logits": logits(hidden)}
     slots = values["dream_slots"]
-    hidden = decode(joined.embed(values["document"], seen, [slots]), places)
-    at_queries = take(hidden, slots, joined.config.num_queries)[:, 0]
-    outputs["multimodal forward/logits"] = logits(hidden)
-    condition = joined.condition(at_queries)
-    outputs["multimodal forward/condition"] = condition.sequence
+    x = joined.embed(values["document"], seen, [slots])
+    outputs["multimodal forward/logits"] = logits(decode(x, places))
+    given = painted_from(joined.config, decode(x, places, seen), jnp.ones(x.shape[:2], jnp.int32), slots)
+    condition = joined.condition(jax.tree.map(lambda x: x[:, 0], given))
+    outputs["multimodal forward/condition"] = condition.sequence[:, -_painted_from(joined.config, values) :]
     if condition.pooled is not None:
         outputs["multimodal forward/pooled"] = condition.pooled
     return outputs
@@ -282,6 +285,12 @@ def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
 
 def _our_connector(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
     return {"connector/condition": joined.condition(values["hidden"]).sequence}
+
+
+def _painted_from(config: DreamLLMConfig, values: Mapping) -> int:
+    """How many of the last tokens of the document before `<dream_end>` the condition is made of."""
+    before = values["document"].shape[1] - 1 - config.num_queries
+    return min(before, config.connector.prompt_tokens) + config.num_queries
 
 
 def _our_denoiser(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
@@ -292,7 +301,9 @@ def _our_denoiser(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
 
 def _our_autoencoder(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
     return {
-        "autoencoder/stored": joined.image_decoder.stored(values["images"]),
+        "autoencoder/stored": joined.image_decoder.stored(
+            values["images"], values["features"] if joined.config.image_decoder.encodes_features else None
+        ),
         "autoencoder/images": joined.image_decoder.autoencoder.decode(values["latents"]),
     }
 
@@ -367,7 +378,9 @@ def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMCon
     hidden = language_model.model(inputs_embeds=x, position_ids=places).last_hidden_state
     outputs["multimodal forward/logits"] = language_model.lm_head(hidden)
     if paints:
-        condition = modules["connector"](hidden[:, at_queries])
+        if config.connector.sees:
+            hidden[:, see : see + seen.shape[1]] = seen
+        condition = modules["connector"](hidden[:, at_queries.stop - _painted_from(config, values) : at_queries.stop])
         outputs["multimodal forward/condition"] = condition["sequence"]
         if "pooled" in condition:
             outputs["multimodal forward/pooled"] = condition["pooled"]
@@ -385,7 +398,8 @@ def _their_denoiser(modules: Mapping, values: Mapping, config: DreamLLMConfig) -
 
 def _their_autoencoder(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
     run = config.image_decoder.autoencoder.run_public
-    found = run(modules[AUTOENCODER], values["images"], values["latents"])
+    given = values["features" if config.image_decoder.encodes_features else "images"]
+    found = run(modules[AUTOENCODER], given, values["latents"])
     return {f"autoencoder/{name}": tensor for name, tensor in found.items()}
 
 
