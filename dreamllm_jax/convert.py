@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args
 
 from absl.flags import argparse_flags
 
@@ -38,6 +39,7 @@ from dreamllm_jax.interop.vision_encoder import open_vision_encoder
 from dreamllm_jax.interop.vision_language import open_visual_projector
 from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
 from dreamllm_jax.towers.connectors.transformer import TransformerConfig
+from dreamllm_jax.towers.queries import Init, QueriesConfig
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TOWERS = ("language_model", "vision_encoder", "image_decoder")
@@ -50,6 +52,7 @@ _SEEING = (*_TOWERS[:2], "select_layer", "visual_projector", "visual_layernorm")
 # What is begun when towers are joined, by flag: the defaults.
 _FRESH = {
     "num_queries": 64,
+    "dream_queries": "normal",
     "select_layer": None,
     "visual_projector": ProjectorConfig("linear"),
     "connector": ProjectorConfig("linear"),
@@ -94,6 +97,11 @@ def parser() -> argparse_flags.ArgumentParser:
     _refuse_former_names(add, "llama", "clip", "diffusion", "condition_projector")
     add = add.add_argument_group("what is not in the three towers; not with --dreamllm")
     add.add_argument("--num-queries", type=command_line.positive, help="dream queries")
+    add.add_argument(
+        "--dream-queries",
+        choices=get_args(Init),
+        help="how they begin: at random, so with 1 / sqrt(width), or as the mean of the language model's rows",
+    )
     add.add_argument("--select-layer", type=int, help="hidden state of the vision encoder that is read")
     add.add_argument(
         "--visual-projector",
@@ -267,6 +275,7 @@ def _assembled(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
         new_tokens=tokenizer.new_tokens,
         init=arguments.new_tokens,
         num_queries=arguments.num_queries,
+        dream_queries=QueriesConfig(arguments.dream_queries),
         visual_projector=visual,
         connector=arguments.connector,
         seed=arguments.seed,

@@ -91,7 +91,8 @@ def write(arguments: argparse.Namespace, loaded: Loaded, prompts: Prompts, seeds
 def paint(arguments: argparse.Namespace, loaded: Loaded, prompts: Prompts, seeds: Sequence[int]) -> Made:
     """An image for each prompt."""
     negative = [Text(arguments.negative)] if arguments.negative else []
-    pixels = generate_images(*loaded, prompts, seeds=seeds, negative=negative, **_painting(arguments))
+    settings = _chosen(arguments, "image_guidance") | _painting(arguments)
+    pixels = generate_images(*loaded, prompts, seeds=seeds, negative=negative, **settings)
     return [[Painted(png(picture))] for picture in pixels]
 
 
@@ -306,6 +307,9 @@ def make_parser() -> argparse_flags.ArgumentParser:
             add.add_argument("--length_penalty", type=finite, default=1.0, help="of beams: above 1 for longer texts")
         elif command == "image":
             add.add_argument("--negative", default="", help="what is not to be painted")
+            add.add_argument(
+                "--image_guidance", type=finite, default=1.0, help="by the images of prompts that are edits; 1 for none"
+            )
             add.add_argument("--images", type=positive, default=1, help="images of each prompt")
         else:
             add.add_argument(

@@ -4,6 +4,7 @@ python -m dreamllm_jax.data prepare SOURCE --to=DIR                     a small 
 python -m dreamllm_jax.data import FORMAT SOURCE --to=DIR --name=NAME   a corpus from a public layout
 python -m dreamllm_jax.data sample DIR --name=NAME --to=PAGE.html       documents as the model will see them
 python -m dreamllm_jax.data precompute DIR --checkpoint=MODEL           what the frozen image towers make of the images
+python -m dreamllm_jax.data rows --config=FILE.py --tokenizer=DIR       how full rows get, and which to choose
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from absl.flags import argparse_flags
 from etils import epath
 
@@ -20,6 +22,7 @@ from dreamllm_jax.command_line import finite, not_negative, positive, share
 from dreamllm_jax.data import sheet, storage, stored
 from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.corpora.conversations import Llava
+from dreamllm_jax.data.corpora.edits import Edit
 from dreamllm_jax.data.corpora.interleaved import InstructInterleaved, Mmc4, Obelics
 from dreamllm_jax.data.corpora.openmoji import OpenMoji
 from dreamllm_jax.data.corpora.pairs import Folder, ImagePairs, WebDataset
@@ -28,14 +31,19 @@ from dreamllm_jax.data.corpora.records import Format
 from dreamllm_jax.data.corpora.tfds_sets import Tfds
 from dreamllm_jax.data.importing import Options, import_corpus
 from dreamllm_jax.data.preparation import prepare
-from dreamllm_jax.data.tokenizer import FOLDER
+from dreamllm_jax.data.prompting import PUBLISHED
+from dreamllm_jax.data.tokenizer import FOLDER, load_tokenizer
 from dreamllm_jax.data.tokens import MODES
+from dreamllm_jax.experiment import recipes
+from dreamllm_jax.experiment.experiment import read_experiment
 from dreamllm_jax.parallel import distributed
+from dreamllm_jax.planning import rows
 
 FORMATS: dict[str, type[Format]] = {
     "webdataset": WebDataset,
     "folder": Folder,
     "image_pairs": ImagePairs,
+    "edit": Edit,
     "mmc4": Mmc4,
     "obelics": Obelics,
     "instruct_interleaved": InstructInterleaved,
@@ -67,6 +75,7 @@ def parser() -> argparse_flags.ArgumentParser:
 
     page = argparse.ArgumentParser(add_help=False)
     page.add_argument("--mode", choices=MODES, default="joint", help="of the page's documents")
+    page.add_argument("--prompting", choices=PUBLISHED, help="whose words ask for images on the page; else none do")
     page.add_argument("--length", type=positive, default=2048, help="tokens in a row of the page")
     page.add_argument("--slots", type=not_negative, default=8, help="images to see and to paint in a row of the page")
 
@@ -113,7 +122,22 @@ def parser() -> argparse_flags.ArgumentParser:
     )
     add.add_argument("--dtype", choices=stored.DTYPES, default="bfloat16", help="type to store: data.stored_dtype")
     add.add_argument("--batch", type=positive, default=32, help="images at once on each device")
+    add.add_argument(
+        "--latents",
+        default="",
+        help="take moments from here, IMAGE_FILE.pt as OpenUni's script leaves them; one of --corpora",
+    )
     distributed.add_flags(add)
+
+    add = commands.add_parser("rows", help="how full a recipe's rows get of pictures to paint, and which to choose")
+    add.set_defaults(main=_rows)
+    add.add_argument("--config", required=True, help="the recipe: FILE.py[:ARGUMENT]")
+    add.add_argument("--tokenizer", required=True, help="of its language model: a tokenizer.json, a directory")
+    add.add_argument(
+        "--captions", nargs="+", choices=rows.CAPTIONS, default=list(rows.CAPTIONS), help="whose lengths; default all"
+    )
+    add.add_argument("--corpus", default="", help="instead, those of this corpus: DIR/NAME of a data set")
+    add.add_argument("--longest", type=positive, default=4096, help="tokens in a row, at most")
     return top
 
 
@@ -164,7 +188,14 @@ def _sample(arguments: argparse.Namespace) -> None:
     see, dream = SlotGroup(arguments.slots, 256, 224, 224), SlotGroup(arguments.slots, 64, 512, 512)  # as published
     shape = RowShape(arguments.length, (see,), (dream,))
     sheet.write_sheet(
-        arguments.directory, arguments.name, arguments.to, arguments.count, shape, arguments.mode, arguments.tokenizer
+        arguments.directory,
+        arguments.name,
+        arguments.to,
+        arguments.count,
+        shape,
+        arguments.mode,
+        arguments.tokenizer,
+        PUBLISHED.get(arguments.prompting),
     )
     print(arguments.to)
 
@@ -175,6 +206,8 @@ def _precompute(arguments: argparse.Namespace) -> None:
 
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.timeout)
     corpora = arguments.corpora or sorted(storage.read_summary(arguments.directory)["corpora"])
+    if arguments.latents and (len(corpora) != 1 or arguments.names != ["moments"]):
+        raise ValueError(f"--latents={arguments.latents} are the moments of one corpus: name it with --corpora")
     model, params, _ = load_model(arguments.checkpoint)
     for corpus in corpora:
         for name in arguments.names:
@@ -188,10 +221,24 @@ def _precompute(arguments: argparse.Namespace) -> None:
                 size=arguments.size,
                 dtype=arguments.dtype,
                 batch=arguments.batch,
+                latents=arguments.latents,
             )
             everyone = distributed.gather(computed)  # and nobody leaves before the others are done
             if jax.process_index() == 0:
                 print(f"{corpus} {name}: {sum(everyone):,} documents computed")
+
+
+def _rows(arguments: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    lengths = {name: rows.captions(name) for name in arguments.captions}
+    if arguments.corpus:
+        place = epath.Path(arguments.corpus)
+        texts = [text.text for _, one in storage.Corpus(place.parent, place.name).first(8192) for text in one.texts]
+        lengths = {place.name: np.array([len(tokenizer.encode_text(text)) for text in texts])}
+    file, _, argument = arguments.config.partition(":")
+    experiment = read_experiment(recipes.load(file, argument).to_dict())
+    for line in rows.report(experiment, tokenizer, lengths, arguments.longest):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 Role = Literal["", "system", "user", "assistant"]
-Kind = Literal["pair", "image_image", "interleaved", "instruct_interleaved", "conversation", "text", "preference"]
+Kind = Literal[
+    "pair", "image_image", "edit", "interleaved", "instruct_interleaved", "conversation", "text", "preference"
+]
 KINDS: tuple[str, ...] = get_args(Kind)
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -43,10 +45,11 @@ Segment = Text | Image
 class Document:
     """Segments in reading order, and the kind of corpus they come from.
 
-    pair: one text and one image; image_image: source image, then target image; interleaved: texts and images in any
-    order; instruct_interleaved: the user's instruction, then as interleaved by the assistant; conversation: turns of
-    user and assistant, each segment with its role; text: texts only; preference: a conversation in texts, whose last
-    one, also the assistant's, is an answer that is worse than the one before it.
+    pair: one text and one image; image_image: source image, then target image; edit: images that are read, one text,
+    the instruction, and last the image that is to be made of them; interleaved: texts and images in any order;
+    instruct_interleaved: the user's instruction, then as interleaved by the assistant; conversation: turns of user and
+    assistant, each segment with its role; text: texts only; preference: a conversation in texts, whose last one, also
+    the assistant's, is an answer that is worse than the one before it.
     """
 
     kind: Kind
@@ -60,6 +63,11 @@ class Document:
             raise ValueError(f"a pair has one text and one image, got {texts} and {images}")
         if self.kind == "image_image" and (texts, images) != (0, 2):
             raise ValueError(f"an image_image document has two images and no text, got {images} and {texts} texts")
+        if self.kind == "edit" and (texts != 1 or images < 2 or not isinstance(self.segments[-1], Image)):
+            raise ValueError(
+                "an edit has images to read, one text and last the image to paint, got "
+                f"{', '.join(type(segment).__name__.lower() for segment in self.segments) or 'nothing'}"
+            )
         if self.kind in ("text", "preference") and images:
             raise ValueError(f"a {self.kind} document has no images, got {images}")
         if self.kind == "preference" and [s.role for s in self.segments[-3:]] != ["user", "assistant", "assistant"]:
@@ -82,7 +90,7 @@ class Document:
     @property
     def blank(self) -> bool:
         """Whether it says nothing, though it is of a kind that is all about its text."""
-        return self.kind in ("pair", "text") and not any(s.text.strip() for s in self.texts)
+        return self.kind in ("pair", "edit", "text") and not any(s.text.strip() for s in self.texts)
 
     @property
     def images(self) -> tuple[Image, ...]:

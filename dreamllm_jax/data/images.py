@@ -5,6 +5,7 @@ with Pillow alone and with every trap closed: unknown formats, bombs, truncated 
 transparency, 16 bits, CMYK, animations.
 """
 
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -80,6 +81,12 @@ def size_of(data: bytes) -> tuple[int, int]:
             return (image.height, image.width) if turned else image.size
     except Exception:  # Pillow's plugins raise whatever a damaged header leads them to
         return 1, 1
+
+
+@functools.lru_cache(maxsize=256)
+def black(size: tuple[int, int]) -> bytes:
+    """A black picture of this (width, height), encoded."""
+    return to_png(Image.new("RGB", size))
 
 
 def nearest(size: tuple[int, int], shapes: Sequence[tuple[int, int]], cropped: bool) -> int:

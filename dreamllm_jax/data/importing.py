@@ -100,6 +100,8 @@ def import_corpus(
         storage.Shard(work / file, records, size) for result in results for file, records, size in result["shards"]
     ]
     storage.finish_corpus(final / storage.VERSION, name, shards)
+    if any(names := [each for result in results for each in result["names"]]):
+        storage.write_names(final, names)
     storage.add_corpus(to, name, summary)
     work.rmtree()
     return summary
@@ -192,7 +194,7 @@ class Losses:
 
 def import_part(source: Format, part: Part, index: int, work: str, options: Options) -> None:
     """Writes the documents of one part; the file that says so comes last and at once."""
-    counts, dropped = collections.Counter(dict.fromkeys(_COUNTED, 0)), Losses()
+    counts, dropped, names = collections.Counter(dict.fromkeys(_COUNTED, 0)), Losses(), []
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     with local_folder(work) as folder:  # array_record writes to local files only
         writer = storage.ShardWriter(lambda shard: folder / f"part-{index:05d}.{shard}")
@@ -206,6 +208,7 @@ def import_part(source: Format, part: Part, index: int, work: str, options: Opti
                 counts["bad"] += 1
                 continue
             writer.write(document)
+            names.append(record.name)
             counts["documents"] += 1
             counts["images"] += len(document.images)
             if tokenizer:
@@ -213,6 +216,7 @@ def import_part(source: Format, part: Part, index: int, work: str, options: Opti
         writer.close()
     shards = [(shard.path.name, shard.records, shard.size) for shard in writer.shards]
     told = {**counts, "dropped": dropped.counts, "examples": dropped.places, "shards": shards}
+    told["names"] = names if any(names) else []
     write_whole(_told(epath.Path(work), index), json.dumps(told) + "\n")
 
 

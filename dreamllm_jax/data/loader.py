@@ -22,12 +22,14 @@ from dreamllm_jax.data.batch import Batch, RowShape, empty_batch
 from dreamllm_jax.data.document import Document
 from dreamllm_jax.data.mixture import Mixture, Place
 from dreamllm_jax.data.packing import Get, Item, Need, NothingFits, RowStream
+from dreamllm_jax.data.prompting import Prompting
 from dreamllm_jax.data.readers import Readers
 from dreamllm_jax.data.rows import Counts, Crop, Pixels, fill_row
 from dreamllm_jax.data.settings import CorpusConfig, DataConfig
 from dreamllm_jax.data.templates import TemplateError
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import Encoded, encode_document
+from dreamllm_jax.data.tokens import encode_document
+from dreamllm_jax.data.writing import Encoded
 
 _logger = logging.getLogger(__name__)
 ENOUGH = 200  # documents after which too large a share of bad ones ends the run
@@ -49,6 +51,7 @@ class Loader:
       see, dream: what makes pixels of images that are read and of those that are painted: see `rows.Pixels`.
       rows_per_step: rows of a step on all hosts.
       seed: of everything random.
+      prompting: how the model is asked to paint, if it is in words of its own.
       mine: the rows of each step that this host feeds, all if not given; the whole stream is the same, whatever a host
         takes of it.
 
@@ -74,9 +77,10 @@ class Loader:
         *,
         rows_per_step: int,
         seed: int,
+        prompting: Prompting | None = None,
         mine: Sequence[int] | None = None,
     ):
-        self._config, self._shape, self._tokenizer = config, shape, tokenizer
+        self._config, self._shape, self._tokenizer, self._prompting = config, shape, tokenizer, prompting
         summary = storage.read_summary(config.path)["corpora"]
         self._uses = dict(config.corpora) or {name: CorpusConfig() for name in sorted(summary)}
         groups = {"moments": shape.dream, "features": shape.see}
@@ -89,6 +93,7 @@ class Loader:
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
         settings |= {"corpora": {name: dataclasses.asdict(use) for name, use in self._uses.items()}}
         settings |= {"documents": {name: summary[name] for name in self._uses}, "shape": _room_of(shape)}
+        settings |= {"prompting": None if prompting is None else dataclasses.asdict(prompting)}
         settings |= {"vocab_size": tokenizer.vocab_size, "seed": seed, "rows_per_step": rows_per_step}
         self._settings = json.loads(json.dumps(settings))
         window = config.window if config.pack else 1
@@ -114,7 +119,7 @@ class Loader:
             problem = f"a row of {room} leaves nothing to learn of its first documents"
             for document in documents:
                 try:
-                    if self._encode(name, document, draw).learns:
+                    if self._encode(name, document, draw, 0.0).learns:
                         break
                 except ValueError as error:
                     problem = str(error)
@@ -163,9 +168,9 @@ class Loader:
 
         if document is None:
             return leave_out("record")
-        draw, flip = self._mixture.draws(record)
+        draw, flip, drop = self._mixture.draws(record)
         try:
-            encoded = self._encode(place.corpus, document, draw)
+            encoded = self._encode(place.corpus, document, draw, drop)
         except TemplateError:
             return leave_out("template")
         except ValueError:
@@ -175,7 +180,8 @@ class Loader:
         item = Item(record, place.corpus, encoded, flip=not encoded.see and bool(flip < self._config.flip))
         return item if need in (None, item.need(self._shape)) else leave_out("changed")
 
-    def _encode(self, corpus: str, document: Document, draw: float) -> Encoded:
+    def _encode(self, corpus: str, document: Document, draw: float, drop: float) -> Encoded:
+        """A document of a corpus, by its uniform draws."""
         use = self._uses[corpus]
         return encode_document(
             document,
@@ -186,6 +192,8 @@ class Loader:
             template=use.template,
             learn_dream_start=use.learn_dream_start,
             see_first=use.see_first,
+            prompting=self._prompting,
+            drop=use.dropped(drop),
         )
 
     def __iter__(self) -> "Loader":

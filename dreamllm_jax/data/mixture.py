@@ -75,8 +75,8 @@ class Mixture:
         return Place(self._names[corpus], index, epoch)
 
     def draws(self, record: int) -> np.ndarray:
-        """f64[2] uniform in [0, 1), for record k alone."""
-        return np.random.default_rng((self._seed, _RECORD, record)).random(2)
+        """f64[3] uniform in [0, 1), for record k alone."""
+        return np.random.default_rng((self._seed, _RECORD, record)).random(3)
 
     def read(self, place: Place) -> Document:
         """The document; raises whatever a damaged record leads to."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from dreamllm_jax.data.batch import RowShape
-from dreamllm_jax.data.tokens import Encoded
+from dreamllm_jax.data.writing import Encoded
 
 MISSES = 1000  # records in a row that may be left out
 

@@ -5,6 +5,10 @@ the assistant's turn begins with the picture; DreamLLM's captions stand alone.
 """
 
 import dataclasses
+from collections.abc import Sequence
+
+from dreamllm_jax.data.document import Image, Segment, Text
+from dreamllm_jax.data.templates import NAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Prompting:
       paint_null: of none, from which guidance leads away.
       edit: of an instruction with images.
       edit_null: of images alone.
+      answer: what the assistant says before the picture.
       max_tokens: where a caption or an instruction is cut; 0 where it still fits the row.
     """
 
@@ -28,9 +33,12 @@ class Prompting:
     paint_null: str = ""
     edit: str = "{image}{text}"
     edit_null: str = "{image}"
+    answer: str = ""
     max_tokens: int = 0
 
     def __post_init__(self):
+        if self.template not in NAMES:
+            raise ValueError(f"prompting.template must be one of {', '.join(NAMES)}, got {self.template!r}")
         for name, places in (
             ("paint", ("{text}",)),
             ("edit", ("{text}", "{image}")),
@@ -45,6 +53,21 @@ class Prompting:
         if self.max_tokens < 0:
             raise ValueError(f"prompting.max_tokens must not be negative, got {self.max_tokens}")
 
+    def turns(self, text: str | None, images: Sequence[Image] = ()) -> tuple[Segment, ...]:
+        """What is said to the model: the system's words, if they are other ones than the template's, and the user's.
+
+        Args:
+          text: a caption or, with images, an instruction; None for neither, as where guidance leads away from.
+        """
+        words = (self.edit_null if images else self.paint_null) if text is None else self.edit if images else self.paint
+        parts = [part.replace("{text}", text or "") for part in words.split("{image}")]
+        said: list[Segment] = [Text(parts[0], "user")] if parts[0] else []
+        said += [dataclasses.replace(image, role="user") for image in images]
+        said += [Text(part, "user") for part in parts[1:] if part]
+        if not any(isinstance(segment, Text) for segment in said):
+            said.append(Text("", "user"))
+        return (Text(self.system, "system"), *said) if self.system else tuple(said)
+
 
 PUBLISHED = {
     "openuni": Prompting(
@@ -52,13 +75,14 @@ PUBLISHED = {
         paint="Generate an image: {text}",
         paint_null="Generate an image.",
         edit="{image}\n{text}",
-        edit_null="{image}\n",
+        edit_null="{image}\nKeep the image as it is.",
         max_tokens=128,
     ),
     "metaquery": Prompting(
         "qwen2",  # llava_onevision over LLaVA-OneVision
         system="You will be given an image or its caption. Please describe the content of the image in detail in your "
         "own words.",
+        answer="\n",
         max_tokens=256,
     ),
     "unilip": Prompting(

@@ -17,7 +17,7 @@ from dreamllm_jax.data.batch import Batch, RowShape, Slots
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.packing import Item
 from dreamllm_jax.data.positions import grid_of, place
-from dreamllm_jax.data.tokens import Encoded, Placed
+from dreamllm_jax.data.writing import Encoded, Placed
 
 Counts = collections.Counter[tuple[str, str]]  # by corpus and what is counted
 

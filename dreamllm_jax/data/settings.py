@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from dreamllm_jax.data import stored
 from dreamllm_jax.data.templates import NAMES
-from dreamllm_jax.data.tokens import MODES, Mode
+from dreamllm_jax.data.tokens import MODES, Dropped, Mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,9 @@ class CorpusConfig:
         smollm2, or chat_template for the one that comes with the tokenizer.
       learn_dream_start: in conversations, learn the decision to paint too.
       see_first: where an image is both painted and read, read it first, so that it is painted from itself.
+      drop_text, drop_images, drop_both: shares of its documents (pairs, edits, source and target images) whose image is
+        painted without the text, with black images in place of those that are read, or both, for guidance to lead away
+        from; no document is of two of the shares.
     """
 
     mode: Mode = "joint"
@@ -31,8 +34,14 @@ class CorpusConfig:
     template: str = "vicuna_v1"
     learn_dream_start: bool = False
     see_first: bool = False
+    drop_text: float = 0.0
+    drop_images: float = 0.0
+    drop_both: float = 0.0
 
     def __post_init__(self):
+        shares = self.drop_text, self.drop_images, self.drop_both
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(f"drop_text, drop_images and drop_both are disjoint shares of a corpus, got {shares}")
         if self.mode not in MODES:
             raise ValueError(f"unknown mode {self.mode!r}; known are {', '.join(MODES)}")
         if self.template not in NAMES:
@@ -43,6 +52,19 @@ class CorpusConfig:
             raise ValueError(f"epochs and limit of a corpus must not be negative, got {self.epochs} and {self.limit}")
         if self.epochs and self.weight != 1:
             raise ValueError(f"a corpus has a weight ({self.weight}) or epochs ({self.epochs}), not both")
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped."""
+        return bool(self.drop_text or self.drop_images or self.drop_both)
+
+    def dropped(self, draw: float) -> Dropped:
+        """What is dropped of the document with this draw, uniform in [0, 1)."""
+        if draw < self.drop_text:
+            return "text"
+        if draw < self.drop_text + self.drop_both:
+            return "both"
+        return "images" if draw < self.drop_text + self.drop_both + self.drop_images else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,3 +124,9 @@ class DataConfig:
             raise ValueError(f"stored_dtype is {' or '.join(stored.DTYPES)}, got {self.stored_dtype!r}")
         if self.flip and "moments" in self.stored:
             raise ValueError("stored moments cannot be mirrored: set flip=0 or leave moments out of stored")
+        black = [name for name, corpus in self.corpora.items() if corpus.drop_images or corpus.drop_both]
+        if black and "features" in self.stored:
+            raise ValueError(
+                f"corpora.{black[0]} drops images, which are then black, but their features are stored: set its "
+                "drop_images and drop_both to 0, or leave features out of stored"
+            )

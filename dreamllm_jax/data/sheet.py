@@ -1,15 +1,19 @@
 """A page of documents as the model will see them: what is learned, where images are read and painted."""
 
 import base64
+import functools
 import html
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from dreamllm_jax.data import images, storage
 from dreamllm_jax.data.batch import RowShape
-from dreamllm_jax.data.document import Image
+from dreamllm_jax.data.document import Document, Image
+from dreamllm_jax.data.prompting import Prompting
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import Encoded, Mode, encode_document
+from dreamllm_jax.data.tokens import Mode, encode_document
+from dreamllm_jax.data.writing import Encoded
 
 _STYLE = """
 body { font: 15px/1.7 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere; }
@@ -33,8 +37,12 @@ def write_sheet(
     shape: RowShape,
     mode: Mode = "joint",
     tokenizer: str = "",
+    prompting: Prompting | None = None,
 ) -> None:
     """Writes one self-contained HTML page with `count` documents, taken evenly from the whole corpus.
+
+    Args:
+      prompting: of the model that they are for, see `encode_document`.
 
     Raises:
       FileNotFoundError: no such data set or corpus, or no tokenizer.
@@ -43,7 +51,8 @@ def write_sheet(
     text_tokenizer = storage.open_tokenizer(directory, tokenizer)
     count = min(count, len(documents))
     chosen = [index * len(documents) // count for index in range(count)]
-    body = [_section(documents, index, text_tokenizer, shape, mode) for index in chosen]
+    encode = functools.partial(encode_document, tokenizer=text_tokenizer, shape=shape, mode=mode, prompting=prompting)
+    body = [_section(index, documents[index], encode, text_tokenizer) for index in chosen]
     legend = (
         "<p><span class=learned>learned</span> <span>given</span>; images in a grey frame are read, in an orange one "
         "painted.</p>"
@@ -58,10 +67,9 @@ def write_sheet(
     Path(to).write_text(page + "".join(body))
 
 
-def _section(documents: storage.Corpus, index: int, tokenizer: Tokenizer, shape: RowShape, mode: Mode) -> str:
-    document = documents[index]
+def _section(index: int, document: Document, encode: Callable[..., Encoded], tokenizer: Tokenizer) -> str:
     try:
-        encoded = encode_document(document, tokenizer, shape, mode, draw=(index % 2) / 2)
+        encoded = encode(document, draw=(index % 2) / 2)
     except ValueError as error:
         return f"<section><h2>{index}</h2>left out: {html.escape(str(error))}</section>"
     head = (

@@ -3,6 +3,7 @@
 DIR/dataset.json          what it was made from, written last
 DIR/tokenizer/            the tokenizer that goes with it
 DIR/<corpus>/1.0.0/...    one TFDS data set for each corpus
+DIR/<corpus>/names.json   what its documents were called where they came from, if that was kept
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = "1.0.0"
 SUMMARY = "dataset.json"
+NAMES = "names.json"
 SPLIT = "train"
 SHARD_BYTES = 256 << 20
 KEPT_BYTES = 64 << 20
@@ -228,6 +230,25 @@ def add_corpus(directory: epath.PathLike, name: str, summary: Mapping[str, Any])
     whole = json.loads(path.read_text()) if path.exists() else {"settings": {}, "corpora": {}}
     whole["corpora"][name] = dict(summary)
     write_summary(directory, whole)
+
+
+def write_names(corpus: epath.Path, names: Sequence[str]) -> None:
+    """Keeps what the documents of a corpus in this directory were called where they came from, in their order."""
+    write_whole(corpus / NAMES, json.dumps(names) + "\n")
+
+
+def read_names(directory: str | os.PathLike, corpus: str) -> list[str]:
+    """What `write_names` kept.
+
+    Raises:
+      FileNotFoundError: nothing was.
+    """
+    path = epath.Path(directory) / corpus / NAMES
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: the documents of {corpus!r} do not know their files; import the corpus as folder"
+        )
+    return read_json(path)
 
 
 def open_tokenizer(directory: str | os.PathLike, other: str = "") -> Tokenizer:

@@ -11,7 +11,7 @@ Legend: N images, h x w x c latents, S sampling steps.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -151,27 +151,32 @@ def sample(
 
 def guided(
     denoise: Callable[[Array, Array, Any], Array],
-    condition: Any,
-    null_condition: Any,
-    scale: Float[Array, ""] | float,
+    conditions: Sequence[Any],
+    scales: Sequence[Float[Array, ""] | float],
     rescale: Float[Array, ""] | float = 0.0,
     interval: tuple[Float[Array, ""] | float, Float[Array, ""] | float] = (0.0, math.inf),
 ) -> Denoiser:
-    """Classifier-free guidance (Ho and Salimans 2022): null + scale · (conditioned - null), in one doubled batch.
+    """Classifier-free guidance: from the first condition's prediction by a scaled step to each of the next ones'.
+
+    Of two conditions it is null + scale · (conditioned - null) (Ho and Salimans 2022); of three, nothing, images alone
+    and images with text, InstructPix2Pix's of images and text (Brooks et al. 2023, eq. 3). All are asked in one batch.
 
     Args:
-      condition, null_condition: arrays [N, ...] or pytrees of them.
-      rescale: how far each image's standard deviation is brought back to that of the conditioned prediction (Lin et al.
-        2024, section 3.4): 0 not at all, 1 all the way.
+      conditions: arrays [N, ...] or pytrees of them, the one that is painted from last.
+      scales: of the steps, one fewer.
+      rescale: how far each image's standard deviation is brought back to that of the last prediction (Lin et al. 2024,
+        section 3.4): 0 not at all, 1 all the way.
       interval: the timesteps, both ends included, between which there is guidance (Kynkäänniemi et al. 2024, arXiv
-        2404.07724); beyond them the conditioned prediction counts alone.
+        2404.07724); beyond them the last prediction counts alone.
     """
-    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), null_condition, condition)
+    count, joined = len(conditions), jax.tree.map(lambda *parts: jnp.concatenate(parts), *conditions)
 
     def guided_denoise(latents, timesteps):
-        doubled = denoise(jnp.concatenate([latents, latents]), jnp.concatenate([timesteps, timesteps]), both)
-        null, conditioned = jnp.split(doubled, 2)
-        result = null + scale * (conditioned - null)
+        repeated = denoise(jnp.concatenate([latents] * count), jnp.concatenate([timesteps] * count), joined)
+        result, *others = predictions = jnp.split(repeated, count)
+        for scale, before, after in zip(scales, predictions[:-1], others, strict=True):
+            result = result + scale * (after - before)
+        conditioned = predictions[-1]
         axes = tuple(range(1, result.ndim))
         ratio = conditioned.std(axes, keepdims=True) / result.std(axes, keepdims=True)
         result = jnp.where(rescale == 0, result, (rescale * ratio + 1 - rescale) * result)

@@ -79,6 +79,16 @@ class Experiment:
                 "data.stored: this image decoder makes latents of what the vision encoder sees, which are not computed "
                 "beforehand: leave moments out"
             )
+        if self.objective.drop_prob and (model.prompting or any(use.drops for use in self.data.corpora.values())):
+            raise ConfigError(
+                f"objective.drop_prob={self.objective.drop_prob:g}: with model.prompting, or where a corpus drops its "
+                "text or images, that is all that is dropped: set it to 0, and data.corpora.NAME.drop_text to the share"
+            )
+        if model.dream_queries.init == "vocabulary" and not self.parameters.init_from:
+            raise ConfigError(
+                "model.dream_queries.init='vocabulary' begins with the mean of a trained language model's rows: import "
+                "one with convert import --dream-queries=vocabulary, and name it in parameters.init_from"
+            )
         if max(self.timeout, self.host_timeout) > threading.TIMEOUT_MAX:
             raise ConfigError(
                 f"timeout={self.timeout:g} or host_timeout={self.host_timeout:g} is longer than any clock runs"
@@ -126,11 +136,13 @@ class Experiment:
 
     @property
     def held_out(self) -> "Experiment":
-        """The same experiment on the documents of `validation`, in an order that never changes."""
+        """The same experiment on the documents of `validation`, whole and in an order that never changes."""
+        whole = {"drop_text": 0.0, "drop_images": 0.0, "drop_both": 0.0}
+        corpora = self.validation.corpora or self.data.corpora
         data = dataclasses.replace(
             self.data,
             path=self.validation.path,
-            corpora=self.validation.corpora or self.data.corpora,
+            corpora={name: dataclasses.replace(use, **whole) for name, use in corpora.items()},
             stored=(),
             flip=0.0,
             shuffle=False,

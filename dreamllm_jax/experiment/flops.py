@@ -59,7 +59,7 @@ def _joint(experiment: Experiment, whole: Tally) -> dict[str, Flops]:
 
     # The language model, and its document without a prompt.
     live = trained("language_model/embed_tokens/embedding") or features_live
-    live |= bool(shape.dream) and trained("dream_queries/embedding")
+    live |= bool(shape.dream) and trained("dream_queries/embedding") and not model.dream_queries.redrawn
     painted = bool(shape.dream) and paints
     hidden = whole.part("language_model", live)
     reached = learns_text or (painted and not objective.detach_condition)  # by a gradient

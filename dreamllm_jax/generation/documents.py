@@ -19,7 +19,15 @@ from dreamllm_jax.data.chat_template import ends_of
 from dreamllm_jax.data.document import Image, Segment, Text
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.generation.images import DEFAULT, paint, require_interval, require_sampler, require_size
+from dreamllm_jax.generation.images import (
+    DEFAULT,
+    generate_images,
+    paint,
+    read_asked,
+    require_interval,
+    require_sampler,
+    require_size,
+)
 from dreamllm_jax.generation.prompts import Painted, Written, bucket
 from dreamllm_jax.generation.text import STRETCH, Reading, Sampling, begin, read_image, read_queries, write
 from dreamllm_jax.model import DreamLLM
@@ -103,10 +111,12 @@ def generate_documents(
     ids, ends = tokenizer.special, ends_of(template, tokenizer)
     patches = encoder.tokens(*encoder.fitting(width, height))
     each = len(ids.painted(model.config.num_queries)) + len(ids.seen(patches))
-    reading = begin(model, params, tokenizer, prompts, max_tokens + max_images * each, template, allowed)
+    seeds = range(len(prompts)) if seeds is None else seeds
+    new, of_rows = max_tokens + max_images * each, jnp.asarray(seeds, jnp.uint32)
+    reading = begin(model, params, tokenizer, prompts, new, template, allowed, seeds=of_rows)
     documents = [
         _Document(seed, sum(isinstance(segment, Painted) for segment in prompt), max_tokens, max_images)
-        for prompt, seed in zip(prompts, seeds or range(len(prompts)), strict=True)
+        for prompt, seed in zip(prompts, seeds, strict=True)
     ]
 
     def those(state: str) -> np.ndarray:
@@ -123,9 +133,29 @@ def generate_documents(
             yield from (Event(row, Painted(b""), False) for row in np.flatnonzero(asking).tolist())
             guiding = {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval}
             painting = {"size": size, "sampler": sampler, **guiding}
-            pictures, reading = _paint(model, params, reading, documents, asking, **painting)
+            pictures, reading = _paint(model, params, tokenizer, reading, documents, asking, **painting)
             for row, picture in pictures.items():
                 yield Event(row, picture, True)
+
+
+def paint_reply(
+    model: DreamLLM, params: dict, tokenizer: Tokenizer, conversation: Sequence[Segment], seed: int, **painting: Any
+) -> Iterator[Event]:
+    """The picture that a model which is asked in words of its own (`DreamLLMConfig.prompting`) paints for the last turn
+    of a conversation: from its text, or as an edit of its images.
+
+    Args:
+      seed: as of `generate_documents`.
+      painting: settings of `generate_images`.
+
+    Raises:
+      ValueError, ImageError: see there.
+    """
+    last = max((i for i, segment in enumerate(conversation) if segment.role == "assistant"), default=-1)
+    seeds = [seed + sum(isinstance(segment, Painted) for segment in conversation)]
+    yield Event(0, Painted(b""), False)
+    (pixels,) = generate_images(model, params, tokenizer, [conversation[last + 1 :]], seeds=seeds, **painting)
+    yield Event(0, Painted(png(pixels)), True)
 
 
 def _written(
@@ -148,13 +178,22 @@ def _written(
 
 
 def _paint(
-    model: DreamLLM, params: dict, reading: Reading, documents: list[_Document], asking: np.ndarray, **painting
+    model: DreamLLM,
+    params: dict,
+    tokenizer: Tokenizer,
+    reading: Reading,
+    documents: list[_Document],
+    asking: np.ndarray,
+    **painting,
 ) -> tuple[dict[int, Painted], Reading]:
     """Paints an image for each document that asks, and lets it read it."""
-    hidden, reading = read_queries(model, params, reading, announced=True, active=jnp.asarray(asking))
+    each = jnp.asarray([document.seed + document.painted for document in documents], jnp.uint32)
+    hidden, reading = read_queries(model, params, reading, announced=True, active=jnp.asarray(asking), seeds=each)
     rows = np.flatnonzero(asking)
     padded = np.resize(rows, bucket(len(rows)))
-    seeds = jnp.asarray([documents[row].seed + documents[row].painted for row in padded], jnp.uint32)
+    seeds = each[padded]
+    if painting["guidance"] != 1.0 and (model.config.prompting or model.config.dream_queries.redrawn):
+        painting["negative"] = read_asked(model, params, tokenizer, [()] * len(padded), seeds)
     pixels = paint(model, params, jax.tree.map(lambda x: x[padded], hidden), seeds, **painting)
     encoder, pictures = model.config.vision_encoder, {}
     size = encoder.fitting(pixels.shape[2], pixels.shape[1])

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from dreamllm_jax.data.document import Segment
-from dreamllm_jax.data.images import paint_sizes
+from dreamllm_jax.data.document import Image, Segment, Text
+from dreamllm_jax.data.images import black, paint_sizes, size_of
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig, guided, sample
 from dreamllm_jax.generation.text import begin, read_queries
@@ -23,7 +23,7 @@ DEFAULT = SamplerConfig()
 
 
 @functools.partial(jax.jit, static_argnames=("model", "size", "sampler"))
-def _sample(model, params, hidden, null_hidden, seeds, guiding, size: tuple[int, int], sampler: SamplerConfig):
+def _sample(model, params, groups, seeds, guiding, size: tuple[int, int], sampler: SamplerConfig):
     joined, config = model.bind({"params": params}), model.config.image_decoder
     decoder = joined.image_decoder
 
@@ -34,15 +34,15 @@ def _sample(model, params, hidden, null_hidden, seeds, guiding, size: tuple[int,
         whole = jnp.asarray(paint_sizes(size[::-1], *size))  # of a picture that nothing was done to
         return condition.with_sizes(jnp.tile(whole, (len(condition.sequence), 1)))
 
-    condition = condition_of(hidden)
-    if null_hidden is None:
+    *against, condition = map(condition_of, groups)
+    if not against:
         denoiser = functools.partial(decoder.denoise, condition=condition)
     else:
-        null = jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), condition_of(null_hidden), condition)
-        guidance, rescale, interval = guiding
+        against = [jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), one, condition) for one in against]
+        scales, rescale, interval = guiding
         first, end = config.time_range(0, 1)
         between = tuple(first + share * (end - first) for share in interval)
-        denoiser = guided(decoder.denoise, condition, null, guidance, rescale, between)
+        denoiser = guided(decoder.denoise, (*against, condition), scales[-len(against) :], rescale, between)
     keys = jax.vmap(jax.random.key)(seeds)
     return sample(denoiser, keys, config.latent_shape(*size), *config.steps(sampler, *size))
 
@@ -91,6 +91,8 @@ def paint(
     rescale: float = 0.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     negative: Float[Array, "N Q E"] | None = None,
+    image_guidance: float = 1.0,
+    blind: Float[Array, "N Q E"] | None = None,
 ) -> UInt8[Array, "N H W 3"]:
     """Paints an image from the language model's hidden states at each image's queries.
 
@@ -102,6 +104,8 @@ def paint(
       rescale: of guidance, see `diffusion.samplers.guided`.
       guidance_interval: between which shares of the timesteps there is guidance; 0 is the picture, 1 the noise.
       negative: hidden states that guidance leads away from; None for those of the document without a prompt.
+      image_guidance, blind: guidance by images, from hidden states of `negative`'s prompts with black images instead,
+        see `diffusion.samplers.guided`; None leaves it out.
 
     Raises:
       ValueError: a size that is not a multiple of the image decoder's, no interval, a sampler that it does not have.
@@ -109,14 +113,30 @@ def paint(
     size = require_size(model, size)
     require_interval(guidance_interval)
     require_sampler(model, sampler)
-    if guidance == 1.0:
-        negative = None
-    elif negative is None:
-        negative = _null_hidden(model, params)
+    if guidance == 1.0 and blind is None:
+        groups = (hidden,)
+    else:
+        negative = _null_hidden(model, params) if negative is None else negative
+        groups = (negative, hidden) if blind is None else (blind, negative, hidden)
     seeds = jnp.asarray(seeds, jnp.uint32)
-    guiding = jax.tree.map(jnp.float32, (guidance, rescale, tuple(guidance_interval)))
-    latents = _sample(model, params, hidden, negative, seeds, guiding, size, sampler)
+    guiding = jax.tree.map(jnp.float32, ((image_guidance, guidance), rescale, tuple(guidance_interval)))
+    latents = _sample(model, params, groups, seeds, guiding, size, sampler)
     return decode(model, params, latents, size)
+
+
+def read_asked(
+    model: DreamLLM, params: dict, tokenizer: Tokenizer, prompts: Sequence[Sequence[Segment]], seeds: Sequence[int]
+) -> Float[Array, "N Q E"]:
+    """The hidden states to paint each prompt's image from; those of prompts that are all alike are read once.
+
+    Args:
+      prompts, seeds: see `generate_images`; a prompt without text asks for what guidance leads away from.
+    """
+    alike = not model.config.dream_queries.redrawn and all(list(one) == list(prompts[0]) for one in prompts)
+    given, seeds = (prompts[:1], seeds[:1]) if alike else (prompts, seeds)
+    reading = begin(model, params, tokenizer, given, model.config.num_queries + 2, writes=False, asked=True)
+    hidden = read_queries(model, params, reading, seeds=jnp.asarray(seeds, jnp.uint32))[0]
+    return jax.tree.map(lambda x: jnp.repeat(x, len(prompts), axis=0), hidden) if alike else hidden
 
 
 def generate_images(
@@ -132,35 +152,50 @@ def generate_images(
     rescale: float = 0.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     negative: Sequence[Segment] = (),
+    image_guidance: float = 1.0,
 ) -> UInt8[Array, "N H W 3"]:
     """Paints one image for each prompt, all in one batch; each depends on its prompt and seed alone, up to rounding.
 
     Args:
-      prompts: texts, or texts with images of what is to be painted.
+      prompts: texts, or texts with images of what is to be painted. A model that is asked in words of its own
+        (`DreamLLMConfig.prompting`) is asked in these; prompts with images are then edits.
       seeds: one a prompt.
       size, sampler, guidance, rescale, guidance_interval: see `paint`.
-      negative: what guidance leads away from; nothing for the document without a prompt.
+      negative: what guidance leads away from; nothing for the document without a prompt. In words of its own too, or in
+        those for neither caption nor instruction, and with the images of each prompt.
+      image_guidance: the scale of a second guidance, by the images of prompts: from what guidance leads away from with
+        black images to the same with the images (InstructPix2Pix, MetaQuery). 1 leaves it out.
 
     Raises:
-      ValueError: a prompt too long for the model, a size that cannot be painted, no interval, or a sampler that the
-        image decoder does not have.
+      ValueError: a prompt too long for the model, a size that cannot be painted, no interval, a sampler that the image
+        decoder does not have, or guidance by images of a model without words of its own.
       ImageError: an image of a prompt cannot be decoded.
     """
     require_size(model, size)
     require_interval(guidance_interval)
     require_sampler(model, sampler)
+    by_words = model.config.prompting is not None
+    if image_guidance != 1.0 and not by_words:
+        raise ValueError(
+            f"image_guidance={image_guidance:g} is of a model that is asked to edit in words of its own "
+            "(model.prompting), and this one is not: leave it at 1"
+        )
 
     def hidden(given: Sequence[Sequence[Segment]]) -> Float[Array, "N Q E"]:
-        reading = begin(model, params, tokenizer, given, model.config.num_queries + 2, writes=False)
-        return read_queries(model, params, reading)[0]
+        return read_asked(model, params, tokenizer, given, seeds)
 
-    against = (
-        jax.tree.map(lambda x: jnp.repeat(x, len(prompts), axis=0), hidden([negative]))
-        if negative and guidance != 1.0
-        else None
-    )
-    guiding = {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval, "negative": against}
-    return paint(model, params, hidden(prompts), jnp.asarray(seeds, jnp.uint32), size=size, sampler=sampler, **guiding)
+    dual = image_guidance != 1.0 and any(isinstance(segment, Image) for prompt in prompts for segment in prompt)
+    against = {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval}
+    if by_words and (dual or guidance != 1.0):
+        words = [segment for segment in negative if isinstance(segment, Text)]
+        read = [[segment for segment in prompt if isinstance(segment, Image)] for prompt in prompts]
+        against["negative"] = hidden([[*images, *words] for images in read])
+        if dual:
+            blind = [[Image(black(size_of(image.data))) for image in images] for images in read]
+            against |= {"blind": hidden([[*images, *words] for images in blind]), "image_guidance": image_guidance}
+    elif guidance != 1.0 and (negative or model.config.dream_queries.redrawn):
+        against["negative"] = hidden([negative] * len(prompts))
+    return paint(model, params, hidden(prompts), jnp.asarray(seeds, jnp.uint32), size=size, sampler=sampler, **against)
 
 
 def require_size(model: DreamLLM, size: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -11,7 +11,8 @@ from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.packing import Item
 from dreamllm_jax.data.rows import Pixels, fill_row
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.data.tokens import Encoded, Placed, encode_document
+from dreamllm_jax.data.tokens import encode_asked, encode_document
+from dreamllm_jax.data.writing import Encoded, Placed
 from dreamllm_jax.model import DreamLLMConfig
 
 
@@ -33,7 +34,11 @@ def bucket(size: int, least: int = 1) -> int:
 
 
 def encode_prompts(
-    prompts: Sequence[Sequence[Segment]], tokenizer: Tokenizer, config: DreamLLMConfig, template: str = ""
+    prompts: Sequence[Sequence[Segment]],
+    tokenizer: Tokenizer,
+    config: DreamLLMConfig,
+    template: str = "",
+    asked: bool = False,
 ) -> Batch:
     """The beginnings of documents as a batch, one a row.
 
@@ -41,6 +46,8 @@ def encode_prompts(
       prompts: segments in order. What a model wrote and painted before stands there as it wrote it.
       template: name of a conversation's template: then the prompts are turns, the user's where no role is given, and
         the assistant's is open. What was said before is tokenised as training does.
+      asked: an image is to be painted: a model that is asked in words of its own (`config.prompting`) is so, by the
+        prompt's images and its texts, as one; by the words for neither caption nor instruction if it has no text.
 
     Raises:
       ImageError: an image cannot be decoded.
@@ -48,10 +55,12 @@ def encode_prompts(
     """
     pictures = [segment for prompt in prompts for segment in prompt if isinstance(segment, Image)]
     sizes = sorted({_fitting(config, picture) for picture in pictures})
-    encoded = [
-        _conversation(p, tokenizer, config, sizes, template) if template else _open(p, tokenizer, config, sizes)
-        for p in prompts
-    ]
+    if asked and config.prompting is not None:
+        encoded = [_asked(p, tokenizer, config, sizes) for p in prompts]
+    elif template:
+        encoded = [_conversation(p, tokenizer, config, sizes, template) for p in prompts]
+    else:
+        encoded = [_open(p, tokenizer, config, sizes) for p in prompts]
     see = [max(sum(placed.group == group for placed in one.see) for one in encoded) for group in range(len(sizes))]
     dream = max(len(one.dream) for one in encoded)
     length = bucket(max(1, *(len(one.tokens) for one in encoded)), 32)
@@ -118,6 +127,20 @@ def _conversation(
     document, shape = Document("conversation", turns), _shape(config, dict.fromkeys(sizes, _MANY))
     given = {"template": template, "complete": False, "seen_in": lambda image: sizes.index(_fitting(config, image))}
     return encode_document(document, tokenizer, shape, **given)
+
+
+def _asked(
+    segments: Sequence[Segment], tokenizer: Tokenizer, config: DreamLLMConfig, sizes: Sequence[tuple[int, int]]
+) -> Encoded:
+    texts = [segment.text for segment in segments if isinstance(segment, Text)]
+    return encode_asked(
+        " ".join(texts) if texts else None,
+        [segment for segment in segments if isinstance(segment, Image)],
+        tokenizer,
+        _shape(config, dict.fromkeys(sizes, _MANY)),
+        config.prompting,
+        lambda image: sizes.index(_fitting(config, image)),
+    )
 
 
 def _open(

@@ -1,9 +1,10 @@
 """The image towers over all images of a batch: a few at a time on each device, which has a copy of their weights.
 
-Legend: B rows, L tokens in a row, S slots of a group, N images, P patches, E language model's width.
+Legend: B rows, L tokens in a row, S slots of a group, N images, P patches, Q dream queries, E language model's
+width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,15 +20,18 @@ from dreamllm_jax.parallel.mesh import constrain, shards, split_over
 from dreamllm_jax.towers.condition import Condition
 
 
-def hidden_states(model: DreamLLM, params: dict, batch: Batch, chunk: int = 0) -> Float[Array, "B L E"]:
+def hidden_states(
+    model: DreamLLM, params: dict, batch: Batch, chunk: int = 0, drawn: Sequence[Float[Array, "B S Q E"]] = ()
+) -> Float[Array, "B L E"]:
     """The language model's final hidden states for packed rows, images and queries spliced in.
 
     Args:
       chunk: at most how many images each device sees at a time; 0 for all.
+      drawn: queries by group, where they are drawn anew.
     """
     joined = model.bind({"params": params})
     seen = [(see(model, params, slots, chunk), slots.at) for slots in batch.see]
-    x = joined.embed(batch.tokens, seen, [slots.at for slots in batch.dream])
+    x = joined.embed(batch.tokens, seen, [slots.at for slots in batch.dream], drawn)
     return joined.decode(x, batch.positions, batch.segment_ids, seen=seen)[0]
 
 

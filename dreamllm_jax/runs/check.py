@@ -70,7 +70,7 @@ def _require_data(experiment: Experiment) -> None:
     if not experiment.parameters.init_from or data.tokenizer:  # otherwise that model has one
         tokenizer = open_tokenizer(data.path, data.tokenizer)
         require_room(tokenizer, experiment.model)
-        require_templates(tokenizer, data)
+        require_templates(tokenizer, data, experiment.model)
 
 
 def describe(config: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from dreamllm_jax.data import images, stored
 from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.storage import Corpus, in_order
 from dreamllm_jax.model import DreamLLM
+from dreamllm_jax.runs.latents import Latents
 
 _GROUP = 64  # documents whose pictures are held at once, beside those that are read ahead
 
@@ -36,6 +38,7 @@ def precompute(
     size: int,
     dtype: str,
     batch: int,
+    latents: str = "",
 ) -> int:
     """Computes and stores the moments or features of all images of a corpus.
 
@@ -44,12 +47,13 @@ def precompute(
       made_by: the model's name, for messages.
       size: pixels on a side of the painted images; for features, the vision encoder's own size is taken.
       batch: images at once on each local device.
+      latents: a folder of latents that another program has computed, which are taken as moments (see `runs.latents`).
 
     Returns:
-      How many documents this process computed now.
+      How many documents this process computed, or took, now.
 
     Raises:
-      ValueError: the corpus already has such arrays of another shape, type or model.
+      ValueError: the corpus already has such arrays of another shape, type or model; the latents are not this model's.
     """
     if name == "moments" and model.config.image_decoder.encodes_features:
         raise ValueError(
@@ -65,6 +69,7 @@ def precompute(
     description = stored.Description(
         shape, dtype, len(documents), made_by, settings_of(model.config, name), marks(model.config, name, leaves)
     )
+    given = Latents(Path(latents), directory, corpus, model, shape) if latents else None
     found = stored.read_description(target)
     if found is None:
         target.mkdir(parents=True, exist_ok=True)
@@ -84,21 +89,26 @@ def precompute(
         except images.ImageError:
             return None
 
+    if given:
+        given.require_alike(documents, crop, compute)
     parts = stored.parts(target, len(documents))
     mine = list(parts)[jax.process_index() :: jax.process_count()]
     missing = [path for path in mine if not path.exists()]
     done = sum(len(parts[path]) for path in missing)
     with tqdm(total=done, desc=f"{corpus} {name}", unit="document", disable=jax.process_index() > 0) as bar:
 
-        def arrays(numbers: range) -> Iterator[np.ndarray]:
+        def computed(numbers: range) -> Iterator[list[np.ndarray | None]]:
             cropped = in_order(lambda number: [crop(image) for image in documents[number].images], numbers)
             while pictures := list(itertools.islice(cropped, _GROUP)):
                 results = compute([p for document in pictures for p in document if p is not None])
-                for document in pictures:
-                    # An image that cannot be decoded leaves a gap, which training counts as such.
-                    each = [np.full(shape, np.nan) if p is None else next(results) for p in document]
-                    yield np.array(each, np.float32).astype(jnp.dtype(dtype))
-                    bar.update()
+                yield from ([None if p is None else next(results) for p in document] for document in pictures)
+
+        def arrays(numbers: range) -> Iterator[np.ndarray]:
+            for document in in_order(given.read, numbers) if given else computed(numbers):
+                # An image that cannot be decoded leaves a gap, which training counts as such.
+                each = [np.full(shape, np.nan) if array is None else array for array in document]
+                yield np.array(each, np.float32).astype(jnp.dtype(dtype))
+                bar.update()
 
         for path in missing:
             stored.write_part(path, arrays(parts[path]))

@@ -98,7 +98,7 @@ def start_run(config: Mapping[str, Any], workdir: epath.PathLike) -> Run:
 
     tokenizer = open_tokenizer(data.path, data.tokenizer)
     require_room(tokenizer, experiment.model)
-    require_templates(tokenizer, data)
+    require_templates(tokenizer, data, experiment.model)
     model = dataclasses.replace(experiment.model, special_tokens=tokenizer.special)
     run = Run(workdir, dataclasses.replace(experiment, model=model, data=data), tokenizer, config)
     if not begun:
@@ -169,13 +169,16 @@ def require_room(tokenizer: Tokenizer, model: DreamLLMConfig) -> None:
         )
 
 
-def require_templates(tokenizer: Tokenizer, data: DataConfig) -> None:
+def require_templates(tokenizer: Tokenizer, data: DataConfig, model: DreamLLMConfig) -> None:
     """Raises ConfigError for a template of conversations that the tokenizer cannot write."""
-    for name, corpus in data.corpora.items():
+    templates = {f"data.corpora.{name}": corpus.template for name, corpus in data.corpora.items()}
+    if model.prompting is not None:
+        templates["model.prompting"] = model.prompting.template
+    for name, template in templates.items():
         try:
-            find_template(corpus.template, tokenizer)
+            find_template(template, tokenizer)
         except ValueError as error:
-            raise ConfigError(f"config.data.corpora.{name}.template: {error}") from None
+            raise ConfigError(f"config.{name}.template: {error}") from None
 
 
 def with_initial(

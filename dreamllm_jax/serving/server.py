@@ -36,7 +36,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dreamllm_jax.data.document import Segment
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion import samplers
-from dreamllm_jax.generation.documents import Event, generate_documents
+from dreamllm_jax.generation.documents import Event, generate_documents, paint_reply
 from dreamllm_jax.generation.text import Sampling
 from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.serving.conversation import (
@@ -69,6 +69,8 @@ def make_reply(
 ) -> Reply:
     """The model's replies: it continues the conversation as a document, or answers in the turns of a template.
 
+    One that is asked to paint in words of its own does so for the last turn, if it may paint at all.
+
     Args:
       within: in which the model runs: `sharding.use` of its mesh, where it is split. It is entered anew for each event,
         for these may be made in different threads.
@@ -76,22 +78,28 @@ def make_reply(
 
     def reply(conversation: Sequence[Segment], settings: Mapping[str, Any]) -> Generator[Event, None, None]:
         seeds = [settings["seed"]]
-        events = generate_documents(
-            model,
-            params,
-            tokenizer,
-            [conversation],
-            size=size,
-            max_tokens=settings["max_tokens"],
-            max_images=settings["max_images"],
-            seeds=seeds,
-            sampling=Sampling.of(seeds, settings["temperature"], top_p=settings["top_p"]),
-            sampler=samplers.SamplerConfig(sampler, settings["steps"]),
-            guidance=settings["guidance"],
-            guidance_interval=(settings["guidance_from"], settings["guidance_to"]),
-            template=template,
-            allowed=MAX_TOKENS,
-        )
+        painting = {
+            "size": size,
+            "sampler": samplers.SamplerConfig(sampler, settings["steps"]),
+            "guidance": settings["guidance"],
+            "guidance_interval": (settings["guidance_from"], settings["guidance_to"]),
+        }
+        if model.config.prompting is not None and settings["max_images"]:
+            events = paint_reply(model, params, tokenizer, conversation, settings["seed"], **painting)
+        else:
+            events = generate_documents(
+                model,
+                params,
+                tokenizer,
+                [conversation],
+                max_tokens=settings["max_tokens"],
+                max_images=settings["max_images"],
+                seeds=seeds,
+                sampling=Sampling.of(seeds, settings["temperature"], top_p=settings["top_p"]),
+                template=template,
+                allowed=MAX_TOKENS,
+                **painting,
+            )
         while True:
             with within():
                 event = next(events, None)

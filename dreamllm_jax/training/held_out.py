@@ -41,6 +41,7 @@ class HeldOut:
             experiment.model.image_decoder.preprocess,
             rows_per_step=shape.per_step,
             seed=same.seed,
+            prompting=experiment.model.prompting,
             mine=local_rows(rows, shape.per_step),
         )
         with contextlib.closing(loader):

@@ -75,6 +75,7 @@ def train(
         experiment.model.image_decoder.preprocess,
         rows_per_step=experiment.rows.per_step,
         seed=experiment.seed,
+        prompting=experiment.model.prompting,
         mine=local_rows(rows, experiment.rows.per_step),
     )
     held_out = HeldOut(experiment, tokenizer, rows)

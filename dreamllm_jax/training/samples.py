@@ -53,14 +53,20 @@ class Sample:
 def questions(name: str, document: Document, config: CorpusConfig) -> Iterator[Question]:
     """What a document can be asked; nothing that the mode of its corpus leaves out of training.
 
-    A conversation is asked for the assistant's first words. Of other documents the first image is asked for, given what
-    stands before it, or else the text after it; and the text after it, given all up to the image.
+    A conversation is asked for the assistant's first words, an edit for its last image. Of other documents the first
+    image is asked for, given what stands before it, or else the text after it; and the text after it, given all up to
+    the image.
     """
     segments, written = document.segments, config.mode != "creation"
     if document.kind in ("conversation", "instruct_interleaved"):
         prompt = tuple(itertools.takewhile(lambda segment: segment.role != "assistant", segments))
         if written and len(prompt) < len(segments) and isinstance(segments[len(prompt)], Text):
             yield Question(f"{name}/written", prompt, segments[len(prompt)], config.template)
+        return
+    if document.kind == "edit":
+        *read, target = document.images
+        if config.mode != "comprehension":
+            yield Question(f"{name}/painted", (*read, *document.texts), target)
         return
     if document.kind == "pair":
         segments = (*document.images, *document.texts)  # in whichever order they are stored
@@ -94,7 +100,8 @@ def find_questions(
 
     def fits(question: Question) -> bool:
         try:
-            batch = encode_prompts([question.prompt], tokenizer, model, question.template)
+            paints = isinstance(question.answer, Image)
+            batch = encode_prompts([question.prompt], tokenizer, model, question.template, asked=paints)
             require_fits(model, batch, max(config.max_tokens, model.num_queries + 2))
         except ValueError:  # an image that cannot be decoded is one
             return False

@@ -138,9 +138,116 @@ def test_a_folder_with_captions(table, walls):
     assert bring("folder", walls, walls / "set") == PAIRS
 
 
+def test_captions_of_several_kinds(tmp_path):
+    told = {"prompt": "a red wall", "short": "", "long": "a red wall, of bricks"}
+    write_tar(tmp_path / "0.tar", {"a.jpg": jpeg("red"), "a.json": json.dumps(told).encode()})
+    assert bring("webdataset", tmp_path / "0.tar", tmp_path / "set") == PAIRS[:1]  # text-to-image-2M has a prompt alone
+    for chosen in ("long", "short,long"):
+        found = bring("webdataset", tmp_path / "0.tar", tmp_path / chosen, f"--caption={chosen}")
+        assert found == [plain("a red wall, of bricks", "[red]")]
+
+
+def listed_in_folders(root: Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(data)
+
+
+def listed_in_tars(root: Path, files: dict[str, bytes]) -> None:
+    """Not unpacked: the lists name what is in `cc12m-train-0003.tar` as in the folder 0003."""
+    for folder in {name.split("/")[0] for name in files}:
+        inside = {name.split("/")[1]: data for name, data in files.items() if name.startswith(folder)}
+        write_tar(root / f"cc12m-train-{folder}.tar", inside)
+
+
+@pytest.mark.parametrize("put", [listed_in_folders, listed_in_tars])
+def test_lists_of_openuni(put, tmp_path):
+    """Images and captions apart, the same names in several folders; captions in JSON or, as BLIP3o's, in text files."""
+    told = {"caption": "", "re_caption": "a red wall"}
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "captions").mkdir()
+    put(tmp_path / "raw", {"0003/a.jpg": jpeg("red"), "0004/a.jpg": jpeg("blue"), "0004/b.jpg": jpeg("green")[:-300]})
+    captions = {"0003/a.json": json.dumps(told).encode(), "0004/a.txt": b" a blue wall\n", "0004/b.json": b"{"}
+    put(tmp_path / "captions", captions)
+    pairs = [("0003/a", "json"), ("0004/a", "txt"), ("0004/b", "json"), ("0004/a", "json"), ("0005/a", "json")]
+    rows = [{"image": f"{name}.jpg", "annotation": f"{name}.{kind}"} for name, kind in pairs]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    flags = (f"--images={tmp_path / 'raw'}", f"--annotations={tmp_path / 'captions'}", "--max_bad=0.9")
+    found = bring("folder", tmp_path / "data.json", tmp_path / "set", *flags, "--text=re_caption")
+    assert found == PAIRS
+    assert summary(tmp_path / "set")["dropped"] == {"not_json": 1, "missing": 2}
+    assert storage.read_names(tmp_path / "set", "it") == ["0003/a.jpg", "0004/a.jpg"]
+
+
 def test_image_pairs(walls):
     (walls / "pairs.jsonl").write_text(json.dumps({"source": "red.jpg", "target": "blue.jpg"}) + "\n")
     assert bring("image_pairs", walls / "pairs.jsonl", walls / "set") == [plain("[red]", "[blue]")]
+
+
+EDIT = plain("[red]", "paint it blue", "[blue]")
+
+
+def share_gpt_4o(root: Path) -> Path:
+    """Its images are in tars beside it."""
+    row = {"input_prompt": "paint it blue", "input_image": ["image/in.png"], "output_image": "image/out.png"}
+    (root / "text_and_image_to_image.json").write_text(json.dumps([row, row | {"output_image": "image/gone.png"}]))
+    write_tar(root / "part_0.tar", {"image/in.png": jpeg("red"), "image/out.png": jpeg("blue")})
+    return root / "text_and_image_to_image.json"
+
+
+def gpt_image_edit(root: Path) -> Path:
+    turns = [{"from": "human", "value": "<image>\npaint it\nblue"}, {"from": "gpt", "value": "<image>"}]
+    rows = [{"image": ["red.jpg", "blue.jpg"], "conversations": turns}]
+    rows += [{"image": ["red.jpg", "red.jpg", "blue.jpg"], "conversations": turns}]  # two images, one is spoken of
+    (root / "edit.json").write_text(json.dumps(rows))
+    return root / "edit.json"
+
+
+def omni_edit(root: Path) -> Path:
+    shown = {name: [{"bytes": jpeg(colour), "path": None}] * 2 for name, colour in SHOWN.items()}
+    asked = ["make it blue", "paint it blue"]  # MetaQuery takes the last
+    pq.write_table(pa.table(shown | {"edited_prompt_list": [asked, []]}), root / "train.parquet")
+    return root / "train.parquet"
+
+
+SHOWN = {"src_img": "red", "edited_img": "blue"}
+
+
+def meta_query(root: Path) -> Path:
+    red, blue = ({"bytes": jpeg(colour), "path": None} for colour in ("red", "blue"))
+    rows = {"source_images": [[red], []], "target_image": [blue] * 2, "prompt": ["paint it blue"] * 2}
+    pq.write_table(pa.table(rows), root / "train.parquet")
+    return root / "train.parquet"
+
+
+def openuni_edits(root: Path) -> Path:
+    row = {"source_image": "red.jpg", "target_image": "blue.jpg", "annotation": "a.json"}
+    (root / "a.json").write_text(json.dumps({"caption": "paint it blue"}))
+    (root / "data.json").write_text(json.dumps([row, row | {"annotation": "b.json"}]))
+    return root / "data.json"
+
+
+def unilip_tars(root: Path) -> Path:
+    whole = {"0.input.jpg": jpeg("red"), "0.output.jpg": jpeg("blue"), "0.txt": b"paint it blue"}
+    write_tar(root / "0.tar", whole | {"1.input.jpg": jpeg("red"), "1.txt": b"paint it blue"})
+    return root / "0.tar"
+
+
+LAYOUTS = {
+    share_gpt_4o: "missing",
+    gpt_image_edit: "placeholders",
+    omni_edit: "no_text",
+    meta_query: "no_image",
+    openuni_edits: "missing",
+    unilip_tars: "no_image",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_edits(layout, walls):
+    flags = [f"--images={walls}"] if layout is share_gpt_4o else []
+    assert bring("edit", layout(walls), walls / "set", *flags) == [EDIT]
+    assert summary(walls / "set")["dropped"] == {LAYOUTS[layout]: 1}
 
 
 def page(**changes) -> dict:

@@ -234,12 +234,15 @@ def test_columns_are_found_in_other_letters_and_named_when_not(walls):  # noqa: 
     (walls / "captions.csv").write_text(" File ; TEXT\nred.jpg;a red wall\n")
     assert bring("folder", walls, walls / "set") == told("red")
     assert folder.captions(walls) == [("red.jpg", "a red wall")]
-    for name, content in (("captions.csv", "image,caption\nred.jpg,a red wall\n"), ("metadata.jsonl", '{"image": 1}')):
+    for name, content in (
+        ("captions.csv", "picture,caption\nred.jpg,a red wall\n"),
+        ("metadata.jsonl", '{"picture": 1}'),
+    ):
         (walls / "captions.csv").unlink(missing_ok=True)
         (walls / name).write_text(content)
-        with pytest.raises(ValueError, match=rf"{name} has no field 'file' or 'file_name' .*; it has 'image'"):
+        with pytest.raises(ValueError, match=rf"{name} has no field 'file' or 'file_name' or .*; it has 'picture'"):
             bring("folder", walls, walls / "other")
-    with pytest.raises(ValueError, match=r"metadata\.jsonl has no field 'text' .*; it has 'image'"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl has no field 'text' .*; it has 'picture'"):
         bring("text", walls / "metadata.jsonl", walls / "other")
 
 

@@ -12,7 +12,8 @@ from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import ImageError, decode, size_of, to_png
 from dreamllm_jax.data.packing import Item, RowStream
 from dreamllm_jax.data.rows import Pixels, fill_row
-from dreamllm_jax.data.tokens import Placed, encode_document
+from dreamllm_jax.data.tokens import encode_document
+from dreamllm_jax.data.writing import Placed
 from tests.data.conftest import COLOURS, CROPS, PAIRS, assert_sound, encode, png, with_slots
 
 

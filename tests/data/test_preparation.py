@@ -138,6 +138,11 @@ def test_composed_documents_tell_the_truth():
     for document in corpora["image_image"]:
         source, target = (np.asarray(images.decode(image.data)) for image in document.images)
         np.testing.assert_array_equal(target, source[:, ::-1])
+    for document, changed in zip(
+        corpora["edits"], (lambda x: x[:, ::-1], lambda x: x[::-1], lambda x: 255 - x), strict=False
+    ):
+        source, target = (np.asarray(images.decode(image.data)) for image in document.images)
+        np.testing.assert_array_equal(target, changed(source))
 
 
 def test_openmoji():

@@ -150,14 +150,17 @@ def test_guidance():
         return latents * condition
 
     x, condition, null = jnp.ones((2, 1)), jnp.array([[3.0], [5.0]]), jnp.array([[1.0], [1.0]])
-    got = guided(denoise, condition, null, 2.0)(x, jnp.zeros(2, int))
+    got = guided(denoise, (null, condition), (2.0,))(x, jnp.zeros(2, int))
     np.testing.assert_allclose(got, [[5.0], [9.0]])
+    got = guided(denoise, (null, jnp.array([[2.0], [1.5]]), condition), (4.0, 2.0))(x, jnp.zeros(2, int))
+    np.testing.assert_allclose(got, [[1 + 4 * 1 + 2 * 1], [1 + 4 * 0.5 + 2 * 3.5]])
 
 
 def test_guidance_can_be_rescaled():
     rng = np.random.default_rng(0)
     null, conditioned = rng.normal(size=(2, 3, 4, 4, 2)).astype(np.float32)
-    got = guided(lambda x, t, c: jnp.concatenate([null, conditioned]), conditioned, null, 3.0, 0.7)(null, jnp.zeros(3))
+    both, scales = (null, conditioned), (3.0,)
+    got = guided(lambda x, t, c: jnp.concatenate(both), both, scales, 0.7)(null, jnp.zeros(3))
     result = torch.tensor(null + 3.0 * (conditioned - null))
     ratio = torch.tensor(conditioned).std([1, 2, 3], keepdim=True) / result.std([1, 2, 3], keepdim=True)
     np.testing.assert_allclose(got, 0.7 * result * ratio + 0.3 * result, rtol=1e-5, atol=1e-6)
@@ -165,7 +168,7 @@ def test_guidance_can_be_rescaled():
 
 def test_guidance_can_be_confined_to_an_interval():
     x, condition, null = jnp.ones((3, 1)), jnp.array([[3.0], [5.0], [7.0]]), jnp.ones((3, 1))
-    denoise = guided(lambda latents, _, given: latents * given, condition, null, 2.0, interval=(300, 500))
+    denoise = guided(lambda latents, _, given: latents * given, (null, condition), (2.0,), interval=(300, 500))
     np.testing.assert_allclose(denoise(x, jnp.array([299.0, 300.0, 500.5])), [[3.0], [9.0], [7.0]])
 
 

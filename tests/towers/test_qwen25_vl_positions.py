@@ -17,7 +17,7 @@ from dreamllm_jax.data.document import Image
 from dreamllm_jax.data.packing import Item
 from dreamllm_jax.data.positions import grid_of, place
 from dreamllm_jax.data.rows import Pixels, fill_row
-from dreamllm_jax.data.tokens import Encoded, Placed
+from dreamllm_jax.data.writing import Encoded, Placed
 from dreamllm_jax.experiment import published
 from dreamllm_jax.experiment.experiment import read_experiment
 from dreamllm_jax.generation.beams import search

@@ -40,6 +40,7 @@ ASKED, SAID = Text("what?", "user"), Text("that", "assistant")
         ("interleaved", [WORDS, IMAGE, MORE], {"painted": ([WORDS], IMAGE), "written": ([WORDS, IMAGE], MORE)}),
         ("interleaved", [IMAGE, WORDS, OTHER], {"painted": ([WORDS], IMAGE), "written": ([IMAGE], WORDS)}),
         ("image_image", [IMAGE, OTHER], {}),
+        ("edit", [IMAGE, WORDS, OTHER], {"painted": ([IMAGE, WORDS], OTHER)}),
         ("text", [WORDS], {}),
         ("conversation", [Image(b"1", "user"), ASKED, SAID], {"written": ([Image(b"1", "user"), ASKED], SAID)}),
         ("conversation", [ASKED, Image(b"1", "assistant")], {}),

@@ -13,7 +13,10 @@ REQUESTS = ("Paint this: {}.", "Show me: {}.", "Make a picture of this: {}.")
 ANSWER = "Here it is:"
 INSTRUCTION = "Show these one after the other: {}."
 
-CORPORA = ("pairs", "image_image", "interleaved", "instructions", "conversations", "text")
+# What is done to a picture, and what that is called.
+EDITS = ((ImageOps.mirror, "Mirror it."), (ImageOps.flip, "Turn it upside down."), (ImageOps.invert, "Invert it."))
+
+CORPORA = ("pairs", "image_image", "edits", "interleaved", "instructions", "conversations", "text")
 
 
 def compose(
@@ -21,7 +24,8 @@ def compose(
 ) -> dict[str, list[Document]]:
     """Documents of all kinds from (encoded image, caption) pairs, by the name of their corpus; or those of `names`.
 
-    The corpora are `pairs`, `image_image` (a picture and its mirror image), `interleaved` (two or three captions, each
+    The corpora are `pairs`, `image_image` (a picture and its mirror image), `edits` (a picture, what is to be done to
+    it, and the result), `interleaved` (two or three captions, each
     followed by its picture), `instructions` (the same on the user's demand), `conversations` (asking about a picture
     and asking for one) and `text`.
     """
@@ -36,6 +40,10 @@ def compose(
         if "image_image" in names:
             mirrored = images.to_png(ImageOps.mirror(images.decode(data)))
             add("image_image", "image_image", Image(data), Image(mirrored))
+        if "edits" in names:
+            change, instruction = EDITS[index % len(EDITS)]
+            changed = images.to_png(change(images.decode(data)))
+            add("edits", "edit", Image(data), Text(instruction), Image(changed))
         others = [pair for pair in pairs if pair[1] != caption]
         story = [(data, caption), *rng.sample(others, min(1 + index % 2, len(others)))]
         add("interleaved", "interleaved", *_tell(story, ""))

@@ -10,6 +10,7 @@ from etils import epath
 
 from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora import pictures, tables, tars
+from dreamllm_jax.data.corpora.annotated import ANNOTATION, AnnotatedTable
 from dreamllm_jax.data.corpora.records import (
     NOT_FETCHED,
     Dropped,
@@ -18,6 +19,7 @@ from dreamllm_jax.data.corpora.records import (
     Record,
     field,
     find,
+    first,
     is_hidden,
     local,
     read_image,
@@ -27,7 +29,7 @@ from dreamllm_jax.data.corpora.records import (
 )
 
 IMAGE_COLUMNS = (*images.EXTENSIONS, "image", "img", "bytes")
-TEXT_FIELDS = ("txt", "caption", "text")
+TEXT_FIELDS = ("txt", "caption", "text", "prompt")  # the last: text-to-image-2M
 CAPTIONS = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
 _PICTURES = ("image", "img", "picture", "rgb")  # in `1.image.jpg`; in `1.depth.png` it is something else
 _logger = logging.getLogger(__name__)
@@ -41,7 +43,10 @@ class WebDataset(Format):
     is not, unless --image names it.
     """
 
-    caption: str = setting("", "field of .json or column with the caption; else .txt, .caption, caption or text")
+    caption: str = setting(
+        "",
+        "field of .json or column with the caption, or several (a,b): the first; else txt, caption, text or prompt",
+    )
     image: str = setting("", "extension or column of the picture, as png or depth.png; else the only one of an image")
 
     def parts(self) -> list[Part]:
@@ -91,8 +96,8 @@ class WebDataset(Format):
             except (ValueError, RecursionError):
                 return Dropped("not_json")
             fields = {**told, **values} if isinstance(told, dict) else values  # a list is of something else
-        names = [self.caption] if self.caption else TEXT_FIELDS
-        text = read_text(next((found for name in names if (found := field(fields, name))), None))
+        names = self.caption.split(",") if self.caption else TEXT_FIELDS
+        text = read_text(first(fields, names))
         return Record("pair", (text, read_image(epath.Path(part.path).parent, values[shown[0]] if shown else None)))
 
     def _pictures(self, names: list[str]) -> list[str]:
@@ -104,14 +109,25 @@ class WebDataset(Format):
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder(tables.Table):
-    """A folder of images with captions.jsonl, captions.csv, metadata.jsonl or metadata.csv; or such a table itself."""
+class Folder(AnnotatedTable):
+    """A folder of images with captions.jsonl, captions.csv, metadata.jsonl or metadata.csv; or any such table.
 
-    file: str = setting("file", "field with the image's file, relative to the folder; else file_name")
-    text: str = setting("text", "field with the caption")
+    OpenUni's lists of its corpora are such tables; their captions stand in files of their own, named by `annotation`.
+    """
+
+    file: str = setting("", "field with the image's file; else file, file_name, image or output_image")
+    text: str = setting("", "field with the caption, or several (a,b): the first; else text, caption or a prompt")
 
     def needed(self) -> list[tuple[str, ...]]:
-        return [(self.file, "file_name"), (self.text,)]
+        return [self._files, (*self._texts, ANNOTATION)]
+
+    @property
+    def _files(self) -> tuple[str, ...]:
+        return (self.file,) if self.file else ("file", "file_name", "image", "output_image")
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        return tuple(self.text.split(",")) if self.text else ("text", "caption", "prompt", "input_prompt")
 
     def tables(self) -> list[epath.Path]:
         root = local(self.source)
@@ -122,8 +138,8 @@ class Folder(tables.Table):
         return found
 
     def record(self, row: Mapping[str, Any], part: Part) -> Record:
-        image = read_image(epath.Path(part.path).parent, field(row, self.file) or field(row, "file_name"))
-        return Record("pair", (read_text(field(row, self.text)), image))
+        file = first(row, self._files)
+        return Record("pair", (self.text_of(row, self._texts, part), self.read(file, part)), str(file))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Images that lie beside a table: files in a folder or members of tars, by their name or by the address they came from.
+"""Files that lie beside a table: in a folder or in tars, by their name; images also by the address they came from.
 
 What img2dataset leaves is understood: the `url` in the .json beside a tar's image, and the columns `url` and `key` of
 the Parquet files beside folders of images. A table with the columns `url` and `file` can say the same.
@@ -10,7 +10,7 @@ import json
 import sqlite3
 import tarfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Self
 
@@ -32,13 +32,12 @@ from dreamllm_jax.data.corpora.records import (
 )
 from dreamllm_jax.data.document import Image
 
-INDEX = "images.sqlite"
 _ANYWHERE = "*/"  # before the name of a file of which the folder is not told
 
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Images under the directory `root`; `index` is a file that says where those are that have no file of that name."""
+    """Images or other files under the directory `root`; `index` says where those are that have no file of that name."""
 
     root: str
     index: str = ""
@@ -81,44 +80,52 @@ def _indexable(name: str) -> str:
 class ImageTable(tables.Table):
     """A format of tables whose rows name files of images."""
 
-    images: str = setting("", "directory of the images; default the table's own")
+    images: str = setting("", "directory of the images, as files or in tars; default the table's own, as files")
+    found: Pictures | None = None
 
     def prepare(self, scratch: epath.Path) -> Self:
-        if self.images:
-            _require_folder(self.images)
-        return self
+        return dataclasses.replace(self, found=make(self.images, scratch)) if self.images else self
 
     def read(self, name: object, part: Part) -> Image | Dropped:
         """The image that a row of the part names."""
-        return read_image(self.images or epath.Path(part.path).parent, name)
+        return self.found.read(name) if self.found else read_image(epath.Path(part.path).parent, name)
 
 
-def make(root: str, scratch: epath.Path, table: str = "") -> Pictures:
-    """The images under `root`, indexed in `scratch` where they cannot be found by name alone.
+def make(
+    root: str, scratch: epath.Path, table: str = "", *, suffixes: Sequence[str] = images.SUFFIXES, what: str = "images"
+) -> Pictures:
+    """The files under `root`, indexed in `scratch` where they cannot be found by name alone.
+
+    What is in a tar is found by its name there, by that alone, and as where the tar is unpacked in a folder of its own
+    name, or of what stands in that behind the last hyphen (`cc12m-train-0003.tar` in `0003/`, as OpenUni has it).
 
     Args:
       root: the directory.
       scratch: a directory for the index.
       table: a table with the columns `url` and `file`.
+      suffixes: of the files that are looked for in tars.
+      what: they are called in messages and in the index's name.
 
     Raises:
       FileNotFoundError, ValueError: the directory or the table cannot be used.
     """
-    folder = _require_folder(root)
+    folder = local(root)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no directory of {what} {root}")
     archives = under(folder, tars.SUFFIXES)
     lists = [path for path in under(folder, [".parquet"]) if path.with_suffix("").is_dir()]
     if not (archives or lists or table):
         return Pictures(str(folder))
-    index = scratch / INDEX
+    index = scratch / f"{what}.sqlite"
     if str(index).startswith("gs://"):
-        raise ValueError(f"images in tars or by address need an index in a local directory, not in {scratch}")
+        raise ValueError(f"{what} in tars or by address need an index in a local directory, not in {scratch}")
     if not index.exists():
         unfinished = index.with_suffix(".unfinished")
         unfinished.unlink(missing_ok=True)
         with sqlite3.connect(unfinished) as connection:
             connection.execute("CREATE TABLE images (name TEXT PRIMARY KEY, path TEXT, offset INT, size INT)")
             for path in archives:
-                _add(connection, folder, _members(folder, path))
+                _add(connection, folder, _members(folder, path, suffixes))
             for path in lists:
                 _add(connection, folder, _listed(folder, path))
             if table:
@@ -138,32 +145,25 @@ def _add(connection: sqlite3.Connection, root: epath.Path, entries: Iterator[tup
             connection.execute("UPDATE images SET path = '' WHERE name = ?", (name,))
 
 
-def _require_folder(root: str) -> epath.Path:
-    folder = local(root)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no directory of images {root}")
-    return folder
-
-
 @functools.cache
 def _connect(index: str) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{index}?mode=ro&immutable=1", uri=True)
 
 
-def _members(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str, int, int]]:
-    """A tar's images by whole name, by file name and by the `url` of the .json of the same sample."""
+def _members(root: epath.Path, path: epath.Path, suffixes: Sequence[str]) -> Iterator[tuple[str, str, int, int]]:
+    """A tar's files as `make` tells, and images by the `url` of the .json of the same sample."""
     archive = str(path.relative_to(root))
     places: dict[str, tuple[int, int]] = {}
     urls: list[tuple[str, str]] = []
     if path.suffix.lower() != ".tar":
-        raise ValueError(f"{path}: images are found by their place in a tar, which needs an uncompressed one")
+        raise ValueError(f"{path}: files are found by their place in a tar, which needs an uncompressed one")
     try:
         with path.open("rb") as file, tars.open_tar(file, "r:") as tar:
             for member in tar:
                 name = PurePosixPath(inside(member.name) or "")
                 if not member.isfile() or not name.name or is_hidden(str(name)) or member.size > tars.LARGEST:
                     continue
-                if name.suffix.lower() in images.SUFFIXES:
+                if name.suffix.lower() in suffixes:
                     places[str(name)] = member.offset_data, member.size
                 elif name.suffix.lower() == ".json":
                     try:
@@ -175,6 +175,8 @@ def _members(root: epath.Path, path: epath.Path) -> Iterator[tuple[str, str, int
     for name, (offset, size) in places.items():
         yield _indexable(name), archive, offset, size
         yield _ANYWHERE + _indexable(PurePosixPath(name).name), archive, offset, size
+        for unpacked in dict.fromkeys((path.stem, path.stem.rpartition("-")[2])):
+            yield _ANYWHERE + _indexable(f"{unpacked}/{name}"), archive, offset, size
     stems: dict[str, list[tuple[int, int]]] = {}
     for name, place in places.items():
         stems.setdefault(str(PurePosixPath(name).with_suffix("")), []).append(place)

@@ -27,10 +27,14 @@ NOT_FETCHED = Dropped("not_fetched")  # an address that was dead: counted, and n
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A document as its source has it: images as they were found, or the reason why they were not."""
+    """A document as its source has it: images as they were found, or the reason why they were not.
+
+    `name` is what its source calls it, where something else may be found by that: the file of its image.
+    """
 
     kind: Kind
     segments: tuple[Text | Image | Dropped, ...]
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -152,6 +156,11 @@ def spellings(name: str) -> list[str]:
 def field(row: Mapping[str, Any], name: str) -> Any:
     """What a row has under a name, or under the only one that differs from it in capitals and blanks alone."""
     return row[_key(row, name)] if has_field(row, name) else None
+
+
+def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """What a row has under the first of the names under which there is something."""
+    return next((found for name in names if (found := field(row, name))), None)
 
 
 def has_field(row: Mapping[str, Any], name: str) -> bool:
