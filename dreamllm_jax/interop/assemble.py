@@ -42,8 +42,8 @@ def assemble(
       special_tokens, vocab_size: of the tokenizer.
       new_tokens: ids the language model has never seen.
       init: rows of new tokens: "normal", or the "mean" of the others.
-      num_queries, dream_queries, visual_projector, connector: see `DreamLLMConfig`; they begin at random, but for what of
-        a connector is `copied`.
+      num_queries, dream_queries, visual_projector, connector: see `DreamLLMConfig`; they begin at random, but for what
+        of a connector is `copied`.
       seed: of everything random here.
 
     Raises:
