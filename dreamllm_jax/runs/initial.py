@@ -70,20 +70,8 @@ def require_same_model(theirs: DreamLLMConfig, ours: DreamLLMConfig, name: str) 
 # How a model is computed, trained, asked, sampled or was begun, not what it is; adapters can be added and merged. Of a
 # flow it is a velocity at each noise level, whichever of these are learned.
 _FLOW = tuple(field.name for field in dataclasses.fields(FlowConfig) if field.name != "num_train_timesteps")
-_BEGUN = ("initializer_range", "init", "deviation")
-_FREE = (
-    "dtype",
-    "remat",
-    "teacher",
-    "copied",
-    "upcast",
-    "training",
-    "sample_size",
-    "lora",
-    "prompting",
-    *_BEGUN,
-    *_FLOW,
-)
+_BEGUN = ("initializer_range", "init", "deviation", "copied")
+_FREE = ("dtype", "remat", "teacher", "upcast", "training", "sample_size", "lora", "prompting", *_BEGUN, *_FLOW)
 
 
 def _require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str, name: str) -> None:

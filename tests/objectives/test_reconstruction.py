@@ -8,9 +8,12 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.model import TEACHER, DreamLLM
 from dreamllm_jax.objectives.reconstruction import ReconstructionConfig
+from dreamllm_jax.runs.precompute import precompute
 from dreamllm_jax.training.step import loss_and_gradients
+from tests.experiment.test_flops import ALIGNMENT, experiment
 from tests.parity import assert_same, compiled
 from tests.tiny import DECODER_UNILIP, make_batch, random_rows, tiny_config, tiny_params
 
@@ -116,3 +119,11 @@ def test_settings_that_make_no_sense():
     ):
         with pytest.raises(ValueError, match=message):
             ReconstructionConfig(**settings)
+
+
+def test_what_the_vision_encoder_sees_is_not_computed_beforehand(tmp_path):
+    config = tiny_config(image_decoder=DECODER_UNILIP)
+    with pytest.raises(ConfigError, match=r"latents of what the vision encoder sees, .* leave moments out"):
+        experiment(model=config, stored=("moments",), trainable=ALIGNMENT)
+    with pytest.raises(ValueError, match="latents of what the vision encoder sees: there are no moments to compute"):
+        precompute(tmp_path, "any", "moments", DreamLLM(config), {}, made_by="", size=16, dtype="float32", batch=1)
