@@ -10,8 +10,9 @@ encoder; then queries and a transformer, begun as the language model's last laye
         --config.parameters.init_from=RUN_OF_ENCODER --config.data.path=DOCUMENTS
 
 Arguments: `size`, 1b (InternVL3-1B, SANA-0.6B) or 2b (InternVL3-2B, SANA-1.6B); `stage`, decoder and encoder of the
-autoencoder (the autoencoder alone; then the vision encoder and its projector too, held near to what they were), 1 (queries
-and connector, on captions), 2 (SANA too; captions, and edits ten times as often), 3 (the same on few good ones).
+autoencoder (the autoencoder alone; then the vision encoder and its projector too, held near to what they were), 1
+(queries and connector, on captions), 2 (SANA too; captions, and edits ten times as often), 3 (the same on few good
+ones).
 
 As the program has it: rate 1e-4 with a floor of a tenth, no decay, warm-up 0.003, text dropped from a tenth, times by a
 logit-normal density, 5 epochs of BLIP3o-Pretrain's 36 million captions (stage 2: and 1.5 million edits, GPT-Image-Edit;
@@ -40,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
     trained, steps, epochs = STAGES[given.stage]
     name, reconstructs = f"unilip-{given.size}", given.stage in ("decoder", "encoder")
     model = family.internvl(given.size, name, name, prompting=family.prompting("unilip"))
-    config = family.painting(model, trained, pictures=512, slots=8, length=2688)
+    config = family.painting(model, trained, pictures=512, slots=8, length=family.LENGTHS["long"])
     config.rows.dream_size = 448
     if "edits" in epochs:
         config.rows.update(see_slots=8, length=4_864)
