@@ -24,7 +24,7 @@ from dreamllm_jax.layers.weights import Weight
 from dreamllm_jax.parallel.mesh import constrain
 from dreamllm_jax.towers.condition import Condition, Hidden
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
-from dreamllm_jax.towers.queries import DreamQueries
+from dreamllm_jax.towers.queries import DreamQueries, QueriesConfig
 from dreamllm_jax.towers.registry import (
     ConnectorConfig,
     ImageDecoderConfig,
@@ -33,15 +33,19 @@ from dreamllm_jax.towers.registry import (
     VisualProjectorConfig,
 )
 
+TEACHER = "teacher"  # of the parameters, beside the model's own
+
 
 @dataclasses.dataclass(frozen=True)
 class DreamLLMConfig:
     """The towers' shapes and how they are joined.
 
     Attributes:
-      num_queries: dream queries an image is painted from.
+      num_queries: dream queries an image is painted from; `dream_queries` says how they begin.
       special_tokens: ids; None for the last eight of the vocabulary.
       prompting: how it is asked to paint, of `data.prompting`; None for captions that stand alone.
+      teacher: a second vision encoder and visual projector, which stay as these were when a run began and are never
+        trained: what `objectives.reconstruction` can keep them near to.
       dtype: what the towers compute in; parameters are stored as the training configuration says.
       remat: what the language model's layers keep for their backward pass: "none" (everything), "dots", "full"
         (nothing), "offload", or names (see `layers.remat`).
@@ -53,8 +57,10 @@ class DreamLLMConfig:
     visual_projector: VisualProjectorConfig = ProjectorConfig()
     connector: ConnectorConfig = ProjectorConfig()
     num_queries: int = 64
+    dream_queries: QueriesConfig = QueriesConfig()
     special_tokens: SpecialTokens | None = None
     prompting: Prompting | None = None
+    teacher: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "full"
 
@@ -67,8 +73,17 @@ class DreamLLMConfig:
                 getattr(self, name).require_tokens(tokens)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+        seen, decoder = self.vision_encoder, self.image_decoder
+        if decoder.encodes_features:
+            width = seen.width if decoder.encodes_features == "vision_encoder" else self.language_model.width
+            decoder.require_features(seen.image_size, seen.num_patches, width)
         if self.special_tokens is None:
             object.__setattr__(self, "special_tokens", SpecialTokens.last_of(self.language_model.vocab_size))
+
+    @property
+    def queries_shape(self) -> tuple[int, int]:
+        """Of one image's dream queries."""
+        return self.num_queries, self.language_model.width
 
 
 def splice(
@@ -126,7 +141,8 @@ class DreamLLM(nn.Module):
         of_images = "none" if config.remat == "none" else "full"
         self.vision_encoder = config.vision_encoder.make(dtype, of_images)
         self.visual_projector = config.visual_projector.make(width, dtype)
-        self.dream_queries = DreamQueries(config.num_queries, width)
+        if not config.dream_queries.redrawn:
+            self.dream_queries = DreamQueries(*config.queries_shape, config.dream_queries.deviation_of(width))
         decoder = config.image_decoder
         self.connector = config.connector.make_connector(
             decoder.condition_width, decoder.pooled_width, dtype, of_images
@@ -150,14 +166,23 @@ class DreamLLM(nn.Module):
         tokens: Int[Array, "B L"],
         seen: Sequence[tuple[Float[Array, "B S P E"], Int[Array, "B S"]]] = (),
         dream_slots: Sequence[Int[Array, "B S"]] = (),
+        drawn: Sequence[Float[Array, "B S Q E"]] = (),
     ) -> Float[Array, "B L E"]:
-        """Token embeddings with what is seen and the dream queries spliced in at their slots, group by group."""
+        """Token embeddings with what is seen and the dream queries spliced in at their slots, group by group.
+
+        Args:
+          drawn: the images' queries, where they are drawn anew (`QueriesConfig.redrawn`).
+        """
         x = self.language_model.embed(tokens)
         for features, slots in seen:
             x = splice(x, features, slots)
-        for slots in dream_slots:
-            queries = self.dream_queries()
-            x = splice(x, spread(queries, (*slots.shape, *queries.shape), x.dtype), slots)
+        for index, slots in enumerate(dream_slots):
+            if self.config.dream_queries.redrawn:
+                queries = drawn[index]
+            else:
+                table = self.dream_queries()
+                queries = spread(table, (*slots.shape, *table.shape), x.dtype)
+            x = splice(x, queries, slots)
         return constrain(x, ("rows", "tokens", "act_embed"))
 
     def decode(
@@ -185,7 +210,12 @@ class DreamLLM(nn.Module):
         Args:
           with_queries: feed the dream queries; without them their positions keep the embedding of `<im_patch>`, as in
             the original's training code.
+
+        Raises:
+          ValueError: the queries are drawn anew, so that each image has a document without a prompt of its own.
         """
+        if self.config.dream_queries.redrawn:
+            raise ValueError("dream queries that are drawn anew have no null condition: read the prompt without words")
         special = self.config.special_tokens
         tokens = jnp.asarray([special.null_document(self.config.num_queries)], jnp.int32)
         slots = jnp.full((1, 1), special.null_slot)
@@ -206,7 +236,7 @@ class DreamLLM(nn.Module):
         features = self.see(jnp.zeros((1, *encoder.pixels_shape(size, size)), jnp.uint8))[None]
         length = max(encoder.num_patches, config.num_queries)
         tokens, slots = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 1), jnp.int32)
-        x = self.embed(tokens, [(features, slots)], [slots])
+        x = self.embed(tokens, [(features, slots)], [slots], [jnp.zeros((1, 1, *config.queries_shape))])
         hidden, _ = self.decode(x, jnp.arange(length)[None], jnp.ones_like(tokens))
         self.language_model.logits(hidden)
         given = painted_from(config, hidden, jnp.ones_like(tokens), slots)
@@ -216,7 +246,11 @@ class DreamLLM(nn.Module):
 @functools.cache
 def abstract_params(config: DreamLLMConfig) -> dict:
     """The parameter tree's shapes (`layers.weights.Weight`), nothing computed."""
-    return dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
+    params = dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
+    if config.teacher:
+        taught = {name: params[name] for name in ("vision_encoder", "visual_projector") if name in params}
+        params[TEACHER] = jax.tree.map(lambda x: x.replace(fixed=True), taught, is_leaf=lambda x: isinstance(x, Weight))
+    return params
 
 
 def axes_of(weights: Any) -> Any:

@@ -72,10 +72,22 @@ class Experiment:
             self.objective.require(model, self.parameters.trained, bool(rows.painted))
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if model.teacher and not self.parameters.init_from:
+            raise ConfigError("model.teacher=True needs parameters.init_from: a teacher knows what was learned before")
+        if model.image_decoder.encodes_features and "moments" in self.data.stored:
+            raise ConfigError(
+                "data.stored: this image decoder makes latents of what the vision encoder sees, which are not computed "
+                "beforehand: leave moments out"
+            )
         if self.objective.drop_prob and (model.prompting or any(use.drops for use in self.data.corpora.values())):
             raise ConfigError(
                 f"objective.drop_prob={self.objective.drop_prob:g}: with model.prompting, or where a corpus drops its "
                 "text or images, that is all that is dropped: set it to 0, and data.corpora.NAME.drop_text to the share"
+            )
+        if model.dream_queries.init == "vocabulary" and not self.parameters.init_from:
+            raise ConfigError(
+                "model.dream_queries.init='vocabulary' begins with the mean of a trained language model's rows: import "
+                "one with convert import --dream-queries=vocabulary, and name it in parameters.init_from"
             )
         if max(self.timeout, self.host_timeout) > threading.TIMEOUT_MAX:
             raise ConfigError(

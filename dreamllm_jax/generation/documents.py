@@ -22,8 +22,8 @@ from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.generation.images import (
     DEFAULT,
     generate_images,
-    nothing_asked,
     paint,
+    read_asked,
     require_interval,
     require_sampler,
     require_size,
@@ -111,10 +111,12 @@ def generate_documents(
     ids, ends = tokenizer.special, ends_of(template, tokenizer)
     patches = encoder.tokens(*encoder.fitting(width, height))
     each = len(ids.painted(model.config.num_queries)) + len(ids.seen(patches))
-    reading = begin(model, params, tokenizer, prompts, max_tokens + max_images * each, template, allowed)
+    seeds = range(len(prompts)) if seeds is None else seeds
+    new, of_rows = max_tokens + max_images * each, jnp.asarray(seeds, jnp.uint32)
+    reading = begin(model, params, tokenizer, prompts, new, template, allowed, seeds=of_rows)
     documents = [
         _Document(seed, sum(isinstance(segment, Painted) for segment in prompt), max_tokens, max_images)
-        for prompt, seed in zip(prompts, seeds or range(len(prompts)), strict=True)
+        for prompt, seed in zip(prompts, seeds, strict=True)
     ]
 
     def those(state: str) -> np.ndarray:
@@ -130,10 +132,8 @@ def generate_documents(
         if (asking := those("asking")).any():
             yield from (Event(row, Painted(b""), False) for row in np.flatnonzero(asking).tolist())
             guiding = {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval}
-            if guidance != 1.0:
-                guiding["negative"] = nothing_asked(model, params, tokenizer)
             painting = {"size": size, "sampler": sampler, **guiding}
-            pictures, reading = _paint(model, params, reading, documents, asking, **painting)
+            pictures, reading = _paint(model, params, tokenizer, reading, documents, asking, **painting)
             for row, picture in pictures.items():
                 yield Event(row, picture, True)
 
@@ -178,13 +178,22 @@ def _written(
 
 
 def _paint(
-    model: DreamLLM, params: dict, reading: Reading, documents: list[_Document], asking: np.ndarray, **painting
+    model: DreamLLM,
+    params: dict,
+    tokenizer: Tokenizer,
+    reading: Reading,
+    documents: list[_Document],
+    asking: np.ndarray,
+    **painting,
 ) -> tuple[dict[int, Painted], Reading]:
     """Paints an image for each document that asks, and lets it read it."""
-    hidden, reading = read_queries(model, params, reading, announced=True, active=jnp.asarray(asking))
+    each = jnp.asarray([document.seed + document.painted for document in documents], jnp.uint32)
+    hidden, reading = read_queries(model, params, reading, announced=True, active=jnp.asarray(asking), seeds=each)
     rows = np.flatnonzero(asking)
     padded = np.resize(rows, bucket(len(rows)))
-    seeds = jnp.asarray([documents[row].seed + documents[row].painted for row in padded], jnp.uint32)
+    seeds = each[padded]
+    if painting["guidance"] != 1.0 and (model.config.prompting or model.config.dream_queries.redrawn):
+        painting["negative"] = read_asked(model, params, tokenizer, [()] * len(padded), seeds)
     pixels = paint(model, params, jax.tree.map(lambda x: x[padded], hidden), seeds, **painting)
     encoder, pictures = model.config.vision_encoder, {}
     size = encoder.fitting(pixels.shape[2], pixels.shape[1])

@@ -124,12 +124,19 @@ def paint(
     return decode(model, params, latents, size)
 
 
-def nothing_asked(model: DreamLLM, params: dict, tokenizer: Tokenizer) -> Float[Array, "1 Q E"] | None:
-    """What guidance leads away from where no image is edited: the model's words for no caption; None if it has none."""
-    if model.config.prompting is None:
-        return None
-    reading = begin(model, params, tokenizer, [()], model.config.num_queries + 2, writes=False, asked=True)
-    return read_queries(model, params, reading)[0]
+def read_asked(
+    model: DreamLLM, params: dict, tokenizer: Tokenizer, prompts: Sequence[Sequence[Segment]], seeds: Sequence[int]
+) -> Float[Array, "N Q E"]:
+    """The hidden states to paint each prompt's image from; those of prompts that are all alike are read once.
+
+    Args:
+      prompts, seeds: see `generate_images`; a prompt without text asks for what guidance leads away from.
+    """
+    alike = not model.config.dream_queries.redrawn and all(list(one) == list(prompts[0]) for one in prompts)
+    given, seeds = (prompts[:1], seeds[:1]) if alike else (prompts, seeds)
+    reading = begin(model, params, tokenizer, given, model.config.num_queries + 2, writes=False, asked=True)
+    hidden = read_queries(model, params, reading, seeds=jnp.asarray(seeds, jnp.uint32))[0]
+    return jax.tree.map(lambda x: jnp.repeat(x, len(prompts), axis=0), hidden) if alike else hidden
 
 
 def generate_images(
@@ -175,26 +182,19 @@ def generate_images(
         )
 
     def hidden(given: Sequence[Sequence[Segment]]) -> Float[Array, "N Q E"]:
-        reading = begin(model, params, tokenizer, given, model.config.num_queries + 2, writes=False, asked=True)
-        return read_queries(model, params, reading)[0]
+        return read_asked(model, params, tokenizer, given, seeds)
 
-    def shared(given: Sequence[Sequence[Segment]]) -> Float[Array, "N Q E"]:
-        """Those that are all alike are read once."""
-        if len({tuple(one) for one in given}) > 1:
-            return hidden(given)
-        return jax.tree.map(lambda x: jnp.repeat(x, len(given), axis=0), hidden(given[:1]))
-
-    against, dual = {}, image_guidance != 1.0 and any(isinstance(s, Image) for prompt in prompts for s in prompt)
+    dual = image_guidance != 1.0 and any(isinstance(segment, Image) for prompt in prompts for segment in prompt)
+    against = {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval}
     if by_words and (dual or guidance != 1.0):
         words = [segment for segment in negative if isinstance(segment, Text)]
         read = [[segment for segment in prompt if isinstance(segment, Image)] for prompt in prompts]
-        against["negative"] = shared([[*images, *words] for images in read])
+        against["negative"] = hidden([[*images, *words] for images in read])
         if dual:
             blind = [[Image(black(size_of(image.data))) for image in images] for images in read]
-            against |= {"blind": shared([[*images, *words] for images in blind]), "image_guidance": image_guidance}
-    elif negative and guidance != 1.0:
-        against["negative"] = shared([negative] * len(prompts))
-    against |= {"guidance": guidance, "rescale": rescale, "guidance_interval": guidance_interval}
+            against |= {"blind": hidden([[*images, *words] for images in blind]), "image_guidance": image_guidance}
+    elif guidance != 1.0 and (negative or model.config.dream_queries.redrawn):
+        against["negative"] = hidden([negative] * len(prompts))
     return paint(model, params, hidden(prompts), jnp.asarray(seeds, jnp.uint32), size=size, sampler=sampler, **against)
 
 

@@ -154,19 +154,32 @@ def _advance(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache_length", "known"))
-def read_prompts(model: DreamLLM, params: dict, prompts: Batch, cache_length: int, known: int | None = None) -> Reading:
+def read_prompts(
+    model: DreamLLM,
+    params: dict,
+    prompts: Batch,
+    cache_length: int,
+    known: int | None = None,
+    seeds: UInt32[Array, " B"] | None = None,
+) -> Reading:
     """Reads prompts of any lengths, with images to see.
 
     Args:
       prompts: one document a row from position 0, padded on the right with segment 0.
       cache_length: room for prompt and continuation (S).
       known: ids that the tokenizer has; None for all of the vocabulary.
+      seeds: of the rows: image i of one was painted with seed + i; what dream queries that are drawn anew need.
     """
     rows, joined, read = len(prompts.tokens), model.bind({"params": params}), []
     for slots in prompts.see:
         features = joined.see(slots.images.reshape(-1, *slots.images.shape[2:]))
         read.append((features.reshape(*slots.at.shape, *features.shape[1:]), slots.at))
-    embeddings = joined.embed(prompts.tokens, read, [slots.at for slots in prompts.dream])
+    drawn: list[Array] = []
+    if model.config.dream_queries.redrawn and prompts.dream:
+        (painted,) = prompts.dream
+        numbers = jnp.arange(painted.at.shape[1], dtype=jnp.uint32)
+        drawn = [_drawn(model, (jnp.zeros(rows, jnp.uint32) if seeds is None else seeds)[:, None] + numbers)]
+    embeddings = joined.embed(prompts.tokens, read, [slots.at for slots in prompts.dream], drawn)
     vocabulary = model.config.language_model.vocab_size
     cache = model.config.language_model.cache(rows, cache_length, jnp.dtype(model.config.dtype))
     ids = model.config.special_tokens
@@ -194,11 +207,13 @@ def begin(
     allowed: int | None = None,
     writes: bool = True,
     asked: bool = False,
+    seeds: Array | None = None,
 ) -> Reading:
     """Reads how documents begin, with room for `new` tokens; other arguments and errors as of `prompts.encode_prompts`.
 
     Args:
       writes: text is to follow; where documents begin with no token it can follow nothing but some.
+      seeds: see `read_prompts`.
 
     Raises:
       ValueError: the documents could become longer than the model can read, or than is `allowed`; or there is nothing
@@ -208,7 +223,7 @@ def begin(
     if writes and not batch.segment_ids[:, 0].all():
         raise ValueError("a prompt is empty, and this model's documents begin with no token of their own: begin it")
     length = require_fits(model.config, batch, new, allowed) + STRETCH  # the last stretch may be longer, only to be cut
-    return read_prompts(model, params, batch, bucket(length, 64), tokenizer.vocab_size)
+    return read_prompts(model, params, batch, bucket(length, 64), tokenizer.vocab_size, seeds)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_tokens", "stop"), donate_argnames=("reading",))
@@ -297,19 +312,22 @@ def read_queries(
     reading: Reading,
     announced: bool = False,
     active: Bool[Array, " B"] | None = None,
+    seeds: UInt32[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B Q E"] | Hidden, Reading]:
     """Every row reads `<dream_start> queries <dream_end>`: the hidden states to paint an image from.
 
     Args:
       announced: the rows have read `<dream_start>` already.
       active: the rows that do; None for all. What is returned for the others has no meaning.
+      seeds: of the images, which queries that are drawn anew are a function of.
     """
     ids, queries = model.config.special_tokens, model.config.num_queries
     start = 0 if announced else 1
     tokens = ids.painted(queries)[1 - start :]
     tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (reading.logits.shape[0], len(tokens)))
     slots = jnp.full((tokens.shape[0], 1), start, jnp.int32)
-    embeddings = model.bind({"params": params}).embed(tokens, dream_slots=[slots])
+    drawn = [_drawn(model, seeds[:, None])] if model.config.dream_queries.redrawn else []
+    embeddings = model.bind({"params": params}).embed(tokens, dream_slots=[slots], drawn=drawn)
     recent = reading.recent
     hidden, reading = _advance(model, params, reading, embeddings, True if active is None else active[:, None])
     first, hidden = hidden[:, :1], hidden[:, start : start + queries]
@@ -319,3 +337,9 @@ def read_queries(
             recent = [jnp.concatenate([old[:, 1:], new], axis=1) for old, new in zip(recent, begun, strict=True)]
         hidden = Hidden(hidden, *recent)
     return hidden, reading
+
+
+def _drawn(model: DreamLLM, seeds: UInt32[Array, "B S"]) -> Float[Array, "B S Q E"]:
+    """Dream queries that are drawn anew, of pictures by their seeds."""
+    config = model.config
+    return jax.vmap(jax.vmap(lambda seed: config.dream_queries.of_seed(seed, config.queries_shape)))(seeds)

@@ -110,6 +110,7 @@ def require_expressible(config: DreamLLMConfig) -> None:
             "connector.pre_layernorm": config.connector.pre_layernorm,
             "connector.post_layernorm": config.connector.post_layernorm,
             "connector of kind 'conv' for a pooled vector": pooled and config.connector.kind == "conv",
+            "dream queries that are drawn anew": config.dream_queries.redrawn,
             "documents without <s>, or images without marks around them": None in dataclasses.astuple(special),
             "visual_projector.layer_norm_eps other than vision_encoder.layer_norm_eps": projector.post_layernorm
             and projector.layer_norm_eps != encoder.layer_norm_eps,

@@ -73,9 +73,17 @@ class JointConfig:
         )
 
     def require(self, model: DreamLLMConfig, trained: Callable[[str], bool], paints: bool) -> None:
-        """Raises ValueError if rows that have, or have no, room for images to paint leave nothing to learn."""
+        """Raises ValueError if rows that have, or have no, room for images to paint leave nothing to learn, or there is
+        a teacher, from whom nothing is."""
         if self.lm_weight == 0 and not paints:
             raise ValueError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
+        if self.drop_prob and model.dream_queries.redrawn:
+            raise ValueError(
+                f"objective.drop_prob={self.drop_prob:g}: dream queries that are drawn anew have no null condition: "
+                "set it to 0, and data.corpora.NAME.drop_text"
+            )
+        if model.teacher:
+            raise ValueError("model.teacher is of objective.kind=reconstruction: leave it out")
 
     def make(self, model: DreamLLM) -> "Joint":
         """The objective for a model."""
@@ -95,10 +103,12 @@ class Draws:
     Attributes:
       decoder: the image decoder's draws, [B, S, ...].
       drop: bool[B, S]: which images get the null condition; None for none.
+      queries: f32[B, S, Q, E]: the dream queries, where they are drawn anew; None for the learned ones.
     """
 
     decoder: Any
     drop: Bool[Array, "B S"] | None = None
+    queries: Float[Array, "B S Q E"] | None = None
 
 
 @struct.dataclass
@@ -135,13 +145,15 @@ class Joint:
         return tuple(found)
 
     def _draws_of(self, key: jax.Array, rows: int, numbers: range, slots: Slots) -> Draws:
-        config, decoder = self.config, self.model.config.image_decoder
+        config, model = self.config, self.model.config
+        decoder, queries = model.image_decoder, model.dream_queries
         shape = decoder.latent_shape_of(slots.images.shape[2:], slots.stored)
 
         def one(row, slot):
             keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, row), slot), 6)
             drop = jax.random.uniform(keys[3]) < config.drop_prob if config.drop_prob else None
-            return Draws(decoder.draws(keys, shape), drop)
+            drawn = queries.draw(keys[3], model.queries_shape) if queries.redrawn else None
+            return Draws(decoder.draws(keys, shape), drop, drawn)
 
         every = jnp.arange(numbers.start, numbers.stop)
         return jax.vmap(lambda row: jax.vmap(lambda slot: one(row, slot))(every))(jnp.arange(rows))
@@ -163,7 +175,7 @@ class Joint:
         """
         config = self.config
         totals = self.totals(batch) if totals is None else totals
-        hidden = hidden_states(self.model, params, batch, config.image_chunk)
+        hidden = self.hidden(params, batch, draws)
         lm_loss = dm_loss = jnp.zeros((), jnp.float32)
         if config.lm_weight:
             lm_loss = _mean(self.next_token_sum(params, hidden, batch), totals.tokens)
@@ -171,6 +183,11 @@ class Joint:
             dm_loss = _mean(self.painting_sum(params, hidden, batch, draws), totals.images)
         loss = (config.lm_weight * lm_loss + config.dm_weight * dm_loss) / config.scale
         return loss, {"loss": loss, "lm_loss": lm_loss, "dm_loss": dm_loss}
+
+    def hidden(self, params: dict, batch: Batch, draws: tuple[Draws, ...]) -> Float[Array, "B L E"]:
+        """The language model's final hidden states for packed rows."""
+        drawn = [one.queries for one in draws]
+        return hidden_states(self.model, params, batch, self.config.image_chunk, drawn)
 
     def next_token_sum(self, params: dict, hidden: Float[Array, "B L E"], batch: Batch) -> Float[Array, ""]:
         """Sum of the weighted negative log-likelihoods of the batch's tokens."""
@@ -237,12 +254,12 @@ class HeldOutJoint:
         """
         objective, decoder = self.objective, self.objective.model.config.image_decoder
         totals = objective.totals(batch)
-        hidden = hidden_states(objective.model, params, batch, objective.config.image_chunk)
+        draws = objective.draws(key, batch)
+        hidden = objective.hidden(params, batch, draws)
         lm = objective.next_token_sum(params, hidden, batch)
         found = {"lm": lm, "tokens": totals.tokens, "images": totals.images}
         if not batch.dream:
             return found
-        draws = objective.draws(key, batch)
 
         def within(part: int) -> tuple[Draws, ...]:
             return tuple(one.replace(decoder=decoder.within(one.decoder, part, self.parts)) for one in draws)
