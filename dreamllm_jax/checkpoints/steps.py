@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def _write_small_arrays_whole() -> None:
-    """Of an array that several chips have each writes a part, for which each shape takes a program: not of small ones."""
+    """Of an array that several chips have each writes a part, by a program for each shape: not of small ones."""
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24)
     said = logging.getLogger("absl")  # by which Orbax warns of what is meant
     level = said.level
