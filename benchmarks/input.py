@@ -1,6 +1,6 @@
 """How fast rows are made from stored documents, and how many cores a host of a pod needs for it.
 
-    python -m benchmarks.input [--documents=400] [--steps=20] [--latency=0.03]
+    python -m benchmarks.input [--documents=400] [--steps=20] [--latency=0.03 | --family]
 
 Builds a corpus of interleaved documents and captioned pictures as in stage II: photographs of scikit-image at 640 x 480
 pixels, texts of the lengths of MMC4's and BLIP's. It is read with rows of stage II (2048 tokens, 6 + 6 images) and of
@@ -11,12 +11,17 @@ With `--latency` every read of a record takes so many seconds more, as in a buck
 any picture, how long a run of 64 rows a host with 256 waiting documents each takes to continue, and the rows that are
 read and packed a second; and beside them the rows that one core decodes.
 
-Needs scikit-image, and a tokenizer of real size, which `pip install mistral-common` brings.
+With `--family` captioned pictures are read as OpenUni, MetaQuery and UniLIP learn them: rows of eight with 256 queries
+each, pictures of 512 or 448 pixels, also with an edit's source beside each, and with what SANA's autoencoder made of
+them stored. The pictures are as `data import` leaves them, 683 x 512.
+
+Needs scikit-image, and a tokenizer of real size: `--tokenizer`, or what `pip install mistral-common` brings.
 """
 
 import argparse
 import contextlib
 import cProfile
+import dataclasses
 import importlib.util
 import io
 import json
@@ -27,11 +32,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from PIL import Image as Picture
 
-from dreamllm_jax.data import storage, tokenizer
+from dreamllm_jax.data import storage, stored, tokenizer
 from dreamllm_jax.data.batch import RowShape, SlotGroup
 from dreamllm_jax.data.document import Document, Image, Text
 from dreamllm_jax.data.images import paint_pixels
@@ -49,6 +55,9 @@ RESUMED, READ = 64, 32  # rows a host: of a run that is continued, of one that r
 MIXTURE = {"interleaved": CorpusConfig(), "pairs": CorpusConfig()}
 # Rows of pictures to paint only: stage I, creation.
 STAGE_1 = RowShape(2048, (), (SlotGroup(20, 64, 512, 512),))
+# Rows of pictures with 256 queries each: of the recipes, and how large they are.
+QUERIES = {"OpenUni, MetaQuery": (512, 2688), "UniLIP": (448, 2688)}
+LATENTS = (16, 16, 32)
 # What a host feeds: chips, and seconds a step of the plan for so many rows a chip (docs/performance.md).
 HOSTS = {"v5p-8, stage II": (4, 8, 3.0), "v5e-8, stage II": (8, 2, 1.9)}
 FUNCTIONS = {
@@ -60,7 +69,7 @@ FUNCTIONS = {
 
 
 def photographs() -> list[np.ndarray]:
-    """Pieces of 640 x 480 pixels of scikit-image's photographs."""
+    """scikit-image's photographs, of 800 x 600 pixels."""
     folder = Path(importlib.util.find_spec("skimage").origin).parent / "data"
     pieces = []
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "hubble_deep_field.jpg"):
@@ -69,7 +78,7 @@ def photographs() -> list[np.ndarray]:
     return pieces
 
 
-def documents(count: int) -> dict[str, list[Document]]:
+def documents(count: int, width: int = 640, height: int = 480, **jpeg: int) -> dict[str, list[Document]]:
     """Documents whose numbers of images and lengths of text are those of MMC4-core and BLIP-LAION."""
     rng, pieces = np.random.default_rng(0), photographs()
     words = ["the", "a", "photograph", "of", "light", "on", "red", "stone", "people", "standing", "near", "houses"]
@@ -78,9 +87,9 @@ def documents(count: int) -> dict[str, list[Document]]:
         return Text(" ".join(rng.choice(words, max(int(tokens / 1.15), 1))))
 
     def image() -> Image:
-        piece, left, top = pieces[rng.integers(len(pieces))], rng.integers(160), rng.integers(120)
+        piece, left, top = pieces[rng.integers(len(pieces))], rng.integers(800 - width), rng.integers(600 - height)
         out = io.BytesIO()
-        Picture.fromarray(piece[top : top + 480, left : left + 640]).save(out, "JPEG", quality=90)
+        Picture.fromarray(piece[top : top + height, left : left + width]).save(out, "JPEG", **{"quality": 90} | jpeg)
         return Image(out.getvalue())
 
     interleaved = []
@@ -101,10 +110,11 @@ def measure(path: Path, shape: RowShape, corpora: dict, tokens: tokenizer.Tokeni
     for _ in range(3):  # the windows are filled
         next(loader)
     profile = cProfile.Profile()
-    began = time.perf_counter()
+    clock = time.perf_counter if workers else time.process_time  # so that others' work on one core does not count
+    began = clock()
     for _ in range(steps):
         next(loader)
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     if workers == 0:
         profile.enable()
         for _ in range(max(steps // 2, 1)):
@@ -172,6 +182,33 @@ def far_away(path: Path, tokens: tokenizer.Tokenizer, latency: float, steps: int
     print(f"{decoded:.1f} rows/s are tokenised and decoded by one core, with nothing to wait for")
 
 
+def family(folder: Path, tokens: tokenizer.Tokenizer, count: int, steps: int) -> None:
+    """Prints how fast rows are read of pictures that are painted with 256 queries each."""
+    pairs = documents(count, 683, 512, quality=95, subsampling=0)["pairs"]
+    edits = [
+        Document("edit", (two.images[0], *one.segments)) for one, two in zip(pairs, pairs[1:] + pairs[:1], strict=True)
+    ]
+    path = folder / "family"
+    storage.write_dataset(path, {"pairs": pairs, "edits": edits})
+    rng, place = np.random.default_rng(0), stored.folder(path, "pairs", "moments")
+    place.mkdir(parents=True)
+    for part, numbers in stored.parts(place, count).items():
+        stored.write_part(part, (rng.normal(size=(1, *LATENTS)).astype(jnp.bfloat16) for _ in numbers))
+    stored.write_description(place, stored.Description(LATENTS, "bfloat16", count, "", {}, {}, complete=True))
+    for name, (size, length) in QUERIES.items():
+        painted, read = SlotGroup(8, 256, size, size), SlotGroup(8, 256, 448, 448)
+        cases = {"pairs": RowShape(length, (), (painted,)), "edits": RowShape(2 * length, (read,), (painted,))}
+        if size == 512:
+            kept = dataclasses.replace(painted, stored=LATENTS)
+            cases["pairs, latents stored"] = RowShape(length, (), (kept,))
+        for what, shape in cases.items():
+            corpora = {what.split(",")[0]: CorpusConfig(mode="creation")}
+            rows, loader, _ = measure(path, shape, corpora, tokens, 0, steps)
+            used = sum(count for (_, kind), count in loader.totals.items() if kind == "dream") / loader._rows
+            filled = ", ".join(f"{part} {share:.1%}" for part, share in loader.fill().items())
+            print(f"{name}, {size} px, {what}: {rows:.1f} rows/s, {rows * used:.0f} documents/s on one core; {filled}")
+
+
 def where(profile: cProfile.Profile) -> str:
     stats = pstats.Stats(profile)
     parts = {
@@ -186,17 +223,27 @@ def where(profile: cProfile.Profile) -> str:
     return ", ".join(f"{label} {seconds / stats.total_tt:.0%}" for label, seconds in {**parts, "rest": rest}.items())
 
 
+def mistral(folder: Path) -> Path:
+    """The tokenizer of mistral-common, under the name that a directory of a model would have it by."""
+    there = Path(importlib.util.find_spec("mistral_common").origin).parent / "data/tokenizer.model.v1"
+    return Path(shutil.copy(there, folder / tokenizer.SENTENCEPIECE_FILE))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=400)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--family", action="store_true")
+    parser.add_argument("--tokenizer", default="", help="instead of mistral-common's")
     arguments = parser.parse_args()
     flags.FLAGS.mark_as_parsed()
-    model = Path(importlib.util.find_spec("mistral_common").origin).parent / "data/tokenizer.model.v1"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "set"
-        tokens = tokenizer.load_tokenizer(Path(shutil.copy(model, Path(folder) / tokenizer.SENTENCEPIECE_FILE)))
+        tokens = tokenizer.load_tokenizer(Path(arguments.tokenizer or mistral(Path(folder))))
+        if arguments.family:
+            family(Path(folder), tokens, arguments.documents, arguments.steps)
+            return
         storage.write_dataset(path, documents(arguments.documents))
         if arguments.latency:
             far_away(path, tokens, arguments.latency, arguments.steps)

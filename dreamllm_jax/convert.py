@@ -5,6 +5,7 @@ python -m dreamllm_jax.convert import --vision-language=DIR --image-decoder=DIR 
 python -m dreamllm_jax.convert import --dreamllm=DIR --to=DIR
 python -m dreamllm_jax.convert import --openuni=FILE --vision-language=DIR --image-decoder=DIR --to=DIR
 python -m dreamllm_jax.convert import --metaquery=DIR --to=DIR
+python -m dreamllm_jax.convert import --unilip=DIR --to=DIR
 python -m dreamllm_jax.convert export --checkpoint=DIR[@STEP] --format=dreamllm --to=DIR
 python -m dreamllm_jax.convert verify --checkpoint=DIR[@STEP] --torch=DIR
 """
@@ -33,6 +34,7 @@ from dreamllm_jax.interop.language_model import open_language_model
 from dreamllm_jax.interop.metaquery import open_metaquery
 from dreamllm_jax.interop.openuni import open_openuni
 from dreamllm_jax.interop.source import PARTS, Source
+from dreamllm_jax.interop.unilip import open_unilip
 from dreamllm_jax.interop.vision_encoder import open_vision_encoder
 from dreamllm_jax.interop.vision_language import open_visual_projector
 from dreamllm_jax.towers.connectors.projector import IdentityConfig, ProjectorConfig
@@ -42,7 +44,8 @@ from dreamllm_jax.towers.queries import Init, QueriesConfig
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TOWERS = ("language_model", "vision_encoder", "image_decoder")
 _LAYERS = TransformerConfig.PUBLISHED
-_WHOLES = ("openuni", "metaquery", "dreamllm")  # checkpoints of programs
+_NAMED = ("vision_language", "image_decoder")  # the towers of those that paint by queries
+_WHOLES = ("openuni", "metaquery", "unilip", "dreamllm")  # checkpoints of programs
 # What a model that sees has of its own.
 _SEEING = (*_TOWERS[:2], "select_layer", "visual_projector", "visual_layernorm")
 
@@ -82,6 +85,7 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--openuni", type=Path, metavar="FILE", help="OpenUni's: its .pth; the towers' shapes beside it")
     add.add_argument("--connector-heads", type=command_line.positive, help="of OpenUni's connector, if not 64 wide")
     add.add_argument("--metaquery", type=Path, help="MetaQuery's: a directory, which names those of its towers")
+    add.add_argument("--unilip", type=Path, help="UniLIP's: a directory, likewise")
     add.add_argument("--tokenizer", type=Path, help="tokenizer, if not the one beside the language model")
     add.add_argument(
         "--dtype",
@@ -130,13 +134,17 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("--to", required=True, help="local directory to write")
     add.add_argument("--dtype", choices=tuple(DTYPES), default="", help="type of all tensors; default: as stored")
     add.add_argument("--max-shard-size", type=_bytes, default=_bytes("5GB"), help="of one file, such as 5GB")
+    for name in _NAMED:
+        add.add_argument(_flag(name), metavar="NAME", help="of metaquery: by which its program will look for it")
     add.add_argument("--location", default="", help="where dreamllm's folder will be used, if not at --to")
     add.add_argument("--no-check", dest="check", action="store_false", help="do not compare with torch afterwards")
 
     add = commands.add_parser("verify", help="compare a checkpoint of ours with a PyTorch directory")
     add.set_defaults(main=_verify)
     add.add_argument("--checkpoint", required=True, metavar="DIR[@STEP]", help="imported model or run's directory")
-    add.add_argument("--torch", required=True, type=Path, help="directory in one of the formats of export")
+    add.add_argument(
+        "--torch", required=True, type=Path, help="directory in one of the formats of export, or OpenUni's file"
+    )
     add.add_argument("--vision-encoder", type=Path, help="of dreamllm: its directory, if not where config.json says")
     add.add_argument("--image-decoder", type=Path, help="of dreamllm: the diffusers directory, likewise")
     _refuse_former_names(add, "clip", "diffusion")
@@ -202,7 +210,7 @@ def _import(arguments: argparse.Namespace) -> None:
         _require_left_out(arguments, wholes[0], (*wholes[1:], "language_model", "vision_encoder", *_FRESH))
     if arguments.connector_heads and not arguments.openuni:
         raise ValueError("--connector-heads is of --openuni: leave it out")
-    if arguments.openuni or arguments.metaquery:
+    if arguments.openuni or arguments.metaquery or arguments.unilip:
         source, tokenizer = _of_queries(arguments)
         return import_model(source, tokenizer, arguments.to, arguments.dtype)
     towers = {_flag(name): getattr(arguments, name) for name in _TOWERS}
@@ -219,15 +227,15 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _of_queries(arguments: argparse.Namespace) -> tuple[Source, Tokenizer]:
-    places = {name: getattr(arguments, name) for name in ("vision_language", "image_decoder")}
+    places = {name: getattr(arguments, name) for name in _NAMED}
     missing = [_flag(name) for name, place in places.items() if place is None]
+    if arguments.unilip:
+        return open_unilip(arguments.unilip, **places, tokenizer=arguments.tokenizer)
     if arguments.metaquery:
         return open_metaquery(arguments.metaquery, **places, tokenizer=arguments.tokenizer)
     if missing:
         raise ValueError(f"give {', '.join(missing)} as well: --openuni has not the shapes of its towers")
-    return open_openuni(
-        arguments.openuni, **places, heads=arguments.connector_heads, tokenizer=arguments.tokenizer
-    )
+    return open_openuni(arguments.openuni, **places, heads=arguments.connector_heads, tokenizer=arguments.tokenizer)
 
 
 def _flag(name: str) -> str:
@@ -319,6 +327,7 @@ def _export(arguments: argparse.Namespace) -> None:
         arguments.max_shard_size,
         arguments.location,
         arguments.check,
+        {name: getattr(arguments, name) for name in _NAMED},
     )
     if not passed:
         sys.exit(f"error: {arguments.to} was written, but does not compute the same: see the table above")

@@ -33,6 +33,8 @@ from dreamllm_jax.towers.registry import (
     VisualProjectorConfig,
 )
 
+TEACHER = "teacher"  # of the parameters, beside the model's own
+
 
 @dataclasses.dataclass(frozen=True)
 class DreamLLMConfig:
@@ -42,6 +44,8 @@ class DreamLLMConfig:
       num_queries: dream queries an image is painted from; `dream_queries` says how they begin.
       special_tokens: ids; None for the last eight of the vocabulary.
       prompting: how it is asked to paint, of `data.prompting`; None for captions that stand alone.
+      teacher: a second vision encoder and visual projector, which stay as these were when a run began and are never
+        trained: what `objectives.reconstruction` can keep them near to.
       dtype: what the towers compute in; parameters are stored as the training configuration says.
       remat: what the language model's layers keep for their backward pass: "none" (everything), "dots", "full"
         (nothing), "offload", or names (see `layers.remat`).
@@ -56,6 +60,7 @@ class DreamLLMConfig:
     dream_queries: QueriesConfig = QueriesConfig()
     special_tokens: SpecialTokens | None = None
     prompting: Prompting | None = None
+    teacher: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "full"
 
@@ -68,6 +73,10 @@ class DreamLLMConfig:
                 getattr(self, name).require_tokens(tokens)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+        seen, decoder = self.vision_encoder, self.image_decoder
+        if decoder.encodes_features:
+            width = seen.width if decoder.encodes_features == "vision_encoder" else self.language_model.width
+            decoder.require_features(seen.image_size, seen.num_patches, width)
         if self.special_tokens is None:
             object.__setattr__(self, "special_tokens", SpecialTokens.last_of(self.language_model.vocab_size))
 
@@ -237,7 +246,11 @@ class DreamLLM(nn.Module):
 @functools.cache
 def abstract_params(config: DreamLLMConfig) -> dict:
     """The parameter tree's shapes (`layers.weights.Weight`), nothing computed."""
-    return dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
+    params = dict(jax.eval_shape(DreamLLM(config).init, jax.random.key(0))["params"])
+    if config.teacher:
+        taught = {name: params[name] for name in ("vision_encoder", "visual_projector") if name in params}
+        params[TEACHER] = jax.tree.map(lambda x: x.replace(fixed=True), taught, is_leaf=lambda x: isinstance(x, Weight))
+    return params
 
 
 def axes_of(weights: Any) -> Any:

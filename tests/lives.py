@@ -5,7 +5,6 @@ They are forked from a server that has imported everything, so that a life begin
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from dreamllm_jax.runs.start import start_run
 from dreamllm_jax.training import loop
 from dreamllm_jax.training.claim import Claim
 from launch.local_pod import free_port
+from tests.forks import SERVER
 
 PHASES = ("start", "data", "step", "save", "restore")
 
@@ -77,7 +77,7 @@ def micro(path: str, **changes) -> dict:
         },
         "data": {"path": path, "corpora": {"pairs": {}, "interleaved": {}}, "window": 4, "workers": 2},
         "rows": {"per_step": 8, "length": 32, "see_slots": 2, "dream_slots": 2, "dream_size": 8},
-        "objective": {"drop_prob": 0.2, "image_chunk": 0},
+        "objective": {"kind": "joint", "drop_prob": 0.2, "image_chunk": 0},
         # With a large epsilon a step is proportional to the gradient, and rounding is not blown up.
         "optimizer": {"learning_rate": 1e-2, "warmup_ratio": 0.2, "eps": 0.1, "ema_decay": 0.9},
         "checkpoint": {"every": 5, "keep": 2},
@@ -192,9 +192,6 @@ def train(
 class Life:
     """A running process."""
 
-    _server = multiprocessing.get_context("forkserver")
-    _server.set_forkserver_preload(["tests.lives", "tensorboardX"])
-
     def __init__(
         self,
         config: dict,
@@ -210,7 +207,7 @@ class Life:
         slow_save: float = 0.0,
         lingers: float = 0.0,
     ):
-        self._phase = self._server.Value("i", 0)
+        self._phase = SERVER.Value("i", 0)
         self.told = f"{workdir}{host.index if host else ''}.log"
         given = (
             config,
@@ -227,7 +224,7 @@ class Life:
             self._phase,
             self.told,
         )
-        self.process = self._server.Process(target=train, args=given, daemon=True)
+        self.process = SERVER.Process(target=train, args=given, daemon=True)
         self.process.start()
 
     @property

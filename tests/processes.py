@@ -1,7 +1,6 @@
 """Commands in processes of their own, which can be killed, and which can take part as hosts."""
 
 import argparse
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -12,9 +11,7 @@ import jax
 
 from dreamllm_jax import evaluate
 from launch.local_pod import free_port
-
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["tests.processes"])
+from tests.forks import SERVER
 
 Parser = Callable[[], argparse.ArgumentParser]
 
@@ -31,7 +28,7 @@ def _run(words: list[str], parser: Parser) -> None:
 
 def _start(words: list[str], parser: Parser) -> BaseProcess:
     """The command of these words, on two simulated devices."""
-    process = _server.Process(target=_run, args=(words, parser), daemon=True)
+    process = SERVER.Process(target=_run, args=(words, parser), daemon=True)
     process.start()
     return process
 

@@ -1,11 +1,12 @@
 """A user's error on the command line is one line that names the thing, and status 1, before anything is compiled."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.commands import run
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -55,8 +56,7 @@ pytestmark = pytest.mark.slow
 )
 def test_errors(arguments, message, tmp_path):
     module, *flags = [argument.format(tmp=tmp_path) for argument in arguments]
-    command = [sys.executable, "-m", f"dreamllm_jax.{module}", *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run(module, flags)
     assert result.returncode == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ") or module == "train"]
     assert len(errors) == 1 and message.format(tmp=tmp_path) in errors[0], result.stderr
@@ -70,15 +70,13 @@ def test_the_home_directory(tmp_path):
         f"def get_config():\n    config = recipes.load({str(ROOT / 'configs/tiny.py')!r})\n"
         "    config.validation = dict(every=1, path='~/held_out')\n    return config\n"
     )
-    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     for module, *flags in (
         ["train", "--config=~/config.py", "--workdir=~/run", "--config.data.path=~/x", "--config.steps=1"],
         ["train", f"--config={tmp_path}/config.py", "--workdir=run", "--config.parameters.init_from=~/x"],
         ["data", "import", "text", "x", "--to=~/y", "--name=a"],
         ["report", "--workdir=~/x"],
     ):
-        command = [sys.executable, "-m", f"dreamllm_jax.{module}", *flags]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        result = run(module, flags, tmp_path, {"HOME": str(tmp_path)})
         assert result.returncode == 1 and not (tmp_path / "~").exists()
         if module in ("train", "report"):
             assert f"{tmp_path}/x" in result.stderr, result.stderr
@@ -97,16 +95,13 @@ def test_the_home_directory(tmp_path):
     ],
 )
 def test_numbers_have_their_bounds(arguments, message):
-    command = [sys.executable, "-m", f"dreamllm_jax.{arguments[0]}", *arguments[1:]]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    result = run(arguments[0], arguments[1:])
     assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("module", ["train", "plan", "generate", "evaluate", "report", "convert", "data"])
 def test_help(module, tmp_path):
-    command = [sys.executable, "-m", f"dreamllm_jax.{module}", "--help"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    result = run(module, ["--help"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert ("--config:" in result.stdout) == (module in ("train", "plan"))
 

@@ -11,8 +11,12 @@ import numpy as np
 
 from dreamllm_jax.data.batch import Batch, RowShape, SlotGroup, empty_batch
 from dreamllm_jax.model import DreamLLMConfig, abstract_params
+from dreamllm_jax.towers.autoencoders.dc import DCAutoencoderConfig
 from dreamllm_jax.towers.autoencoders.kl import AutoencoderConfig
+from dreamllm_jax.towers.autoencoders.unilip import UnilipAutoencoderConfig
 from dreamllm_jax.towers.connectors.projector import ProjectorConfig
+from dreamllm_jax.towers.image_decoders.sana import SanaConfig
+from dreamllm_jax.towers.image_decoders.sana_transformer import SanaTransformerConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion import StableDiffusionConfig
 from dreamllm_jax.towers.image_decoders.stable_diffusion_xl import StableDiffusionXLConfig
 from dreamllm_jax.towers.image_decoders.unet import UNetConfig
@@ -63,6 +67,44 @@ DECODER_XL = StableDiffusionXLConfig(
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=34,
+    ),
+)
+
+
+# Of 2 x 2 latents, as the vision encoder below has features.
+DECODER_UNILIP = SanaConfig(
+    SanaTransformerConfig(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=24,
+        sample_size=2,
+    ),
+    UnilipAutoencoderConfig(
+        feature_width=32,
+        blocks=1,
+        decoder=DCAutoencoderConfig(
+            latent_channels=4,
+            attention_head_dim=8,
+            **{
+                f"{half}_{name}": value
+                for half in ("encoder", "decoder")
+                for name, value in (
+                    ("block_types", ("ResBlock",) * 4),
+                    ("block_out_channels", (8,) * 4),
+                    ("layers_per_block", (1,) * 4),
+                    ("qkv_multiscales", ((),) * 4),
+                )
+            },
+            decoder_norm_types=("rms_norm",) * 4,
+            decoder_act_fns=("silu",) * 4,
+        ),
+        downscale=8,
     ),
 )
 

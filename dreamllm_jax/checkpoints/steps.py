@@ -33,6 +33,11 @@ ITEMS = (PARAMS, AVERAGE, OPTIMIZER)
 _FINISH_SECONDS = 300  # that a run which fails waits for the checkpoint that is being written
 T = TypeVar("T")
 
+# Of an array that several chips have each writes a part, which takes a program for each shape: not of small ones.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24), override=True
+)
+
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for unfinished saves when left.

@@ -4,6 +4,7 @@ python -m dreamllm_jax.data prepare SOURCE --to=DIR                     a small 
 python -m dreamllm_jax.data import FORMAT SOURCE --to=DIR --name=NAME   a corpus from a public layout
 python -m dreamllm_jax.data sample DIR --name=NAME --to=PAGE.html       documents as the model will see them
 python -m dreamllm_jax.data precompute DIR --checkpoint=MODEL           what the frozen image towers make of the images
+python -m dreamllm_jax.data rows --config=FILE.py --tokenizer=DIR       how full rows get, and which to choose
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from absl.flags import argparse_flags
 from etils import epath
 
@@ -30,9 +32,12 @@ from dreamllm_jax.data.corpora.tfds_sets import Tfds
 from dreamllm_jax.data.importing import Options, import_corpus
 from dreamllm_jax.data.preparation import prepare
 from dreamllm_jax.data.prompting import PUBLISHED
-from dreamllm_jax.data.tokenizer import FOLDER
+from dreamllm_jax.data.tokenizer import FOLDER, load_tokenizer
 from dreamllm_jax.data.tokens import MODES
+from dreamllm_jax.experiment import recipes
+from dreamllm_jax.experiment.experiment import read_experiment
 from dreamllm_jax.parallel import distributed
+from dreamllm_jax.planning import rows
 
 FORMATS: dict[str, type[Format]] = {
     "webdataset": WebDataset,
@@ -123,6 +128,16 @@ def parser() -> argparse_flags.ArgumentParser:
         help="take moments from here, IMAGE_FILE.pt as OpenUni's script leaves them; one of --corpora",
     )
     distributed.add_flags(add)
+
+    add = commands.add_parser("rows", help="how full a recipe's rows get of pictures to paint, and which to choose")
+    add.set_defaults(main=_rows)
+    add.add_argument("--config", required=True, help="the recipe: FILE.py[:ARGUMENT]")
+    add.add_argument("--tokenizer", required=True, help="of its language model: a tokenizer.json, a directory")
+    add.add_argument(
+        "--captions", nargs="+", choices=rows.CAPTIONS, default=list(rows.CAPTIONS), help="whose lengths; default all"
+    )
+    add.add_argument("--corpus", default="", help="instead, those of this corpus: DIR/NAME of a data set")
+    add.add_argument("--longest", type=positive, default=4096, help="tokens in a row, at most")
     return top
 
 
@@ -211,6 +226,19 @@ def _precompute(arguments: argparse.Namespace) -> None:
             everyone = distributed.gather(computed)  # and nobody leaves before the others are done
             if jax.process_index() == 0:
                 print(f"{corpus} {name}: {sum(everyone):,} documents computed")
+
+
+def _rows(arguments: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    lengths = {name: rows.captions(name) for name in arguments.captions}
+    if arguments.corpus:
+        place = epath.Path(arguments.corpus)
+        texts = [text.text for _, one in storage.Corpus(place.parent, place.name).first(8192) for text in one.texts]
+        lengths = {place.name: np.array([len(tokenizer.encode_text(text)) for text in texts])}
+    file, _, argument = arguments.config.partition(":")
+    experiment = read_experiment(recipes.load(file, argument).to_dict())
+    for line in rows.report(experiment, tokenizer, lengths, arguments.longest):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,13 @@ class Experiment:
             self.objective.require(model, self.parameters.trained, bool(rows.painted))
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        if model.teacher and not self.parameters.init_from:
+            raise ConfigError("model.teacher=True needs parameters.init_from: a teacher knows what was learned before")
+        if model.image_decoder.encodes_features and "moments" in self.data.stored:
+            raise ConfigError(
+                "data.stored: this image decoder makes latents of what the vision encoder sees, which are not computed "
+                "beforehand: leave moments out"
+            )
         if self.objective.drop_prob and (model.prompting or any(use.drops for use in self.data.corpora.values())):
             raise ConfigError(
                 f"objective.drop_prob={self.objective.drop_prob:g}: with model.prompting, or where a corpus drops its "

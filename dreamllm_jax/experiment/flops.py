@@ -15,8 +15,10 @@ Two totals differ:
                 attention kernel skips
 """
 
+from dreamllm_jax.data.batch import SlotGroup
 from dreamllm_jax.experiment.experiment import Experiment
 from dreamllm_jax.layers.flops import Flops, Tally
+from dreamllm_jax.model import DreamLLMConfig
 
 
 def model_flops(experiment: Experiment) -> float:
@@ -27,16 +29,20 @@ def model_flops(experiment: Experiment) -> float:
 def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops]:
     """FLOPs of one step by part.
 
-    `vision_encoder` includes the visual projector, `connector` the part before the image decoder's own parts, `head` is
-    the product with the vocabulary. Slots for images count whether filled or not, though the program skips chunks that
-    are empty on every chip.
+    `vision_encoder` includes the visual projector, and the teacher's of both, `connector` the part before the image
+    decoder's own parts, `head` is the product with the vocabulary. Slots for images count whether filled or not, though
+    the program skips chunks that are empty on every chip.
 
     Args:
       platform: what the step is compiled for; "tpu" has attention kernels.
     """
+    whole = Tally(experiment.parameters.trained, platform=platform, dtype=experiment.model.dtype)
+    return {"joint": _joint, "reconstruction": _reconstruction}[experiment.objective.kind](experiment, whole)
+
+
+def _joint(experiment: Experiment, whole: Tally) -> dict[str, Flops]:
     model, rows, objective = experiment.model, experiment.rows, experiment.objective
-    language_model, shape, trained = model.language_model, experiment.row_shape, experiment.parameters.trained
-    whole = Tally(trained, platform=platform, dtype=model.dtype)
+    language_model, shape, trained = model.language_model, experiment.row_shape, whole.trained
     paints, learns_text = objective.dm_weight > 0, objective.lm_weight > 0
     flops: dict[str, Flops] = {}
 
@@ -76,12 +82,9 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
         model.connector.flops(connector, images, model.num_queries, *widths, model.remat != "none")
         _add(flops, {"connector": connector.total})
         if decoder.encodes_features and not group.stored:
-            target = Tally(lambda _: False, platform=platform, dtype=model.dtype)  # no gradient goes there
-            model.vision_encoder.flops(target, images, group.height, group.width, model.remat != "none")
-            if decoder.encodes_features == "visual_projector":
-                tokens, inputs = model.vision_encoder.tokens(group.height, group.width), model.vision_encoder.width
-                model.visual_projector.flops(target, images, tokens, inputs, language_model.width)
-            _add(flops, {"vision_encoder": target.total})
+            target = Tally(lambda _: False, platform=whole.platform, dtype=whole.dtype)  # no gradient goes there
+            projected = decoder.encodes_features == "visual_projector"
+            _add(flops, {"vision_encoder": _seen(model, target, images, group, projected).total})
         of_decoder = decoder.flops(
             whole.part("image_decoder"),
             images,
@@ -93,6 +96,39 @@ def step_flops(experiment: Experiment, platform: str = "tpu") -> dict[str, Flops
         )
         _add(flops, of_decoder)
     return flops
+
+
+def _reconstruction(experiment: Experiment, whole: Tally) -> dict[str, Flops]:
+    model, flops = experiment.model, {}
+    for group in experiment.row_shape.dream:
+        images = experiment.rows.per_step * group.slots
+        encoder = whole.part("vision_encoder")
+        model.vision_encoder.flops(encoder, images, group.height, group.width, model.remat != "none")
+        projector = whole.part("visual_projector", encoder.live)
+        tokens, widths = _features(model, group)
+        model.visual_projector.flops(projector, images, tokens, *widths)
+        _add(flops, {"vision_encoder": encoder.total + projector.total})
+        if model.teacher:
+            taught = Tally(lambda _: False, platform=whole.platform, dtype=whole.dtype)
+            _add(flops, {"vision_encoder": _seen(model, taught, images, group, True).total})
+        size, tally = (group.height, group.width), whole.part("image_decoder")
+        _add(flops, model.image_decoder.reconstruction_flops(tally, images, *size, projector.live))
+    return flops
+
+
+def _features(model: DreamLLMConfig, group: SlotGroup) -> tuple[int, tuple[int, int]]:
+    """How many features the vision encoder makes of an image to paint, and widths into and out of the projector."""
+    widths = model.vision_encoder.width, model.language_model.width
+    return model.vision_encoder.tokens(group.height, group.width), widths
+
+
+def _seen(model: DreamLLMConfig, tally: Tally, images: int, group: SlotGroup, projected: bool) -> Tally:
+    """The tally, with the way of so many images to their features, perhaps through the visual projector."""
+    model.vision_encoder.flops(tally, images, group.height, group.width, model.remat != "none")
+    if projected:
+        tokens, widths = _features(model, group)
+        model.visual_projector.flops(tally, images, tokens, *widths)
+    return tally
 
 
 def _add(flops: dict[str, Flops], more: dict[str, Flops]) -> None:

@@ -1,5 +1,6 @@
 """A DreamLLM to begin training with, from a language model, a vision encoder and an image decoder."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -41,7 +42,8 @@ def assemble(
       special_tokens, vocab_size: of the tokenizer.
       new_tokens: ids the language model has never seen.
       init: rows of new tokens: "normal", or the "mean" of the others.
-      num_queries, dream_queries, visual_projector, connector: see `DreamLLMConfig`; they begin at random.
+      num_queries, dream_queries, visual_projector, connector: see `DreamLLMConfig`; they begin at random, but for what
+        of a connector is `copied`.
       seed: of everything random here.
 
     Raises:
@@ -63,7 +65,10 @@ def assemble(
     parts = {"language_model": language_model, "vision_encoder": vision_encoder, **decoder_parts}
     if isinstance(visual_projector, Part):
         parts["visual_projector"] = visual_projector
-    tensors = _fresh(config, vocabulary, seed) | {name: part.tensors for name, part in parts.items()}
+    fresh = _fresh(config, vocabulary, seed)
+    if getattr(connector, "copied", False):
+        fresh["connector"] |= _copied(fresh["connector"], language_model)
+    tensors = fresh | {name: part.tensors for name, part in parts.items()}
     return join(config, tensors, left_out(parts.values()), {name: part.where for name, part in parts.items()})
 
 
@@ -101,3 +106,26 @@ def _fresh(config: DreamLLMConfig, vocabulary: Tensor | None, seed: int) -> dict
         for name, tree in params.items()
         if "params" in tree  # a projector may have none
     }
+
+
+def _copied(connector: Mapping[str, Tensor], language_model: Part) -> dict[str, Tensor]:
+    """The connector's layers, and the norm after them, as the last of the language model's.
+
+    Raises:
+      ValueError: these are others, or fewer.
+    """
+    layers = 1 + max(int(name.split(".")[1]) for name in connector if name.startswith("layers."))
+    first, found = language_model.config.num_hidden_layers - layers, {}
+    for name, ours in connector.items():
+        if not name.startswith(("layers.", "norm.")):
+            continue
+        theirs = re.sub(r"^layers\.(\d+)", lambda match: f"layers.{first + int(match[1])}", name)
+        tensor = language_model.tensors.get(theirs)
+        if tensor is None or tensor.shape != ours.shape:
+            there = "is missing" if tensor is None else f"is {tensor.shape}"
+            raise ValueError(
+                f"connector: its layers cannot be copies of the language model's: {name} is {ours.shape} here, and "
+                f"there {theirs} {there}; choose another connector"
+            )
+        found[name] = tensor
+    return found

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +18,7 @@ from dreamllm_jax.checkpoints.saved import SavedModel, write_description, write_
 from dreamllm_jax.common.directories import building, is_remote, require_free, require_room
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dreamllm_jax.data.vocabulary import OUR_MARKS
-from dreamllm_jax.interop import verify
+from dreamllm_jax.interop import metaquery, openuni, verify
 from dreamllm_jax.interop.dreamllm_export import require_expressible, write_dreamllm
 from dreamllm_jax.interop.files import Scratch, import_torch
 from dreamllm_jax.interop.image_decoder import write_image_decoder
@@ -25,6 +26,8 @@ from dreamllm_jax.interop.language_model import write_language_model
 from dreamllm_jax.interop.model_card import model_card
 from dreamllm_jax.interop.names import torch_tensors
 from dreamllm_jax.interop.source import IMAGE_DECODER, PARTS, Source, config_of, split_path
+from dreamllm_jax.interop.unilip import require_expressible as require_unilip
+from dreamllm_jax.interop.unilip import write_unilip
 from dreamllm_jax.interop.vision_encoder import write_vision_encoder
 from dreamllm_jax.model import DreamLLMConfig
 
@@ -34,6 +37,9 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 # Format -> the parts of the model that it has.
 FORMATS = {
     "dreamllm": PARTS,
+    "openuni": PARTS,
+    "metaquery": PARTS,
+    "unilip": PARTS,
     "hf": ("language_model",),
     "diffusers": ("vision_encoder", *(part for part in PARTS if part.startswith(f"{IMAGE_DECODER}/"))),
 }
@@ -96,6 +102,7 @@ def export_model(
     max_shard_size: int = 5 * 10**9,
     location: str = "",
     check: bool = True,
+    names: Mapping[str, str | None] = MappingProxyType({}),
 ) -> bool:
     """Writes a checkpoint of ours in PyTorch's formats, whole or not at all, and checks what was written.
 
@@ -104,6 +111,7 @@ def export_model(
       formats: of `FORMATS`; None for all that can express the model, each in its folder.
       dtype: type of all tensors; empty to keep each as it is stored.
       location: where the export will be used if not at `to` (see `write_dreamllm`).
+      names: of towers, as which metaquery's program will look for them (see `metaquery.names_of`).
       check: compare with torch (`interop.verify`), and tell the figures in the model card.
 
     Returns:
@@ -119,11 +127,13 @@ def export_model(
     require_free(to)
     tokenizer = load_tokenizer(saved.tokenizer) if saved.tokenizer.exists() else None
     apart = formats is None or len(formats) > 1
+    if formats is not None and "metaquery" not in formats and any(names.values()):
+        raise ValueError("--vision-language and --image-decoder are of --format=metaquery: leave them out")
     if formats is None:
-        formats = _expressible(saved.config, tokenizer)
+        formats = _expressible(saved.config, tokenizer, names)
     else:
         for kind in formats:
-            _require_expressible(saved.config, tokenizer, kind)
+            _require_expressible(saved.config, tokenizer, kind, names)
     _warn_of_tokenizer(tokenizer, formats)
     parts = {part for kind in formats for part in FORMATS[kind]}
     leaves = {path: leaf for path, leaf in saved.leaves().items() if _part(path) in parts}
@@ -149,9 +159,15 @@ def export_model(
                     write_image_decoder(folder, saved.config, tensors, max_shard_size)
                     place = folder / saved.config.vision_encoder.public.folder
                     write_vision_encoder(place, saved.config, tensors, max_shard_size)
+                elif kind == "openuni":
+                    openuni.write(folder, saved.config, tensors)
+                elif kind == "metaquery":
+                    metaquery.write(folder, saved.config, tensors, max_shard_size, names)
+                elif kind == "unilip":
+                    write_unilip(folder, saved.config, tensors, max_shard_size)
                 else:
                     write_dreamllm(folder, saved.config, tensors, max_shard_size, str(place))
-                if tokenizer is not None and kind != "diffusers":
+                if tokenizer is not None and kind not in ("diffusers", "openuni"):
                     tokenizer.save(folder)
         for kind, folder in folders.items():
             differences = _check(saved, folder) if check else None
@@ -160,19 +176,29 @@ def export_model(
     return passed
 
 
-def _expressible(config: DreamLLMConfig, tokenizer: Tokenizer | None) -> list[str]:
+def _expressible(config: DreamLLMConfig, tokenizer: Tokenizer | None, names: Mapping[str, str | None]) -> list[str]:
     """The formats that can express the model; tells why others cannot."""
     found = []
     for kind in FORMATS:
         try:
-            _require_expressible(config, tokenizer, kind)
+            _require_expressible(config, tokenizer, kind, names)
             found.append(kind)
         except ValueError as error:
             _logger.warning("no %s: %s", kind, str(error).partition(": ")[0])
     return found
 
 
-def _require_expressible(config: DreamLLMConfig, tokenizer: Tokenizer | None, kind: str) -> None:
+def _require_expressible(
+    config: DreamLLMConfig, tokenizer: Tokenizer | None, kind: str, names: Mapping[str, str | None]
+) -> None:
+    if kind == "openuni":
+        import_torch("--format=openuni")
+        openuni.require(config)
+    if kind == "metaquery":
+        metaquery.require(config)
+        metaquery.names_of(config, names)
+    if kind == "unilip":
+        return require_unilip(config)
     if kind == "dreamllm":
         import_torch("--format=dreamllm")
         require_expressible(config)

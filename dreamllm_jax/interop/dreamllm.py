@@ -135,7 +135,7 @@ class _Layout:
     def plugin(self, name: str, stem: str = "") -> tuple[Path | None, Path | None]:
         """A plugin's file, called as it is or so, and that of older checkpoints: in this one itself, else where its
         settings name another."""
-        places = [self.directory, *places(self.directory, self.plugins[name].get("pretrained_model_name_or_path"))]
+        places = [self.directory, *places_of(self.directory, self.plugins[name].get("pretrained_model_name_or_path"))]
         new, old = f"{stem or name}.bin", _OLD[name]
         found = [next((place / file for place in places if (place / file).is_file()), None) for file in (new, old)]
         if not any(found):
@@ -161,7 +161,7 @@ def tower_directory(directory: Path, plugins: Mapping[str, Mapping], tower: str,
     plugin, keys, inside = _TOWERS[tower]
     key = next((key for key in keys if key in plugins.get(plugin, {})), keys[0])
     name = plugins.get(plugin, {}).get(key)
-    candidates = [given] if given else places(directory, name)
+    candidates = [given] if given else places_of(directory, name)
     for candidate in candidates:
         if any((candidate / file).is_file() for file in inside):
             return candidate
@@ -171,7 +171,7 @@ def tower_directory(directory: Path, plugins: Mapping[str, Mapping], tower: str,
     )
 
 
-def places(directory: Path, name: str | None) -> list[Path]:
+def places_of(directory: Path, name: str | None) -> list[Path]:
     """Where something may be that a configuration refers to by name: in the checkpoint, at that path, beside it.
 
     In the checkpoint comes first, whatever the path: it may name where the checkpoint was before.

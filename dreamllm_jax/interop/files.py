@@ -69,9 +69,7 @@ class Tensor:
 
     def rows(self, start: int, stop: int) -> "Tensor":
         """The part of it from one index of its first axis to before another."""
-        return dataclasses.replace(
-            self, shape=(stop - start, *self.shape[1:]), read=lambda: self.read()[start:stop]
-        )
+        return dataclasses.replace(self, shape=(stop - start, *self.shape[1:]), read=lambda: self.read()[start:stop])
 
 
 def read_json(path: Path) -> dict:

@@ -1,5 +1,5 @@
-"""InternVL's own layout as transformers' `InternVLForConditionalGeneration` has it, for the comparison with that, and the
-other way."""
+"""InternVL's own layout as transformers' `InternVLForConditionalGeneration` has it, for the comparison with that;
+and the other way."""
 
 import re
 from collections.abc import Mapping
@@ -14,13 +14,16 @@ _SETTINGS = {
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
 }
+_KNOWN = (*_SETTINGS, "attention_bias", "use_qk_norm")
+_PAINTING = r"model\.(?!(language_model|vision_tower|multi_modal_projector)\.)"  # what of UniLIP is of no InternVL
 _NAMES = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^multi_modal_projector\.", "mlp1."),  # UniLIP's
     (r"^mlp1\.0\.", "model.multi_modal_projector.layer_norm."),
     (r"^mlp1\.1\.", "model.multi_modal_projector.linear_1."),
     (r"^mlp1\.3\.", "model.multi_modal_projector.linear_2."),
-    (r"^vision_model\.", "model.vision_tower."),
+    (r"^(vision_model|vision_tower)\.", "model.vision_tower."),
     (r"\.class_embedding$", ".cls_token"),
     (r"\.position_embedding$", ".position_embeddings"),
     (r"\.patch_embedding\.", ".patch_embeddings.projection."),
@@ -34,16 +37,17 @@ _NAMES = (
 
 
 def converted(settings: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and the tensors (of torch, or numpy's arrays) of a directory in InternVL's own layout, as the class
-    of transformers has them."""
-    vision = {_SETTINGS[name]: value for name, value in settings["vision_config"].items() if name in _SETTINGS}
+    """The settings and the tensors (of torch, or numpy's arrays) of a directory in InternVL's own layout, or UniLIP's,
+    as the class of transformers has them."""
+    language = settings.get("llm_config") or settings["text_config"]
+    vision = {_SETTINGS.get(name, name): value for name, value in settings["vision_config"].items() if name in _KNOWN}
     whole = {
         "vision_config": vision,
-        "text_config": dict(settings["llm_config"]),
+        "text_config": dict(language),
         "downsample_ratio": settings.get("downsample_ratio", 0.5),
-        "tie_word_embeddings": settings["llm_config"].get("tie_word_embeddings", False),
+        "tie_word_embeddings": language.get("tie_word_embeddings", settings.get("tie_word_embeddings", False)),
     }
-    return whole, as_transformers(tensors)
+    return whole, as_transformers({name: x for name, x in tensors.items() if not re.match(_PAINTING, name)})
 
 
 def as_transformers(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Checkpoints of MetaQuery (arXiv 2504.06256, facebookresearch/metaquery): a LLaVA-OneVision or a Qwen2.5-VL, queries that are
-rows of its vocabulary, a connector, and SANA or Stable Diffusion 1.5.
+"""Checkpoints of MetaQuery (arXiv 2504.06256, facebookresearch/metaquery): a LLaVA-OneVision or a Qwen2.5-VL, queries
+that are rows of its vocabulary, a connector, and SANA or Stable Diffusion 1.5.
 
-Its trainer saves `config.json` and the whole state but for the output matrix: `model.mllm_backbone.*`, `model.transformer.*`,
-`model.connector.{0,1,3,4}.*`, `vae.*`. After the backbone's own rows, to which the tokenizer is padded, the embedding has
-`<begin_of_img>`, `<end_of_img>` and the queries.
+Its trainer saves `config.json` and the whole state but for the output matrix: `model.mllm_backbone.*`,
+`model.transformer.*`, `model.connector.{0,1,3,4}.*`, `vae.*`. After the backbone's own rows, to which the tokenizer is
+padded, the embedding has `<begin_of_img>`, `<end_of_img>` and the queries.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from dreamllm_jax.data.prompting import PUBLISHED, Prompting
 from dreamllm_jax.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from dreamllm_jax.data.vocabulary import PaintMarks
 from dreamllm_jax.interop import files
-from dreamllm_jax.interop.dreamllm import places
+from dreamllm_jax.interop.dreamllm import places_of
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.language_model import EMBEDDING, HEAD, grow, open_language_model
 from dreamllm_jax.interop.query_models import (
@@ -36,6 +36,8 @@ from dreamllm_jax.interop.query_models import (
     layers_of,
     layout_name,
     open_towers,
+    to_ours,
+    to_theirs,
     tower_tensors,
 )
 from dreamllm_jax.interop.source import Source
@@ -96,13 +98,13 @@ def open_metaquery(
 
 def _found(directory: Path, settings: Mapping[str, Any], key: str, flag: str, *inside: str) -> Path:
     """The directory that config.json names."""
-    candidates = places(directory, settings.get(key))
+    candidates = places_of(directory, settings.get(key))
     for candidate in candidates:
         if any((candidate / file).is_file() for file in inside):
             return candidate
     raise FileNotFoundError(
-        f"{directory}/config.json refers to {settings.get(key)!r} ({key}), and no {' and no '.join(inside)} is found in "
-        f"{', '.join(map(str, candidates)) or 'any directory'}: name the directory with --{flag.replace('_', '-')}"
+        f"{directory}/config.json refers to {settings.get(key)!r} ({key}), and no {' and no '.join(inside)} is found "
+        f"in {', '.join(map(str, candidates)) or 'any directory'}: name the directory with --{flag.replace('_', '-')}"
     )
 
 
@@ -112,15 +114,13 @@ def _decoder_directory(directory: Path, settings: Mapping[str, Any]) -> Path:
     if len(set(named.values())) > 1:
         told = ", ".join(f"{key} {name}" for key, name in named.items())
         raise ValueError(
-            f"{directory}/config.json takes the image decoder from several directories ({told}): put their folders into "
-            "one, and name it with --image-decoder"
+            f"{directory}/config.json takes the image decoder from several directories ({told}): put their folders "
+            "into one, and name it with --image-decoder"
         )
     return _found(directory, settings, _IDS[0], "image_decoder", "transformer/config.json", "unet/config.json")
 
 
-def _without_queries(
-    towers: Towers, settings: Mapping[str, Any], vision_language: Path
-) -> tuple[Towers, Tensor, int]:
+def _without_queries(towers: Towers, settings: Mapping[str, Any], vision_language: Path) -> tuple[Towers, Tensor, int]:
     """The towers with a vocabulary that ends with the two marks; the queries, its last rows; and the rows before."""
     language, count = towers.language_model, settings.get("num_metaqueries", 64)
     rows, tensors = language.config.vocab_size, dict(language.tensors)
@@ -163,7 +163,9 @@ def _tokenizer(path: Path, rows: int) -> Tokenizer:
         content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < kept]
         fast = FastTokenizer.from_str(json.dumps(content))
         if set(beyond) != {f"<img{i}>" for i in range(len(beyond))}:
-            raise ValueError(f"{path}: the tokenizer has {words.vocab_size} ids, MetaQuery's has {kept} but for queries")
+            raise ValueError(
+                f"{path}: the tokenizer has {words.vocab_size} ids, MetaQuery's has {kept} but for queries"
+            )
         words = Tokenizer(fast, words.names, (), None, words.legacy, words.marks, words.chat_template, MARKS)
     return words
 
@@ -184,15 +186,7 @@ def _connector(
         intermediate_size=tensors[first].shape[0],
         output_scale=scale,
     )
-    found, unexpected = {}, []
-    for name, tensor in tensors.items():
-        prefix = next((prefix for prefix in CONNECTOR_NAMES if name.startswith(prefix)), None)
-        if prefix is None:
-            unexpected.append(f"unexpected {name} {tensor.shape}")
-        else:
-            found[CONNECTOR_NAMES[prefix] + name.removeprefix(prefix)] = tensor
-    files.refuse(unexpected, directory)
-    return settings, found
+    return settings, to_ours(tensors, CONNECTOR_NAMES, directory)
 
 
 def _prompting(settings: Mapping[str, Any], towers: Towers) -> Prompting:
@@ -205,7 +199,7 @@ def _prompting(settings: Mapping[str, Any], towers: Towers) -> Prompting:
     )
 
 
-def require_metaquery(config: DreamLLMConfig) -> None:
+def require(config: DreamLLMConfig) -> None:
     """Raises ValueError naming what MetaQuery's program does not know."""
     language, connector, decoder = config.language_model, config.connector, config.image_decoder
     layout, published = layout_name(config), TransformerConfig(**TransformerConfig.PUBLISHED["metaquery"])
@@ -234,7 +228,7 @@ def require_metaquery(config: DreamLLMConfig) -> None:
             raise ValueError(f"MetaQuery's program has no {name}: export with --format=hf or diffusers")
 
 
-def write_metaquery(
+def write(
     directory: Path,
     config: DreamLLMConfig,
     tensors: Mapping[str, Mapping[str, np.ndarray]],
@@ -248,18 +242,16 @@ def write_metaquery(
       names: see `names_of`.
 
     Raises:
-      ValueError: as of `require_metaquery` and `names_of`.
+      ValueError: as of `require` and `names_of`.
     """
-    require_metaquery(config)
+    require(config)
     found = tower_tensors(config, tensors, PREFIXES)
     (queries,) = tensors[QUERIES].values()
     for name in [name for name in found if name.endswith("embed_tokens.weight")]:
         found[name] = np.concatenate([found[name], queries.astype(found[name].dtype)])
     for name in [name for name in found if name.startswith(PREFIXES[BACKBONE]) and name.endswith(HEAD)]:
         del found[name]
-    for name, tensor in tensors[CONNECTOR].items():
-        theirs = next(t for t, ours in reversed(CONNECTOR_NAMES.items()) if name.startswith(ours))
-        found[theirs + name.removeprefix(CONNECTOR_NAMES[theirs])] = tensor
+    found |= to_theirs(tensors[CONNECTOR], CONNECTOR_NAMES)
     dtype = str(tensors[CONNECTOR]["projector.0.weight"].dtype)
     files.write_json(directory / "config.json", _settings(config, names_of(config, names)) | {"torch_dtype": dtype})
     files.write_safetensors(directory, "model", found, max_shard_size)
@@ -293,8 +285,8 @@ def names_of(config: DreamLLMConfig, given: Mapping[str, str | None]) -> dict[st
     for role, (wanted, word) in known.items():
         if (word in found[role]) != wanted:
             raise ValueError(
-                f"--{role.replace('_', '-')}={found[role]}: MetaQuery's program tells what it loads by its name, in which "
-                f"{word!r} must {'stand' if wanted else 'not stand'}"
+                f"--{role.replace('_', '-')}={found[role]}: MetaQuery's program tells what it loads by its name, in "
+                f"which {word!r} must {'stand' if wanted else 'not stand'}"
             )
     return found
 

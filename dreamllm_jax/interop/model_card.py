@@ -6,6 +6,7 @@ from dreamllm_jax import __version__
 from dreamllm_jax.checkpoints.saved import CONFIG_FILE, MODEL, SavedModel
 from dreamllm_jax.interop import verify
 from dreamllm_jax.interop.image_decoder import public_parts
+from dreamllm_jax.interop.openuni import FILE, placement_of
 from dreamllm_jax.model import DreamLLMConfig
 
 _ORIGINAL = """from transformers import LlamaTokenizer
@@ -13,8 +14,19 @@ from omni.models.dreamllm.modeling_dreamllm import DreamLLMForCausalMLM
 
 tokenizer = LlamaTokenizer.from_pretrained(path, padding_side="right")
 model = DreamLLMForCausalMLM.from_pretrained(path, tokenizer=tokenizer, reset_plugin_model_name_or_path=True)"""
+_UNILIP = """from transformers import AutoTokenizer
+from unilip.model.language_model.unilip_internvl import UniLIP_InternVLForCausalLM
+
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = UniLIP_InternVLForCausalLM.from_pretrained(path)  # config.json names directories that it reads, too"""
+_METAQUERY = """from models.metaquery import MetaQuery
+
+model = MetaQuery.from_pretrained(path)  # which takes the towers' shapes from where config.json names them"""
 _WHAT = {
     "dreamllm": "A DreamLLM in the format of the [original program](https://github.com/RunpeiDong/DreamLLM)",
+    "openuni": "A model in the format of [OpenUni's program](https://github.com/wusize/OpenUni)",
+    "metaquery": "A model in the format of [MetaQuery's program](https://github.com/facebookresearch/metaquery)",
+    "unilip": "A DreamLLM in the format of [UniLIP](https://github.com/nnnth/UniLIP)'s program",
     "hf": "The language model of a DreamLLM",
     "diffusers": "The image decoder and the vision encoder of a DreamLLM",
 }
@@ -24,7 +36,7 @@ def model_card(saved: SavedModel, kind: str, differences: list[verify.Difference
     """The text of an export's README.md.
 
     Args:
-      kind: its format, "dreamllm", "hf" or "diffusers".
+      kind: its format, of `conversion.FORMATS`.
       differences: from PyTorch, as `verify.compare` found them; None if they were not looked for.
     """
     run = saved.directory / CONFIG_FILE
@@ -64,6 +76,12 @@ def _loading(config: DreamLLMConfig, kind: str) -> str:
     """How an export is loaded."""
     if kind == "dreamllm":
         return _ORIGINAL
+    if kind == "metaquery":
+        return _METAQUERY
+    if kind == "openuni":
+        return _openuni(config)
+    if kind == "unilip":
+        return _UNILIP
     if kind == "hf":
         cls = config.language_model.public.torch_class
         return f"""from transformers import AutoTokenizer, {cls}
@@ -84,3 +102,20 @@ model = {cls}.from_pretrained(path)"""
             f'vision_encoder = {vision.torch_class}.from_pretrained(path + "/{vision.folder}")',
         ]
     )
+
+
+def _openuni(config: DreamLLMConfig) -> str:
+    """How OpenUni's program loads its file: the settings are those of a configuration of its `configs/models`."""
+    connector = config.connector
+    width = connector.hidden_size or config.language_model.width
+    settings = {
+        "hidden_size": width,
+        "intermediate_size": connector.intermediate_size or 4 * width,
+        "num_hidden_layers": connector.num_hidden_layers,
+        "num_attention_heads": connector.heads(width)[0],
+        "layer_norm_eps": connector.norm_eps,
+    }
+    return f"""# with connector={settings},
+# num_queries={config.num_queries}, proj_type={placement_of(connector)!r}
+model = BUILDER.build(config.model)
+model.load_state_dict(guess_load_checkpoint("{FILE}"))"""

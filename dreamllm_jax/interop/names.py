@@ -22,7 +22,7 @@ from dreamllm_jax.layers.lora import is_adapter
 STACKS = frozenset({"blocks", "layer", "layers", "transformer_blocks"})  # modules that are scanned stacks of layers
 _LISTS = (
     *("down_blocks", "up_blocks", "resnets", "attentions", "transformer_blocks", "downsamplers", "upsamplers"),
-    *("to_out", "to_qkv_multiscale", "net", "projector", "pooled_projector", "mlp"),
+    *("to_out", "to_qkv_multiscale", "net", "projector", "pooled_projector", "mlp", "down_mlp"),
 )
 _LISTED = re.compile(rf"^({'|'.join(_LISTS)})_(\d+)$")
 _KIND = re.compile(r"^(\d+)_of_(\d+)$")

@@ -1,8 +1,8 @@
 """Checkpoints of OpenUni (arXiv 2505.23661, wusize/OpenUni): InternVL3, learned queries, a connector, and SANA.
 
-Its program saves one pickle, the model's whole state or what was trained of it: `meta_queries`, `connector.*`, `projector.*`
-(`OpenUniInternVL3SANAHF` of `src/models/openuni`) and perhaps `lmm.*`, `transformer.*`, `vae.*`, which it loads over the
-towers in their own directories.
+Its program saves one pickle, the model's whole state or what was trained of it (`OpenUniInternVL3SANAHF` of
+`src/models/openuni`): `meta_queries`, `connector.*`, `projector.*`, and perhaps `lmm.*`, `transformer.*`, `vae.*`,
+which it loads over the towers in their own directories.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ from dreamllm_jax.interop.query_models import (
     layers_of,
     layout_name,
     open_towers,
+    to_ours,
+    to_theirs,
     tower_tensors,
 )
 from dreamllm_jax.interop.source import Source
@@ -41,11 +43,11 @@ META_QUERIES = "meta_queries"
 _LAYERS = "connector.layers."
 # What of InternVL's begins and ends an image that is read; its queries follow the first, and nothing follows them.
 _MARKS = PaintMarks("<img>", "</img>")
-# Placement of the projectors -> their names there, and in our connector.
+# Placement of the projectors -> how names begin there, and in our connector.
 PLACEMENTS = {
-    "enc_proj": {"projector": "projector"},
-    "proj_enc": {"projector": "input_projector"},
-    "proj_enc_proj": {"projector.0": "input_projector", "projector.1": "projector"},
+    "enc_proj": {"connector.": "", "projector.": "projector."},
+    "proj_enc": {"connector.": "", "projector.": "input_projector."},
+    "proj_enc_proj": {"connector.": "", "projector.0.": "input_projector.", "projector.1.": "projector."},
 }
 
 
@@ -77,8 +79,8 @@ def open_openuni(
     width = towers.language_model.config.width
     if queries.shape[1] != width:
         raise ValueError(
-            f"{file}: {META_QUERIES} are {queries.shape[1]} wide, the language model of {vision_language} {width}: the "
-            "checkpoint was trained with another"
+            f"{file}: {META_QUERIES} are {queries.shape[1]} wide, the language model of {vision_language} {width}: it "
+            "was trained with another"
         )
     found = _connector(own, width, heads, file)
     words = load_tokenizer(tokenizer or vision_language, painting=_MARKS)
@@ -99,10 +101,8 @@ def _connector(
     placement = _placement(tensors, shape, width, own)
     head_dim, rest = divmod(own, heads) if heads else (HEAD_DIM, own % HEAD_DIM)
     if rest:
-        raise ValueError(
-            f"{file}: the connector is {own} wide, which is no multiple of "
-            f"{f'{heads} heads' if heads else f'{HEAD_DIM} channels a head: say how many it has with --connector-heads'}"
-        )
+        unit = f"{heads} heads" if heads else f"{HEAD_DIM} channels a head: say how many it has by --connector-heads"
+        raise ValueError(f"{file}: the connector is {own} wide, which is no multiple of {unit}")
     settings = TransformerConfig(
         layer="siglip",
         num_hidden_layers=layers_of(tensors, _LAYERS),
@@ -111,16 +111,7 @@ def _connector(
         head_dim=head_dim,
         depth=int(placement != "proj_enc"),
     )
-    names = {f"{theirs}.": f"{ours}." for theirs, ours in PLACEMENTS[placement].items()} | {"connector.": ""}
-    found, unexpected = {}, []
-    for name, tensor in tensors.items():
-        prefix = next((prefix for prefix in names if name.startswith(prefix)), None)
-        if prefix is None:
-            unexpected.append(f"unexpected {name} {tensor.shape}")
-        else:
-            found[names[prefix] + name.removeprefix(prefix)] = tensor
-    files.refuse(unexpected, file)
-    return settings, found
+    return settings, to_ours(tensors, PLACEMENTS[placement], file)
 
 
 def _placement(tensors: Mapping[str, Tensor], shape, width: int, own: int) -> str:
@@ -138,7 +129,7 @@ def placement_of(connector: TransformerConfig) -> str:
     return "proj_enc_proj" if connector.depth else "proj_enc"
 
 
-def require_openuni(config: DreamLLMConfig) -> None:
+def require(config: DreamLLMConfig) -> None:
     """Raises ValueError naming what OpenUni's program does not know."""
     decoder, connector, plain = config.image_decoder, config.connector, TransformerConfig()
     problems = {
@@ -164,22 +155,21 @@ def require_openuni(config: DreamLLMConfig) -> None:
             raise ValueError(f"OpenUni's program has no {name}: export with --format=hf or diffusers")
 
 
-def write_openuni(directory: Path, config: DreamLLMConfig, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def write(directory: Path, config: DreamLLMConfig, tensors: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Writes the file that its program loads, with all towers in it.
 
     Args:
       tensors: part of the parameter tree -> torch name -> array.
 
     Raises:
-      ValueError: as of `require_openuni`.
+      ValueError: as of `require`.
     """
-    require_openuni(config)
-    names = {f"{ours}.": f"{theirs}." for theirs, ours in PLACEMENTS[placement_of(config.connector)].items()}
+    require(config)
     (queries,) = tensors[QUERIES].values()
     found = {META_QUERIES: queries} | tower_tensors(config, tensors, PREFIXES)
-    for name, tensor in tensors[CONNECTOR].items():
-        ours = next((prefix for prefix in names if name.startswith(prefix)), "")
-        found[(names[ours] if ours else "connector.") + name.removeprefix(ours)] = tensor
-    head, embedding = (f"{PREFIXES[BACKBONE]}language_model.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
+    found |= to_theirs(tensors[CONNECTOR], PLACEMENTS[placement_of(config.connector)])
+    head, embedding = (
+        f"{PREFIXES[BACKBONE]}language_model.{name}.weight" for name in ("lm_head", "model.embed_tokens")
+    )
     found.setdefault(head, found[embedding])  # a state has both, tied or not
     files.write_pickle(directory / FILE, found, files.STATE)

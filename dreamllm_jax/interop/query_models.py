@@ -13,7 +13,7 @@ import numpy as np
 
 from dreamllm_jax.data.prompting import Prompting
 from dreamllm_jax.data.tokenizer import Tokenizer
-from dreamllm_jax.interop import internvl
+from dreamllm_jax.interop import files, internvl
 from dreamllm_jax.interop.assemble import left_out
 from dreamllm_jax.interop.files import Tensor
 from dreamllm_jax.interop.image_decoder import open_image_decoder, public_parts
@@ -123,7 +123,7 @@ def joined(
     rows = towers.language_model.config.vocab_size
     if tokenizer.vocab_size > rows:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the language model {rows} rows: give its own with --tokenizer"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the language model {rows} rows: give its own by --tokenizer"
         )
     try:
         config = DreamLLMConfig(
@@ -144,10 +144,38 @@ def joined(
     return join(config, tensors, left_out(parts[name] for name in (LANGUAGE, VISION, PROJECTOR)), places)
 
 
+def to_ours(tensors: Mapping[str, Tensor], names: Mapping[str, str], where: Path) -> dict[str, Tensor]:
+    """A connector's tensors by our names.
+
+    Args:
+      names: how names begin there -> how they do here.
+
+    Raises:
+      ValueError: listing those that begin otherwise.
+    """
+    found, unexpected = {}, []
+    for name, tensor in tensors.items():
+        begin = next((begin for begin in names if name.startswith(begin)), None)
+        if begin is None:
+            unexpected.append(f"unexpected {name} {tensor.shape}")
+        else:
+            found[names[begin] + name.removeprefix(begin)] = tensor
+    files.refuse(unexpected, where)
+    return found
+
+
+def to_theirs(tensors: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The inverse of `to_ours`."""
+    found = {}
+    for name, tensor in tensors.items():
+        begin = max((begin for begin in names if name.startswith(names[begin])), key=lambda begin: len(names[begin]))
+        found[begin + name.removeprefix(names[begin])] = tensor
+    return found
+
+
 def layers_of(names: Mapping[str, Any], prefix: str) -> int:
     """How many layers there are, counted from 0, whose tensors' names begin so."""
-    counted = {name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)}
-    return len(counted)
+    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})
 
 
 def tower_tensors(

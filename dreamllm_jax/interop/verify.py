@@ -20,13 +20,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from dreamllm_jax.data.positions import grid_of, place
-from dreamllm_jax.interop import dreamllm_modules, torch_modules, vision_language_modules
-from dreamllm_jax.interop.dreamllm import plugins_of, tower_directory
-from dreamllm_jax.interop.files import import_torch, read_config
+from dreamllm_jax.interop.files import import_torch
 from dreamllm_jax.interop.sampling import compare_sampling
 from dreamllm_jax.interop.source import config_of
-from dreamllm_jax.interop.vision_language import layout_of
-from dreamllm_jax.model import DreamLLM, DreamLLMConfig, take
+from dreamllm_jax.interop.torch_side import torch_side
+from dreamllm_jax.model import DreamLLM, DreamLLMConfig, painted_from
 from dreamllm_jax.towers.condition import Condition
 from dreamllm_jax.towers.registry import ImageDecoderConfig
 
@@ -47,7 +45,8 @@ class Difference:
     """How far a tower of ours is from torch's; of several outputs, that of the one nearest to its limit or past it.
 
     Attributes:
-      tower: "language model", "vision encoder", "denoiser", "autoencoder", "multimodal forward" or "scheduler".
+      tower: "language model", "vision encoder", "connector", "denoiser", "autoencoder", "multimodal forward" or
+        "scheduler".
       dtype: what ours computed in, "float32" or "bfloat16"; "any" of the scheduler, which has no weights.
       largest: largest absolute difference from torch's float32 result (or float64, see `compare`).
       relative: L2 norm of the difference / L2 norm of that result.
@@ -84,15 +83,17 @@ def compare(
       config: our model.
       params: gives one part of the parameter tree, such as "image_decoder/denoiser", as a nested dict of numpy arrays
         of any float type.
-      directory: a causal language model of transformers; or one that sees (a row of `vision_language.LAYOUTS`), our
-        new tokens left aside; or the folders of an image decoder, perhaps that of a vision encoder, of diffusers; or a
-        checkpoint of the original program, whose towers' configurations are found as the import finds them.
+      directory: a causal language model of transformers; or one that sees (a row of `vision_language.LAYOUTS`; UniLIP
+        paints too), our new tokens left aside; or the folders of an image decoder, perhaps that of a vision encoder, of
+        diffusers; or a checkpoint of the original program, whose towers' configurations are found as the import finds
+        them; or one of OpenUni, a file, or of MetaQuery, whose towers are taken to have our shapes.
       dtypes: "float32", "bfloat16" or both.
       towers: see `dreamllm_modules.loaders`.
 
     Returns:
       A difference for each tower and type. "multimodal forward" is the logits for one sequence of text and an image
-      and, of a checkpoint of the original program with all its plugin files, dream queries, and the condition of these.
+      and, of a checkpoint with dream queries (of the original program, one with all its plugin files), these, and their
+      condition. Without a language model there, the connector is compared by itself.
       "scheduler" is what `sampling.compare_sampling` compares, where the directory has one.
 
     Raises:
@@ -101,17 +102,14 @@ def compare(
         unexpected or of the wrong shape.
     """
     import_torch("verifying")
-    settings = _settings(Path(directory))
-    if layout_of(settings):
-        tokens = vision_language_modules.common_tokens(config, settings)
-        config, params = vision_language_modules.cut(config, params, tokens)
-    loaders, scheduler = _torch_side(config, Path(directory), settings, towers)
+    side = torch_side(config, params, Path(directory), towers)
+    config, params, loaders, scheduler = side.config, side.params, side.loaders, side.scheduler
     inputs = _inputs(config)
     theirs = {dtype: dict(inputs) for dtype in ("float32", *dtypes)}
     ours = {dtype: dict(inputs) for dtype in dtypes}
     exact: Values = {}  # torch's float64 results, of the towers that need them
     for tower, (parts, run_theirs, run_ours) in _TOWERS.items():
-        if parts[0] in loaders:
+        if parts[0] in loaders and not (tower == "connector" and "language_model" in loaders):
             loaded, before = {part: loaders[part] for part in parts if part in loaders}, set(theirs["float32"])
             try:
                 stored = _run_theirs(run_theirs, config, loaded, theirs)
@@ -120,9 +118,9 @@ def compare(
                 new = theirs["float32"].keys() - before if "float32" in dtypes else ()
                 if any(_relative(ours["float32"][name], theirs["float32"][name]) > FLOAT32_LIMIT for name in new):
                     # From what the towers before gave in float32, so that this one alone is judged.
-                    side = {name: theirs["float32"][name] for name in before}
-                    _run_theirs(run_theirs, config, loaded, {"float64": side})
-                    exact |= {name: side[name] for name in new}
+                    values = {name: theirs["float32"][name] for name in before}
+                    _run_theirs(run_theirs, config, loaded, {"float64": values})
+                    exact |= {name: values[name] for name in new}
                     _collect(stored)
             except ValueError as error:
                 raise ValueError(f"{directory}, {tower}: {error}") from error
@@ -136,33 +134,6 @@ def compare(
         found = compare_sampling(config.image_decoder, scheduler)
         differences.append(_worst([_same("scheduler", *pair) for pair in found.values()]))
     return differences
-
-
-def _settings(directory: Path) -> Mapping[str, Any]:
-    """Of its config.json; none if it has none."""
-    path = directory / "config.json"
-    return read_config(path, dict) if path.is_file() else {}
-
-
-def _torch_side(
-    config: DreamLLMConfig, directory: Path, settings: Mapping[str, Any], towers: Mapping[str, Path | None]
-) -> tuple[dict[str, Callable[[], "nn.Module"]], Path | None]:
-    """Part -> what loads its torch module; and where the scheduler's file may be."""
-    place = directory
-    if settings.get("model_type") == "dreamllm":
-        loaders = dreamllm_modules.loaders(config, directory, settings, towers)
-        plugins, role = plugins_of(settings), "image_decoder"
-        try:
-            place = tower_directory(directory, plugins, role, towers.get(role))
-        except FileNotFoundError:
-            return loaders, None
-    elif given := [f"--{name.replace('_', '-')}" for name, where in towers.items() if where]:
-        raise ValueError(f"{directory} is no checkpoint of the original program: leave out {', '.join(given)}")
-    elif layout_of(settings):
-        return vision_language_modules.loaders(config, directory, settings), None
-    else:
-        loaders = torch_modules.loaders(config, directory, settings)
-    return loaders, place / config.image_decoder.public_scheduler
 
 
 def _worst(found: Sequence[Difference]) -> Difference:
@@ -221,7 +192,9 @@ def _inputs(config: DreamLLMConfig) -> Values:
     places = np.arange(len(see + dream))
     if language.position_axes > 1:
         places = place(len(places), [(len(before), grid_of(encoder.num_patches, side, side))])
-    picture = 2 * multiple, 3 * multiple
+    # Of features there is a square.
+    picture = (multiple, multiple) if decoder.encodes_features else (2 * multiple, 3 * multiple)
+    width = language.width if decoder.encodes_features == "visual_projector" else encoder.width
     values = {
         "text": [text],
         "document": [see + dream],
@@ -231,9 +204,11 @@ def _inputs(config: DreamLLMConfig) -> Values:
         "dream_slots": [[len(see) + len(text) - half + 1]],
         "pixels": rng.normal(size=(1, side, side, 3)),
         "images": rng.uniform(-1, 1, (1, *picture, 3)),
+        "features": rng.normal(size=(1, encoder.num_patches, width)),
         "latents": rng.normal(size=(2, *decoder.latent_shape(*picture))),
         # Small ones: the last bit of a sinusoid's frequency, which torch's exponential decides, is multiplied by them.
         "timesteps": [1.3, 17.7],
+        "hidden": rng.normal(size=(2, config.num_queries, language.width)),
         "conditions": rng.normal(size=(2, config.num_queries, decoder.condition_width)),
         "pooled": rng.normal(size=(2, decoder.pooled_width)),
         "sizes": [[96.0, 64.0, 16.0, 0.0, 64.0, 64.0], [64.0, 128.0, 0.0, 32.0, 64.0, 64.0]],
@@ -285,8 +260,8 @@ def _our_vision_encoder(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
 
 
 def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
-    def decode(x: jax.Array, places: jax.Array) -> jax.Array:
-        return joined.decode(x, places, jnp.ones(x.shape[:2], jnp.int32))[0]
+    def decode(x: jax.Array, places: jax.Array, seen: Sequence = ()) -> jax.Array:
+        return joined.decode(x, places, jnp.ones(x.shape[:2], jnp.int32), seen=seen)[0]
 
     text, places = values["text"], values["places"]
     logits, given = joined.language_model.logits, joined.variables["params"]
@@ -298,14 +273,24 @@ def _our_language_model(joined: DreamLLM, values: Mapping) -> dict[str, jax.Arra
         hidden = decode(joined.embed(values["seen"], seen), places[:, : values["seen"].shape[1]])
         return outputs | {"multimodal forward/logits": logits(hidden)}
     slots = values["dream_slots"]
-    hidden = decode(joined.embed(values["document"], seen, [slots]), places)
-    at_queries = take(hidden, slots, joined.config.num_queries)[:, 0]
-    outputs["multimodal forward/logits"] = logits(hidden)
-    condition = joined.condition(at_queries)
-    outputs["multimodal forward/condition"] = condition.sequence
+    x = joined.embed(values["document"], seen, [slots])
+    outputs["multimodal forward/logits"] = logits(decode(x, places))
+    given = painted_from(joined.config, decode(x, places, seen), jnp.ones(x.shape[:2], jnp.int32), slots)
+    condition = joined.condition(jax.tree.map(lambda x: x[:, 0], given))
+    outputs["multimodal forward/condition"] = condition.sequence[:, -_painted_from(joined.config, values) :]
     if condition.pooled is not None:
         outputs["multimodal forward/pooled"] = condition.pooled
     return outputs
+
+
+def _our_connector(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
+    return {"connector/condition": joined.condition(values["hidden"]).sequence}
+
+
+def _painted_from(config: DreamLLMConfig, values: Mapping) -> int:
+    """How many of the last tokens of the document before `<dream_end>` the condition is made of."""
+    before = values["document"].shape[1] - 1 - config.num_queries
+    return min(before, config.connector.prompt_tokens) + config.num_queries
 
 
 def _our_denoiser(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
@@ -316,7 +301,9 @@ def _our_denoiser(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
 
 def _our_autoencoder(joined: DreamLLM, values: Mapping) -> dict[str, jax.Array]:
     return {
-        "autoencoder/stored": joined.image_decoder.stored(values["images"]),
+        "autoencoder/stored": joined.image_decoder.stored(
+            values["images"], values["features"] if joined.config.image_decoder.encodes_features else None
+        ),
         "autoencoder/images": joined.image_decoder.autoencoder.decode(values["latents"]),
     }
 
@@ -391,11 +378,17 @@ def _their_language_model(modules: Mapping, values: Mapping, config: DreamLLMCon
     hidden = language_model.model(inputs_embeds=x, position_ids=places).last_hidden_state
     outputs["multimodal forward/logits"] = language_model.lm_head(hidden)
     if paints:
-        condition = modules["connector"](hidden[:, at_queries])
+        if config.connector.sees:
+            hidden[:, see : see + seen.shape[1]] = seen
+        condition = modules["connector"](hidden[:, at_queries.stop - _painted_from(config, values) : at_queries.stop])
         outputs["multimodal forward/condition"] = condition["sequence"]
         if "pooled" in condition:
             outputs["multimodal forward/pooled"] = condition["pooled"]
     return outputs
+
+
+def _their_connector(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
+    return {"connector/condition": modules["connector"](values["hidden"])["sequence"]}
 
 
 def _their_denoiser(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
@@ -405,7 +398,8 @@ def _their_denoiser(modules: Mapping, values: Mapping, config: DreamLLMConfig) -
 
 def _their_autoencoder(modules: Mapping, values: Mapping, config: DreamLLMConfig) -> dict[str, "torch.Tensor"]:
     run = config.image_decoder.autoencoder.run_public
-    found = run(modules[AUTOENCODER], values["images"], values["latents"])
+    given = values["features" if config.image_decoder.encodes_features else "images"]
+    found = run(modules[AUTOENCODER], given, values["latents"])
     return {f"autoencoder/{name}": tensor for name, tensor in found.items()}
 
 
@@ -419,10 +413,12 @@ def _require_same_settings(part: str, config: DreamLLMConfig, module: "nn.Module
             raise ValueError(f"{part.replace('/', '.')}.{name} is {ours} here, but {theirs} there")
 
 
-# Tower -> its parts, without the first of which there is none; torch's side; ours. The last uses what the first gave.
+# Tower -> its parts, without the first of which there is none; torch's side; ours. The last uses what the first gave;
+# where it is there, the connector is compared with it.
 _TOWERS = {
     "vision encoder": (["vision_encoder"], _their_vision_encoder, _our_vision_encoder),
     "denoiser": ([DENOISER], _their_denoiser, _our_denoiser),
+    "connector": (["connector"], _their_connector, _our_connector),
     "autoencoder": ([AUTOENCODER], _their_autoencoder, _our_autoencoder),
     "language model": (
         ["language_model", "visual_projector", "dream_queries", "connector"],

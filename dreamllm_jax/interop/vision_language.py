@@ -3,7 +3,8 @@
 A layout is a row of `LAYOUTS`. Each part is opened as if it lay alone: `open_language_model` and `open_vision_encoder`
 take theirs, `open_visual_projector` the third.
 
-LLaVA is arXiv 2304.08485 and 2310.03744, LLaVA-OneVision 2408.03326, InternVL3 2504.10479, Qwen2.5-VL 2502.13923.
+LLaVA is arXiv 2304.08485 and 2310.03744, LLaVA-OneVision 2408.03326, InternVL3 2504.10479, Qwen2.5-VL 2502.13923,
+UniLIP 2507.23278.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from dreamllm_jax.towers.registry import VisualProjectorConfig
 
 LANGUAGE, VISION, PROJECTOR = "language_model", "vision_encoder", "visual_projector"
 STEMS = ("model", "pytorch_model")  # of the files of tensors
+UNILIP = "unilip_internvl"
 Settings = Mapping[str, Any]
 
 
@@ -181,6 +183,24 @@ LAYOUTS = (
         towers=_LLAVA_TOWERS,
         project=lambda model, states: model.model.multi_modal_projector(states),
         converted=internvl.converted,
+    ),
+    Layout(
+        types=(UNILIP,),  # which paints too; see `unilip.py`
+        torch_class="InternVLForConditionalGeneration",
+        groups=MappingProxyType({LANGUAGE: "text_config", VISION: ""}),
+        names=(
+            (r"language_model\.(?=model\.|lm_head\.)", LANGUAGE, ""),
+            (r"vision_tower\.", VISION, ""),
+            (r"multi_modal_projector\.0\.", PROJECTOR, "pre_layernorm."),
+            (r"multi_modal_projector\.1\.", PROJECTOR, "projector.0."),
+            (r"multi_modal_projector\.3\.", PROJECTOR, "projector.2."),
+        ),
+        seeing=lambda _: {},
+        projecting=_internvl_projecting,
+        towers=_LLAVA_TOWERS,
+        project=lambda model, states: model.model.multi_modal_projector(states),
+        converted=internvl.converted,
+        beside=r"model\.(latent_queries$|llm_connector\.|projector\.|dit\.|vae_decoder\.)",
     ),
     Layout(
         types=("llava_onevision",),

@@ -16,6 +16,7 @@ from dreamllm_jax.model import DreamLLMConfig
 from dreamllm_jax.towers.public import PublicForm
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -47,18 +48,23 @@ def cut(
     return dataclasses.replace(config, language_model=language, special_tokens=special), fewer
 
 
+def stored_tensors(directory: Path) -> dict[str, "torch.Tensor"]:
+    """All tensors of a directory, by their names in the files, as transformers reads these."""
+    from transformers.modeling_utils import load_state_dict
+
+    path, _ = find_model(directory, *STEMS)
+    shards = sorted(set(require_beside(path).values())) if path.suffix == ".json" else [path.name]
+    return {name: tensor for shard in shards for name, tensor in load_state_dict(directory / shard).items()}
+
+
 def _whole(layout: Layout, directory: Path, settings: Mapping[str, Any]) -> "nn.Module":
     """The public class with the tensors of the directory; errors as of `torch_modules.pretrained`."""
     form = PublicForm("transformers", layout.torch_class, layout.types, beside=layout.beside)
     if layout.converted is None:
         return pretrained(form, directory)
     import torch
-    from transformers.modeling_utils import load_state_dict
 
-    path, _ = find_model(directory, *STEMS)
-    shards = sorted(set(require_beside(path).values())) if path.suffix == ".json" else [path.name]
-    stored = {name: tensor for shard in shards for name, tensor in load_state_dict(directory / shard).items()}
-    settings, stored = layout.converted(settings, stored)
+    settings, stored = layout.converted(settings, stored_tensors(directory))
     cls = public_class(form)
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()))
     module = cls._from_config(cls.config_class(**settings), dtype=dtype, attn_implementation="eager")
@@ -74,11 +80,18 @@ def loaders(
 ) -> dict[str, Callable[[], "nn.Module"]]:
     """Part -> what loads its torch module, out of the whole model; the language model has the first tokens alone, as
     many as ours. Errors as of `torch_modules.pretrained`."""
+    layout = layout_of(settings)
+    return parts_of(config, layout, functools.partial(_whole, layout, directory, settings))
+
+
+def parts_of(
+    config: DreamLLMConfig, layout: Layout, whole_model: Callable[[], "nn.Module"]
+) -> dict[str, Callable[[], "nn.Module"]]:
+    """What `loaders` gives, out of what loads the whole model."""
     import torch
     from torch import nn
 
-    layout, tokens = layout_of(settings), config.language_model.vocab_size
-    whole_model = functools.partial(_whole, layout, directory, settings)
+    tokens = config.language_model.vocab_size
 
     class Projector(nn.Module):
         """The whole model without its towers, as which its own code makes of features what the other is given."""

@@ -4,7 +4,7 @@ Legend: B rows, L tokens in a row, S slots of a group, N images, P patches, Q dr
 width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,25 +37,43 @@ def hidden_states(
 
 def see(model: DreamLLM, params: dict, slots: Slots, chunk: int) -> Float[Array, "B S P E"]:
     """What the language model is given for a group of images."""
+
+    def features(towers, images):
+        return model.bind({"params": towers}).see(images, slots.stored)
+
+    towers, weights = towers_of(model, params, "vision_encoder", "visual_projector")
+    return each(features, towers, weights, slots, chunk, again=False)
+
+
+def each(
+    function: Callable[[dict, Array], Array], towers: dict, weights: dict, slots: Slots, chunk: int, again: bool = True
+) -> Float[Array, "B S ..."]:
+    """What `function(towers, images)` gives of each image of a group.
+
+    Args:
+      towers, weights: as from `towers_of`.
+      chunk: at most how many images each device computes at a time; 0 for all.
+      again: of several chunks, compute each again in the backward pass, and keep nothing of it until then.
+    """
     images, over = slots.images, split_over("images", slots.at.size)
-    towers, weights = _towers(model, params, "vision_encoder", "visual_projector")
     towers = jax.tree.map(lambda x, axes: copied(x, axes, over), towers, axes_of(weights))
     types = jax.tree.map(lambda x: x.dtype, towers)
+    items = _by_device(images)
+    number = chunks.count(items.shape[1], chunk)
+    function = jax.checkpoint(function) if again and number > 1 else function
 
     def on_device(towers, parts):
         # Their gradients are added up over the chunks: in float32.
         wide = jax.tree.map(lambda x: x[0].astype(jnp.float32), towers)
 
-        def features(part):
-            given = model.bind({"params": jax.tree.map(lambda x, dtype: x.astype(dtype), wide, types)})
-            return _regroup(given.see(flat(part), slots.stored), len(part))
+        def found(part):
+            given = jax.tree.map(lambda x, dtype: x.astype(dtype), wide, types)
+            return _regroup(function(given, flat(part)), len(part))
 
-        return jax.lax.map(features, parts)
+        return jax.lax.map(found, parts)
 
-    items = _by_device(images)
-    parts = chunks.split(items, chunks.count(items.shape[1], chunk))
-    features = chunks.join(on_devices(on_device, over, (0, 1), 1)(towers, parts))
-    return features.reshape(*images.shape[:2], *features.shape[2:])
+    results = chunks.join(on_devices(on_device, over, (0, 1), 1)(towers, chunks.split(items, number)))
+    return results.reshape(*images.shape[:2], *results.shape[2:])
 
 
 def painting_error(
@@ -81,7 +99,7 @@ def painting_error(
 
     made_of = "" if slots.stored else model.config.image_decoder.encodes_features
     read = {"": (), "vision_encoder": ("vision_encoder",)}.get(made_of, ("vision_encoder", "visual_projector"))
-    towers, weights = _towers(model, params, "image_decoder", *read)
+    towers, weights = towers_of(model, params, "image_decoder", *read)
     filled: Bool[Array, "B S"] = slots.filled
     if slots.sizes is not None:
         condition = condition.with_sizes(flat(slots.sizes))
@@ -91,7 +109,7 @@ def painting_error(
     return chunks.chunked_sum(total, towers, items, items[-1], number, axes=axes_of(weights), over=over)
 
 
-def _towers(model: DreamLLM, params: dict, *names: str) -> tuple[dict, dict]:
+def towers_of(model: DreamLLM, params: dict, *names: str) -> tuple[dict, dict]:
     """The parameters of some towers, cast as they are used, and their `Weight`s."""
     trees = (params, abstract_params(model.config))  # a projector may have none
     params, weights = ({name: tree[name] for name in names if name in tree} for tree in trees)

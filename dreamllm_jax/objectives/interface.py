@@ -8,8 +8,9 @@ import jax
 from dreamllm_jax.data.batch import Batch
 from dreamllm_jax.model import DreamLLM, DreamLLMConfig
 from dreamllm_jax.objectives.joint import JointConfig
+from dreamllm_jax.objectives.reconstruction import ReconstructionConfig
 
-ObjectiveConfig = JointConfig  # a union, of several
+ObjectiveConfig = JointConfig | ReconstructionConfig
 
 
 class ObjectiveRole(Protocol):

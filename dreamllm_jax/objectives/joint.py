@@ -73,7 +73,8 @@ class JointConfig:
         )
 
     def require(self, model: DreamLLMConfig, trained: Callable[[str], bool], paints: bool) -> None:
-        """Raises ValueError if rows that have, or have no, room for images to paint leave nothing to learn."""
+        """Raises ValueError if rows that have, or have no, room for images to paint leave nothing to learn, or there is
+        a teacher, from whom nothing is."""
         if self.lm_weight == 0 and not paints:
             raise ValueError("objective.lm_weight=0 and rows.dream_slots=0: there is nothing to learn")
         if self.drop_prob and model.dream_queries.redrawn:
@@ -81,6 +82,8 @@ class JointConfig:
                 f"objective.drop_prob={self.drop_prob:g}: dream queries that are drawn anew have no null condition: "
                 "set it to 0, and data.corpora.NAME.drop_text"
             )
+        if model.teacher:
+            raise ValueError("model.teacher is of objective.kind=reconstruction: leave it out")
 
     def make(self, model: DreamLLM) -> "Joint":
         """The objective for a model."""

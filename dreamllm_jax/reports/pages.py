@@ -11,7 +11,11 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-CURVES = {"loss": "loss", "lm_loss": "next-token loss (nats)", "dm_loss": "denoising loss"}
+CURVES = {
+    **{"loss": "loss", "lm_loss": "next-token loss (nats)", "dm_loss": "denoising loss"},
+    **{"absolute_error": "absolute error of pixels", "squared_error": "squared error of pixels"},
+    "distill_error": "distance from the teacher",
+}
 PLACES = 500  # along an axis that can be told apart
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222; }

@@ -13,7 +13,7 @@ from dreamllm_jax.diffusion.flow import FlowConfig
 from dreamllm_jax.interop.dreamllm import open_dreamllm
 from dreamllm_jax.interop.source import Source
 from dreamllm_jax.layers.lora import adapters_in, is_adapter, tower_of
-from dreamllm_jax.model import DreamLLMConfig
+from dreamllm_jax.model import TEACHER, DreamLLMConfig
 
 
 def open_initial(name: str) -> SavedModel | Source:
@@ -36,8 +36,9 @@ def restore_initial(
 ) -> dict[str, jax.Array]:
     """The parameters that `parameters.init_from` names, laid out as `abstract` asks.
 
-    Adapters (`layers.lora`) stay in towers where `model` has the same; others are merged into the kernels. Those that
-    only `model` has are not among the result.
+    A teacher is the checkpoint's own, or else as what it teaches is there. Adapters (`layers.lora`) stay in towers
+    where `model` has the same; others are merged into the kernels. Those that only `model` has are not among the
+    result.
 
     Raises:
       ValueError: the checkpoint is of another model.
@@ -49,7 +50,12 @@ def restore_initial(
         initial = initial.merged(kept=wanted)
     kept = adapters_in(initial.config)
     there = {path: leaf for path, leaf in abstract.items() if not is_adapter(path) or tower_of(path, kept)}
-    return initial.restore(there)
+    if initial.config.teacher or not model.teacher:
+        return initial.restore(there)
+    begin = f"{TEACHER}/"
+    taught = {path.removeprefix(begin): leaf for path, leaf in there.items() if path.startswith(begin)}
+    found = initial.restore({path: leaf for path, leaf in there.items() if not path.startswith(begin)})
+    return found | {begin + path: leaf for path, leaf in initial.restore(taught).items()}
 
 
 def require_same_model(theirs: DreamLLMConfig, ours: DreamLLMConfig, name: str) -> None:
@@ -64,8 +70,8 @@ def require_same_model(theirs: DreamLLMConfig, ours: DreamLLMConfig, name: str) 
 # How a model is computed, trained, asked, sampled or was begun, not what it is; adapters can be added and merged. Of a
 # flow it is a velocity at each noise level, whichever of these are learned.
 _FLOW = tuple(field.name for field in dataclasses.fields(FlowConfig) if field.name != "num_train_timesteps")
-_BEGUN = ("initializer_range", "init", "deviation")
-_FREE = ("dtype", "remat", "upcast", "training", "sample_size", "lora", "prompting", *_BEGUN, *_FLOW)
+_BEGUN = ("initializer_range", "init", "deviation", "copied")
+_FREE = ("dtype", "remat", "teacher", "upcast", "training", "sample_size", "lora", "prompting", *_BEGUN, *_FLOW)
 
 
 def _require_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: str, name: str) -> None:

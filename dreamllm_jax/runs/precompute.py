@@ -55,6 +55,10 @@ def precompute(
     Raises:
       ValueError: the corpus already has such arrays of another shape, type or model; the latents are not this model's.
     """
+    if name == "moments" and model.config.image_decoder.encodes_features:
+        raise ValueError(
+            "this model's image decoder makes latents of what the vision encoder sees: there are no moments to compute"
+        )
     documents = Corpus(directory, corpus)
     target = stored.folder(directory, corpus, name)
     tower = getattr(model.config, ROLES[name])

@@ -152,15 +152,18 @@ class ImageDecoderRole(Protocol):
       plain: the same decoder with the training error that held-out documents are measured by.
       draws: the randomness of one image's error, of six keys, the fourth of which is the objective's.
       within: draws moved into one of so many equal ranges of time; `time_range` says which that is.
+      require_features: raises ValueError if latents cannot be made of so many features, so wide, of images of so many
+        pixels on a side; asked, like `reconstruction_flops`, if it `encodes_features`.
       default_sampler: the one that it is sampled with if none is named.
       steps: a sampler's table for images of so many pixels, and the scale of the noise that it begins with.
     """
 
     kind: str
     default_sampler: Name
-    encodes_features: Literal["", "vision_encoder", "visual_projector"]
     wants_sizes: bool
 
+    @property
+    def encodes_features(self) -> Literal["", "vision_encoder", "visual_projector"]: ...
     @property
     def stored_depends(self) -> tuple[str, ...]: ...
     @property
@@ -179,6 +182,7 @@ class ImageDecoderRole(Protocol):
     def plain(self) -> "ImageDecoderRole": ...
     @property
     def stored_settings(self) -> dict[str, Any]: ...
+    def require_features(self, size: int, tokens: int, width: int) -> None: ...
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]: ...
     def latent_shape_of(self, shape: tuple[int, ...], stored: bool) -> tuple[int, ...]: ...
     def stored_shape(self, height: int, width: int) -> tuple[int, ...]: ...
@@ -192,6 +196,9 @@ class ImageDecoderRole(Protocol):
     def make(self, dtype: Any) -> "ImageDecoder": ...
     def flops(
         self, tally: Tally, images: int, height: int, width: int, queries: int, condition_live: bool, stored: bool
+    ) -> dict[str, Flops]: ...
+    def reconstruction_flops(
+        self, tally: Tally, images: int, height: int, width: int, features_live: bool
     ) -> dict[str, Flops]: ...
 
 
@@ -228,10 +235,11 @@ class DenoiserRole(Protocol):
 class AutoencoderRole(Protocol):
     """What makes latents of pixels and pixels of latents, beside a denoiser.
 
-    Its module has `encode`, from pixels in [-1, 1] to what can be stored of an image, and `decode`, from unscaled
-    latents to pixels.
+    Its module has `encode`, from pixels in [-1, 1] (or features of an image) to what can be stored of an image, and
+    `decode`, from unscaled latents to pixels.
 
     Attributes:
+      feature_width: of what the language model is given of images, where latents are made of that; 0 for pixels.
       downscale: pixels along a side of the square that a latent stands for.
       encoded_channels: of what `encode` gives; `encode_depends` is how the paths begin of the parameters that it needs.
       deterministic: `latents` need no noise.
@@ -239,6 +247,7 @@ class AutoencoderRole(Protocol):
     """
 
     kind: str
+    feature_width: int
     latent_channels: int
     deterministic: bool
     encode_depends: tuple[str, ...]
@@ -257,10 +266,15 @@ class ImageDecoder(Protocol):
     """Its module."""
 
     def stored(self, images: UInt8[Array, "N H W 3"]) -> Array: ...
-    def encode(self, images: Array, draws: Any, stored: bool = False) -> Float[Array, "N h w c"]: ...
+    def encode(
+        self, images: Array, draws: Any, stored: bool = False, features: Array | None = None
+    ) -> Float[Array, "N h w c"]: ...
     def error(self, condition: Condition, latents: Float[Array, "N h w c"], draws: Any) -> Float[Array, " N"]: ...
     def denoise(
         self, latents: Float[Array, "N h w c"], time: Array, condition: Condition
     ) -> Float[Array, "N h w c"]: ...
     def decode(self, latents: Float[Array, "N h w c"]) -> Float[Array, "N H W 3"]: ...
+    def reconstruct(
+        self, images: UInt8[Array, "N H W 3"], features: Float[Array, "N T E"] | None = None
+    ) -> Float[Array, "N H W 3"]: ...
     def __call__(self, condition: Condition) -> None: ...

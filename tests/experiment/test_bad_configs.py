@@ -256,6 +256,8 @@ BROKEN = [
         {"objective.lm_weight": 0.0, "rows.dream_slots": 0},
         "objective.lm_weight=0 and rows.dream_slots=0: there is",
     ),
+    ({"model.teacher": True}, "model.teacher is of objective.kind=reconstruction: leave it out"),
+    ({"objective": {"kind": "reconstruction"}}, "choose model.image_decoder.autoencoder.kind=unilip"),
     ({"data.stored": ("features",)}, "is trained: leave features out of data.stored, or freeze the tower"),
     ({"data.stored": ("moments",), "data.flip": 0.5}, "stored moments cannot be mirrored"),
     ({"data.corpora.pairs.epochs": 2.0}, "config.data.corpora.pairs: a corpus has a weight (16.0) or epochs (2.0)"),

@@ -15,7 +15,7 @@ from dreamllm_jax.towers.connectors.transformer import TransformerConfig
 from dreamllm_jax.towers.image_decoders.unet_transformer import UNetLora
 from dreamllm_jax.towers.vision_encoders.intern_vit import InternVitConfig
 from tests.public_models import INTERN_VIT
-from tests.tiny import DECODER, DECODER_XL, DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
+from tests.tiny import DECODER, DECODER_UNILIP, DECODER_XL, DREAM_SIZE, DREAM_SLOTS, LENGTH, SEE_SLOTS, tiny_config
 
 STAGE_2 = (("(language_model|visual_projector|dream_queries|connector)/.*", True), (".*", False))
 ALIGNMENT = (("(visual_projector|dream_queries|connector)/.*", True), (".*", False))
@@ -34,6 +34,10 @@ SCOPES = {
     "DreamLLM.decode": "language_model",
     "DreamLLM.null_hidden": "language_model",
     "DreamLLM.condition": "connector",
+    "Sana.stored": "autoencoder",
+    "Sana.decode": "autoencoder",
+    "Sana.reconstruct": "autoencoder",
+    "Sana.denoise": "denoiser",
     "StableDiffusion.stored": "autoencoder",
     "StableDiffusion.denoise": "denoiser",
     "StableDiffusionXL.stored": "autoencoder",
@@ -46,7 +50,7 @@ def experiment(trainable=STAGE_2, remat="none", rows=None, objective=None, model
     model = tiny_config(remat=remat) if model is None else model
     settings = {
         "model": dataclasses.asdict(model) | {"special_tokens": None},
-        "parameters": {"trainable": trainable},
+        "parameters": {"trainable": trainable, "init_from": "anything" if model.teacher else ""},
         "data": {"path": "", "corpora": {"pairs": {}}, "stored": stored},
         "rows": {
             "per_step": 4,
@@ -56,7 +60,7 @@ def experiment(trainable=STAGE_2, remat="none", rows=None, objective=None, model
             "dream_size": DREAM_SIZE,
             **(rows or {}),
         },
-        "objective": objective or {},
+        "objective": {"kind": "joint"} | (objective or {}),
         "optimizer": {},
         "steps": 10,
     }
@@ -102,7 +106,22 @@ CASES = {
         ),
         "rows": {"dream_slots": 0, "see": tuple({"slots": 1, "height": 16, "width": width} for width in (16, 32))},
     },
-    "painted alone, detached": {"rows": {"see_slots": 0}, "objective": {"lm_weight": 0.0, "detach_condition": True}},
+    "painted from features": {
+        "model": tiny_config(image_decoder=DECODER_UNILIP),
+        "trainable": EVERYTHING,
+        "objective": {"lm_weight": 0.0, "image_chunk": 0},
+        "rows": {"see_slots": 0},
+    },
+    "reconstruction": {
+        "model": tiny_config(image_decoder=DECODER_UNILIP, teacher=True),
+        "trainable": (("(vision_encoder|image_decoder/autoencoder)/.*", True), (".*", False)),
+        "objective": {"kind": "reconstruction", "distill_weight": 1.0, "image_chunk": 0},
+        "rows": {"see_slots": 0},
+    },
+    "painted alone, detached": {
+        "rows": {"see_slots": 0},
+        "objective": {"lm_weight": 0.0, "detach_condition": True},
+    },
 }
 
 

@@ -3,12 +3,20 @@
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
+import jax
+import numpy as np
 import pytest
+from etils import epath
+from flax.traverse_util import flatten_dict
+from jax.sharding import SingleDeviceSharding
 
+from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.data.vocabulary import SpecialTokens
-from dreamllm_jax.model import DreamLLMConfig
-from dreamllm_jax.runs.initial import open_initial, require_same_model
-from tests.tiny import DECODER_XL, tiny_config
+from dreamllm_jax.model import TEACHER, DreamLLMConfig, abstract_params
+from dreamllm_jax.runs.initial import open_initial, require_same_model, restore_initial
+from dreamllm_jax.training.state import split_params
+from tests.tiny import DECODER_XL, tiny_config, tiny_params
 from tests.towers.test_flow_decoders import SANA
 
 CONFIG = tiny_config()
@@ -50,6 +58,21 @@ def test_another_way_of_learning_sampling_and_computing_is_not_another_decoder()
     message = r"^config\.model\.image_decoder\.flow\.num_train_timesteps is 500, but DIR has 1000$"
     with pytest.raises(ValueError, match=message):
         require_same_model(flowing(), flowing(num_train_timesteps=500), "DIR")
+
+
+def test_a_teacher_begins_as_what_it_teaches(tmp_path):
+    leaves, taught = flatten_dict(tiny_params(CONFIG), sep="/"), dataclasses.replace(CONFIG, teacher=True)
+    saved.write_description(epath.Path(tmp_path), CONFIG, None)
+    saved.write_params(epath.Path(tmp_path), leaves)
+    shapes, here = flatten_dict(nn.unbox(abstract_params(taught)), sep="/"), SingleDeviceSharding(jax.devices()[0])
+    types = {path: "bfloat16" if path.startswith(TEACHER) else "float32" for path in shapes}
+    abstract = {path: jax.ShapeDtypeStruct(x.shape, types[path], sharding=here) for path, x in shapes.items()}
+    found, seen = restore_initial(str(tmp_path), taught, abstract), ("vision_encoder/", "visual_projector/")
+    assert found.keys() == leaves.keys() | {f"{TEACHER}/{path}" for path in leaves if path.startswith(seen)}
+    for path, x in found.items():
+        np.testing.assert_array_equal(x, leaves[path.removeprefix(f"{TEACHER}/")].astype(x.dtype), err_msg=path)
+    _, frozen = split_params(abstract_params(taught), ((".*", True),))
+    assert {path for path in found if path.startswith(TEACHER)} == set(frozen)
 
 
 def test_a_directory_without_a_model_is_named(tmp_path):

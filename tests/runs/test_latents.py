@@ -50,7 +50,7 @@ def case(tmp_path_factory):
     made = stored.Stored(root / "set", "computed", "moments", SHAPE, "float32", len(NAMES))
     for number, name in enumerate(NAMES):
         # In bfloat16, as the script computes.
-        scaled = torch.from_numpy(made[number][0].transpose(2, 0, 1)).to(torch.bfloat16) * float(SCALE)
+        scaled = torch.tensor(made[number][0].transpose(2, 0, 1)).to(torch.bfloat16) * float(SCALE)
         file = root / f"raw_dc32/{name}.pt"
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(scaled, file)

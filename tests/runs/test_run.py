@@ -47,7 +47,7 @@ def settings() -> dict:
         "parameters": {"trainable": [["image_decoder/autoencoder/.*", False], [".*", True]]},
         "data": {"path": "openmoji", "pairs": PAIRS, "corpora": {"pairs": {}, "interleaved": {"weight": 0.5}}},
         "rows": {"per_step": 8, "length": 48, "see_slots": 2, "dream_slots": 2, "dream_size": 16},
-        "objective": {"drop_prob": 0.2},
+        "objective": {"kind": "joint", "drop_prob": 0.2},
         "optimizer": {"learning_rate": 1e-3, "warmup_ratio": 0.2},
         "checkpoint": {"every": 2, "keep": 2},
         "steps": STEPS,
@@ -98,7 +98,7 @@ def test_a_finished_run_stays_as_it_is(finished):
 def test_a_run_refuses_other_settings(finished):
     workdir, _ = finished
     with pytest.raises(ConfigError, match=r"begun with another config\.objective\.drop_prob \(0\.2, now 0\.3\)"):
-        start_and_train(workdir, objective={"drop_prob": 0.3})
+        start_and_train(workdir, objective={"kind": "joint", "drop_prob": 0.3})
     optimizer = settings()["optimizer"]
     with pytest.raises(ConfigError, match=r"begun with another config\.optimizer\.learning_rate \("):
         start_and_train(workdir, optimizer=optimizer | {"learning_rate": 0.5})
@@ -108,10 +108,10 @@ def test_a_run_refuses_other_settings(finished):
         start_and_train(workdir, data=settings()["data"] | {"flip": 0.5}, steps=STEPS)
     accepted = {"checkpoint": settings()["checkpoint"] | {"accept_changes": True}}
     told = (workdir / "config.json").read_text()
-    run = start_run(settings() | {"objective": {"drop_prob": 0.3}} | accepted, workdir)
+    run = start_run(settings() | {"objective": {"kind": "joint", "drop_prob": 0.3}} | accepted, workdir)
     assert (workdir / "config.json").read_text() == told  # until the state was found to fit
     run.record()
-    assert json.loads((workdir / "config.json").read_text())["objective"] == {"drop_prob": 0.3}
+    assert json.loads((workdir / "config.json").read_text())["objective"] == {"kind": "joint", "drop_prob": 0.3}
     with pytest.raises(ConfigError, match=r"/config\.json\.model\.clip is called config\.model\.vision_encoder now"):
         (workdir / "config.json").write_text(told.replace('"vision_encoder"', '"clip"'))
         start_run(settings(), workdir)

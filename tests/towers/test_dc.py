@@ -256,7 +256,7 @@ def test_settings_left_out_are_those_of_diffusers():
         ("encoder_block_types", "Block", "encoder_block_types"),
         ("encoder_layers_per_block", [1, 0, 1], "only the first stage"),
         ("encoder_qkv_multiscales", [[], [4], []], "odd"),
-        ("decoder_block_out_channels", [8, 48, 48], "48 does not divide 4 x 8"),
+        ("decoder_block_out_channels", [16, 48, 48], "48 does not divide 4 x 16"),
         ("decoder_block_out_channels", [8, 18, 18], "heads of 16"),
         ("decoder_block_out_channels", [8, 16], "3 stages|2 stages"),
         ("upsample_block_type", "nearest", "upsample_block_type"),

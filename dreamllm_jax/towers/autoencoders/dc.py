@@ -68,6 +68,7 @@ class DCAutoencoderConfig:
     scaling_factor: float = 0.41407
     kind: Literal["dc"] = "dc"
     deterministic: ClassVar[bool] = True
+    feature_width: ClassVar[int] = 0
     encode_depends: ClassVar[tuple[str, ...]] = ("encoder/",)
     public = PublicForm(
         library="diffusers",
@@ -111,8 +112,8 @@ class DCAutoencoderConfig:
             value = getattr(self, f"{half}_{key}")
             require(len(value) == len(widths), f"{half}_{key}={value}: one for each of {len(widths)} stages")
         require(
-            layers[0] >= 0 and min(layers[1:]) > 0,
-            f"{half}_layers_per_block={layers}: only the first stage may have no layers",
+            min(layers) >= 0 and 0 not in layers[1:-1],
+            f"{half}_layers_per_block={layers}: only the first and the last stage may have no layers",
         )
         for kind, width, kernels in zip(getattr(self, f"{half}_block_types"), widths, scales, strict=True):
             known = ("ResBlock", "EfficientViTBlock")
@@ -125,7 +126,8 @@ class DCAutoencoderConfig:
                 all(size > 0 and size % 2 for size in kernels), f"{half}_qkv_multiscales: {kernels} must be odd sizes"
             )
         for small, large in itertools.pairwise(widths):
-            fits = 4 * small % large == 0 and 4 * small >= large
+            # A decoder's step to less than a quarter of the channels has no shortcut.
+            fits = 4 * small % large == 0 if 4 * small >= large else half == "decoder"
             require(fits, f"{half}_block_out_channels: {large} does not divide 4 x {small}")
         require(
             not getattr(self, f"{half}_{'out' if half == 'encoder' else 'in'}_shortcut")
@@ -207,6 +209,33 @@ class DCAutoencoderConfig:
             if count and level < len(widths) - 1:
                 halve(f"{stage}/{count}", channels, widths[level + 1])
         tally.product("encoder/conv_out/kernel", convolution(images, size, widths[-1], self.latent_channels))
+
+    def decoder_flops(self, tally: Tally, images: int, size: tuple[int, int]) -> None:
+        """Adds the way from the latents, of this height and width, of so many images to pixels."""
+        widths, layers = self.decoder_block_out_channels, self.decoder_layers_per_block
+
+        def double(path: str, inputs: int, outputs: int) -> None:
+            nonlocal size
+            if self.upsample_block_type == "interpolate":  # even and odd rows and columns: four convolutions of 2x2
+                flops = 4 * convolution(images, size, inputs, outputs, kernel=2, padding=(1, 0))
+            else:
+                flops = convolution(images, size, inputs, 4 * outputs)
+            tally.product(f"{path}/conv/kernel", flops)
+            size = size[0] * 2, size[1] * 2
+
+        tally.product("decoder/conv_in/kernel", convolution(images, size, self.latent_channels, widths[-1]))
+        for level in (level for level in reversed(range(len(widths))) if layers[level]):
+            first = level < len(widths) - 1
+            if first:
+                double(f"decoder/up_blocks_{level}/0", widths[level + 1], widths[level])
+            kind, scales = self.decoder_block_types[level], self.decoder_qkv_multiscales[level]
+            for i in range(layers[level]):
+                block = f"decoder/up_blocks_{level}/{i + first}"
+                count_block(tally, kind, block, images, size, widths[level], scales, self.attention_head_dim)
+        if layers[0]:
+            tally.product("decoder/conv_out/kernel", convolution(images, size, widths[0], self.in_channels))
+        else:
+            double("decoder/conv_out", widths[1], self.in_channels)
 
 
 # What a config.json that leaves a setting out means by it.

@@ -221,7 +221,8 @@ class DCDownBlock2d(nn.Module):
 
 
 class DCUpBlock2d(nn.Module):
-    """Doubles height and width by a convolution; the shortcut repeats channels and spreads them over 2x2 pixels."""
+    """Doubles height and width by a convolution; the shortcut repeats channels and spreads them over 2x2 pixels, if
+    there are not too many."""
 
     features: int
     kind: str
@@ -232,11 +233,12 @@ class DCUpBlock2d(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """f[N,h,w,c] -> f[N,2h,2w,features]."""
         height, width, channels = x.shape[1:]
+        shortcut = self.shortcut and channels <= 4 * self.features
         if self.kind == "interpolate":
-            own = repeating(channels, self.features) if self.shortcut else None
+            own = repeating(channels, self.features) if shortcut else None
             return DoublingConv(self.features, self.dtype, name="conv")(x, (2 * height, 2 * width), own)
         h = pixel_shuffle(Conv(4 * self.features, dtype=self.dtype, name="conv")(x))
-        return h + pixel_shuffle(jnp.repeat(x, 4 * self.features // channels, axis=-1)) if self.shortcut else h
+        return h + pixel_shuffle(jnp.repeat(x, 4 * self.features // channels, axis=-1)) if shortcut else h
 
 
 def count_block(

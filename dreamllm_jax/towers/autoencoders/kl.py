@@ -65,6 +65,7 @@ class AutoencoderConfig:
     use_post_quant_conv: bool = True
     kind: Literal["kl"] = "kl"
     deterministic: ClassVar[bool] = False
+    feature_width: ClassVar[int] = 0
     public = PublicForm(
         library="diffusers",
         torch_class="AutoencoderKL",

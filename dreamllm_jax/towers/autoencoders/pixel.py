@@ -22,6 +22,7 @@ class PixelAutoencoderConfig:
     scaling_factor: float = 1.0
     kind: Literal["pixel"] = "pixel"
     deterministic: ClassVar[bool] = False
+    feature_width: ClassVar[int] = 0
     public = None
 
     def __post_init__(self) -> None:

@@ -55,6 +55,8 @@ class TransformerConfig:
       initializer_range: standard deviation of what the kernels begin with; None for Glorot's uniform distribution.
       prompt_tokens: how many of the prompt's hidden states come before the queries'.
       sees: whether, where these are of an image, what the language model was given of it stands in their place.
+      copied: where a model is put together of public towers, the layers and the norm after them begin as the language
+        model's last ones, which must be alike; "qwen2" alone.
     """
 
     PUBLISHED: ClassVar[dict[str, dict[str, Any]]]  # name -> settings
@@ -75,6 +77,7 @@ class TransformerConfig:
     initializer_range: float | None = None
     prompt_tokens: int = 0
     sees: bool = False
+    copied: bool = False
 
     def __post_init__(self):
         if self.layer not in ("siglip", "qwen2"):
@@ -92,6 +95,10 @@ class TransformerConfig:
             raise ValueError("qk_norm and num_key_value_heads are of layer='qwen2'")
         if self.layer == "qwen2" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+        if self.copied and (self.layer == "siglip" or self.qk_norm or self.hidden_size):
+            raise ValueError(
+                "copied=true needs layers as a language model has them: layer='qwen2', no qk_norm, no hidden_size"
+            )
         if self.sees and not self.prompt_tokens:
             raise ValueError("sees=true needs prompt_tokens, for it is the prompt's images that are seen")
         if self.hidden_size:
@@ -339,6 +346,7 @@ _UNILIP = {
     "final_norm": True,
     "prompt_tokens": 512,
     "sees": True,
+    "copied": True,
 }
 # UniLIP's layers are those of the language models of InternVL3-1B and -2B.
 TransformerConfig.PUBLISHED = {

@@ -6,7 +6,7 @@ Legend: N images, H x W pixels, h x w x c latents.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from dreamllm_jax.towers.condition import Condition
 class LatentDecoderRole:
     """Of a configuration with the fields `denoiser`, `autoencoder` and `remat`; see `towers.roles.ImageDecoderRole`."""
 
-    encodes_features: ClassVar[str] = ""
     wants_sizes: ClassVar[bool] = False
     upcast: ClassVar[bool] = False  # whether the autoencoder computes in float32, whatever the model does
 
@@ -41,6 +40,25 @@ class LatentDecoderRole:
             raise ValueError(
                 f"denoiser.in_channels is {self.denoiser.in_channels}, but the autoencoder's latents have "
                 f"{self.autoencoder.latent_channels} channels"
+            )
+
+    @property
+    def encodes_features(self) -> Literal["", "vision_encoder", "visual_projector"]:
+        """The tower of whose features latents are made, not of pixels."""
+        return "visual_projector" if self.autoencoder.feature_width else ""
+
+    def require_features(self, size: int, tokens: int, width: int) -> None:
+        """Raises ValueError if latents cannot be made of so many features, so wide, of images of this size."""
+        height, across, _ = self.latent_shape(self.default_size, self.default_size)
+        if size != self.default_size or tokens != height * across:
+            raise ValueError(
+                f"image_decoder: its latents are {tokens} features of pictures of {size} pixels, as the vision encoder "
+                f"sees them; it was made for {height * across} of {self.default_size} pixels"
+            )
+        if self.autoencoder.feature_width not in (0, width):
+            raise ValueError(
+                f"image_decoder.autoencoder.feature_width is {self.autoencoder.feature_width}, but features "
+                f"have {width} channels"
             )
 
     @property
@@ -66,13 +84,15 @@ class LatentDecoderRole:
     @property
     def largest_size(self) -> int | None:
         """Of the height and width of images; None for any."""
+        if self.encodes_features:
+            return self.default_size
         most = self.denoiser.largest_size
         return most and most * self.autoencoder.downscale
 
     @property
     def training_size_multiple(self) -> int:
         """Height and width of what is learned must be multiples of it."""
-        return self.size_multiple
+        return self.default_size if self.encodes_features else self.size_multiple
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(h, w, c) of the latents of an image of so many pixels."""
@@ -118,6 +138,19 @@ class LatentDecoderRole:
         self.denoiser.flops(denoiser, images, size, queries, condition_live, self.remat)
         return {"autoencoder": autoencoder.total, "denoiser": denoiser.total}
 
+    def reconstruction_flops(
+        self, tally: Tally, images: int, height: int, width: int, features_live: bool
+    ) -> dict[str, Flops]:
+        """FLOPs by part of what the autoencoder makes of the features of so many images, and of that pictures again.
+
+        Args:
+          features_live: whether gradients go back to the features.
+        """
+        autoencoder = tally.part("autoencoder", features_live)
+        self.autoencoder.encoder_flops(autoencoder, images, height, width)
+        self.autoencoder.decoder_flops(autoencoder, images, height, width)
+        return {"autoencoder": autoencoder.total}
+
 
 class LatentDecoder(nn.Module):
     """Its computations, over the parameters of `denoiser` and `autoencoder`."""
@@ -129,15 +162,25 @@ class LatentDecoder(nn.Module):
         self.denoiser = self.config.denoiser.make(self.dtype, self.config.remat)
         self.autoencoder = self.config.autoencoder.make(jnp.float32 if self.config.upcast else self.dtype)
 
-    def stored(self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"]) -> Float[Array, "N h w c"]:
-        """What can be stored of images: what the autoencoder makes of them, before scaling."""
+    def stored(
+        self, images: UInt8[Array, "N H W 3"] | Float[Array, "N H W 3"], features: Float[Array, "N T E"] | None = None
+    ) -> Float[Array, "N h w c"]:
+        """What can be stored of images: what the autoencoder makes of them (or of their `features`), before scaling."""
+        if features is not None:
+            return self.autoencoder.encode(features)
         if images.dtype == jnp.uint8:
             images = images.astype(jnp.float32) / 127.5 - 1.0
         return self.autoencoder.encode(constrain(images, ("images", None, None, None)))
 
-    def encode(self, images: Array, draws: Any, stored: bool = False) -> Float[Array, "N h w c"]:
-        """Scaled latents of images, given as pixels or as what is `stored` of them."""
-        encoded = images if stored else self.stored(images)
+    def encode(
+        self, images: Array, draws: Any, stored: bool = False, features: Float[Array, "N T E"] | None = None
+    ) -> Float[Array, "N h w c"]:
+        """Scaled latents of images, given as pixels or as what is `stored` of them.
+
+        Args:
+          features: of the images, where the configuration `encodes_features`.
+        """
+        encoded = images if stored else self.stored(images, features)
         return self.config.autoencoder.latents(encoded, draws.posterior_noise)
 
     def denoise(
@@ -151,10 +194,19 @@ class LatentDecoder(nn.Module):
         """Scaled latents -> pixels in [-1, 1]."""
         return self.autoencoder.decode(self.config.autoencoder.unscaled(latents))
 
+    def reconstruct(
+        self, images: UInt8[Array, "N H W 3"], features: Float[Array, "N T E"] | None = None
+    ) -> Float[Array, "N H W 3"]:
+        """Pictures in [-1, 1], made by the autoencoder of what it made of images; `features` as of `encode`."""
+        return self.autoencoder.decode(self.stored(images, features))
+
     def __call__(self, condition: Condition) -> None:
         """Touches every parameter once, on the smallest inputs: for `init`."""
         config, side = self.config, self.config.training_size_multiple
-        encoded = self.stored(jnp.zeros((1, side, side, 3), jnp.uint8))
+        height, width, _ = config.latent_shape(side, side)
+        seen = config.autoencoder.feature_width
+        features = jnp.zeros((1, height * width, seen)) if seen else None
+        encoded = self.stored(jnp.zeros((1, side, side, 3), jnp.uint8), features)
         latents = encoded[..., : config.autoencoder.latent_channels]
         if config.wants_sizes:
             condition = condition.with_sizes(jnp.zeros((1, 6)))

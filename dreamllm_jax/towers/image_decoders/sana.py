@@ -11,13 +11,17 @@ from typing import Any, ClassVar, Literal
 
 from dreamllm_jax.diffusion.flow import FlowConfig
 from dreamllm_jax.diffusion.samplers import Name
-from dreamllm_jax.towers.autoencoders import dc
+from dreamllm_jax.towers.autoencoders import dc, unilip
 from dreamllm_jax.towers.autoencoders.dc import DCAutoencoderConfig
 from dreamllm_jax.towers.autoencoders.pixel import PixelAutoencoderConfig
+from dreamllm_jax.towers.autoencoders.unilip import UnilipAutoencoderConfig
 from dreamllm_jax.towers.image_decoders import sana_transformer
 from dreamllm_jax.towers.image_decoders.flow_matching import FlowDecoder, FlowDecoderRole
 from dreamllm_jax.towers.image_decoders.sana_transformer import SanaTransformerConfig
 
+# Positions are told to UniLIP's denoiser, though its file says `interpolation_scale` null: diffusers up to 0.32 takes
+# null for 1 at these sizes, and the table is in the weights' type.
+UNILIP_POSITIONS = {"interpolation_scale": 1.0, "narrow_positions": True}
 _FLOW = FlowConfig(sampling_shift=3.0, integer_timesteps=True)
 
 
@@ -36,7 +40,7 @@ class SanaConfig(FlowDecoderRole):
     default_sampler: ClassVar[Name] = "dpmpp_2m"
 
     denoiser: SanaTransformerConfig
-    autoencoder: DCAutoencoderConfig | PixelAutoencoderConfig = DCAutoencoderConfig()
+    autoencoder: DCAutoencoderConfig | UnilipAutoencoderConfig | PixelAutoencoderConfig = DCAutoencoderConfig()
     flow: FlowConfig = _FLOW
     remat: Literal["none", "full"] = "none"
     kind: Literal["sana"] = "sana"
@@ -57,12 +61,21 @@ class Sana(FlowDecoder):
     config: SanaConfig
 
 
+_TIMES = {"sampling_shift": _FLOW.sampling_shift, "integer_timesteps": _FLOW.integer_timesteps}
 SanaConfig.PUBLISHED = {
     name: {
         "kind": "sana",
         "denoiser": settings,
         "autoencoder": dc.PUBLISHED["dc-ae-f32c32-sana-1.0"],
-        "flow": {"sampling_shift": _FLOW.sampling_shift, "integer_timesteps": _FLOW.integer_timesteps},
+        "flow": _TIMES,
     }
     for name, settings in sana_transformer.PUBLISHED.items()
+} | {
+    name: {
+        "kind": "sana",
+        "denoiser": sana_transformer.PUBLISHED[denoiser] | UNILIP_POSITIONS,
+        "autoencoder": unilip.PUBLISHED[name],
+        "flow": _TIMES | {"density": "logit_normal"},
+    }
+    for name, denoiser in (("unilip-1b", "sana-0.6b-512"), ("unilip-2b", "sana-1.6b-512"))
 }

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dreamllm_jax.layers import gated_depthwise, linear_attention
 from dreamllm_jax.layers.blocks import EXACT_DENSE, Conv, Dense, shard_images
@@ -48,7 +49,7 @@ _FIXED = {
     "guidance_embeds": False,
     "guidance_embeds_scale": 0.1,
 }
-_OURS = ("kind", "lora")
+_OURS = ("kind", "lora", "narrow_positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class SanaTransformerConfig:
       mlp_ratio: I / E, rounded down.
       attention_bias: whether the linear attention's q, k and v have biases; all other products have but the last.
       interpolation_scale: positions are told by sinusoids, stretched so much; None for no such table.
+      narrow_positions: these are rounded to bfloat16, whatever the model computes in.
       qk_norm: "rms_norm_across_heads" normalises queries and keys (SANA-1.5).
       timestep_scale: timesteps are multiplied by it.
       lora: low-rank adapters of the layers' products, None for none.
@@ -90,6 +92,7 @@ class SanaTransformerConfig:
     patch_size: int = 1
     norm_eps: float = 1e-6
     interpolation_scale: float | None = None
+    narrow_positions: bool = False
     qk_norm: str | None = None
     timestep_scale: float = 1.0
     lora: SanaLora | None = None
@@ -361,7 +364,10 @@ class PatchEmbed(_Part):
         if config.interpolation_scale is None:
             return x
         base = config.sample_size // config.patch_size
-        return (x + position_table(size, base, config.width, config.interpolation_scale)).astype(self.dtype)
+        table = position_table(size, base, config.width, config.interpolation_scale)
+        if config.narrow_positions:
+            table = table.astype(jnp.bfloat16).astype(np.float32)
+        return (x + table).astype(self.dtype)
 
 
 class CaptionProjection(nn.Module):

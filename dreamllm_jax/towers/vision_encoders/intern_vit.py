@@ -98,7 +98,7 @@ class InternVitConfig:
     public = PublicForm(
         library="transformers",
         torch_class="InternVLVisionModel",
-        types=("internvl_vision", "internvl", "internvl_chat", "intern_vit_6b"),
+        types=("internvl_vision", "internvl", "internvl_chat", "intern_vit_6b", "unilip_internvl"),
         folder="intern_vit",
         renamed=(  # in InternVL's own layout
             (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
