@@ -137,6 +137,7 @@ def parser() -> argparse_flags.ArgumentParser:
         "--captions", nargs="+", choices=rows.CAPTIONS, default=list(rows.CAPTIONS), help="whose lengths; default all"
     )
     add.add_argument("--corpus", default="", help="instead, those of this corpus: DIR/NAME of a data set")
+    add.add_argument("--reads", type=not_negative, default=0, help="pictures that each document reads: 1 for edits")
     add.add_argument("--longest", type=positive, default=4096, help="tokens in a row, at most")
     return top
 
@@ -237,7 +238,7 @@ def _rows(arguments: argparse.Namespace) -> None:
         lengths = {place.name: np.array([len(tokenizer.encode_text(text)) for text in texts])}
     file, _, argument = arguments.config.partition(":")
     experiment = read_experiment(recipes.load(file, argument).to_dict())
-    for line in rows.report(experiment, tokenizer, lengths, arguments.longest):
+    for line in rows.report(experiment, tokenizer, lengths, arguments.longest, arguments.reads):
         print(line)
 
 

@@ -54,12 +54,12 @@ def captions(name: str) -> np.ndarray:
     return np.maximum(np.rint(drawn).astype(int), 1)
 
 
-def documents(experiment: Experiment, tokenizer: Tokenizer, lengths: np.ndarray) -> np.ndarray:
-    """i64[n], the tokens of documents with such captions, one picture to paint in each and one to read where rows have
-    room for that: as the experiment asks, cuts and leaves out."""
+def documents(experiment: Experiment, tokenizer: Tokenizer, lengths: np.ndarray, reads: int = 0) -> np.ndarray:
+    """i64[n], the tokens of documents with such captions, a picture to paint in each and `reads` to read: as the
+    experiment asks, cuts and leaves out."""
     shape, asks = _roomy(experiment.row_shape), experiment.model.prompting
-    kind = "edit" if shape.see else "pair"
-    read = [Image(images.black((group.width, group.height))) for group in shape.see[:1]]
+    kind = "edit" if reads else "pair"
+    read = [Image(images.black((group.width, group.height))) for group in shape.see[:1] * reads]
     blank = Image(images.black((shape.dream[0].width, shape.dream[0].height)))
     document = Document(kind, (*read, Text("a"), blank))
 
@@ -79,9 +79,9 @@ def _roomy(shape: RowShape) -> RowShape:
     return dataclasses.replace(shape, length=1 << 16)
 
 
-def fill(sizes: Sequence[int], shape: RowShape, window: int) -> Fill:
+def fill(sizes: Sequence[int], shape: RowShape, window: int, reads: int = 0) -> Fill:
     """How full such rows get of documents of so many tokens, so many of them waiting."""
-    see, dream = [tuple(Placed(Image(b""), 0) for _ in groups[:1]) for groups in (shape.see, shape.dream)]
+    see, dream = (Placed(Image(b""), 0),) * reads, (Placed(Image(b""), 0),)
 
     def begin(record: int, need: Need | None = None) -> Get:
         size = int(sizes[record % len(sizes)])
@@ -95,21 +95,22 @@ def fill(sizes: Sequence[int], shape: RowShape, window: int) -> Fill:
     return Fill(shape.length, slots, tokens / _ROWS, painted / _ROWS)
 
 
-def choices(sizes: np.ndarray, shape: RowShape, window: int, longest: int) -> Iterator[Fill]:
+def choices(sizes: np.ndarray, shape: RowShape, window: int, longest: int, reads: int = 0) -> Iterator[Fill]:
     """For each number of slots for which `longest` tokens are enough, the rows that get fullest."""
     for slots in itertools.count(1):
         about = int(slots * sizes.mean()) // STEP * STEP
         if about > longest:
             return
         lengths = [length for length in (about, about + STEP) if max(sizes) <= length <= longest]
-        tried = (fill(sizes, _rows(shape, length, slots), window) for length in lengths)
+        tried = (fill(sizes, _rows(shape, length, slots, reads), window, reads) for length in lengths)
         if best := max(tried, key=lambda one: (one.good, one.tokens * one.painted), default=None):
             yield best
 
 
-def _rows(shape: RowShape, length: int, slots: int) -> RowShape:
-    """Rows of one group of slots each, of those of `shape`."""
-    see, dream = [tuple(dataclasses.replace(g, slots=slots) for g in groups[:1]) for groups in (shape.see, shape.dream)]
+def _rows(shape: RowShape, length: int, slots: int, reads: int = 0) -> RowShape:
+    """Rows of one group of slots each, of those of `shape`, of which each document takes one to paint."""
+    see = tuple(dataclasses.replace(group, slots=slots * reads) for group in shape.see[: min(reads, 1)])
+    dream = (dataclasses.replace(shape.dream[0], slots=slots),)
     return dataclasses.replace(shape, length=length, see=see, dream=dream)
 
 
@@ -120,7 +121,9 @@ def padded(sizes: np.ndarray, together: int = TOGETHER) -> float:
     return rows.sum() / (together * rows.max(axis=1).sum())
 
 
-def report(experiment: Experiment, tokenizer: Tokenizer, named: dict[str, np.ndarray], longest: int) -> Iterator[str]:
+def report(
+    experiment: Experiment, tokenizer: Tokenizer, named: dict[str, np.ndarray], longest: int, reads: int = 0
+) -> Iterator[str]:
     """Lines that tell of the experiment's rows, and of those to choose, for captions of such lengths by name.
 
     Raises:
@@ -129,17 +132,22 @@ def report(experiment: Experiment, tokenizer: Tokenizer, named: dict[str, np.nda
     shape, window = experiment.row_shape, experiment.data.window
     if not shape.dream:
         raise ValueError("rows.dream_slots=0: rows without pictures to paint are not looked at")
+    if reads > shape.see_slots:
+        raise ValueError(f"rows.see_slots={shape.see_slots}: no room for documents that read {reads} pictures")
     for name, lengths in named.items():
-        sizes = documents(experiment, tokenizer, lengths)
+        sizes = documents(experiment, tokenizer, lengths, reads)
         if max(sizes) > min(shape.length, longest):
             raise ValueError(
                 f"{name}: a document takes {max(sizes)} tokens, more than a row of rows.length={shape.length}"
             )
         told = f"documents of {sizes.mean():.0f} ({sizes.min()} to {sizes.max()})"
         yield f"{name}: captions of {lengths.mean():.0f} tokens, {told}"
-        yield f"  a row each, padded to the longest of {TOGETHER}: {padded(sizes):.1%} of the tokens"
-        yield f"  as it is: {fill(sizes, shape, window)}"
-        good = [one for one in choices(sizes, shape, window, longest) if one.good]
-        fullest = max(good, key=lambda one: one.tokens * one.painted, default=None)
-        chosen = list(dict.fromkeys([*good[:1], *good[-1:], fullest])) if good else [f"none up to {longest} tokens"]
-        yield from (f"  to choose: {one}" for one in chosen)
+        alone = f"{padded(sizes):.1%} of the tokens; to the longest of all: {padded(sizes, len(sizes)):.1%}"
+        yield f"  a row each, padded to the longest of {TOGETHER}: {alone}"
+        yield f"  as it is: {fill(sizes, shape, window, reads)}"
+        good = [one for one in choices(sizes, shape, window, longest, reads) if one.good]
+        if not good:
+            yield f"  none of at most {longest} tokens fills {TOKENS:.0%} of the tokens and {SLOTS:.0%} of the slots"
+            continue
+        yield f"  the shortest good ones: {good[0]}"
+        yield f"  the fullest: {max(good, key=lambda one: one.tokens * one.painted)}"

@@ -50,3 +50,7 @@ def test_a_recipe_and_a_corpus(tmp_path, capsys):
     sizes = rows.documents(experiment, tokenizer, lengths)
     fixed = 2 + experiment.model.num_queries + 2  # the document's marks and the picture's
     np.testing.assert_array_equal(sizes, fixed + lengths)
+    read = experiment.row_shape.see[0].tokens + 2
+    np.testing.assert_array_equal(rows.documents(experiment, tokenizer, lengths, 1), fixed + read + lengths)
+    with pytest.raises(ValueError, match=r"rows\.see_slots=\d+: no room for documents that read 99 pictures"):
+        next(rows.report(experiment, tokenizer, {"a": lengths}, 128, 99))

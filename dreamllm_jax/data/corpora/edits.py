@@ -12,8 +12,8 @@ from dreamllm_jax.data.corpora.annotated import ANNOTATION, AnnotatedTable
 from dreamllm_jax.data.corpora.records import Dropped, Part, Record, find, first, has_field, read_text, setting
 
 # As the public corpora call them, each after those of ShareGPT-4o-Image.
-_GIVEN = ("input_image", "source_images", "source_image", "src_img", "input")
-_TARGET = ("output_image", "target_image", "edited_img", "output")
+_GIVEN = ("input_image", "source_images", "source_image", "src_img", "source", "input")
+_TARGET = ("output_image", "target_image", "edited_img", "target", "output")
 _INSTRUCTION = ("input_prompt", "prompt", "instruction", "edited_prompt_list", "caption", "text", "txt")
 
 
