@@ -1,5 +1,5 @@
-"""A DreamLLM of today, our own recommendation: Qwen3 or Qwen2.5-VL, SigLIP 2 or that model's own vision encoder, OpenUni's
-transformer and SANA, trained to see, write and paint at once, in packed interleaved rows.
+"""A DreamLLM of today, our own recommendation: Qwen3 or Qwen2.5-VL, SigLIP 2 or that model's own vision encoder,
+OpenUni's transformer and SANA, trained to see, write and paint at once, in packed interleaved rows.
 
     python -m dreamllm_jax.plan --config=configs/dreamllm3.py:4b --topology=v5p-16
     python -m dreamllm_jax.train --config=configs/dreamllm3.py:4b,stage=align --workdir=gs://… \
@@ -7,15 +7,15 @@ transformer and SANA, trained to see, write and paint at once, in packed interle
     python -m dreamllm_jax.train --config=configs/dreamllm3.py:4b,stage=joint --workdir=gs://… \
         --config.parameters.init_from=RUN_OF_ALIGN --config.data.path=DOCUMENTS
 
-Arguments: `size`, 2b (Qwen3-1.7B), 4b (Qwen3-4B), 8b (Qwen3-8B) or vl-3b, vl-7b (Qwen2.5-VL); `stage`, align (projector,
-queries and connector; everything else is frozen) or joint (language model and SANA too, SANA at a tenth of the rate);
-`decoder` another image decoder than sana-1.6b-512.
+Arguments: `size`, 2b (Qwen3-1.7B), 4b (Qwen3-4B), 8b (Qwen3-8B) or vl-3b, vl-7b (Qwen2.5-VL); `stage`, align
+(projector, queries and connector; everything else is frozen) or joint (language model and SANA too, SANA at a tenth of
+the rate); `decoder` another image decoder than sana-1.6b-512.
 
 OpenUni, MetaQuery and UniLIP learn to paint alone, one document a row. Here every step learns both losses of DreamLLM
 (arXiv 2309.11499) on pairs, interleaved documents and conversations, as its stages I and II do.
 
-Curves, as expected (not run here): `lm_loss` as of the language model on such text; `dm_loss` from about 1 slowly to about
-0.6 or below, noisy from step to step.
+Curves, as expected (not run here): `lm_loss` as of the language model on such text; `dm_loss` from about 1 slowly to
+about 0.6 or below, noisy from step to step.
 """
 
 from ml_collections import ConfigDict

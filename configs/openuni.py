@@ -8,10 +8,11 @@ pictures; then SANA too, on few good ones.
         --config.parameters.init_from=RUN_OF_PRETRAIN --config.data.path=DOCUMENTS
 
 Arguments: `size`, b-512 (InternVL3-1B, SANA-0.6B), l-512 (InternVL3-2B, SANA-1.6B) or l-1024 (with SANA-1.5-1.6B);
-`stage`, pretrain (SANA frozen, 23 million pictures) or finetune (SANA trained, BLIP3o-60k).
+`stage`, pretrain (SANA frozen, 23 million pictures) or finetune (SANA trained, BLIP3o-60k); `captions`, short or long,
+of which the rows' length follows.
 
 As the program has it: 512 and 256 pictures a step, 100,000 and 10,000 steps, AdamW, clipping at 1. Different: packed
-rows in place of padded ones, and a weight decay that reaches queries and norms as it does there.
+rows in place of padded ones.
 """
 
 from ml_collections import ConfigDict
@@ -24,16 +25,17 @@ SIZES = {
     "l-512": ("2b", "sana-1.6b-512", "openuni-l"),
     "l-1024": ("2b", "sana-1.5-1.6b-1024", "openuni-l"),
 }
-CHOICES = {"size": tuple(SIZES), "stage": ("pretrain", "finetune")}
+CHOICES = {"size": tuple(SIZES), "stage": ("pretrain", "finetune"), "captions": tuple(family.LENGTHS)}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    given = recipes.parse(arg, CHOICES, size="l-512", stage="pretrain")
+    given = recipes.parse(arg, CHOICES, size="l-512", stage="pretrain", captions="short")
     pretrain = given.stage == "pretrain"
-    model = family.internvl(*SIZES[given.size], prompting=family.prompting("openuni"))
+    model = family.internvl(*SIZES[given.size], prompting=family.prompting("openuni"), dream_queries={"init": "width"})
     model["dream_queries"] = {"init": "width"}
     trained = family.ONLY if pretrain else family.DENOISER
-    config = family.painting(model, trained, pictures=512 if pretrain else 256, slots=8, length=2688)
+    length = family.LENGTHS[given.captions]
+    config = family.painting(model, trained, pictures=512 if pretrain else 256, slots=8, length=length)
     config.rows.dream_size = 1024 if given.size == "l-1024" else 512
     config.steps = 100_000 if pretrain else 10_000
     config.optimizer.update(learning_rate=1e-4 if pretrain else 1e-5, warmup_ratio=0.01, weight_decay=0.05)

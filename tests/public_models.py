@@ -163,9 +163,9 @@ INTERNVL_NAMES = {
 }
 
 
-def save_internvl(directory: Path, dtype: torch.dtype = torch.float32, chat: bool = False) -> Path:
+def save_internvl(directory: Path, dtype: torch.dtype = torch.float32, chat: bool = False, **text) -> Path:
     """An InternVL3: a Qwen2.5, an InternViT and a projector; as transformers saves it, or in InternVL's own layout."""
-    language = {"model_type": "qwen2", **LLAMA, "tie_word_embeddings": False}
+    language = {"model_type": "qwen2", **LLAMA, "tie_word_embeddings": False, **text}
     config = InternVLConfig(
         text_config=language, vision_config=INTERN_VIT, image_token_id=BASE_VOCABULARY - 1, tie_word_embeddings=False
     )
@@ -192,10 +192,10 @@ def save_internvl(directory: Path, dtype: torch.dtype = torch.float32, chat: boo
     return directory
 
 
-def save_onevision(directory: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save_onevision(directory: Path, dtype: torch.dtype = torch.float32, **text) -> Path:
     """A LLaVA-OneVision of one tile: a Qwen2 with tied embeddings, a SigLIP, a projector and its `image_newline`."""
     config = LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2", **LLAMA, "tie_word_embeddings": True},
+        text_config={"model_type": "qwen2", **LLAMA, "tie_word_embeddings": True, **text},
         vision_config={"model_type": "siglip_vision_model", **CLIP, "vision_use_head": False},
         image_grid_pinpoints=[[16, 16]],
         image_token_index=BASE_VOCABULARY - 1,
@@ -213,7 +213,7 @@ def qwen25_vl_config(**text) -> Qwen2_5_VLConfig:
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_heads": 2,
-        "out_hidden_size": 32,
+        "out_hidden_size": text.get("hidden_size", 32),
         "patch_size": 4,
         "window_size": 16,
         "fullatt_block_indexes": [1],

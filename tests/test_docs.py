@@ -163,7 +163,7 @@ def test_the_page_about_options_lists_every_setting():
 def test_the_page_about_options_names_settings_that_exist():
     page = (ROOT / "docs" / "options.md").read_text()
     known = set(flat(read_experiment(recipes.load(ROOT / "configs" / "stage2_igpt.py", "lora=4").to_dict())))
-    known |= {"data.corpora.NAME.weight", "data.corpora.NAME.mode", "data.corpora.NAME.template"}
+    known |= {f"data.corpora.NAME.{name}" for name in ("weight", "mode", "template", "drop_text")}
     groups = ("model", "data", "rows", "optimizer", "objective", "parameters", "sharding", "checkpoint", "validation")
     ours = [cell for line in page.splitlines() if line.startswith("| ") for cell in line.split(" | ")[1:]]
     named = {name.split("=")[0] for cell in ours for name in re.findall(r"`([^`]+)`", cell)}

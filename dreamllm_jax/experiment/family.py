@@ -17,6 +17,9 @@ from dreamllm_jax.towers import registry
 INTERNVL = {"1b": "qwen25-0.5b", "2b": "qwen25-1.5b"}  # InternVL3's language models, by its own sizes
 MLP1 = {"kind": "mlp", "depth": 2, "pre_layernorm": True}  # InternVL's visual projector
 ONLY = "(dream_queries|connector)/.*"  # what is trained beside frozen towers
+# Tokens of a row of eight pictures with 256 queries each, by the length of their captions: some 20 tokens, or 60 to 120
+# (`python -m dreamllm_jax.data rows`).
+LENGTHS = {"short": 2304, "long": 2688}
 DENOISER = "(dream_queries|connector|image_decoder/denoiser)/.*"
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of OpenUni (arXiv 2505.23661, wusize/OpenUni): InternVL3, learned queries, a connector, and SANA.
 
 Its program saves one pickle, the model's whole state or what was trained of it (`OpenUniInternVL3SANAHF` of
-`src/models/openuni`): `meta_queries`, `connector.*`, `projector.*`, and perhaps `lmm.*`, `transformer.*`, `vae.*`, which
-it loads over the towers in their own directories.
+`src/models/openuni`): `meta_queries`, `connector.*`, `projector.*`, and perhaps `lmm.*`, `transformer.*`, `vae.*`,
+which it loads over the towers in their own directories.
 """
 
 import dataclasses
