@@ -55,8 +55,9 @@ RESUMED, READ = 64, 32  # rows a host: of a run that is continued, of one that r
 MIXTURE = {"interleaved": CorpusConfig(), "pairs": CorpusConfig()}
 # Rows of pictures to paint only: stage I, creation.
 STAGE_1 = RowShape(2048, (), (SlotGroup(20, 64, 512, 512),))
-# Rows of pictures with 256 queries each: of the recipes, and how large they are.
-QUERIES = {"OpenUni, MetaQuery": (512, 2688), "UniLIP": (448, 2688)}
+# Pictures with 256 queries each: how large they are; rows for eight of them with short captions, and for eight edits.
+QUERIES = {"OpenUni, MetaQuery": 512, "UniLIP": 448}
+PAIRS, EDITS = 2304, 4352
 LATENTS = (16, 16, 32)
 # What a host feeds: chips, and seconds a step of the plan for so many rows a chip (docs/performance.md).
 HOSTS = {"v5p-8, stage II": (4, 8, 3.0), "v5e-8, stage II": (8, 2, 1.9)}
@@ -195,12 +196,12 @@ def family(folder: Path, tokens: tokenizer.Tokenizer, count: int, steps: int) ->
     for part, numbers in stored.parts(place, count).items():
         stored.write_part(part, (rng.normal(size=(1, *LATENTS)).astype(jnp.bfloat16) for _ in numbers))
     stored.write_description(place, stored.Description(LATENTS, "bfloat16", count, "", {}, {}, complete=True))
-    for name, (size, length) in QUERIES.items():
+    for name, size in QUERIES.items():
         painted, read = SlotGroup(8, 256, size, size), SlotGroup(8, 256, 448, 448)
-        cases = {"pairs": RowShape(length, (), (painted,)), "edits": RowShape(2 * length, (read,), (painted,))}
+        cases = {"pairs": RowShape(PAIRS, (), (painted,)), "edits": RowShape(EDITS, (read,), (painted,))}
         if size == 512:
             kept = dataclasses.replace(painted, stored=LATENTS)
-            cases["pairs, latents stored"] = RowShape(length, (), (kept,))
+            cases["pairs, latents stored"] = RowShape(PAIRS, (), (kept,))
         for what, shape in cases.items():
             corpora = {what.split(",")[0]: CorpusConfig(mode="creation")}
             rows, loader, _ = measure(path, shape, corpora, tokens, 0, steps)
