@@ -16,6 +16,11 @@ at 0.5, 10 epochs of 10.9 million pictures (CC12M; for edits 5 of 1.2 million, O
 instructions). Pictures of a step: 4,096 as in the paper; for edits and instructions, of which it says so many a device,
 512 and 1,024. Different: queries are a table of their own and not rows of the vocabulary, so that the language model
 stays whole; packed rows in place of padded ones; LLaVA-OneVision sees one tile a picture.
+
+Slice: v5p-16 (66.8 of 95.7 GiB a chip, pretrain with 3b, planned at low effort); with less memory a chip,
+`--config.rows.microbatches=16`. 55,264 TFLOP a step: at 45 % of v5p's peak, a supposition, 1,660 chip-hours.
+
+Curves, as expected (not run here): as of `openuni.py`, and lower in the end, for SANA is trained too.
 """
 
 from ml_collections import ConfigDict

@@ -18,5 +18,5 @@ ruff check
 ruff format --check
 
 echo "== pytest"
-# Where a worker crashes the run ends: with another in its place, xdist can wait for ever.
-python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0 "$@"
+# Files go to the workers in the order of tests/conftest.py. Where a worker crashes the run ends: with another in its place, xdist can wait for ever.
+python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 "$@"

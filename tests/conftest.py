@@ -26,3 +26,22 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain reads flags, and pytest's own command line is not for absl
+
+# Files whose tests take minutes, the longest first: begun last, they would be waited for alone.
+LONGEST = (
+    "runs/test_run.py",
+    "planning/test_pods.py",
+    "training/test_kills.py",
+    "runs/test_family.py",
+    "towers/test_unet.py",
+    "training/test_hosts.py",
+    "conversion/test_formats.py",
+    "generation/test_text.py",
+    "towers/test_sana_transformer.py",
+)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Sorts the longest to the front."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))

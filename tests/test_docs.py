@@ -16,6 +16,7 @@ from dreamllm_jax.data import __main__ as data_commands
 from dreamllm_jax.experiment import recipes
 from dreamllm_jax.experiment.experiment import Experiment, read_experiment
 from dreamllm_jax.runs.check import describe
+from dreamllm_jax.towers.connectors.transformer import TransformerConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,7 +55,8 @@ def test_commands_are_understood(program, arguments):
             read = str(parsed[flag.replace("-", "_")])
             exact = read in (value, f"{value}.0", f"['{value}']")
             # What a flag of convert becomes may be written otherwise: a path, a projector, a number of bytes.
-            assert not value or exact or (program == "convert" and value in str(parsed)), word
+            otherwise = value in str(parsed) or value in TransformerConfig.PUBLISHED
+            assert not value or exact or (program == "convert" and otherwise), word
     if parsed.get("command") in ("text", "image", "document"):
         assert parsed["prompt"] or parsed["continue"], "there is something to begin with"
 

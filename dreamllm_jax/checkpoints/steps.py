@@ -33,10 +33,18 @@ ITEMS = (PARAMS, AVERAGE, OPTIMIZER)
 _FINISH_SECONDS = 300  # that a run which fails waits for the checkpoint that is being written
 T = TypeVar("T")
 
-# Of an array that several chips have each writes a part, which takes a program for each shape: not of small ones.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24), override=True
-)
+
+def _write_small_arrays_whole() -> None:
+    """Of an array that several chips have each writes a part, by a program for each shape: not of small ones."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**24)
+    said = logging.getLogger("absl")  # by which Orbax warns of what is meant
+    level = said.level
+    said.setLevel(logging.ERROR)
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    said.setLevel(level)
+
+
+_write_small_arrays_whole()
 
 
 class Checkpoints:

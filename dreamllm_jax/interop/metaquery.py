@@ -55,10 +55,10 @@ CONNECTOR_NAMES = {
     "model.connector.3.": "projector.2.",
     "model.connector.4.": "projector.3.",
 }
-_LAYERS, _HEAD_DIM = "model.connector.0.layers.", 64
+_LAYERS = "model.connector.0.layers."
 # What the scale of the norm at the end begins with, and which loss its program has for an image decoder.
 _DECODERS = {"sana": (math.sqrt(5.5), "flow"), "stable_diffusion": (1.0, "diff")}
-# By layout: the template of conversations; the name, or what it begins with, by which its program looks for the model.
+# By layout: the template of conversations.
 _TEMPLATES = {"llava_onevision": "llava_onevision", "qwen2_5_vl": "qwen2"}
 _PIXELS = (256 * 28 * 28, 1280 * 28 * 28)  # of pictures for Qwen2.5-VL
 _IDS = ("diffusion_model_id", "vae_id", "noise_scheduler_id", "scheduler_id")  # of the image decoder's parts
@@ -193,7 +193,7 @@ def _prompting(settings: Mapping[str, Any], towers: Towers) -> Prompting:
     published = PUBLISHED["metaquery"]
     return dataclasses.replace(
         published,
-        template="qwen2" if towers.parts[VISION].config.kind == "qwen25_vl" else "llava_onevision",
+        template=_TEMPLATES["qwen2_5_vl" if towers.parts[VISION].config.kind == "qwen25_vl" else "llava_onevision"],
         system=settings.get("system_prompt", published.system) or "",
         max_tokens=settings.get("max_input_text_tokens", published.max_tokens),
     )
@@ -266,18 +266,16 @@ def names_of(config: DreamLLMConfig, given: Mapping[str, str | None]) -> dict[st
     Raises:
       ValueError: a name that it would not know.
     """
-    qwen = layout_name(config) == "qwen2_5_vl"
+    qwen, sana = layout_name(config) == "qwen2_5_vl", config.image_decoder.kind == "sana"
     large = config.language_model.width >= 3584
-    sana = config.image_decoder.kind == "sana"
     published = {
-        "vision_language": f"Qwen/Qwen2.5-VL-{'7B' if large else '3B'}-Instruct"
-        if qwen
-        else "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
-        "image_decoder": "Efficient-Large-Model/Sana_1600M_512px_diffusers"
-        if sana
-        else "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        ("vision_language", True): f"Qwen/Qwen2.5-VL-{'7B' if large else '3B'}-Instruct",
+        ("vision_language", False): f"llava-hf/llava-onevision-qwen2-{'7b' if large else '0.5b'}-ov-hf",
+        ("image_decoder", True): "Efficient-Large-Model/Sana_1600M_512px_diffusers",
+        ("image_decoder", False): "stable-diffusion-v1-5/stable-diffusion-v1-5",
     }
-    found = {role: given.get(role) or name for role, name in published.items()}
+    kinds = {"vision_language": qwen, "image_decoder": sana}
+    found = {role: given.get(role) or published[role, kind] for role, kind in kinds.items()}
     known = {
         "vision_language": (qwen, "Qwen2.5-VL") if qwen else (False, "Qwen"),
         "image_decoder": (True, "Sana" if sana else "stable-diffusion-v1-5"),
@@ -295,7 +293,7 @@ def _settings(config: DreamLLMConfig, names: Mapping[str, str]) -> dict[str, Any
     """Of a `config.json`."""
     decoder = config.image_decoder
     size = decoder.default_size
-    prompting = config.prompting or dataclasses.replace(PUBLISHED["metaquery"])
+    prompting = config.prompting or PUBLISHED["metaquery"]
     _, loss = _DECODERS[decoder.kind]
     language = "model.mllm_backbone" + (".language_model" if layout_name(config) == "llava_onevision" else "")
     frozen = ["vae", "model.mllm_backbone", *(() if loss == "flow" else ("model.transformer",))]

@@ -128,12 +128,13 @@ def assert_fits(figures):
 
 
 @pytest.mark.slow
+@WHOLE_RECIPES
 @pytest.mark.parametrize(
     ("config", "arguments"),
     [
-        pytest.param("stage1_comprehension.py:7b", ["--topology=v5e-8"], marks=WHOLE_RECIPES),
+        ("stage1_comprehension.py:7b", ["--topology=v5e-8"]),
         ("stage2_igpt.py:llm=llama31-8b,lora=64", ["--topology=v5e-16", *WITHOUT_IMAGES]),
-        pytest.param("small.py", ["--topology=v5e-1", "--config.rows.dream_slots=0"], marks=WHOLE_RECIPES),
+        ("small.py", ["--topology=v5e-1", "--config.rows.dream_slots=0"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -20,8 +20,10 @@ from starlette.testclient import TestClient
 import dreamllm_jax.serving
 from dreamllm_jax import generate
 from dreamllm_jax.data.document import Image, Text
+from dreamllm_jax.data.prompting import Prompting
 from dreamllm_jax.generation.documents import Event, png
 from dreamllm_jax.generation.prompts import Painted, Written
+from dreamllm_jax.model import DreamLLM
 from dreamllm_jax.parallel.mesh import use
 from dreamllm_jax.serving import server
 from dreamllm_jax.serving.conversation import (
@@ -34,7 +36,7 @@ from dreamllm_jax.serving.conversation import (
     read_settings,
 )
 from tests.painter import TOKENIZER, model_that_paints
-from tests.tiny import DREAM_SIZE
+from tests.tiny import DREAM_SIZE, tiny_config
 
 VOCABULARY = 100
 PICTURE = png(np.full((20, 30, 3), (250, 20, 20), np.uint8))
@@ -114,12 +116,19 @@ def test_a_reply_is_streamed_and_the_conversation_goes_on():
         )
 
 
-def test_pictures_are_painted_as_the_settings_say(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(server, "generate_documents", lambda *_, **settings: iter(asked.update(settings) or EVENTS))
-    reply = server.make_reply(None, {}, None, size=DREAM_SIZE)
+@pytest.mark.parametrize("name", ["generate_documents", "paint_reply"])
+def test_pictures_are_painted_as_the_settings_say(name, monkeypatch):
+    """By a model that is asked in words of its own as by others; it writes only if it may make no images."""
+    asked, prompting = {}, Prompting("vicuna_v1") if name == "paint_reply" else None
+    for kind in ("generate_documents", "paint_reply"):
+        made = lambda *_, kind=kind, **settings: iter(asked.update(settings, kind=kind) or EVENTS)  # noqa: E731
+        monkeypatch.setattr(server, kind, made)
+    reply = server.make_reply(DreamLLM(tiny_config(prompting=prompting)), {}, None, size=DREAM_SIZE)
     assert list(reply([Text("a fox")], read_settings({"guidance": 2.0, "guidance_to": 0.7, "steps": 9}))) == EVENTS
     assert (asked["guidance"], asked["guidance_interval"], asked["sampler"].steps) == (2.0, (0.0, 0.7), 9)
+    assert asked["kind"] == name
+    list(reply([Text("a fox")], read_settings({"max_images": 0})))
+    assert asked["kind"] == "generate_documents"
 
 
 @pytest.mark.slow
@@ -364,7 +373,7 @@ def test_the_model_may_be_split_over_devices(monkeypatch):
 
     monkeypatch.setattr(server, "generate_documents", documents)
     within = functools.partial(use, mesh, sharding)
-    reply = server.make_reply(None, {}, TOKENIZER, size=DREAM_SIZE, within=within)
+    reply = server.make_reply(DreamLLM(tiny_config()), {}, TOKENIZER, size=DREAM_SIZE, within=within)
     with client_of(reply) as client:
         assert lines(client.post("/reply", json=say()))[-1] == {"state": "done"}
     assert meshes == [mesh.abstract_mesh.shape] * len(EVENTS) and allowed == [MAX_TOKENS]

@@ -254,7 +254,7 @@ def test_settings_left_out_are_those_of_diffusers():
         ("decoder_act_fns", "relu6", "decoder_act_fns"),
         ("decoder_conv_act_fn", "mish", "decoder_conv_act_fn"),
         ("encoder_block_types", "Block", "encoder_block_types"),
-        ("encoder_layers_per_block", [1, 0, 1], "only the first stage"),
+        ("encoder_layers_per_block", [1, 0, 1], "only the first and the last stage"),
         ("encoder_qkv_multiscales", [[], [4], []], "odd"),
         ("decoder_block_out_channels", [16, 48, 48], "48 does not divide 4 x 16"),
         ("decoder_block_out_channels", [8, 18, 18], "heads of 16"),

@@ -10,7 +10,7 @@ import pytest
 from dreamllm_jax.model import DreamLLM, abstract_params
 from dreamllm_jax.objectives.joint import JointConfig
 from dreamllm_jax.towers.queries import DreamQueries, QueriesConfig, from_vocabulary
-from tests.tiny import make_batch, random_rows, tiny_config, tiny_params
+from tests.tiny import make_batch, random_document, row_shape, tiny_config, tiny_params
 
 MANY, WIDTH = 4000, 24
 
@@ -30,11 +30,11 @@ def test_rows_of_a_vocabulary():
     """Mean and covariance are those of which transformers draws the rows of new tokens."""
     rng = np.random.default_rng(0)
     rows = (rng.normal(size=(300, 5)) @ rng.normal(size=(5, 5)) + rng.normal(size=5)).astype(np.float32)
-    got = np.asarray(from_vocabulary(jnp.asarray(rows), 20000, jax.random.key(1)), np.float64)
+    got = np.asarray(from_vocabulary(jnp.asarray(rows), 6000, jax.random.key(1)), np.float64)
     want = 1e-9 * np.cov(rows.T.astype(np.float64), bias=True)
     np.testing.assert_allclose(got.mean(axis=0), rows.mean(axis=0), atol=2e-6)
     # In float32 a row has only some bits for so little noise: its deviation is 3e-5 of the mean's size.
-    assert np.linalg.norm(np.cov((got - rows.mean(axis=0)).T, bias=True) - want) < 0.05 * np.linalg.norm(want)
+    assert np.linalg.norm(np.cov((got - rows.mean(axis=0)).T, bias=True) - want) < 0.1 * np.linalg.norm(want)
 
 
 def test_what_cannot_be_is_refused():
@@ -55,9 +55,12 @@ def test_queries_drawn_anew():
     assert "dream_queries" not in abstract_params(config)
     params = tiny_params(learned)
     noisy, table = (JointConfig(lm_weight=0.0, image_chunk=0).make(DreamLLM(one)) for one in (config, learned))
-    batch = make_batch(config, random_rows(config))
-    (draws,), (other,) = (noisy.draws(jax.random.key(seed), batch) for seed in (1, 2))
-    (few,) = noisy.draws(jax.random.key(1), jax.tree.map(lambda x: x[:3], batch))
+    rng, rows = np.random.default_rng(0), ("tdd", "dt", "td", "ttd")
+    rows = [[random_document(rng, config, parts)] for parts in rows]
+    batch = make_batch(config, rows, shape=row_shape(config, see_slots=0))
+    drawn = jax.jit(noisy.draws)
+    (draws,), (other,) = (drawn(jax.random.key(seed), batch) for seed in (1, 2))
+    (few,) = drawn(jax.random.key(1), jax.tree.map(lambda x: x[:3], batch))
     np.testing.assert_array_equal(few.queries, draws.queries[:3])
     each = np.asarray(draws.queries).reshape(-1, *config.queries_shape)
     assert len(np.unique(each[:, 0, 0])) == len(each) and not np.isin(other.queries, draws.queries).any()

@@ -170,6 +170,7 @@ def monkeypatch_kernels(monkeypatch, config):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["all"], indirect=True)
 def test_spaced_heads_and_kernels_are_the_same(case, monkeypatch):
     """What a TPU executes, in float32 and emulated: heads with zeros after each, a mask as one of their channels."""
     _, model, params, (latents, timesteps, condition, cotangent), _ = case
