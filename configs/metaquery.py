@@ -59,7 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
     trained = family.DENOISER if sana else family.ONLY
     config = family.painting(model, trained, pictures, 8, family.LENGTHS[given.captions] + 256)
     if given.stage != "pretrain":
-        config.rows.update(see_slots=8, length=5_120)
+        config.rows.update(see_slots=8, length=4_736)
         names = ("drop_images",) if given.stage == "edit" else ("drop_text", "drop_images", "drop_both")
         drops = dict.fromkeys(names, 0.1)
         config.data.corpora = {"edits": {"mode": "creation", **drops}}

@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = family.painting(model, trained, pictures=512, slots=8, length=family.LENGTHS["long"])
     config.rows.dream_size = 448
     if "edits" in epochs:
-        config.rows.update(see_slots=8, length=4_864)
+        config.rows.update(see_slots=8, length=4_608)
     if reconstructs:
         config.rows.update(length=2_432)
         config.model.teacher = given.stage == "encoder"
