@@ -86,14 +86,11 @@ def open_metaquery(
     vision_language = vision_language or _found(directory, settings, "mllm_id", "vision_language", "config.json")
     image_decoder = image_decoder or _decoder_directory(directory, settings)
     stored, own = grouped(files.open_model(directory, *STEMS), PREFIXES, directory)
-    towers = open_towers(vision_language, image_decoder, stored)
+    towers = open_towers(vision_language, image_decoder, stored, tuple(_TEMPLATES))
     towers, queries, rows = _without_queries(towers, settings, vision_language)
     words = _tokenizer(tokenizer or (directory if (directory / FILE).is_file() else vision_language), rows)
     connector = _connector(own, towers, directory)
-    source = joined(towers, connector, queries, words, _prompting(settings, towers), directory)
-    if layout_name(source.config) not in _TEMPLATES:
-        raise ValueError(f"{vision_language} is neither a LLaVA-OneVision nor a Qwen2.5-VL, which alone MetaQuery has")
-    return source, words
+    return joined(towers, connector, queries, words, _prompting(settings, towers), directory), words
 
 
 def _found(directory: Path, settings: Mapping[str, Any], key: str, flag: str, *inside: str) -> Path:

@@ -71,9 +71,10 @@ def open_openuni(
     queries = own.pop(META_QUERIES, None)
     if queries is None or len(queries.shape) != 2:
         raise ValueError(f"{file} has no {META_QUERIES}: it is no checkpoint of OpenUni")
-    towers = open_towers(vision_language, image_decoder, stored)
-    if (kind := towers.parts[VISION].config.kind) != "intern_vit":
-        raise ValueError(f"{vision_language} sees by a {kind!r}: OpenUni's vision-language model is an InternVL")
+    types = (
+        ("internvl_chat",) if BACKBONE in stored else ("internvl_chat", "internvl")
+    )  # the file has the former's names
+    towers = open_towers(vision_language, image_decoder, stored, types)
     squeezed = dataclasses.replace(towers.parts[VISION].config, max_tiles=1)  # it sees a picture as one tile
     towers.parts[VISION] = dataclasses.replace(towers.parts[VISION], config=squeezed)
     width = towers.language_model.config.width

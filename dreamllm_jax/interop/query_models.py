@@ -5,12 +5,13 @@ Where a file leaves out a tower, because it was not trained, that is read from i
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dreamllm_jax.common import recognise
 from dreamllm_jax.data.prompting import Prompting
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.interop import files, internvl
@@ -92,12 +93,20 @@ def grouped(
     return {tower: Stored(found, prefixes[tower], where) for tower, found in towers.items()}, others
 
 
-def open_towers(vision_language: Path, image_decoder: Path, stored: Mapping[str, Stored]) -> Towers:
+def open_towers(
+    vision_language: Path, image_decoder: Path, stored: Mapping[str, Stored], types: Sequence[str]
+) -> Towers:
     """The towers' shapes from their directories, and their tensors from there or where they are `stored`.
+
+    Args:
+      types: the `model_type`s, of which the vision-language model must have one.
 
     Raises:
       FileNotFoundError, ValueError: naming the file, setting or tensor that is missing or does not fit.
     """
+    recognise.require(vision_language, "config.json")
+    if (kind := files.read_json(vision_language / "config.json").get("model_type")) not in types:
+        raise ValueError(f"{vision_language} is of model_type {kind!r}: the checkpoint is of one of {', '.join(types)}")
     backbone = stored.get(BACKBONE)
     visual = open_visual_projector(vision_language, backbone)
     language = open_language_model(vision_language, backbone)

@@ -1,7 +1,9 @@
 """OpenUni's and MetaQuery's checkpoints come in, and go out as they came."""
 
+import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +15,14 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from dreamllm_jax.checkpoints import saved  # noqa: E402
 from dreamllm_jax.data.prompting import PUBLISHED  # noqa: E402
 from dreamllm_jax.data.tokenizer import load_tokenizer  # noqa: E402
-from dreamllm_jax.interop import metaquery, openuni  # noqa: E402
-from dreamllm_jax.interop.verify import compare  # noqa: E402
+from dreamllm_jax.interop import metaquery, openuni, query_modules, verify  # noqa: E402
+from dreamllm_jax.interop.conversion import export_model  # noqa: E402
 from tests import query_checkpoints  # noqa: E402
 from tests.conversion.helpers import assert_identical, run, tensors  # noqa: E402
 from tests.query_checkpoints import PLACEMENTS, QUERIES, ROWS  # noqa: E402
+from tests.tiny import tiny_config  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*:FutureWarning")
-TOWERS = {"vision encoder", "denoiser", "autoencoder", "language model", "multimodal forward"}
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +52,24 @@ def beside(directory):
     return {role: directory.parent / settings[key].split("/")[1] for role, key in names.items()}
 
 
+def assert_compared(ours, theirs):
+    """All but the image decoder, which is compared elsewhere: of that the public classes take every tensor."""
+    found = saved.find(str(ours))
+    with pytest.MonkeyPatch.context() as patch:
+        for tower in ("denoiser", "autoencoder"):
+            query_modules.loaders(found.config, theirs)[f"image_decoder/{tower}"]()
+            patch.delitem(verify._TOWERS, tower)
+        differences = verify.compare(found.config, found.part, theirs, dtypes=("float32",))
+    assert {d.tower for d in differences} == {"vision encoder", "language model", "multimodal forward"}
+    assert all(d.passed and d.relative <= 1e-5 for d in differences), differences
+
+
 @pytest.mark.slow
 def test_openuni_comes_in_computes_what_torch_does_and_goes_out(towers, tmp_path):
     file = query_checkpoints.save_openuni(towers["image_decoder"].parent, "enc_proj", towers=True)
     run("import", openuni=file, **towers, connector_heads=8, to=tmp_path / "ours")
-    run("export", checkpoint=tmp_path / "ours", format="openuni", to=tmp_path / "out")  # which compares
+    run("export", checkpoint=tmp_path / "ours", format="openuni", to=tmp_path / "out", no_check=True)
+    assert_compared(tmp_path / "ours", tmp_path / "out")
     assert_same(*(torch.load(x)["state_dict"] for x in (tmp_path / "out" / "openuni.pth", file)))
     assert "'num_attention_heads': 8" in (tmp_path / "out" / "README.md").read_text()
     run("import", openuni=tmp_path / "out" / "openuni.pth", **towers, connector_heads=8, to=tmp_path / "again")
@@ -78,7 +93,7 @@ def test_projectors_stand_where_they_did_and_towers_come_from_their_directories(
     run("import", openuni=file, **towers, connector_heads=heads, to=tmp_path / "ours")
     found = saved.find(str(tmp_path / "ours"))
     assert openuni.placement_of(found.config.connector) == placement and found.config.connector.head_dim == 8
-    (difference,) = compare(found.config, found.part, file, dtypes=("float32",))
+    (difference,) = verify.compare(found.config, found.part, file, dtypes=("float32",))
     assert difference.tower == "connector" and difference.relative <= 1e-5
     run("export", checkpoint=tmp_path / "ours", format="openuni", to=tmp_path / "out", no_check=True)
     whole = query_checkpoints.save_openuni(root, placement, towers=True)
@@ -88,7 +103,8 @@ def test_projectors_stand_where_they_did_and_towers_come_from_their_directories(
 @pytest.mark.slow
 def test_metaquery_comes_in_computes_what_torch_does_and_goes_out(directory, tmp_path):
     run("import", metaquery=directory, to=tmp_path / "ours")
-    run("export", checkpoint=tmp_path / "ours", format="metaquery", to=tmp_path / "out")  # which compares
+    run("export", checkpoint=tmp_path / "ours", format="metaquery", to=tmp_path / "out", no_check=True)
+    assert_compared(tmp_path / "ours", tmp_path / "out")
     got, want = (load_file(x / "model.safetensors") for x in (tmp_path / "out", directory))
     assert_same(got, want)
     found, given = saved.find(str(tmp_path / "ours")), tensors(tmp_path / "ours")
@@ -165,6 +181,8 @@ def test_what_openuni_lacks_is_named(towers, tmp_path):
     )
     narrow = query_checkpoints.save_openuni(root, "proj_enc", towers=False)
     refused("24 wide, .* 64 channels a head: say how many it has by --conn", openuni=narrow, **towers, to=to)
+    other_model = given | {"vision_language": root / "Sana" / "vae"}
+    refused(r"vae is of model_type None: the checkpoint is of one of internvl_chat$", openuni=file, **other_model)
     refused("^give --vision-language as well", openuni=file, image_decoder=towers["image_decoder"], to=to)
     refused("^--connector-heads is of --openuni", vision_language=root / "lmm", connector_heads=8, to=to)
     refused("^--openuni has its own: leave out --num-queries", openuni=file, **given, num_queries=3)
@@ -212,13 +230,38 @@ def test_what_metaquery_lacks_is_named(directory, tmp_path):
     assert not to.exists()
 
 
-def test_what_the_programs_do_not_know_is_not_written(imported, tmp_path):
-    ours = imported["sana"] / "ours"
-    for kind, message in (
-        ("openuni", "OpenUni's program has no vision encoder of kind 'clip': export with --format=hf or diffusers"),
-        ("metaquery", "MetaQuery's program has no vision encoder of kind 'clip' with such a visual projector: export"),
+def test_what_the_programs_do_not_know_is_not_written(tmp_path):
+    ours = SimpleNamespace(config=tiny_config(), tokenizer=tmp_path / "none")
+    for kind, names, message in (
+        ("openuni", {}, "OpenUni's program has no vision encoder of kind 'clip': export with --format=hf or diffusers"),
+        (
+            "metaquery",
+            {},
+            "MetaQuery's program has no vision encoder of kind 'clip' with such a visual projector: export",
+        ),
+        (
+            "hf",
+            {"image_decoder": "Sana"},
+            "--vision-language and --image-decoder are of --format=metaquery: leave them",
+        ),
     ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            run("export", checkpoint=ours, format=kind, to=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"^--vision-language and --image-decoder are of --format=metaquery"):
-        run("export", checkpoint=ours, format="hf", image_decoder="Sana", to=tmp_path / "out")
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            export_model(ours, tmp_path / "out", (kind,), names=names)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("directory", ["llava"], indirect=True)
+def test_metaquery_is_told_its_towers_by_name(directory):
+    source, _ = metaquery.open_metaquery(directory)
+    published = metaquery.names_of(source.config, {})
+    assert published["image_decoder"].startswith("Efficient-Large-Model/Sana_")
+    assert metaquery.names_of(source.config, {"vision_language": "mine"}) == published | {"vision_language": "mine"}
+    for role, name, word in (
+        ("image_decoder", "mine", "'Sana' must stand"),
+        ("vision_language", "Qwen", "must not stand"),
+    ):
+        with pytest.raises(ValueError, match=f"--{role.replace('_', '-')}={name}: .*{word}"):
+            metaquery.names_of(source.config, {role: name})
+    other = dataclasses.replace(source.config, connector=dataclasses.replace(source.config.connector, qk_norm=False))
+    with pytest.raises(ValueError, match=r"^MetaQuery's program has no connector\.qk_norm: export"):
+        metaquery.require(other)
