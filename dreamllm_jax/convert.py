@@ -196,7 +196,8 @@ def _bytes(text: str) -> int:
 
 def _import(arguments: argparse.Namespace) -> None:
     if wholes := [name for name in _WHOLES if getattr(arguments, name) is not None]:
-        _require_left_out(arguments, wholes[0], (*wholes[1:], "language_model", "vision_encoder", *_FRESH))
+        tower = "vision_language" if wholes[0] == "dreamllm" else "vision_encoder"  # that it does not ask for
+        _require_left_out(arguments, wholes[0], (*wholes[1:], "language_model", tower, *_FRESH))
     if arguments.connector_heads and not arguments.openuni:
         raise ValueError("--connector-heads is of --openuni: leave it out")
     if arguments.openuni or arguments.metaquery:
@@ -209,8 +210,6 @@ def _import(arguments: argparse.Namespace) -> None:
     missing = [flag for flag, value in towers.items() if value is None]
     if arguments.dreamllm is None and missing:
         raise ValueError(f"give {', '.join(missing)} as well, or --dreamllm=DIR")
-    if arguments.dreamllm is not None:
-        _require_left_out(arguments, "dreamllm", ("language_model", "vision_language", *_FRESH))
     source, tokenizer = _assembled(arguments) if arguments.dreamllm is None else _original(arguments)
     import_model(source, tokenizer, arguments.to, arguments.dtype)
 
