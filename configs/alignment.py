@@ -28,6 +28,9 @@ def get_config(arg: str = "") -> ConfigDict:
             "interleaved": {"mode": "joint", "weight": 1.0},
         },
     }
+    if model.prompting is not None:  # one that is asked in words of its own loses these, not its condition
+        config.objective.drop_prob = 0.0
+        config.data.corpora.pairs.drop_text = 0.1
     document = model.vision_encoder.num_patches + model.num_queries + 32
     config.rows = {
         "per_step": 8,

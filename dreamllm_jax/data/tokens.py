@@ -76,20 +76,17 @@ def encode_document(
       see_first: where an image is both painted and read, read it first; the model then paints what it has seen.
       prompting: how the model is asked to paint; None for captions, instructions and images that stand alone.
       drop: of what an image is painted from, what this document goes without: its text, the images that are read, which
-        become black ones of the same size, or both.
+        become black ones of the same size, or both; of documents whose images are not painted so, nothing.
       complete: end with `</s>`; False leaves the document open, as a prompt. A conversation that ends with the user's
         turn is open for the assistant's in either case.
       seen_in: which group of slots an image to see takes; None for the one next to it in shape of those that have one
         left.
 
     Raises:
-      ValueError: the row has no room for the images without which the document means nothing; something is to be
-        dropped of a kind of document of which nothing can be.
+      ValueError: the row has no room for the images without which the document means nothing.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; known are {', '.join(MODES)}")
-    if drop and document.kind not in _PAINTED:
-        raise ValueError(f"text and images are dropped of {', '.join(_PAINTED)} alone, not of {document.kind}")
     if document.kind == "preference":
         half, (*before, better, worse) = dataclasses.replace(shape, length=shape.length // 2), document.segments
         alone = (Document("conversation", (*before, answer)) for answer in (better, worse))

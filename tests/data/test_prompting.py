@@ -133,8 +133,9 @@ def test_dropped_images_are_black_ones(text_tokenizer):
         assert encoded.dream[0].image == EDIT.images[-1]
     read = encode_document(PAIR, text_tokenizer, SHAPE, "comprehension", drop="both")
     assert read.see[0].image == PAIR.images[0] and read.learns  # where nothing is painted nothing is dropped
-    with pytest.raises(ValueError, match="dropped of pair, image_image, edit alone, not of text"):
-        encode_document(Document("text", (Text("a"),)), text_tokenizer, SHAPE, drop="text")
+    alone = Document("text", (Text("a"),))
+    kept, whole = (encode_document(alone, text_tokenizer, SHAPE, drop=drop) for drop in ("text", ""))
+    np.testing.assert_array_equal(kept.tokens, whole.tokens)
 
 
 def test_shares_are_disjoint_and_functions_of_the_record(text_tokenizer, tmp_path):
