@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.data.chat_template import ends_of, find_template
 from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.prompting import Prompting
 from dreamllm_jax.data.settings import CorpusConfig, DataConfig
 from dreamllm_jax.data.templates import INTERNVL_SYSTEM, TemplateError
 from dreamllm_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,6 +20,7 @@ from dreamllm_jax.runs.start import require_templates
 from tests import byte_level
 from tests.data.conftest import row_shape, write
 from tests.data.test_loader import loader
+from tests.tiny import tiny_config
 
 SHAPE = row_shape(4000, 40, 4)
 SHAPE = dataclasses.replace(SHAPE, see=(dataclasses.replace(SHAPE.see[0], tokens=1),))
@@ -232,7 +234,12 @@ def test_a_tokenizer_without_the_tokens_is_told_so(text_tokenizer):
         find_template("chatml", text_tokenizer)
     with pytest.raises(ValueError, match="unknown template 'llava_1'; known are vicuna_v1, llama_2"):
         find_template("llava_1", text_tokenizer)
-    require_templates(text_tokenizer, DataConfig(path="", corpora={"chat": CorpusConfig()}))
+    plain, told = DataConfig(path="", corpora={"chat": CorpusConfig()}), tiny_config()
+    require_templates(text_tokenizer, plain, told)
     with pytest.raises(ConfigError, match=r"config\.data\.corpora\.chat\.template: template qwen2 writes"):
-        require_templates(text_tokenizer, DataConfig(path="", corpora={"chat": CorpusConfig(template="qwen2")}))
+        other = DataConfig(path="", corpora={"chat": CorpusConfig(template="qwen2")})
+        require_templates(text_tokenizer, other, told)
+    with pytest.raises(ConfigError, match=r"config\.model\.prompting\.template: template qwen2 writes"):
+        asked = dataclasses.replace(told, prompting=Prompting("qwen2"))
+        require_templates(text_tokenizer, plain, asked)
     assert ends_of("vicuna_v1", text_tokenizer) == ends_of("", text_tokenizer) == (text_tokenizer.special.eos,)
