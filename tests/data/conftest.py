@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,3 +118,18 @@ def assert_sound(batch, shape: RowShape, special) -> None:
                 assert len(set(segments[slot - 1 : slot + length + 1])) == 1
                 covered[slot : slot + length] = True
         assert (covered == (tokens == special.im_patch)).all()
+
+
+PLAIN = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250), "white": (255, 255, 255)}
+
+
+def jpeg(colour: str, size=(40, 30)) -> bytes:
+    return encode(Image.new("RGB", size, PLAIN[colour]), "JPEG", quality=95)
+
+
+@pytest.fixture
+def walls(tmp_path) -> Path:
+    """A folder with red.jpg and blue.jpg."""
+    for colour in ("red", "blue"):
+        (tmp_path / f"{colour}.jpg").write_bytes(jpeg(colour))
+    return tmp_path

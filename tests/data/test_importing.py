@@ -11,7 +11,6 @@ import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,70 +19,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image as Picture
 
 from dreamllm_jax.data import storage
-from dreamllm_jax.data.__main__ import parser
 from dreamllm_jax.data.corpora.plain import PlainText
-from dreamllm_jax.data.document import Image, Text, to_record
-from dreamllm_jax.data.images import decode
-from tests.data.conftest import bomb, encode, png
+from dreamllm_jax.data.document import to_record
+from tests.data.conftest import PLAIN, bomb, encode, jpeg, png
+from tests.data.imported import bring, plain, read, run, summary, write_tar
 
 ROOT = Path(__file__).parent.parent.parent
-COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250), "white": (255, 255, 255)}
-
-
-def jpeg(colour: str, size=(40, 30)) -> bytes:
-    return encode(Picture.new("RGB", size, COLOURS[colour]), "JPEG", quality=95)
-
-
-def run(*arguments) -> None:
-    parsed = parser().parse_args([str(argument) for argument in arguments])
-    parsed.main(parsed)
-
-
-def bring(layout: str, source, to, *flags) -> list[list[tuple[str, str]]]:
-    """Imports a corpus in this process, and reads it."""
-    run("import", layout, source, "--to", to, "--name=it", "--workers=1", *flags)
-    return read(to)
-
-
-def read(directory, name="it") -> list[list[tuple[str, str]]]:
-    """Each document as (role, text) and (role, [colour]) in order."""
-    corpus = storage.Corpus(directory, name)
-    return [
-        [(s.role, s.text if isinstance(s, Text) else f"[{seen(s)}]") for s in corpus[i].segments]
-        for i in range(len(corpus))
-    ]
-
-
-def seen(image: Image) -> str:
-    pixel = np.asarray(decode(image.data)).mean((0, 1))
-    return min(COLOURS, key=lambda name: np.abs(np.array(COLOURS[name]) - pixel).sum())
-
-
-def summary(directory, name="it") -> dict:
-    return storage.read_summary(directory)["corpora"][name]
-
-
-def plain(*texts) -> list[tuple[str, str]]:
-    return [("", text) for text in texts]
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 PAIRS = [plain("a red wall", "[red]"), plain("a blue wall", "[blue]")]
-
-
-@pytest.fixture
-def walls(tmp_path) -> Path:
-    """A folder with red.jpg and blue.jpg."""
-    for colour in ("red", "blue"):
-        (tmp_path / f"{colour}.jpg").write_bytes(jpeg(colour))
-    return tmp_path
 
 
 def img2dataset_tar(path: Path) -> None:
@@ -182,72 +124,6 @@ def test_lists_of_openuni(put, tmp_path):
 def test_image_pairs(walls):
     (walls / "pairs.jsonl").write_text(json.dumps({"source": "red.jpg", "target": "blue.jpg"}) + "\n")
     assert bring("image_pairs", walls / "pairs.jsonl", walls / "set") == [plain("[red]", "[blue]")]
-
-
-EDIT = plain("[red]", "paint it blue", "[blue]")
-
-
-def share_gpt_4o(root: Path) -> Path:
-    """Its images are in tars beside it."""
-    row = {"input_prompt": "paint it blue", "input_image": ["image/in.png"], "output_image": "image/out.png"}
-    (root / "text_and_image_to_image.json").write_text(json.dumps([row, row | {"output_image": "image/gone.png"}]))
-    write_tar(root / "part_0.tar", {"image/in.png": jpeg("red"), "image/out.png": jpeg("blue")})
-    return root / "text_and_image_to_image.json"
-
-
-def gpt_image_edit(root: Path) -> Path:
-    turns = [{"from": "human", "value": "<image>\npaint it\nblue"}, {"from": "gpt", "value": "<image>"}]
-    rows = [{"image": ["red.jpg", "blue.jpg"], "conversations": turns}]
-    rows += [{"image": ["red.jpg", "red.jpg", "blue.jpg"], "conversations": turns}]  # two images, one is spoken of
-    (root / "edit.json").write_text(json.dumps(rows))
-    return root / "edit.json"
-
-
-def omni_edit(root: Path) -> Path:
-    shown = {name: [{"bytes": jpeg(colour), "path": None}] * 2 for name, colour in SHOWN.items()}
-    asked = ["make it blue", "paint it blue"]  # MetaQuery takes the last
-    pq.write_table(pa.table(shown | {"edited_prompt_list": [asked, []]}), root / "train.parquet")
-    return root / "train.parquet"
-
-
-SHOWN = {"src_img": "red", "edited_img": "blue"}
-
-
-def meta_query(root: Path) -> Path:
-    red, blue = ({"bytes": jpeg(colour), "path": None} for colour in ("red", "blue"))
-    rows = {"source_images": [[red], []], "target_image": [blue] * 2, "prompt": ["paint it blue"] * 2}
-    pq.write_table(pa.table(rows), root / "train.parquet")
-    return root / "train.parquet"
-
-
-def openuni_edits(root: Path) -> Path:
-    row = {"source_image": "red.jpg", "target_image": "blue.jpg", "annotation": "a.json"}
-    (root / "a.json").write_text(json.dumps({"caption": "paint it blue"}))
-    (root / "data.json").write_text(json.dumps([row, row | {"annotation": "b.json"}]))
-    return root / "data.json"
-
-
-def unilip_tars(root: Path) -> Path:
-    whole = {"0.input.jpg": jpeg("red"), "0.output.jpg": jpeg("blue"), "0.txt": b"paint it blue"}
-    write_tar(root / "0.tar", whole | {"1.input.jpg": jpeg("red"), "1.txt": b"paint it blue"})
-    return root / "0.tar"
-
-
-LAYOUTS = {
-    share_gpt_4o: "missing",
-    gpt_image_edit: "placeholders",
-    omni_edit: "no_text",
-    meta_query: "no_image",
-    openuni_edits: "missing",
-    unilip_tars: "no_image",
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_edits(layout, walls):
-    flags = [f"--images={walls}"] if layout is share_gpt_4o else []
-    assert bring("edit", layout(walls), walls / "set", *flags) == [EDIT]
-    assert summary(walls / "set")["dropped"] == {LAYOUTS[layout]: 1}
 
 
 def page(**changes) -> dict:
@@ -441,7 +317,7 @@ def test_what_is_stored_is_small_upright_rgb(tmp_path):
     exif[0x0112] = 6
     pictures = {
         "a": encode(Picture.new("CMYK", (900, 700), (0, 250, 250, 0)), "JPEG"),
-        "b": encode(Picture.new("RGB", (60, 40), COLOURS["blue"]), "JPEG", exif=exif),
+        "b": encode(Picture.new("RGB", (60, 40), PLAIN["blue"]), "JPEG", exif=exif),
         "c": jpeg("green"),
     }
     named = [(f"{name}.jpg", data) for name, data in pictures.items()]
