@@ -3,7 +3,6 @@
 OpenUni (arXiv 2505.23661), MetaQuery (arXiv 2504.06256), UniLIP (arXiv 2507.23278).
 """
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,6 @@ from ml_collections import ConfigDict
 
 from dreamllm_jax.data.prompting import PUBLISHED as PROMPTINGS
 from dreamllm_jax.experiment import published
-from dreamllm_jax.towers import registry
 
 INTERNVL = {"1b": "qwen25-0.5b", "2b": "qwen25-1.5b"}  # InternVL3's language models, by its own sizes
 MLP1 = {"kind": "mlp", "depth": 2, "pre_layernorm": True}  # InternVL's visual projector
@@ -29,10 +27,7 @@ def towers(llm: str, vision: str, decoder: str, connector: str, **more: Any) -> 
     Args:
       more: other settings of it.
     """
-    names = {"llm": llm, "vision": vision, "decoder": decoder, "connector": connector}
-    found = {role: copy.deepcopy(published.CHOICES[name][names[name]]) for name, role in published.ROLES.items()}
-    if projector := registry.projector_of(found["vision_encoder"]["kind"]):
-        found["visual_projector"] = projector
+    found = published.towers(llm=llm, vision=vision, decoder=decoder, connector=connector)
     return {**found, "num_queries": 256, "dtype": "bfloat16", **more}
 
 
@@ -54,17 +49,12 @@ def painting(model: Mapping[str, Any], trained: str, pictures: int, slots: int, 
       pictures: of a step.
       slots: pictures of a row, for which it has `length` tokens.
     """
-    config = ConfigDict()
-    config.seed = 0
-    config.log_every = 10
-    config.model = dict(model)
-    config.parameters = {"init_from": "", "dtype": "float32", "frozen_dtype": "bfloat16"}
+    config = published.run(model)
     config.parameters.trainable = ((trained, True), (".*", False))
     config.rows = {"per_step": pictures // slots, "length": length, "see_slots": 0, "dream_slots": slots}
     config.rows.dream_size = 512
     config.objective = {"kind": "joint", "lm_weight": 0.0, "dm_weight": 1.0}
     config.optimizer = {"b1": 0.9, "b2": 0.95}
     config.data = {"path": "", "corpora": {"pairs": {"mode": "creation", "drop_text": 0.1}}}
-    config.sharding = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
     config.checkpoint = {"every": 1000, "keep": 3}
     return config

@@ -7,6 +7,7 @@ Towers' shapes stand in their files (`PUBLISHED`).
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -47,10 +48,23 @@ def model(argument: str = "") -> dict[str, Any]:
 
 
 def _model(given: Any) -> dict[str, Any]:
-    towers = {role: copy.deepcopy(CHOICES[argument][getattr(given, argument)]) for argument, role in ROLES.items()}
-    if given.llm == given.vision and (projector := registry.projector_of(towers["vision_encoder"]["kind"])):
-        towers["visual_projector"] = projector
-    return {**towers, "num_queries": given.queries, "dtype": "bfloat16"}
+    found = towers(**{argument: getattr(given, argument) for argument in ROLES})
+    if given.llm != given.vision:  # what sees is not of the same model: a projector between the two begins anew
+        found.pop("visual_projector", None)
+    return {**found, "num_queries": given.queries, "dtype": "bfloat16"}
+
+
+def towers(**names: str) -> dict[str, Any]:
+    """Settings of published towers by the names of `CHOICES`, and of the visual projector that the vision encoder was
+    published with, if it has one of its own.
+
+    Args:
+      names: of all of `ROLES`.
+    """
+    found = {role: copy.deepcopy(CHOICES[argument][names[argument]]) for argument, role in ROLES.items()}
+    if projector := registry.projector_of(found["vision_encoder"]["kind"]):
+        found["visual_projector"] = projector
+    return found
 
 
 def alignment(argument: str = "") -> ConfigDict:
@@ -98,14 +112,20 @@ def adapt(config: ConfigDict, rank: int) -> None:
 
 
 def _stage(given: Any) -> ConfigDict:
-    config = ConfigDict()
-    config.seed = 0
-    config.log_every = 10
-    config.model = _model(given)
-    config.parameters = {"init_from": "", "dtype": "float32", "frozen_dtype": "bfloat16"}
+    config = run(_model(given))
     config.rows = {"per_step": 64, "length": 2048, "see_slots": 4, "dream_slots": 4, "dream_size": 512}
     config.objective = {"kind": "joint", "lm_weight": 1.0, "dm_weight": 10.0, "drop_prob": 0.1}
     config.optimizer = {"warmup_ratio": 0.003, "weight_decay": 0.0}
-    config.sharding = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
     config.checkpoint = {"every": 500, "keep": 3}
+    return config
+
+
+def run(model: Mapping[str, Any]) -> ConfigDict:
+    """What all recipes begin with: a model, bfloat16 where it is frozen, weights split over all chips."""
+    config = ConfigDict()
+    config.seed = 0
+    config.log_every = 10
+    config.model = dict(model)
+    config.parameters = {"init_from": "", "dtype": "float32", "frozen_dtype": "bfloat16"}
+    config.sharding = {"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1}
     return config

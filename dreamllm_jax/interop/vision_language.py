@@ -146,6 +146,23 @@ def _internvl_projecting(settings: Settings) -> ProjectorConfig:
     return ProjectorConfig("mlp", depth=2, pre_layernorm=True)
 
 
+def _sequential(name: str) -> tuple[tuple[str, str, str], ...]:
+    """InternVL's projector where it is a Sequential."""
+    places = {0: "pre_layernorm.", 1: "projector.0.", 3: "projector.2."}
+    return tuple((rf"{name}\.{index}\.", PROJECTOR, ours) for index, ours in places.items())
+
+
+_INTERNVL = Layout(
+    types=("internvl",),
+    torch_class="InternVLForConditionalGeneration",
+    groups=MappingProxyType({LANGUAGE: "text_config", VISION: ""}),
+    names=(*_LLAVA_NAMES, (r"(model\.)?multi_modal_projector\.layer_norm\.", PROJECTOR, "pre_layernorm.")),
+    seeing=lambda _: {},
+    projecting=_internvl_projecting,
+    towers=_LLAVA_TOWERS,
+    project=lambda model, states: model.model.multi_modal_projector(states),
+)
+
 LAYOUTS = (
     Layout(
         types=("llava",),
@@ -157,48 +174,26 @@ LAYOUTS = (
         towers=_LLAVA_TOWERS,
         project=lambda model, states: model.model.multi_modal_projector(states),
     ),
-    Layout(
-        types=("internvl",),
-        torch_class="InternVLForConditionalGeneration",
-        groups=MappingProxyType({LANGUAGE: "text_config", VISION: ""}),
-        names=(*_LLAVA_NAMES, (r"(model\.)?multi_modal_projector\.layer_norm\.", PROJECTOR, "pre_layernorm.")),
-        seeing=lambda _: {},
-        projecting=_internvl_projecting,
-        towers=_LLAVA_TOWERS,
-        project=lambda model, states: model.model.multi_modal_projector(states),
-    ),
-    Layout(
+    _INTERNVL,
+    dataclasses.replace(
+        _INTERNVL,
         types=("internvl_chat",),
-        torch_class="InternVLForConditionalGeneration",
         groups=MappingProxyType({LANGUAGE: "llm_config", VISION: ""}),
         names=(
             (r"language_model\.", LANGUAGE, ""),
             (r"vision_model\.", VISION, ""),
-            (r"mlp1\.0\.", PROJECTOR, "pre_layernorm."),
-            (r"mlp1\.1\.", PROJECTOR, "projector.0."),
-            (r"mlp1\.3\.", PROJECTOR, "projector.2."),
+            *_sequential(r"mlp1"),
         ),
-        seeing=lambda _: {},
-        projecting=_internvl_projecting,
-        towers=_LLAVA_TOWERS,
-        project=lambda model, states: model.model.multi_modal_projector(states),
         converted=internvl.converted,
     ),
-    Layout(
+    dataclasses.replace(
+        _INTERNVL,
         types=(UNILIP,),  # which paints too; see `unilip.py`
-        torch_class="InternVLForConditionalGeneration",
-        groups=MappingProxyType({LANGUAGE: "text_config", VISION: ""}),
         names=(
             (r"language_model\.(?=model\.|lm_head\.)", LANGUAGE, ""),
             (r"vision_tower\.", VISION, ""),
-            (r"multi_modal_projector\.0\.", PROJECTOR, "pre_layernorm."),
-            (r"multi_modal_projector\.1\.", PROJECTOR, "projector.0."),
-            (r"multi_modal_projector\.3\.", PROJECTOR, "projector.2."),
+            *_sequential(r"multi_modal_projector"),
         ),
-        seeing=lambda _: {},
-        projecting=_internvl_projecting,
-        towers=_LLAVA_TOWERS,
-        project=lambda model, states: model.model.multi_modal_projector(states),
         converted=internvl.converted,
         beside=r"model\.(latent_queries$|llm_connector\.|projector\.|dit\.|vae_decoder\.)",
     ),

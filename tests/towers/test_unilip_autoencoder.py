@@ -19,9 +19,8 @@ from dreamllm_jax.planning.program import read_program
 from dreamllm_jax.towers.autoencoders.dc import DCAutoencoderConfig
 from dreamllm_jax.towers.autoencoders.unilip import UnilipAutoencoderConfig
 from dreamllm_jax.towers.image_decoders.sana import SanaConfig
-from dreamllm_jax.towers.image_decoders.sana_transformer import SanaTransformerConfig
 from tests.parity import assert_same, compiled, gradients, nchw, nhwc, randomised, tensors
-from tests.tiny import SEE_SIZE, tiny_config
+from tests.tiny import DECODER_UNILIP, SEE_SIZE, tiny_config
 
 DC = DCAutoencoderConfig(
     latent_channels=4,
@@ -111,22 +110,10 @@ def test_flops_are_the_compiled_ones(upsampling):
     assert counted == {path for path in flatten_dict(params, sep="/") if path.endswith("/kernel")}
 
 
-DENOISER = SanaTransformerConfig(
-    in_channels=4,
-    out_channels=4,
-    num_layers=1,
-    num_attention_heads=2,
-    attention_head_dim=8,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=8,
-    cross_attention_dim=16,
-    caption_channels=24,
-    sample_size=2,
-)
-
-
 def test_an_image_decoder_of_features_goes_with_what_makes_them():
-    decoder = SanaConfig(DENOISER, dataclasses.replace(CONFIG, feature_width=32, downscale=SEE_SIZE // 2))
+    decoder = SanaConfig(
+        DECODER_UNILIP.denoiser, dataclasses.replace(CONFIG, feature_width=32, downscale=SEE_SIZE // 2)
+    )
     config = tiny_config(image_decoder=decoder)
     assert decoder.encodes_features == "visual_projector"
     assert (decoder.default_size, decoder.training_size_multiple, decoder.largest_size) == (SEE_SIZE,) * 3
