@@ -91,7 +91,7 @@ class Loader:
             self._require_use(name, [document for _, document in corpus.first(_TRIED)])
         # All that the stream depends on, as JSON gives it back.
         settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _ASIDE}
-        settings |= {"corpora": {name: dataclasses.asdict(use) for name, use in self._uses.items()}}
+        settings |= {"corpora": _chosen({name: dataclasses.asdict(use) for name, use in self._uses.items()})}
         settings |= {"documents": {name: summary[name] for name in self._uses}, "shape": _room_of(shape)}
         settings |= {"prompting": None if prompting is None else dataclasses.asdict(prompting)}
         settings |= {"vocab_size": tokenizer.vocab_size, "seed": seed, "rows_per_step": rows_per_step}
@@ -301,10 +301,11 @@ class Loader:
         Raises:
           ValueError: it was saved under other settings of the data, with which the stream is another one.
         """
+        before = {**state["settings"], "corpora": _chosen(state["settings"]["corpora"])}
         changed = [
             f"{name}={saved!r}, this run has {value!r}"
             for name, value in self._settings.items()
-            if (saved := state["settings"].get(name)) != value
+            if (saved := before.get(name)) != value
         ]
         if any(isinstance(waiting, int) for _, *each in state["streams"].values() for waiting in each):
             changed.append("the form of an earlier version of this program")
@@ -351,6 +352,14 @@ def joined_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "streams": {row: state for part in own for row, state in part["streams"].items()},
         "totals": [[*key, count] for key, count in sorted(totals.items())],
         "rows": sum(part["rows"] for part in own),
+    }
+
+
+def _chosen(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What of the uses of corpora is not as if nothing were said: settings that came later change no stream."""
+    defaults = dataclasses.asdict(CorpusConfig())
+    return {
+        name: {key: value for key, value in use.items() if value != defaults.get(key)} for name, use in corpora.items()
     }
 
 

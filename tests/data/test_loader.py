@@ -376,6 +376,10 @@ def test_mistakes_are_named(dataset, shape, text_tokenizer, tmp_path):
 def test_a_state_of_other_settings_is_refused(dataset, shape, text_tokenizer):
     common = {"corpora": {"pairs": CorpusConfig()}}
     state = loader(dataset, shape, text_tokenizer, **common).get_state()
+    # One that was saved before a corpus could drop anything, with all that there was then.
+    earlier = {name: value for name, value in dataclasses.asdict(CorpusConfig()).items() if "drop" not in name}
+    earlier = {**state, "settings": {**state["settings"], "corpora": {"pairs": earlier}}}
+    loader(dataset, shape, text_tokenizer, **common).set_state(earlier)
     for options in ({"window": 4}, {"seed": 1}, {"rows": 16}, {"corpora": {"text": CorpusConfig()}}, {"flip": 0.5}):
         with pytest.raises(ValueError, match=f"the saved data state has {next(iter(options))}.*="):
             loader(dataset, shape, text_tokenizer, **common | options).set_state(state)
