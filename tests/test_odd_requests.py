@@ -14,7 +14,7 @@ from dreamllm_jax.data.corpora import folder
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.evaluation import creation, features, fid
 from dreamllm_jax.generation.documents import DOCUMENT, load_document
-from tests.data.test_importing import jpeg
+from tests.data.conftest import jpeg
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 UTF16 = "a red wall\n".encode("utf-16-le")

@@ -16,8 +16,8 @@ from PIL import Image as Picture
 from dreamllm_jax.data import images, preparation
 from dreamllm_jax.data.corpora import folder, tables, tars
 from dreamllm_jax.data.corpora.records import inside
-from tests.data.conftest import encode
-from tests.data.test_importing import bring, jpeg, plain, summary, walls, write_tar  # noqa: F401 (a fixture)
+from tests.data.conftest import encode, jpeg
+from tests.data.imported import bring, plain, summary, write_tar
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 
@@ -230,7 +230,7 @@ def test_a_mark_before_a_caption_is_none_of_it(tmp_path):
     assert bring("webdataset", tmp_path / "0.tar", tmp_path / "set") == told("red")
 
 
-def test_columns_are_found_in_other_letters_and_named_when_not(walls):  # noqa: F811
+def test_columns_are_found_in_other_letters_and_named_when_not(walls):
     (walls / "captions.csv").write_text(" File ; TEXT\nred.jpg;a red wall\n")
     assert bring("folder", walls, walls / "set") == told("red")
     assert folder.captions(walls) == [("red.jpg", "a red wall")]
@@ -246,7 +246,7 @@ def test_columns_are_found_in_other_letters_and_named_when_not(walls):  # noqa: 
         bring("text", walls / "metadata.jsonl", walls / "other")
 
 
-def test_names_of_windows_and_of_macos(walls):  # noqa: F811
+def test_names_of_windows_and_of_macos(walls):
     (walls / "sub").mkdir()
     (walls / "red.jpg").rename(walls / "sub" / unicodedata.normalize("NFD", "\u00e9.jpg"))
     (walls / "blue.jpg").rename(walls / unicodedata.normalize("NFC", "\u00fc.jpg"))
@@ -258,7 +258,7 @@ def test_names_of_windows_and_of_macos(walls):  # noqa: F811
     assert [inside(name) for name in ("..\\x", "C:\\x", "\\x", "a/../../x", "")] == [None] * 5
 
 
-def test_prepare_names_all_that_is_wrong(walls):  # noqa: F811
+def test_prepare_names_all_that_is_wrong(walls):
     for name in ("one.jpg", "two.jpg"):
         (walls / name).write_bytes(POINTER if name == "one.jpg" else b"nothing")
     rows = [{"file": f"{name}.jpg", "text": name} for name in ("one", "red", "two")]
@@ -307,7 +307,7 @@ def test_images_of_img2dataset_are_found_whatever_their_kind(tmp_path):
     assert found == [plain("[red]", "It.")]
 
 
-def test_conversations_about_what_is_not_there_are_left_out(walls):  # noqa: F811
+def test_conversations_about_what_is_not_there_are_left_out(walls):
     def talk(question="What is it?", *answers, **others) -> dict:
         turns = [{"from": "human", "value": question}, *({"from": "gpt", "value": answer} for answer in answers)]
         return {"conversations": turns, **others}
@@ -402,7 +402,7 @@ def test_a_name_of_several_pictures_is_of_none(where, tmp_path):
     assert summary(tmp_path / "set")["dropped"] == ({"which_image": 1} if where == "." else {})
 
 
-def test_an_address_of_several_files_is_of_none(walls):  # noqa: F811
+def test_an_address_of_several_files_is_of_none(walls):
     (walls / "map.csv").write_text("url,file\nhttp://x/1,red.jpg\nhttp://x/1,blue.jpg\nhttp://x/2,blue.jpg\n")
     row = {"images": ["http://x/1", None, "http://x/2"], "texts": [None, "It.", None]}
     (walls / "o.jsonl").write_text(json.dumps(row))
@@ -442,7 +442,7 @@ def test_json_of_a_sample_may_be_a_list_and_its_name_may_have_a_dot(tmp_path):
         *[(name, "v.mp4") for name in ("video_path", "audio_file", "frames", "pointcloud")],
     ],
 )
-def test_conversations_whose_files_have_other_keys_are_counted(name, value, walls):  # noqa: F811
+def test_conversations_whose_files_have_other_keys_are_counted(name, value, walls):
     turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A wall."}]
     rows = [{"conversations": turns, **more} for more in ({name: value}, {name: None}, {"image_id": 3, name: 0})]
     (walls / "x.json").write_text(json.dumps(rows))
@@ -450,7 +450,7 @@ def test_conversations_whose_files_have_other_keys_are_counted(name, value, wall
     assert summary(walls / "set")["dropped"] == {"fields": 1}
 
 
-def test_similarities_that_are_no_numbers_do_not_pass(walls):  # noqa: F811
+def test_similarities_that_are_no_numbers_do_not_pass(walls):
     infos = [{"image_name": "red.jpg", "matched_text_index": 0, "matched_sim": sim} for sim in ("0.1", None)]
     infos += [{"image_name": "blue.jpg", "matched_text_index": 0, "matched_sim": 0.3}]
     (walls / "p.jsonl").write_text(json.dumps({"text_list": ["One."], "image_info": infos}))
