@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from dreamllm_jax.data.corpora import openmoji
-from dreamllm_jax.scenes.world import COLOURS, KINDS, Scene
+from dreamllm_jax.data.scenes.world import KINDS, Scene
 
 SIDE = 48  # pixels of a picture; all places below are in them
+UNIT = 24  # pixels of which a picture's side may be a multiple
 EMOJI = dict(zip(KINDS, "🍎🔔📕🐱👑💧🎁❤🔑🍄👕⭐", strict=True))
 RGB = {
     "red": (226, 50, 48),
@@ -64,11 +65,20 @@ _HALF = {
 }
 
 
-def draw(scene: Scene) -> np.ndarray:
-    """u8[48, 48, 3], on white."""
-    canvas = np.full((SIDE, SIDE, 3), 255, np.float32)
+def draw(scene: Scene, size: int = SIDE) -> np.ndarray:
+    """u8[size, size, 3], on white.
+
+    Raises:
+      ValueError: things would not lie on whole pixels.
+    """
+    if size < SIDE or size % UNIT:
+        raise ValueError(
+            f"pictures of scenes have {SIDE}, {SIDE + UNIT}, {SIDE + 2 * UNIT} ... pixels on a side, not {size}"
+        )
+    canvas = np.full((size, size, 3), 255, np.float32)
     for group, boxes in reversed(list(zip(scene.groups, places(scene), strict=True))):  # what contains comes first
-        for left, top, side in boxes:
+        for box in boxes:
+            left, top, side = (value * size // SIDE for value in box)
             colour, cover = sprite(group.kind, group.colour, side)
             region = canvas[top : top + side, left : left + side]
             region += cover * (colour - region)
@@ -116,6 +126,3 @@ def _framed(kind: str) -> str:
 
 def _brightness(fill: str) -> int:
     return sum(int(fill[at : at + 2], 16) for at in (1, 3, 5))
-
-
-assert set(RGB) == set(COLOURS)

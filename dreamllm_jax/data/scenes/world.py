@@ -31,7 +31,7 @@ NEVER_ABOVE = "mushroom"
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Group:
-    """Things that are alike. `size` is "" where it is not told: of several, and of one that is alone or that contains."""
+    """Things that are alike. `size` is "" where it is not told: of several, and of one alone, inside or around."""
 
     count: int
     size: str
@@ -41,7 +41,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Scene:
-    """One group and no relation, or two groups of different kinds and colours and how the first stands to the second."""
+    """One group and no relation, or two groups of different kinds and colours, and how the first is to the second."""
 
     groups: tuple[Group, ...]
     relation: str = ""
@@ -76,7 +76,10 @@ def every_scene() -> Iterator[Scene]:
         for (count, size), (others, other_size) in itertools.product(looks(relation, 0), looks(relation, 1)):
             for (colour, kind), (other_colour, other_kind) in itertools.product(things, things):
                 if colour != other_colour and kind != other_kind:
-                    first, second = Group(count, size, colour, kind), Group(others, other_size, other_colour, other_kind)
+                    first, second = (
+                        Group(count, size, colour, kind),
+                        Group(others, other_size, other_colour, other_kind),
+                    )
                     yield Scene((first, second), relation)
 
 

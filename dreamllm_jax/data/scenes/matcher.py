@@ -8,9 +8,10 @@ import functools
 import itertools
 
 import numpy as np
+from PIL import Image
 
-from dreamllm_jax.scenes.drawing import SIDE, Box, places, sprite
-from dreamllm_jax.scenes.world import COLOURS, KINDS, RELATIONS, Group, Scene, looks
+from dreamllm_jax.data.scenes.drawing import SIDE, Box, places, sprite
+from dreamllm_jax.data.scenes.world import COLOURS, KINDS, RELATIONS, Group, Scene, looks
 
 THINGS = [(colour, kind) for colour in COLOURS for kind in KINDS]
 # A scene's two groups have neither the colour nor the kind in common.
@@ -22,7 +23,10 @@ WINDOW = 12
 
 
 def read(picture: np.ndarray) -> Scene | None:
-    """The scene that a picture u8[48, 48, 3] shows as `drawing.draw` draws it, or None."""
+    """The scene that a picture u8[H, W, 3] shows as `drawing.draw` draws it, or None. Others than 48 pixels on a side
+    are brought to that."""
+    if picture.shape[:2] != (SIDE, SIDE):
+        picture = np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX))
     seen = _Seen(picture.astype(np.float32) / 255)
     candidates = [seen.beside(scene) for scene in _layouts() if scene.relation != "inside"]
     candidates += [seen.inside(scene) for scene in _layouts() if scene.relation == "inside"]
@@ -84,7 +88,7 @@ class _Seen:
 
     def inside(self, layout: Scene) -> tuple[float, Scene, list[int]]:
         """The same of things before a large one, which is known by what is seen of it."""
-        inner, (outer,) = places(layout)
+        inner, _ = places(layout)
         colours, cover = _drawn(SIDE)
         around = ~_taken(inner)
         errors = np.square(colours + 1 - cover - self.pixels)[:, around].sum((1, 2))

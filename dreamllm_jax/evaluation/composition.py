@@ -1,0 +1,155 @@
+"""Does the model compose? Scenes are read from their pictures and painted from their captions, those that were learnt
+and those that were held out, and each fact of each is right or wrong."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from scipy.stats import binomtest
+
+from dreamllm_jax.data import images
+from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.scenes import matcher
+from dreamllm_jax.data.scenes.words import parse
+from dreamllm_jax.data.scenes.world import Scene, draw_scene
+from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.generation.images import generate_images
+from dreamllm_jax.generation.texts import generate_texts
+from dreamllm_jax.runs.load import Trained
+
+FACTS = ("objects", "colours", "counts", "relation", "all")
+FILE = "scenes.json"
+MAX_TOKENS = 32  # of the text written for a picture
+BATCH = 50  # pictures, or texts, at once
+CHANCES = 20  # scenes that are drawn for each, to say what chance gets right
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What became of N scenes.
+
+    Attributes:
+      captions: as their documents have them.
+      scenes: what they tell.
+      pictures: u8[N, H, W, 3] of them, as the model was to paint them.
+      read: the text written for each picture.
+      painted: u8[N, H, W, 3], painted from the captions.
+    """
+
+    captions: Sequence[str]
+    scenes: Sequence[Scene]
+    pictures: np.ndarray
+    read: Sequence[str]
+    painted: np.ndarray
+
+    def marks(self) -> dict[str, dict[str, list[bool]]]:
+        """Of `read` and `painted`: each fact, right or not, of each scene."""
+        found = {"read": map(parse, self.read), "painted": map(matcher.read, self.painted)}
+        return {way: _marks(scenes, self.scenes) for way, scenes in found.items()}
+
+    def psnr(self) -> tuple[float, float]:
+        """Decibels of the painted pictures against the true ones: over all pixels, and over those of things alone."""
+        errors = np.square((self.painted.astype(np.float64) - self.pictures) / 255)
+        things = (self.pictures != 255).any(-1)
+        return tuple(float(-10 * np.log10(max(some.mean(), 1e-10))) for some in (errors, errors[things]))
+
+
+def facts(found: Scene | None, true: Scene) -> dict[str, bool]:
+    """What of a scene was found: its objects, their colours, their counts, how they stand to each other, and all (sizes
+    too)."""
+    if found is None:
+        return dict.fromkeys(FACTS, False)
+
+    def same(told: Callable[[Scene], object]) -> bool:
+        return told(found) == told(true)
+
+    return {
+        "objects": same(lambda scene: sorted(group.kind for group in scene.groups)),
+        "colours": same(lambda scene: sorted((group.kind, group.colour) for group in scene.groups)),
+        "counts": same(lambda scene: sorted((group.kind, group.count) for group in scene.groups)),
+        "relation": same(lambda scene: (scene.relation, [group.kind for group in scene.groups])),
+        "all": found == true,
+    }
+
+
+def _marks(found: Iterator[Scene | None], true: Sequence[Scene]) -> dict[str, list[bool]]:
+    each = [facts(one, scene) for one, scene in zip(found, true, strict=True)]
+    return {name: [one[name] for one in each] for name in FACTS}
+
+
+def ask(trained: Trained, pairs: Sequence[Document], *, steps: int = 30, guidance: float = 2.0) -> Asked:
+    """Reads the pictures of the pairs, greedily, and paints their captions, pair i with seed i.
+
+    Args:
+      steps, guidance: of the sampler.
+
+    Raises:
+      ValueError: a caption tells no scene.
+    """
+    size = trained.experiment.rows.sample_size
+    captions = [pair.texts[0].text for pair in pairs]
+    scenes = []
+    for text in captions:
+        scene = parse(text)
+        if scene is None:
+            raise ValueError(f"{text!r} tells no scene: this is for data that `data prepare scenes` made")
+        scenes.append(scene)
+    preprocess = trained.model.config.image_decoder.preprocess
+    pictures = np.stack([preprocess(images.decode(pair.images[0].data), *size) for pair in pairs])
+    common = trained.model, trained.params, trained.tokenizer
+    read: list[str] = []
+    painted = []
+    for start in range(0, len(pairs), BATCH):
+        some = range(start, min(start + BATCH, len(pairs)))
+        read += generate_texts(*common, [[Image(pairs[i].images[0].data)] for i in some], max_tokens=MAX_TOKENS)
+        painted.append(
+            generate_images(
+                *common,
+                [[Text(captions[i])] for i in some],
+                seeds=some,
+                size=size,
+                sampler=SamplerConfig(trained.model.config.image_decoder.default_sampler, steps),
+                guidance=guidance,
+            )
+        )
+    return Asked(captions, scenes, pictures, read, np.concatenate(painted))
+
+
+def by_chance(true: Sequence[Scene]) -> dict[str, float]:
+    """The share of each fact that a scene drawn at random gets right."""
+    rng = random.Random(0)
+    many = [scene for scene in true for _ in range(CHANCES)]
+    return _shares(_marks((draw_scene(rng) for _ in many), many))
+
+
+def by_nearest(asked: Asked, seen: Sequence[tuple[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+    """The shares that are right of the nearest scene that was learnt: to read, of that whose picture is nearest; to
+    paint, of that whose caption has most words in common at their places.
+
+    Args:
+      seen: captions and pictures u8[H, W, 3] of scenes that were learnt.
+    """
+    scenes = [parse(text) for text, _ in seen]
+    known = np.stack([picture for _, picture in seen]).reshape(len(seen), -1).astype(np.float32)
+    wanted = asked.pictures.reshape(len(asked.scenes), -1).astype(np.float32)
+    distances = np.square(known).sum(-1) - 2 * wanted @ known.T
+    words = [text.split() for text, _ in seen]
+    common = [
+        max(range(len(words)), key=lambda at: sum(a == b for a, b in zip(words[at], mine, strict=False)))
+        for mine in (text.split() for text in asked.captions)
+    ]
+    return {
+        "read": _shares(_marks((scenes[at] for at in distances.argmin(-1)), asked.scenes)),
+        "painted": _shares(_marks((scenes[at] for at in common), asked.scenes)),
+    }
+
+
+def _shares(marks: Mapping[str, Sequence[bool]]) -> dict[str, float]:
+    return {name: float(np.mean(right)) for name, right in marks.items()}
+
+
+def interval(right: Sequence[bool]) -> tuple[float, float]:
+    """Wilson's interval of a share, 95 %."""
+    found = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
