@@ -73,7 +73,8 @@ def prepare(
             )
         return summary
     corpora, texts = _compose(source, settings["pairs"], settings["size"], seed)
-    return storage.write_dataset(to, corpora, chosen or tokenizer.train_tokenizer(texts, vocab_size), settings)
+    chosen = chosen or tokenizer.train_tokenizer(texts, vocab_size)
+    return storage.write_dataset(to, corpora, chosen, settings, [name for name in corpora if name == scenes.HELD_OUT])
 
 
 def _compose(

@@ -2,10 +2,12 @@
 and those that were held out, and each fact of each is right or wrong."""
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+from etils import epath
 from scipy.stats import binomtest
 
 from dreamllm_jax.data import images
@@ -14,6 +16,7 @@ from dreamllm_jax.data.scenes import matcher
 from dreamllm_jax.data.scenes.words import parse
 from dreamllm_jax.data.scenes.world import Scene, draw_scene
 from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.generation.documents import png
 from dreamllm_jax.generation.images import generate_images
 from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.runs.load import Trained
@@ -95,8 +98,7 @@ def ask(trained: Trained, pairs: Sequence[Document], *, steps: int = 30, guidanc
         if scene is None:
             raise ValueError(f"{text!r} tells no scene: this is for data that `data prepare scenes` made")
         scenes.append(scene)
-    preprocess = trained.model.config.image_decoder.preprocess
-    pictures = np.stack([preprocess(images.decode(pair.images[0].data), *size) for pair in pairs])
+    pictures = np.stack([picture(trained, pair) for pair in pairs])
     common = trained.model, trained.params, trained.tokenizer
     read: list[str] = []
     painted = []
@@ -114,6 +116,12 @@ def ask(trained: Trained, pairs: Sequence[Document], *, steps: int = 30, guidanc
             )
         )
     return Asked(captions, scenes, pictures, read, np.concatenate(painted))
+
+
+def picture(trained: Trained, pair: Document) -> np.ndarray:
+    """u8[H, W, 3] as the model is to paint it."""
+    size = trained.experiment.rows.sample_size
+    return trained.model.config.image_decoder.preprocess(images.decode(pair.images[0].data), *size)
 
 
 def by_chance(true: Sequence[Scene]) -> dict[str, float]:
@@ -153,3 +161,55 @@ def interval(right: Sequence[bool]) -> tuple[float, float]:
     """Wilson's interval of a share, 95 %."""
     found = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
+
+
+def report(asked: Asked, seen: Sequence[tuple[str, np.ndarray]]) -> dict:
+    """What is told of scenes, as JSON: of each way, the shares that are right with their intervals, those by chance and
+    of the nearest scene that was learnt; how near the painted pictures are."""
+    marks, nearest, chance = asked.marks(), by_nearest(asked, seen), by_chance(asked.scenes)
+    ways = {
+        way: {
+            "right": _shares(found),
+            "interval": {name: interval(right) for name, right in found.items()},
+            "chance": chance,
+            "nearest_learnt": nearest[way],
+        }
+        for way, found in marks.items()
+    }
+    psnr, psnr_of_things = asked.psnr()
+    return {"scenes": len(asked.scenes), **ways, "psnr": psnr, "psnr_of_things": psnr_of_things}
+
+
+def save(found: Mapping[str, tuple[Asked, dict]], step: int, directory: epath.PathLike) -> None:
+    """Writes `scenes.json`, what is told of the scenes by their name (`seen`, `unseen`), and their pictures, as PNG
+    files beside it: of the checkpoint at `step`."""
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    told: dict = {"step": step}
+    for name, (asked, reported) in found.items():
+        marks = asked.marks()
+        items = []
+        for i, caption in enumerate(asked.captions):
+            item = {"caption": caption, "read": asked.read[i]}
+            item |= {f"{way}_right": marks[way]["all"][i] for way in marks}
+            for kind, pixels in (("picture", asked.pictures[i]), ("painted", asked.painted[i])):
+                item[kind] = f"{name}-{i:04}-{kind}.png"
+                (directory / item[kind]).write_bytes(png(pixels))
+            items.append(item)
+        told[name] = {**reported, "items": items}
+    (directory / FILE).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+
+
+def lines(name: str, reported: Mapping) -> list[str]:
+    """What is told of some scenes, for a person: a line of each way."""
+    found = []
+    for way in ("read", "painted"):
+        told = reported[way]
+        low, high = told["interval"]["all"]
+        parts = ", ".join(f"{fact} {told['right'][fact]:.1%}" for fact in FACTS[:-1])
+        found.append(
+            f"{name}, {way}: all right {told['right']['all']:.1%} ({low:.1%} to {high:.1%}) of {reported['scenes']}; "
+            f"{parts}; nearest learnt {told['nearest_learnt']['all']:.1%}, chance {told['chance']['all']:.1%}"
+        )
+    found.append(f"{name}: painted within {reported['psnr']:.1f} dB, {reported['psnr_of_things']:.1f} over things")
+    return found

@@ -12,7 +12,8 @@ from dreamllm_jax.data.scenes.drawing import SIDE, draw
 from dreamllm_jax.data.scenes.words import caption, changes, questions
 from dreamllm_jax.data.scenes.world import Scene, draw_scene, held_out
 
-UNSEEN = 300  # scenes that are held out, drawn to be asked for
+HELD_OUT = "unseen"  # the corpus of scenes that are held out,
+UNSEEN = 300  # of which so many are drawn, to be asked for
 DEFAULT = 8000  # scenes that are learnt
 
 
@@ -38,13 +39,13 @@ def compose(count: int, size: int = SIDE, seed: int = 0) -> dict[str, list[Docum
             document for scene in seen[: max(count // 4, 1)] for document in _conversations(rng, scene, size)
         ],
         "text": [Document("text", (Text(" ".join(text for text, _ in story)),)) for story in stories],
-        "unseen": [_pair(rng, scene, size) for scene in unseen],
+        HELD_OUT: [_pair(rng, scene, size) for scene in unseen],
     }
 
 
 def texts(corpora: dict[str, list[Document]]) -> list[str]:
     """All that is told in what is learnt: for a tokenizer."""
-    return [text.text for name, some in corpora.items() if name != "unseen" for one in some for text in one.texts]
+    return [text.text for name, some in corpora.items() if name != HELD_OUT for one in some for text in one.texts]
 
 
 def _draw(rng: random.Random, count: int) -> tuple[list[Scene], list[Scene]]:
