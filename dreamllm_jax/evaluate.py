@@ -1,6 +1,7 @@
 """Measures what a model can do:
 
 python -m dreamllm_jax.evaluate recall --workdir=runs/tiny
+python -m dreamllm_jax.evaluate scenes --workdir=runs/scenes
 python -m dreamllm_jax.evaluate language --checkpoint=DIR --tasks=paper
 python -m dreamllm_jax.evaluate comprehension --checkpoint=DIR --task=vqav2 --annotations=Q.json,A.json --images=val2014
 python -m dreamllm_jax.evaluate reference --images=DIR --inception=inception-2015-12-05.pt --to=val2014.npz
@@ -22,16 +23,27 @@ from dreamllm_jax.command_line import add_guidance_interval, finite, not_negativ
 from dreamllm_jax.data import images
 from dreamllm_jax.data.corpora.records import under
 from dreamllm_jax.data.document import Text
-from dreamllm_jax.data.storage import Corpus
+from dreamllm_jax.data.scenes.documents import HELD_OUT
+from dreamllm_jax.data.storage import Corpus, read_summary
 from dreamllm_jax.data.templates import NAMES
 from dreamllm_jax.diffusion import samplers
 from dreamllm_jax.diffusion.samplers import SamplerConfig
-from dreamllm_jax.evaluation import annotations, comprehension, creation, features, fid, recall, scores, table
+from dreamllm_jax.evaluation import (
+    annotations,
+    composition,
+    comprehension,
+    creation,
+    features,
+    fid,
+    recall,
+    scores,
+    table,
+)
 from dreamllm_jax.generation.documents import generate_documents, save_document
 from dreamllm_jax.generation.images import require_interval, require_sampler, require_size
 from dreamllm_jax.parallel import distributed
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh, use
-from dreamllm_jax.runs.load import load_model, load_run, require_run
+from dreamllm_jax.runs.load import Trained, load_model, load_run, require_run
 
 PAPER, NONE = "paper", "none"
 _BY = ("reference", "inception", "clip")  # what painted pictures are measured by
@@ -54,7 +66,39 @@ def recall_pairs(arguments: argparse.Namespace) -> None:
     print(f"creation: {found['creation_top1']:.1%} of {len(pairs)} captions are painted nearest to their own picture")
     print(f"comprehension: {found['comprehension_exact']:.1%} of {len(pairs)} pictures read as exactly their caption")
 
-    opening = [Text(f"{result.captions[0]}.")]
+    _tell(trained, result.captions[0], target, arguments)
+
+
+def compose(arguments: argparse.Namespace) -> None:
+    """Asks a run for scenes that it has learnt and for such that were held out, and lets it tell a story."""
+    require_run(arguments.workdir)
+    checkpoint = scores.checkpoint_of(
+        arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
+    )
+    trained = load_run(arguments.workdir, checkpoint.step)
+    path, target = trained.experiment.data.path, epath.Path(arguments.workdir) / scores.FOLDER
+    if HELD_OUT not in read_summary(path)["corpora"]:
+        raise ValueError(f"{path} is not what `data prepare scenes` makes: it has no corpus `{HELD_OUT}`")
+    corpus = Corpus(path, "pairs")
+    known = [pair for _, pair in corpus.first(len(corpus))]
+    seen = [(pair.texts[0].text, composition.picture(trained, pair)) for pair in known]
+    sampling = {"steps": arguments.sampling_steps, "guidance": arguments.guidance}
+    found, rights = {}, {}
+    held_out = [pair for _, pair in Corpus(path, HELD_OUT).first(arguments.scenes)]
+    for name, pairs in (("seen", known[: arguments.scenes]), ("unseen", held_out)):
+        asked = composition.ask(trained, pairs, **sampling)
+        found[name] = asked, composition.report(asked, seen)
+        rights |= {f"{name}_{way}": marks["all"] for way, marks in asked.marks().items()}
+        print("\n".join(composition.lines(name, found[name][1])))
+    composition.save(found, checkpoint.step, target)
+    metrics, errors = scores.summary(rights)
+    scores.write(scores.Score("scenes", checkpoint, arguments.scenes, metrics, errors, sampling), target)
+    _tell(trained, found["seen"][0].captions[0], target, arguments)
+
+
+def _tell(trained: Trained, caption: str, target: epath.Path, arguments: argparse.Namespace) -> None:
+    """A story that begins with a caption."""
+    opening = [Text(f"{caption}.")]
     told = generate_documents(
         trained.model,
         trained.params,
@@ -202,11 +246,13 @@ def make_parser() -> argparse_flags.ArgumentParser:
 
     add = commands.add_parser("recall", help="what a run has learnt of its own pairs")
     add.set_defaults(main=recall_pairs)
-    add.add_argument("--workdir", required=True, help="directory of the training run")
-    add.add_argument("--step", type=not_negative, help="checkpoint to take; the newest if not given")
     add.add_argument("--pairs", type=positive, default=64, help="how many of the corpus `pairs` to ask for")
-    add.add_argument("--sampling_steps", type=positive, default=50, help="denoising steps of a picture")
-    add.add_argument("--guidance", type=finite, default=3.0, help="1 for none")
+    _add_run(add, steps=50, guidance=3.0)
+
+    add = commands.add_parser("scenes", help="scenes that a run has learnt, and scenes held out, fact by fact")
+    add.set_defaults(main=compose)
+    add.add_argument("--scenes", type=positive, default=300, help="how many of each to ask for")
+    _add_run(add, steps=30, guidance=2.0)
 
     add = commands.add_parser("language", help="language tasks, through lm-eval")
     add.set_defaults(main=language)
@@ -258,6 +304,13 @@ def make_parser() -> argparse_flags.ArgumentParser:
     add.set_defaults(main=compare)
     add.add_argument("directory", nargs="+", help="runs, or folders of results")
     return parser
+
+
+def _add_run(add: argparse.ArgumentParser, steps: int, guidance: float) -> None:
+    add.add_argument("--workdir", required=True, help="directory of the training run")
+    add.add_argument("--step", type=not_negative, help="checkpoint to take; the newest if not given")
+    add.add_argument("--sampling_steps", type=positive, default=steps, help="denoising steps of a picture")
+    add.add_argument("--guidance", type=finite, default=guidance, help="1 for none")
 
 
 def _add_model(add: argparse.ArgumentParser) -> None:

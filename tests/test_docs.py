@@ -89,7 +89,7 @@ def test_trainings_of_published_sizes_begin_with_a_model():
 
 def test_every_command_is_on_some_page():
     measured = {arguments[0] for arguments in all_commands("python -m dreamllm_jax.evaluate ")}
-    assert measured == {"recall", "language", "comprehension", "creation", "reference", "table"}
+    assert measured == {"recall", "scenes", "language", "comprehension", "creation", "reference", "table"}
     assert {arguments[0] for arguments in all_commands("python -m dreamllm_jax.data ")} >= {"import", "precompute"}
     told = {arguments[0] for arguments in all_commands("python -m dreamllm_jax.generate ")}
     assert told == {"text", "image", "document", "serve"}

@@ -30,7 +30,7 @@ from dreamllm_jax.data.corpora.plain import PlainText
 from dreamllm_jax.data.corpora.records import Format
 from dreamllm_jax.data.corpora.tfds_sets import Tfds
 from dreamllm_jax.data.importing import Options, import_corpus
-from dreamllm_jax.data.preparation import prepare
+from dreamllm_jax.data.preparation import SOURCES, prepare
 from dreamllm_jax.data.prompting import PUBLISHED
 from dreamllm_jax.data.tokenizer import FOLDER, load_tokenizer
 from dreamllm_jax.data.tokens import MODES
@@ -62,14 +62,21 @@ def parser() -> argparse_flags.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add = commands.add_parser("prepare", help="a small set of all kinds of documents, and a tokenizer")
     add.set_defaults(main=_prepare)
-    add.add_argument("source", help="openmoji, photographs, or a folder with captions.jsonl or captions.csv")
+    add.add_argument("source", help=f"{', '.join(SOURCES)}, or a folder with captions.jsonl or captions.csv")
     add.add_argument("--to", required=True, help="directory of the data set to make")
     add.add_argument(
-        "--pairs", type=not_negative, default=0, help="captioned pictures to take; 0: 24, or all of a folder"
+        "--pairs",
+        type=not_negative,
+        default=0,
+        help=f"how many to take; 0: all of a folder, {', '.join(f'{n} of {source}' for source, n in SOURCES.items())}",
     )
     add.add_argument(
-        "--size", type=positive, default=64, help="pixels on the shorter side of a stored picture, at most"
+        "--size",
+        type=not_negative,
+        default=0,
+        help="pixels on the shorter side of a stored picture, at most; 0: 64, of scenes, which are drawn so large, 48",
     )
+    add.add_argument("--seed", type=not_negative, default=0, help="of which scenes are drawn, and of what is composed")
     add.add_argument("--vocab_size", type=positive, default=512, help="ids of the tokenizer that is trained")
     add.add_argument("--tokenizer", default="", help="to use instead: a .model, a tokenizer.json, a directory")
 
@@ -151,6 +158,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         size=arguments.size,
         vocab_size=arguments.vocab_size,
         text_tokenizer=arguments.tokenizer,
+        seed=arguments.seed,
     )
     for name, counts in sorted(summary["corpora"].items()):
         print(f"{name:15} {counts['documents']:8,} documents {counts['images']:8,} images")

@@ -82,7 +82,7 @@ class Loader:
     ):
         self._config, self._shape, self._tokenizer, self._prompting = config, shape, tokenizer, prompting
         summary = storage.read_summary(config.path)["corpora"]
-        self._uses = dict(config.corpora) or {name: CorpusConfig() for name in sorted(summary)}
+        self._uses = dict(config.corpora) or {name: CorpusConfig() for name in storage.learnt(config.path)}
         groups = {"moments": shape.dream, "features": shape.see}
         arrays = {name: (g.stored, g.dtype) for name, each in groups.items() for g in each if g.stored}
         corpora = {name: storage.Corpus(config.path, name, arrays) for name in self._uses}

@@ -73,10 +73,11 @@ class DataConfig:
 
     Attributes:
       path: the data set's directory, as `python -m dreamllm_jax.data` leaves it; or what a training run is to prepare
-        by itself: openmoji, photographs, or a folder of pictures with captions.
-      pairs: how many captioned pictures to prepare then; 0 for 24 of openmoji and photographs, or all of a folder.
+        by itself: openmoji, photographs, scenes, or a folder of pictures with captions.
+      pairs: how many captioned pictures to prepare then; 0 for all of a folder, 24 of openmoji and photographs, 8,000
+        scenes.
       tokenizer: a SentencePiece model, a tokenizer.json, Qwen's .tiktoken or a directory; empty for the data set's own.
-      corpora: which of its corpora, and how; empty for all of them.
+      corpora: which of its corpora, and how; empty for all of them but those that are held out.
       window: documents that wait to be packed into each row.
       workers: threads that tokenise, pack and decode ahead; 0 does it, and reads, in the training thread.
       readers: documents being read at once for a host, each by a thread that waits for the storage: as many as make up

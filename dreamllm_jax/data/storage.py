@@ -94,6 +94,7 @@ def write_dataset(
     corpora: Mapping[str, Iterable[Document]],
     tokenizer: Tokenizer | None = None,
     settings: Mapping[str, Any] | None = None,
+    held_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes a whole data set, which appears only when it is whole.
 
@@ -101,6 +102,7 @@ def write_dataset(
       corpora: its documents, by the name of their corpus.
       tokenizer: the one that goes with it.
       settings: what it is made from.
+      held_out: those of its corpora that are learnt only where they are named.
 
     Returns:
       The summary stored with it: settings, corpora with their counts of documents and images, vocab_size.
@@ -110,6 +112,8 @@ def write_dataset(
       ValueError: a corpus has no documents.
     """
     summary: dict[str, Any] = {"settings": dict(settings or {})}
+    if held_out:
+        summary["held_out"] = list(held_out)
     with building(directory) as folder:
         if tokenizer:
             tokenizer.save(folder / TOKENIZER)
@@ -282,3 +286,9 @@ def read_summary(directory: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(summary, dict) or not isinstance(summary.get("corpora"), dict):
         raise ValueError(f"{path} is not of a data set: it has no `corpora`")
     return summary
+
+
+def learnt(directory: str | os.PathLike) -> list[str]:
+    """The corpora of a data set, but those that are held out: what is taken where none are named. Errors as above."""
+    summary = read_summary(directory)
+    return sorted(set(summary["corpora"]) - set(summary.get("held_out", ())))

@@ -13,7 +13,7 @@ from dreamllm_jax.checkpoints.steps import Checkpoints
 from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.common.exits import Preempted
 from dreamllm_jax.data.loader import Loader
-from dreamllm_jax.data.storage import read_summary
+from dreamllm_jax.data.storage import learnt
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.experiment.experiment import Experiment, require_mesh_fits
 from dreamllm_jax.experiment.flops import model_flops
@@ -175,7 +175,7 @@ def _require_frozen(experiment: Experiment, state: TrainState) -> None:
     """Raises ValueError if stored arrays would stand for towers that are trained, or other ones than made them."""
     require_frozen(experiment.model, experiment.data.stored, state.trainable)
     for name in experiment.data.stored:
-        for corpus in experiment.data.corpora or read_summary(experiment.data.path)["corpora"]:
+        for corpus in experiment.data.corpora or learnt(experiment.data.path):
             require_same_towers(experiment.data.path, corpus, name, experiment.model, state.frozen)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from dreamllm_jax.data import images
 from dreamllm_jax.data.document import Document, Image, Segment, Text
 from dreamllm_jax.data.settings import CorpusConfig
-from dreamllm_jax.data.storage import Corpus, read_summary
+from dreamllm_jax.data.storage import Corpus, learnt
 from dreamllm_jax.data.tokenizer import Tokenizer
 from dreamllm_jax.diffusion.samplers import SamplerConfig
 from dreamllm_jax.experiment.settings import SamplesConfig
@@ -107,7 +107,7 @@ def find_questions(
             return False
         return True
 
-    corpora = dict(corpora) or {name: CorpusConfig() for name in sorted(read_summary(path)["corpora"])}
+    corpora = dict(corpora) or {name: CorpusConfig() for name in learnt(path)}
     found: list[Question] = []
     for name, how in corpora.items():
         documents = Corpus(path, name).first(_SEARCHED)

@@ -1,6 +1,7 @@
 """A whole run on real pictures: train, be interrupted, continue to the same bits, load, evaluate, report."""
 
 import dataclasses
+import html
 import io
 import json
 import re
@@ -16,6 +17,7 @@ from dreamllm_jax import evaluate, generate, report
 from dreamllm_jax.checkpoints import saved
 from dreamllm_jax.common.configuration import ConfigError
 from dreamllm_jax.data import __main__ as data_commands
+from dreamllm_jax.data import preparation
 from dreamllm_jax.data.document import Image, Text
 from dreamllm_jax.data.storage import Corpus
 from dreamllm_jax.experiment import recipes
@@ -179,6 +181,33 @@ def test_the_model_loads_and_is_asked_for_its_own_pairs(finished, capsys):
     told = sum(isinstance(segment, Image) for segment in story)
     page = report.write_report(workdir).read_text()
     assert page.count("<img") == 2 * PAIRS + 3 + told and all(caption in page for caption in captions)
+
+
+def test_a_run_is_asked_for_scenes_it_has_and_has_not_learnt(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    with pytest.raises(ValueError, match="is not what `data prepare scenes` makes: it has no corpus `unseen`"):
+        compose = evaluate.make_parser().parse_args(["scenes", f"--workdir={workdir}"])
+        compose.main(compose)
+    shutil.rmtree(workdir / "data")
+    short = 31  # the seed of a first caption that the small model can go on from: a red book
+    preparation.prepare("scenes", workdir / "data", pairs=7, text_tokenizer=str(workdir / "tokenizer"), seed=short)
+    arguments = evaluate.make_parser().parse_args(
+        ["scenes", f"--workdir={workdir}", "--scenes=3", "--sampling_steps=2"]
+    )
+    capsys.readouterr()
+    arguments.main(arguments)
+    told = capsys.readouterr().out
+    assert told.startswith("seen, read: all right 0.0% (0.0% to 56.1%) of 3") and "nearest learnt 100.0%" in told
+    score = json.loads(next((workdir / "evaluation").glob("scenes-*.json")).read_text())
+    assert set(score["metrics"]) == {"seen_read", "seen_painted", "unseen_read", "unseen_painted"}
+    written = json.loads((workdir / "evaluation" / "scenes.json").read_text())
+    corpora = {"seen": "pairs", "unseen": "unseen"}
+    for name, corpus in corpora.items():
+        pairs = Corpus(workdir / "data", corpus)
+        assert [item["caption"] for item in written[name]["items"]] == [pairs[i].texts[0].text for i in range(3)]
+    page = report.write_report(workdir).read_text()
+    assert all(html.escape(item["caption"]) in page for name in corpora for item in written[name]["items"])
 
 
 def test_the_command_line_generates(finished, tmp_path, monkeypatch, capsys):

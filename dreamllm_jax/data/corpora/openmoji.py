@@ -68,12 +68,16 @@ class OpenMoji(Format):
         return Record(row.kind, row.segments)
 
 
+def drawing(character: str) -> str:
+    """The SVG of an emoji."""
+    _, drawings = _import()
+    return _drawing(drawings, character).read_text("utf-8")
+
+
 def _render(character: str, size: int) -> bytes:
     import resvg_py
 
-    _, drawings = _import()
-    svg = _drawing(drawings, character).read_text("utf-8")
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white"))
+    return bytes(resvg_py.svg_to_bytes(svg_string=drawing(character), width=size, height=size, background="white"))
 
 
 def _drawing(drawings: Path, character: str) -> Path:
