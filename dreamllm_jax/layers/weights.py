@@ -30,11 +30,9 @@ class Weight(nn.LogicallyPartitioned):
 
 def weight(init: Initializer, *axes: str | None, exact: bool = False, fixed: bool = False) -> Initializer:
     """The initializer of a parameter with these logical axes; for `exact` and `fixed` see `Weight`."""
-    # Flax asks it for the shape wherever a parameter is used: it is traced only once for each.
-    traced = jax.jit(init, static_argnums=(1, 2))
 
     def boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Weight:
-        return Weight(traced(key, tuple(shape), dtype), axes, init=init, exact=exact, fixed=fixed)
+        return Weight(init(key, shape, dtype), axes, init=init, exact=exact, fixed=fixed)
 
     return boxed
 
