@@ -29,13 +29,18 @@ flags.FLAGS.mark_as_parsed()  # grain reads flags, and pytest's own command line
 
 # Files whose tests take minutes, the longest first: begun last, they would be waited for alone.
 LONGEST = (
-    "runs/test_run.py",
-    "planning/test_pods.py",
-    "training/test_kills.py",
-    "runs/test_family.py",
-    "towers/test_unet.py",
     "training/test_hosts.py",
+    "runs/test_run.py",
     "conversion/test_formats.py",
+    "objectives/test_objectives.py",
+    "planning/test_pods.py",
+    "experiment/test_flops.py",
+    "training/test_kills.py",
+    "evaluation/test_creation.py",
+    "towers/test_unet.py",
+    "runs/test_family.py",
+    "serving/test_browser.py",
+    "test_bucket.py",
     "generation/test_text.py",
     "towers/test_sana_transformer.py",
 )
@@ -45,3 +50,8 @@ def pytest_collection_modifyitems(items: list) -> None:
     """Sorts the longest to the front."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Makes Python faster, now that everything is imported."""
+    from tests import frozen  # noqa: F401

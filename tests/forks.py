@@ -13,5 +13,6 @@ SERVER.set_forkserver_preload(
         "tensorboardX",
         "tests.lives",
         "tests.processes",
+        "tests.frozen",
     ]
 )

@@ -34,18 +34,15 @@ def require_frozen(config: DreamLLMConfig, stored: Iterable[str], trained: Itera
 def marks(config: DreamLLMConfig, name: str, leaves: Mapping[str, jax.Array]) -> dict[str, tuple[float, float]]:
     """Tells apart the weights behind a kind of stored array: of each, its product with a fixed array of random signs,
     and its norm. Every change moves the product, by a share of the norm that is that of the change."""
-    found = _marks({path: x for path, x in leaves.items() if path.startswith(_depends(config, name))})
+    found = {path: _mark(x) for path, x in leaves.items() if path.startswith(_depends(config, name))}
     return {path: (float(product), float(norm)) for path, (product, norm) in found.items()}
 
 
-@jax.jit
-def _marks(leaves: Mapping[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    def mark(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = x.astype(jnp.float32)
-        signs = jax.random.rademacher(jax.random.key(0), x.shape, jnp.float32)
-        return jnp.sum(x * signs), jnp.sqrt(jnp.sum(jnp.square(x)))
-
-    return {path: mark(x) for path, x in leaves.items()}
+@jax.jit  # of one weight: many have the same shape, and a program of all is compiled for long
+def _mark(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.float32)
+    signs = jax.random.rademacher(jax.random.key(0), x.shape, jnp.float32)
+    return jnp.sum(x * signs), jnp.sqrt(jnp.sum(jnp.square(x)))
 
 
 def settings_of(config: DreamLLMConfig, name: str) -> dict[str, Any]:

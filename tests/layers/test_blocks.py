@@ -18,8 +18,13 @@ def made(module, x):
 
 def pulled(module, params, x, cotangent):
     """Output, and the gradient to the input, as float32."""
-    out, pull = jax.vjp(lambda x: module.apply(params, x), x)
-    return [np.asarray(y, np.float32) for y in (out, *pull(cotangent.astype(out.dtype)))]
+
+    @jax.jit
+    def run(params, x, cotangent):
+        out, pull = jax.vjp(lambda x: module.apply(params, x), x)
+        return out, *pull(cotangent.astype(out.dtype))
+
+    return [np.asarray(y, np.float32) for y in run(params, x, cotangent)]
 
 
 NORMS = {

@@ -76,21 +76,23 @@ def batches(case, names=(), dtype="float32", count=3, **options) -> list[Batch]:
     return taken
 
 
-def losses(case, given: list[Batch]) -> list[float]:
+@pytest.fixture(scope="module")
+def losses(case):
+    """What the model's joint loss is of each of some batches."""
     *_, model, params = case
     objective = JointConfig().make(model)
 
     @jax.jit
-    def loss(batch, index):
+    def loss(params, batch, index):
         return objective.loss(params, batch, objective.draws(jax.random.key(index), batch))[0]
 
-    return [float(loss(batch, index)) for index, batch in enumerate(given)]
+    return lambda given: [float(loss(params, batch, index)) for index, batch in enumerate(given)]
 
 
 @pytest.mark.slow
-def test_the_loss_is_the_same(case, capsys):
+def test_the_loss_is_the_same(case, losses, capsys):
     live = batches(case)
-    expected = losses(case, live)
+    expected = losses(live)
     for names in (("moments",), ("moments", "features")):
         given = batches(case, names)
         for batch, like in zip(given, live, strict=True):
@@ -99,13 +101,13 @@ def test_the_loss_is_the_same(case, capsys):
                 np.testing.assert_array_equal(getattr(batch, field), getattr(like, field))
             for slots, others in zip(batch.see + batch.dream, like.see + like.dream, strict=True):
                 np.testing.assert_array_equal(slots.at, others.at)
-        np.testing.assert_allclose(losses(case, given), expected, rtol=1e-5)
+        np.testing.assert_allclose(losses(given), expected, rtol=1e-5)
     # Stored in half as many bits, as is the default.
     rounded = [
         jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == np.float32 and x.ndim > 2 else x, one)
         for one in given
     ]
-    difference = np.abs(np.divide(losses(case, rounded), expected) - 1)
+    difference = np.abs(np.divide(losses(rounded), expected) - 1)
     with capsys.disabled():
         print(f"\nrelative differences of losses from bfloat16 storage: {difference}")
     assert 0 < difference.max() < 2e-3

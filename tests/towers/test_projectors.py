@@ -9,7 +9,7 @@ import pytest
 
 from dreamllm_jax.interop.names import from_torch, to_torch
 from dreamllm_jax.towers.connectors.projector import Projector, ProjectorConfig
-from tests.parity import assert_same, gradients, randomised, tensors
+from tests.parity import assert_same, compiled, gradients, randomised, tensors
 
 torch = pytest.importorskip("torch")
 
@@ -55,8 +55,13 @@ def test_parity(config, bias):
     x, cotangent = (rng.normal(size=(N, T, width)).astype(np.float32) for width in (WIDTH_IN, WIDTH_OUT))
     template = nn.unbox(jax.eval_shape(ours.init, jax.random.key(0), x))["params"]
     params = from_torch(template, tensors(theirs))
-    out, pullback = jax.vjp(lambda params, x: ours.apply({"params": params}, x), params, x)
-    weights, grad = pullback(cotangent)
+
+    @compiled
+    def run(params, x):
+        out, pullback = jax.vjp(lambda params, x: ours.apply({"params": params}, x), params, x)
+        return out, *pullback(cotangent)
+
+    out, weights, grad = run(params, x)
     inputs = torch.tensor(x, requires_grad=True)
     want = theirs(inputs)
     want.backward(torch.tensor(cotangent))

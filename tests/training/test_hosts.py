@@ -26,6 +26,13 @@ def short(path: str, **changes) -> dict:
     return micro(path, **({"steps": STEPS, "log_every": 2} | changes))
 
 
+def reading(path: str, **changes) -> dict:
+    """Of a run whose numbers do not matter: nothing is painted, so that little is compiled."""
+    rows = {"per_step": 8, "length": 32, "see_slots": 2, "dream_slots": 0}
+    data = {"path": path, "corpora": {"pairs": {"mode": "comprehension"}}, "window": 4, "workers": 2}
+    return short(path, rows=rows, data=data, **changes)
+
+
 def losses(workdir: Path) -> np.ndarray:
     return np.array([[line[name] for name in ("loss", "lm_loss", "dm_loss")] for line in read_metrics(workdir)])
 
@@ -52,7 +59,7 @@ def test_hosts_train_as_one(data, pair, tmp_path):
 
 
 def test_hosts_that_are_done_wait_for_one_that_ends_later(data, tmp_path):
-    with together(short(data, steps=2), tmp_path / "run", [2, 2], {1: {"lingers": 5.0}}) as lives:
+    with together(reading(data, steps=2), tmp_path / "run", [2, 2], {1: {"lingers": 5.0}}) as lives:
         assert [life.end() for life in lives] == [0, 0], lives[1].said()
 
 
@@ -83,7 +90,7 @@ def test_a_checkpoint_that_one_host_cannot_read_is_left_by_all(data, pair, tmp_p
 
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_host_that_hangs_is_named(data, tmp_path, stopped):
-    with together(short(data, timeout=600.0, host_timeout=10.0), tmp_path / "run", [2, 2], pause=0.05) as lives:
+    with together(reading(data, timeout=600.0, host_timeout=10.0), tmp_path / "run", [2, 2], pause=0.05) as lives:
         lives[stopped].wait_for("step")
         time.sleep(0.3)
         os.kill(lives[stopped].process.pid, signal.SIGSTOP)
@@ -95,7 +102,7 @@ def test_a_host_that_hangs_is_named(data, tmp_path, stopped):
 
 def test_all_that_are_left_by_a_host_end_with_the_same_status(data, tmp_path):
     """Also those that notice later: JAX would abort them when the host with its service has ended."""
-    config, later = short(data, timeout=600.0, host_timeout=8.0), {1: {"patience": 2.0}, 2: {"patience": 2.0}}
+    config, later = reading(data, timeout=600.0, host_timeout=8.0), {1: {"patience": 2.0}, 2: {"patience": 2.0}}
     with together(config, tmp_path / "run", [1, 1, 1, 1], later, pause=0.05) as lives:
         lives[3].wait_for("step")
         time.sleep(0.3)
@@ -108,7 +115,7 @@ def test_all_that_are_left_by_a_host_end_with_the_same_status(data, tmp_path):
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_host_that_fails_brings_the_others_down_with_its_reason(data, tmp_path, failing):
-    with together(short(data, timeout=600.0), tmp_path / "run", [2, 2], {failing: {"fails_at": 7}}) as lives:
+    with together(reading(data, timeout=600.0), tmp_path / "run", [2, 2], {failing: {"fails_at": 7}}) as lives:
         assert lives[failing].end() == 1, lives[failing].said()
         failed = time.monotonic()
         assert lives[1 - failing].end() == 1, lives[1 - failing].said()
@@ -122,7 +129,7 @@ def test_a_host_that_fails_brings_the_others_down_with_its_reason(data, tmp_path
 def test_a_host_that_fails_first_finishes_the_checkpoint_that_is_being_written(data, tmp_path, failing):
     workdir = tmp_path / "run"
     happens = {"slow_save": 3.0, "alone": {failing: {"fails_at": 6}}}  # a moment after step 5 was saved
-    with together(short(data, timeout=600.0), workdir, [2, 2], **happens) as lives:
+    with together(reading(data, timeout=600.0), workdir, [2, 2], **happens) as lives:
         assert [life.end() for life in lives] == [1, 1], lives[0].said() + lives[1].said()
     assert (workdir / "checkpoints" / "5").exists()
     assert "the disk is gone; the checkpoint that is being written is finished first" in lives[failing].said()
