@@ -14,8 +14,8 @@ of which the rows' length follows.
 As the program has it: 512 and 256 pictures a step, 100,000 and 10,000 steps, AdamW, clipping at 1. Different: packed
 rows in place of padded ones.
 
-Slice: v5p-16 (9.4 of 95.7 GiB a chip) or v5e-8 (9.7 of 15.8, long captions), planned at low effort; 3,049 TFLOP a step
-of pretrain. At 45 % of v5p's peak, a supposition, its 100,000 steps are 350 chip-hours.
+Slice: v5p-16 (9.5 of 95.7 GiB a chip; 1.59 s a step of pretrain, its 100,000 steps 354 chip-hours, as `plan`
+estimates), or v5e-8 (9.7 of 15.8, long captions), v5e-16 (7.7), v4-16 (9.4), planned at low effort.
 
 Curves, as expected (not run here): `dm_loss` falls from about 1.1, where SANA is without a condition, within the first
 thousand steps, then slowly; noisy from step to step.
