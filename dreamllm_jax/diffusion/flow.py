@@ -21,6 +21,8 @@ from dreamllm_jax.diffusion.schedule import require_scheduler, require_timesteps
 TimeShift = Literal["exponential", "linear"]
 Density = Literal["uniform", "logit_normal", "mode"]
 Weighting = Literal["none", "sigma_sqrt", "cosmap", "preconditioned"]
+PredictionType = Literal["flow_prediction", "sample"]
+LEAST_NOISE = 0.05  # below which the clean latents' error weighs no more (Li and He, arXiv 2511.13720)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,9 @@ class FlowConfig:
       density: which times are learned (Esser et al., section 3.1): u is "uniform", or the logistic function of a normal
         number of `logit_mean` and `logit_std`, or is drawn with heavier tails by `mode_scale`.
       weighting: of squared errors, see `weights`.
+      prediction_type: what the denoiser gives, the velocity ("flow_prediction") or the clean latents ("sample"; Li and
+        He, arXiv 2511.13720: noise need not pass through a denoiser that is narrow for its patches). The error is that
+        of the velocity either way.
       scheduler: the file's whole text, where the model came with one. How others sample stands there, which concerns
         nothing here: it goes out again as it came.
     """
@@ -56,12 +61,14 @@ class FlowConfig:
     logit_std: float = 1.0
     mode_scale: float = 1.29
     weighting: Weighting = "none"
+    prediction_type: PredictionType = "flow_prediction"
     scheduler: str = ""
 
     def __post_init__(self):
         require_timesteps(self.num_train_timesteps)
         require_scheduler(self.scheduler)
-        for name, kinds in (("time_shift_type", TimeShift), ("density", Density), ("weighting", Weighting)):
+        choices = {"time_shift_type": TimeShift, "density": Density, "weighting": Weighting}
+        for name, kinds in {**choices, "prediction_type": PredictionType}.items():
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"no flow has {name}={getattr(self, name)!r}; there are {', '.join(get_args(kinds))}")
         for name in ("use_dynamic_shifting", "integer_timesteps"):
@@ -162,21 +169,25 @@ def add_noise(
     return (1.0 - sigma) * latents + sigma * noise
 
 
-def target(latents: Float[Array, "N h w c"], noise: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]:
-    """n - x: what the model learns."""
-    return noise - latents
+def target(
+    config: FlowConfig, latents: Float[Array, "N h w c"], noise: Float[Array, "N h w c"]
+) -> Float[Array, "N h w c"]:
+    """What the denoiser learns to give: the velocity n - x, or the clean latents x."""
+    return noise - latents if config.prediction_type == "flow_prediction" else latents
 
 
 def weights(config: FlowConfig, sigma: Float[Array, " N"]) -> Float[Array, " N"]:
-    """Weights of the squared errors of velocity.
+    """Weights of the squared errors of what the denoiser gives.
 
-    "sigma_sqrt" is 1 / s² and "cosmap" 2 / (π (1 - 2 s + 2 s²)), as in diffusers' `compute_loss_weighting_for_sd3`;
-    "preconditioned" is s², by which the error is that of the clean latents x - s v.
+    Of velocity, "sigma_sqrt" is 1 / s² and "cosmap" 2 / (π (1 - 2 s + 2 s²)), as in diffusers'
+    `compute_loss_weighting_for_sd3`; "preconditioned" is s², by which the error is that of the clean latents x - s v.
+    Where these are given, their error is brought to that of velocity first, divided by s².
     """
+    as_velocity = 1.0 if config.prediction_type == "flow_prediction" else jnp.maximum(sigma, LEAST_NOISE) ** -2.0
     if config.weighting == "sigma_sqrt":
-        return sigma**-2.0
+        return as_velocity * sigma**-2.0
     if config.weighting == "cosmap":
-        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+        return as_velocity * 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     if config.weighting == "preconditioned":
-        return sigma**2
-    return jnp.ones_like(sigma)
+        return as_velocity * sigma**2
+    return as_velocity * jnp.ones_like(sigma)

@@ -89,7 +89,12 @@ def flow_config_to_diffusers(config: FlowConfig) -> dict[str, Any]:
 
     A file of `FlowMatchEulerDiscreteScheduler` has no place for another shift of sampling, nor for timesteps without
     fractions: it becomes a solver's. Density and weighting have a place in neither; they are not of the process.
+
+    Raises:
+      ValueError: the denoiser gives clean latents, which no scheduler of a flow expects.
     """
+    if config.prediction_type != "flow_prediction":
+        raise ValueError(f"diffusers has no scheduler for a flow with prediction_type={config.prediction_type!r}")
     kept = json.loads(config.scheduler) if config.scheduler else _PUBLISHED
     if kept.get("_class_name") == _EULER and (config.sampling_shift is not None or config.integer_timesteps):
         kept = _PUBLISHED_SOLVER

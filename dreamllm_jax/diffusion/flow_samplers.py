@@ -36,7 +36,8 @@ def make_flow_steps(flow: FlowConfig, config: SamplerConfig, tokens: int | None 
     levels = np.append(sigmas, 0.0).astype(np.float32).astype(np.float64)
     columns = makers[config.name](1 - levels, levels)
     now, ones, zeros = levels[:-1], np.ones(config.steps), np.zeros(config.steps)
-    steps = timesteps, ones, ones, -now, *columns, zeros
+    clean = (ones, -now) if flow.prediction_type == "flow_prediction" else (zeros, ones)
+    steps = timesteps, ones, *clean, *columns, zeros
     return Steps(*(np.asarray(column, np.float32) for column in steps)), 1.0
 
 

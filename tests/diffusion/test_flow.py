@@ -48,7 +48,7 @@ def test_noise_and_target():
     index, config, theirs = np.array([0, 3, 500, 998, 999]), FlowConfig(shift=3.0), Euler(shift=3.0)
     sigma = flow.sigmas(config)[index]
     want = theirs.scale_noise(torch.tensor(latents), theirs.timesteps[index], torch.tensor(noise))
-    noisy, target = flow.add_noise(latents, noise, sigma), flow.target(latents, noise)
+    noisy, target = flow.add_noise(latents, noise, sigma), flow.target(config, latents, noise)
     np.testing.assert_allclose(noisy, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(noisy - sigma[:, None, None, None] * target, latents, atol=1e-6)
 
@@ -98,9 +98,26 @@ def test_the_preconditioned_error_is_that_of_clean_latents():
     sigma = np.array([1.0, 0.7, 0.2, 0.01], np.float32)
     wide = sigma[:, None, None, None]
     clean = flow.add_noise(latents, noise, sigma) - wide * guess
-    weights = flow.weights(FlowConfig(weighting="preconditioned"), sigma)
-    errors = np.square(guess - flow.target(latents, noise)).mean((1, 2, 3))
+    config = FlowConfig(weighting="preconditioned")
+    weights = flow.weights(config, sigma)
+    errors = np.square(guess - flow.target(config, latents, noise)).mean((1, 2, 3))
     np.testing.assert_allclose(weights * errors, np.square(clean - latents).mean((1, 2, 3)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("weighting", ["none", "cosmap"])
+def test_a_denoiser_of_clean_latents_has_the_error_of_its_velocity(weighting):
+    latents, noise, guess = np.random.default_rng(0).normal(size=(3, 4, 2, 2, 3)).astype(np.float32)
+    sigma = np.array([1.0, 0.7, 0.2, 0.05], np.float32)
+    velocity, clean = (FlowConfig(weighting=weighting, prediction_type=kind) for kind in ("flow_prediction", "sample"))
+    given = flow.add_noise(latents, noise, sigma) - sigma[:, None, None, None] * guess
+
+    def error(config, prediction):
+        errors = np.square(prediction - flow.target(config, latents, noise)).mean((1, 2, 3))
+        return flow.weights(config, sigma) * errors
+
+    np.testing.assert_allclose(error(clean, given), error(velocity, guess), rtol=1e-3)
+    least = flow.weights(clean, np.array([0.05, 0.01], np.float32))
+    assert weighting != "none" or least[0] == least[1]
 
 
 SAMPLERS = {
@@ -159,6 +176,24 @@ def test_samplers_find_a_straight_flow_exactly(name):
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     got = sample(denoise, keys, goal.shape, *make_flow_steps(FlowConfig(shift=2.0), SamplerConfig(name, 7)))
     np.testing.assert_allclose(got, jnp.stack([goal, goal]), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_clean_latents_are_sampled_as_their_velocity(name):
+    def clean(x, t):
+        return jnp.tanh(3 * x) * (1 + t / 2000)[:, None, None, None]
+
+    def velocity(x, t):
+        return (x - clean(x, t)) / (t / 1000)[:, None, None, None]
+
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
+    got, want = (
+        sample(denoise, keys, (4, 4, 3), *make_flow_steps(FlowConfig(prediction_type=kind), SamplerConfig(name, 9)))
+        for denoise, kind in ((clean, "sample"), (velocity, "flow_prediction"))
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="diffusers has no scheduler for a flow with prediction_type='sample'"):
+        flow_config_to_diffusers(FlowConfig(prediction_type="sample"))
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
@@ -317,6 +352,7 @@ def test_files_that_are_refused(settings, message):
     ("settings", "message"),
     [
         ({"density": "beta"}, "density='beta'; there are uniform, logit_normal, mode"),
+        ({"prediction_type": "epsilon"}, "prediction_type='epsilon'; there are flow_prediction, sample"),
         ({"weighting": "snr"}, "weighting='snr'; there are none, sigma_sqrt"),
         ({"shift": None}, "shift must be a positive number, at most 100, got None"),
         ({"sampling_shift": 101}, "sampling_shift must be a positive number, at most 100, got 101"),

@@ -113,14 +113,15 @@ class FlowPrediction:
 
 
 class FlowDecoder(LatentDecoder):
-    """The decoder's computations: its denoiser predicts the flow's velocity."""
+    """The decoder's computations."""
 
     def compare(self, condition: Condition, latents: Float[Array, "N h w c"], draws: FlowDraws) -> FlowPrediction:
-        """The error of each image's velocity under its condition, weighted as `flow` says."""
+        """The error of each image's velocity under its condition, weighted as `flow` says; what is compared is what the
+        denoiser gives."""
         process = self.config.flow
         sigma = jnp.asarray(flow.sigmas(process))[draws.index]
         noisy = flow.add_noise(latents, draws.noise, sigma)
-        target = flow.target(latents, draws.noise)
+        target = flow.target(process, latents, draws.noise)
         prediction = self.denoise(noisy, flow.timesteps(process, sigma), condition)
         error = jnp.mean(jnp.square(prediction - target), axis=(1, 2, 3))
         return FlowPrediction(prediction, target, flow.weights(process, sigma) * error)
