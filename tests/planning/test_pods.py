@@ -10,7 +10,7 @@ from dreamllm_jax.parallel.feeding import local_rows, rows_sharding
 from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh
 from tests import commands, narrow_sums
 
-NO_TPU = {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1"}
+NO_TPU = {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 WHOLE_RECIPES = pytest.mark.skipif(
     "DREAMLLM_JAX_ALL_RECIPES" not in os.environ, reason="set it to compile whole recipes, for half an hour"
 )
@@ -48,7 +48,7 @@ def test_every_host_of_a_slice_feeds_what_its_chips_hold():
     meshes = [(name, {}) for name in ("v5p-16", "v5p-128", "v4-128", "v5e-16", "v5e-256", "v6e-64")]
     meshes += [("v5p-16x2", {"data": 2}), ("v5p-128", {"data": 2}), ("v5p-128", {"fsdp": 8, "tensor": 8})]
     meshes += [(name, {"tensor": 2}) for name in ("v5p-128", "v5e-16", "v6e-64")]
-    done = commands.call(print_feeds, meshes, environment=NO_TPU)
+    done = commands.call(print_feeds, meshes, environment=NO_TPU, timeout=800)
     assert done.returncode == 0, done.stderr
     for (name, sizes), line in zip(meshes, done.stdout.splitlines(), strict=True):
         hosts, whole, fed, rows = json.loads(line)
