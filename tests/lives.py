@@ -60,7 +60,7 @@ def micro(path: str, **changes) -> dict:
                     "out_channels": 12,
                     "block_out_channels": [8],
                     "down_block_types": ["CrossAttnDownBlock2D"],
-                    "up_block_types": ["UpBlock2D"],
+                    "up_block_types": ["CrossAttnUpBlock2D"],
                     "layers_per_block": 1,
                     "cross_attention_dim": 8,
                     "attention_head_dim": 1,

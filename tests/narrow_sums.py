@@ -1,6 +1,6 @@
-"""What the TPU compiler makes of a small model's gradients in bfloat16; `main` prints what is wrong with it, by lines.
+"""What the TPU compiler makes of a small model's gradients in bfloat16; prints what is wrong with it, a line each.
 
-It belongs into a process of its own, for it compiles for eight chips that are not there.
+A program of its own (`python -m tests.narrow_sums`), for it compiles for eight chips that are not there.
 """
 
 import dataclasses
@@ -76,5 +76,5 @@ def faults(text: str) -> list[str]:
     return found
 
 
-def main() -> None:
+if __name__ == "__main__":
     print("\n".join(faults(compiled())))

@@ -16,7 +16,7 @@ def model_that_paints() -> tuple[DreamLLM, dict]:
     config = tiny_config()
     llama = dataclasses.replace(config.language_model, vocab_size=TOKENIZER.vocab_size, max_position_embeddings=512)
     config = dataclasses.replace(config, language_model=llama, special_tokens=TOKENIZER.special)
-    params = tiny_params(config, seed=1)
+    params = tiny_params(config)
     head = np.array(params["language_model"]["lm_head"]["kernel"])
     ids, words = TOKENIZER.special, [TOKENIZER.fast.id_to_token(i) for i in range(TOKENIZER.vocab_size)]
     silent = [i for i, word in enumerate(words) if i >= ids.pad or word.startswith("<0x")]

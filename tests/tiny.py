@@ -46,9 +46,9 @@ DECODER = StableDiffusionConfig(
     ),
     denoiser=UNetConfig(
         sample_size=DREAM_SIZE // 2,
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("UpBlock2D",),
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=24,
         attention_head_dim=2,
@@ -61,7 +61,9 @@ DECODER_XL = StableDiffusionXLConfig(
     autoencoder=DECODER.autoencoder,
     denoiser=dataclasses.replace(
         DECODER.denoiser,
-        transformer_layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=34,

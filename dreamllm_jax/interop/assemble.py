@@ -92,13 +92,14 @@ def _queries(config: DreamLLMConfig, vocabulary: Tensor | None, key: jax.Array) 
 def _fresh(config: DreamLLMConfig, vocabulary: Tensor | None, seed: int) -> dict[str, dict[str, Tensor]]:
     width, seen, decoder = config.language_model.width, config.vision_encoder, config.image_decoder
     visual, queries, connector = jax.random.split(jax.random.key(seed), 3)
-    projector = config.visual_projector.make(width, jnp.float32)
-    between = config.connector.make_connector(decoder.condition_width, decoder.pooled_width, jnp.float32, "none")
-    # Compiled, they are drawn without being applied to what tells their shapes.
     params = {
-        "visual_projector": jax.jit(projector.init)(visual, np.zeros((1, seen.num_patches, seen.width), np.float32)),
+        "visual_projector": config.visual_projector.make(width, jnp.float32).init(
+            visual, np.zeros((1, seen.num_patches, seen.width), np.float32)
+        ),
         "dream_queries": {} if config.dream_queries.redrawn else _queries(config, vocabulary, queries),
-        "connector": jax.jit(between.init)(connector, nothing_read(config, 1)),
+        "connector": config.connector.make_connector(
+            decoder.condition_width, decoder.pooled_width, jnp.float32, "none"
+        ).init(connector, nothing_read(config, 1)),
     }
     return {
         name: {key: Tensor.of(np.ascontiguousarray(array)) for key, array in to_torch(nn.unbox(tree["params"])).items()}

@@ -322,8 +322,8 @@ def test_what_teaches_nothing_is_left_out(tmp_path, shape, text_tokenizer):
 def test_what_waits_in_the_windows_was_read_too(tmp_path, shape, text_tokenizer):
     """A few that are left out are no large share of those that were packed into the first rows."""
     path = write(tmp_path / "set", text_tokenizer, chats=[LONG if i % 50 == 7 else SHORT for i in range(100)])
-    stream = loader(path, shape, text_tokenizer, rows=16, window=64, max_bad=0.05)
-    for _ in range(5):
+    stream = loader(path, shape, text_tokenizer, rows=64, window=64, max_bad=0.05)
+    for _ in range(20):
         next(stream)
     assert stream.counts()["chats"]["dropped_empty"] > 0
 

@@ -237,7 +237,7 @@ def test_a_missing_package_is_told_before_anything_else(name, package, monkeypat
 def test_a_benchmark_from_the_command_line(folder, tmp_path_factory, tmp_path, name):
     model = tmp_path_factory.getbasetemp() / "model"
     if not model.exists():
-        save(model, 576)
+        save(model, 1024)
     files = ",".join(str(folder / file) for file in ANNOTATIONS[name])
     words = [f"--checkpoint={model}", f"--task={name}", f"--annotations={files}", f"--images={folder}"]
     limits = ["--max_tokens=8"] if name != "mmvet" else []  # without, there is room for what the model reads

@@ -79,15 +79,9 @@ def compiled_flops(experiment):
     return found
 
 
-TWO_LEVELS = dataclasses.replace(
-    DECODER.denoiser,
-    block_out_channels=(8, 16),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-)
 NO_IMAGES = {"see_slots": 0, "dream_slots": 0}
 CASES = {
-    "stage 2": {"model": tiny_config(image_decoder=dataclasses.replace(DECODER, denoiser=TWO_LEVELS))},
+    "stage 2": {},
     "stage 2, recomputed, painted in two sizes": {
         "remat": "full",
         "objective": {"drop_prob": 0.5},

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,6 @@ from dreamllm_jax.planning.program import Collective, Program
 from dreamllm_jax.planning.step import CompiledStep, Memory, compile_step, exhausted, lower_step
 from dreamllm_jax.training.metrics import Progress
 from dreamllm_jax.training.parameters import Parameters
-from tests import commands
 from tests.experiment.test_flops import experiment
 
 ROOT = Path(__file__).parents[2]
@@ -283,7 +284,15 @@ def get_config(arg=""):
 def plan(tmp_path, *arguments):
     config = tmp_path / "config.py"
     config.write_text(CONFIG.format(root=str(ROOT)))
-    return commands.run("plan", [f"--config={config}", *arguments], environment={"XLA_FLAGS": ""}, timeout=570)
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    return subprocess.run(
+        [sys.executable, "-m", "dreamllm_jax.plan", f"--config={config}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=570,
+        env=environment,
+    )
 
 
 @pytest.mark.slow

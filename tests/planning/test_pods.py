@@ -2,15 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from dreamllm_jax.parallel.chips import find_topology
-from dreamllm_jax.parallel.feeding import local_rows, rows_sharding
-from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh
-from tests import commands, narrow_sums
+ROOT = Path(__file__).parents[2]
 
-NO_TPU = {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
 WHOLE_RECIPES = pytest.mark.skipif(
     "DREAMLLM_JAX_ALL_RECIPES" not in os.environ, reason="set it to compile whole recipes, for half an hour"
 )
@@ -21,24 +21,35 @@ def plan(tmp_path, arguments, config="stage2_igpt.py:7b"):
     """Figures of a configuration, compiled at low effort."""
     pytest.importorskip("libtpu")
     figures = tmp_path / "plan.json"
-    words = [f"--config=configs/{config}", "--effort=low", f"--json={figures}", *arguments]
-    done = commands.run("plan", words, environment={"XLA_FLAGS": ""}, timeout=7200)
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = [sys.executable, "-m", "dreamllm_jax.plan", f"--config=configs/{config}", "--effort=low"]
+    done = subprocess.run(
+        [*command, f"--json={figures}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(figures.read_text())
 
 
-def print_feeds(meshes):
-    """Of each mesh: its hosts, whether each feeds what its chips hold, the rows fed, and how many there are."""
-    for name, sizes in meshes:
-        devices, config = find_topology(name).devices(), ShardingConfig(**sizes)
-        mesh = make_mesh(config, devices)
-        rows = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
-        sharding = rows_sharding(mesh, config, rows)
-        held = {device: index[0].indices(rows)[:2] for device, index in sharding.devices_indices_map((rows,)).items()}
-        hosts = {device.process_index for device in devices}
-        feeds = {host: local_rows(sharding, rows, host) for host in hosts}
-        whole = all(set(range(*span)) <= set(feeds[device.process_index]) for device, span in held.items())
-        print(json.dumps([len(hosts), whole, sorted(row for feed in feeds.values() for row in feed), rows]))
+FEEDS = """
+import json, sys
+from dreamllm_jax.parallel.chips import find_topology
+from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh
+from dreamllm_jax.parallel.feeding import local_rows, rows_sharding
+for name, sizes in json.loads(sys.argv[1]):
+    devices, config = find_topology(name).devices(), ShardingConfig(**sizes)
+    mesh = make_mesh(config, devices)
+    rows = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
+    sharding = rows_sharding(mesh, config, rows)
+    held = {device: index[0].indices(rows)[:2] for device, index in sharding.devices_indices_map((rows,)).items()}
+    hosts = {device.process_index for device in devices}
+    feeds = {host: local_rows(sharding, rows, host) for host in hosts}
+    whole = all(set(range(*span)) <= set(feeds[device.process_index]) for device, span in held.items())
+    print(json.dumps([len(hosts), whole, sorted(row for feed in feeds.values() for row in feed), rows]))
+"""
 
 
 @pytest.mark.slow
@@ -48,7 +59,9 @@ def test_every_host_of_a_slice_feeds_what_its_chips_hold():
     meshes = [(name, {}) for name in ("v5p-16", "v5p-128", "v4-128", "v5e-16", "v5e-256", "v6e-64")]
     meshes += [("v5p-16x2", {"data": 2}), ("v5p-128", {"data": 2}), ("v5p-128", {"fsdp": 8, "tensor": 8})]
     meshes += [(name, {"tensor": 2}) for name in ("v5p-128", "v5e-16", "v6e-64")]
-    done = commands.call(print_feeds, meshes, environment=NO_TPU, timeout=800)
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = [sys.executable, "-c", FEEDS, json.dumps(meshes)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     for (name, sizes), line in zip(meshes, done.stdout.splitlines(), strict=True):
         hosts, whole, fed, rows = json.loads(line)
@@ -60,7 +73,10 @@ def test_every_host_of_a_slice_feeds_what_its_chips_hold():
 def test_gradients_are_added_up_in_float32_and_travel_once():
     """Of a small model of which everything is trained: see `layers.linear` and `parallel.chunks`."""
     pytest.importorskip("libtpu")
-    done = commands.call(narrow_sums.main, environment=NO_TPU, timeout=800)
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    command = [sys.executable, "-m", "tests.narrow_sums"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
 

@@ -49,7 +49,7 @@ FAMILIES = {
     | {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2),
+        "transformer_layers_per_block": (1, 3),
         "attention_head_dim": (1, 2),
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
@@ -147,7 +147,6 @@ def test_rematerialised_gradients_are_the_same(case):
     assert_same(flatten_dict({**got, **others}, sep="/"), flatten_dict({**want, **weights}, sep="/"))
 
 
-@pytest.mark.parametrize("case", ["1.5"], indirect=True)
 def test_odd_sizes_upsample_to_the_skip_connection(case):
     reference, model, params, *_ = case
     latents, timesteps, condition = make_inputs(model.config, size=(7, 10))
@@ -315,13 +314,9 @@ def test_stable_diffusion_xl_transformer_at_true_width():
     model = Transformer2DModel(heads, 1, 32, use_linear_projection=True)
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), x, condition)["params"])
     params = from_torch(shapes, tensors(reference))
-
-    @jax.jit
-    def run(params, x, condition):
-        got, pull = jax.vjp(lambda p, *xs: model.apply({"params": p}, *xs), params, x, condition)
-        return got, pull(x)
-
-    got, (weights, *given) = run(params, x, condition)
+    run = jax.jit(lambda params, *given: jax.vjp(lambda p, *xs: model.apply({"params": p}, *xs), params, *given))
+    got, pull = run(params, x, condition)
+    weights, *given = pull(x)
     error = assert_same(
         {"output": got, **dict(zip(("inputs", "condition"), given, strict=True)), **to_torch(weights)}, want
     )
@@ -330,20 +325,11 @@ def test_stable_diffusion_xl_transformer_at_true_width():
 
 @pytest.mark.slow
 def test_stable_diffusion_2_1_at_true_width():
-    """Each kind and width of its blocks, with one layer in place of two and without the second level of 1280, on small
-    latents: the output and the gradient to the condition.
-    """
+    """Every block with one layer in place of two, on small latents: the output and the gradient to the condition."""
     config = UNetConfig(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
     whole = shapes_of(UNet(config), make_inputs(config, n=1))
     assert sum(leaf.size for leaf in jax.tree.leaves(whole)) == 865_910_724
-    config = dataclasses.replace(
-        config,
-        layers_per_block=1,
-        block_out_channels=config.block_out_channels[:3],
-        down_block_types=config.down_block_types[1:],
-        up_block_types=config.up_block_types[:3],
-        attention_head_dim=config.attention_head_dim[:3],
-    )
+    config = dataclasses.replace(config, layers_per_block=1)
     torch.manual_seed(0)
     reference = diffusers.UNet2DConditionModel(**config.to_public()).eval()
     reference.requires_grad_(False)
