@@ -14,6 +14,8 @@ the rate); `decoder` another image decoder than sana-1.6b-512.
 OpenUni, MetaQuery and UniLIP learn to paint alone, one document a row. Here every step learns both losses of DreamLLM
 (arXiv 2309.11499) on pairs, interleaved documents and conversations, as its stages I and II do.
 
+Slice: v5p-16 (4b 32.4, 8b 43.3 of 95.7 GiB a chip, planned at low effort).
+
 Curves, as expected (not run here): `lm_loss` as of the language model on such text; `dm_loss` from about 1 slowly to
 about 0.6 or below, noisy from step to step.
 """

@@ -17,8 +17,7 @@ instructions). Pictures of a step: 4,096 as in the paper; for edits and instruct
 512 and 1,024. Different: queries are a table of their own and not rows of the vocabulary, so that the language model
 stays whole; packed rows in place of padded ones; LLaVA-OneVision sees one tile a picture.
 
-Slice: v5p-16 (71.9 of 95.7 GiB a chip, pretrain with 3b; 30.6 s a step, 1,809 chip-hours, as `plan` estimates); with
-less memory a chip, `--config.rows.microbatches=16`.
+Slice: v5p-16 (71.9 of 95.7 GiB a chip, pretrain with 3b; 30.6 s a step, 1,809 chip-hours, as `plan` estimates).
 
 Curves, as expected (not run here): as of `openuni.py`, and lower in the end, for SANA is trained too.
 """
