@@ -39,6 +39,7 @@ from dreamllm_jax.evaluation import (
     scores,
     table,
 )
+from dreamllm_jax.evaluation.pairs import picture
 from dreamllm_jax.generation.documents import generate_documents, save_document
 from dreamllm_jax.generation.images import require_interval, require_sampler, require_size
 from dreamllm_jax.parallel import distributed
@@ -51,12 +52,7 @@ _BY = ("reference", "inception", "clip")  # what painted pictures are measured b
 
 def recall_pairs(arguments: argparse.Namespace) -> None:
     """Asks a run for its own pairs, and lets it tell a story."""
-    require_run(arguments.workdir)
-    checkpoint = scores.checkpoint_of(
-        arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
-    )
-    trained = load_run(arguments.workdir, checkpoint.step)
-    target = epath.Path(arguments.workdir) / scores.FOLDER
+    trained, checkpoint, target = _trained(arguments)
     pairs = [pair for _, pair in Corpus(trained.experiment.data.path, "pairs").first(arguments.pairs)]
     sampling = {"steps": arguments.sampling_steps, "guidance": arguments.guidance}
     result = recall.recall(trained, pairs, **sampling)
@@ -65,35 +61,38 @@ def recall_pairs(arguments: argparse.Namespace) -> None:
     scores.write(scores.Score("recall", checkpoint, len(pairs), found, errors, sampling), target)
     print(f"creation: {found['creation_top1']:.1%} of {len(pairs)} captions are painted nearest to their own picture")
     print(f"comprehension: {found['comprehension_exact']:.1%} of {len(pairs)} pictures read as exactly their caption")
-
     _tell(trained, result.captions[0], target, arguments)
 
 
 def compose(arguments: argparse.Namespace) -> None:
     """Asks a run for scenes that it has learnt and for such that were held out, and lets it tell a story."""
-    require_run(arguments.workdir)
-    checkpoint = scores.checkpoint_of(
-        arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
-    )
-    trained = load_run(arguments.workdir, checkpoint.step)
-    path, target = trained.experiment.data.path, epath.Path(arguments.workdir) / scores.FOLDER
+    trained, checkpoint, target = _trained(arguments)
+    path = trained.experiment.data.path
     if HELD_OUT not in read_summary(path)["corpora"]:
         raise ValueError(f"{path} is not what `data prepare scenes` makes: it has no corpus `{HELD_OUT}`")
-    corpus = Corpus(path, "pairs")
-    known = [pair for _, pair in corpus.first(len(corpus))]
-    seen = [(pair.texts[0].text, composition.picture(trained, pair)) for pair in known]
+    corpora = {"seen": Corpus(path, "pairs"), "unseen": Corpus(path, HELD_OUT)}
+    seen = [(pair.texts[0].text, picture(trained, pair)) for _, pair in corpora["seen"].first(len(corpora["seen"]))]
     sampling = {"steps": arguments.sampling_steps, "guidance": arguments.guidance}
     found, rights = {}, {}
-    held_out = [pair for _, pair in Corpus(path, HELD_OUT).first(arguments.scenes)]
-    for name, pairs in (("seen", known[: arguments.scenes]), ("unseen", held_out)):
-        asked = composition.ask(trained, pairs, **sampling)
+    for name, corpus in corpora.items():
+        pairs = [pair for _, pair in corpus.first(arguments.scenes)]
+        asked = composition.ask_scenes(trained, pairs, **sampling)
         found[name] = asked, composition.report(asked, seen)
-        rights |= {f"{name}_{way}": marks["all"] for way, marks in asked.marks().items()}
+        rights |= {f"{name}_{way}": marks["all"] for way, marks in asked.marks.items()}
         print("\n".join(composition.lines(name, found[name][1])))
     composition.save(found, checkpoint.step, target)
     metrics, errors = scores.summary(rights)
     scores.write(scores.Score("scenes", checkpoint, arguments.scenes, metrics, errors, sampling), target)
     _tell(trained, found["seen"][0].captions[0], target, arguments)
+
+
+def _trained(arguments: argparse.Namespace) -> tuple[Trained, scores.Checkpoint, epath.Path]:
+    """The model of a run's directory, its checkpoint, and the folder of its results."""
+    require_run(arguments.workdir)
+    name = arguments.workdir if arguments.step is None else f"{arguments.workdir}@{arguments.step}"
+    checkpoint = scores.checkpoint_of(name)
+    trained = load_run(arguments.workdir, checkpoint.step)
+    return trained, checkpoint, epath.Path(arguments.workdir) / scores.FOLDER
 
 
 def _tell(trained: Trained, caption: str, target: epath.Path, arguments: argparse.Namespace) -> None:

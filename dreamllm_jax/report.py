@@ -107,7 +107,8 @@ def write_report(workdir: epath.PathLike) -> epath.Path:
     told = {name: read_json(evaluation / f"{name}.json") for name in _ASKED if (evaluation / f"{name}.json").exists()}
     if not told:
         raise FileNotFoundError(
-            f"{evaluation} has no recall.json: run python -m dreamllm_jax.evaluate recall --workdir={workdir}"
+            f"{evaluation} has no recall.json: run python -m dreamllm_jax.evaluate recall --workdir={workdir} "
+            "(or scenes in the place of recall, after training on these)"
         )
     step = next(iter(told.values())).get("step", "unknown")
     figures: dict[str, object] = {"steps trained": metrics[-1]["step"], "step of the checkpoint that was asked": step}

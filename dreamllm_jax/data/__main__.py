@@ -120,7 +120,7 @@ def parser() -> argparse_flags.ArgumentParser:
     add.add_argument("directory", help="a data set")
     add.add_argument("--checkpoint", required=True, help="the model: an imported one, or the directory of a run")
     add.add_argument("--names", nargs="+", choices=stored.NAMES, default=["moments"], help="what to compute")
-    add.add_argument("--corpora", nargs="+", default=[], help="of which corpora; default all")
+    add.add_argument("--corpora", nargs="+", default=[], help="of which corpora; default all that are not held out")
     add.add_argument(
         "--size",
         type=positive,
@@ -214,7 +214,7 @@ def _precompute(arguments: argparse.Namespace) -> None:
     from dreamllm_jax.runs.precompute import precompute
 
     distributed.start(arguments.coordinator, arguments.num_processes, arguments.process_id, arguments.timeout)
-    corpora = arguments.corpora or sorted(storage.read_summary(arguments.directory)["corpora"])
+    corpora = arguments.corpora or storage.learnt(arguments.directory)
     if arguments.latents and (len(corpora) != 1 or arguments.names != ["moments"]):
         raise ValueError(f"--latents={arguments.latents} are the moments of one corpus: name it with --corpora")
     model, params, _ = load_model(arguments.checkpoint)

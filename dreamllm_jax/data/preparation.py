@@ -74,7 +74,7 @@ def prepare(
         return summary
     corpora, texts = _compose(source, settings["pairs"], settings["size"], seed)
     chosen = chosen or tokenizer.train_tokenizer(texts, vocab_size)
-    return storage.write_dataset(to, corpora, chosen, settings, [name for name in corpora if name == scenes.HELD_OUT])
+    return storage.write_dataset(to, corpora, chosen, settings, sorted({scenes.HELD_OUT} & corpora.keys()))
 
 
 def _compose(

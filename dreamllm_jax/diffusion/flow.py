@@ -67,8 +67,9 @@ class FlowConfig:
     def __post_init__(self):
         require_timesteps(self.num_train_timesteps)
         require_scheduler(self.scheduler)
-        choices = {"time_shift_type": TimeShift, "density": Density, "weighting": Weighting}
-        for name, kinds in {**choices, "prediction_type": PredictionType}.items():
+        choices: dict[str, Any] = {"time_shift_type": TimeShift, "density": Density, "weighting": Weighting}
+        choices["prediction_type"] = PredictionType
+        for name, kinds in choices.items():
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"no flow has {name}={getattr(self, name)!r}; there are {', '.join(get_args(kinds))}")
         for name in ("use_dynamic_shifting", "integer_timesteps"):

@@ -2,6 +2,7 @@
 and those that were held out, and each fact of each is right or wrong."""
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -10,42 +11,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from dreamllm_jax.data import images
-from dreamllm_jax.data.document import Document, Image, Text
+from dreamllm_jax.data.document import Document
 from dreamllm_jax.data.scenes import matcher
 from dreamllm_jax.data.scenes.words import parse
 from dreamllm_jax.data.scenes.world import Scene, draw_scene
-from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.evaluation.pairs import Answers, ask
 from dreamllm_jax.generation.documents import png
-from dreamllm_jax.generation.images import generate_images
-from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.runs.load import Trained
 
 FACTS = ("objects", "colours", "counts", "relation", "all")
 FILE = "scenes.json"
-MAX_TOKENS = 32  # of the text written for a picture
 BATCH = 50  # pictures, or texts, at once
 CHANCES = 20  # scenes that are drawn for each, to say what chance gets right
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """What became of N scenes.
+class Asked(Answers):
+    """What became of N pairs that tell scenes."""
 
-    Attributes:
-      captions: as their documents have them.
-      scenes: what they tell.
-      pictures: u8[N, H, W, 3] of them, as the model was to paint them.
-      read: the text written for each picture.
-      painted: u8[N, H, W, 3], painted from the captions.
-    """
+    @functools.cached_property
+    def scenes(self) -> list[Scene]:
+        """What the captions tell."""
+        return [_told(caption) for caption in self.captions]
 
-    captions: Sequence[str]
-    scenes: Sequence[Scene]
-    pictures: np.ndarray
-    read: Sequence[str]
-    painted: np.ndarray
-
+    @functools.cached_property
     def marks(self) -> dict[str, dict[str, list[bool]]]:
         """Of `read` and `painted`: each fact, right or not, of each scene."""
         found = {"read": map(parse, self.read), "painted": map(matcher.read, self.painted)}
@@ -81,8 +70,8 @@ def _marks(found: Iterator[Scene | None], true: Sequence[Scene]) -> dict[str, li
     return {name: [one[name] for one in each] for name in FACTS}
 
 
-def ask(trained: Trained, pairs: Sequence[Document], *, steps: int = 30, guidance: float = 2.0) -> Asked:
-    """Reads the pictures of the pairs, greedily, and paints their captions, pair i with seed i.
+def ask_scenes(trained: Trained, pairs: Sequence[Document], *, steps: int = 30, guidance: float = 2.0) -> Asked:
+    """Reads the pictures of the pairs and paints their captions, see `ask`.
 
     Args:
       steps, guidance: of the sampler.
@@ -90,38 +79,16 @@ def ask(trained: Trained, pairs: Sequence[Document], *, steps: int = 30, guidanc
     Raises:
       ValueError: a caption tells no scene.
     """
-    size = trained.experiment.rows.sample_size
-    captions = [pair.texts[0].text for pair in pairs]
-    scenes = []
-    for text in captions:
-        scene = parse(text)
-        if scene is None:
-            raise ValueError(f"{text!r} tells no scene: this is for data that `data prepare scenes` made")
-        scenes.append(scene)
-    pictures = np.stack([picture(trained, pair) for pair in pairs])
-    common = trained.model, trained.params, trained.tokenizer
-    read: list[str] = []
-    painted = []
-    for start in range(0, len(pairs), BATCH):
-        some = range(start, min(start + BATCH, len(pairs)))
-        read += generate_texts(*common, [[Image(pairs[i].images[0].data)] for i in some], max_tokens=MAX_TOKENS)
-        painted.append(
-            generate_images(
-                *common,
-                [[Text(captions[i])] for i in some],
-                seeds=some,
-                size=size,
-                sampler=SamplerConfig(trained.model.config.image_decoder.default_sampler, steps),
-                guidance=guidance,
-            )
-        )
-    return Asked(captions, scenes, pictures, read, np.concatenate(painted))
+    for pair in pairs:  # before anything is painted
+        _told(pair.texts[0].text)
+    return Asked(**vars(ask(trained, pairs, steps=steps, guidance=guidance, batch=BATCH)))
 
 
-def picture(trained: Trained, pair: Document) -> np.ndarray:
-    """u8[H, W, 3] as the model is to paint it."""
-    size = trained.experiment.rows.sample_size
-    return trained.model.config.image_decoder.preprocess(images.decode(pair.images[0].data), *size)
+def _told(caption: str) -> Scene:
+    scene = parse(caption)
+    if scene is None:
+        raise ValueError(f"{caption!r} tells no scene: this is for data that `data prepare scenes` made")
+    return scene
 
 
 def by_chance(true: Sequence[Scene]) -> dict[str, float]:
@@ -142,11 +109,9 @@ def by_nearest(asked: Asked, seen: Sequence[tuple[str, np.ndarray]]) -> dict[str
     known = np.stack([picture for _, picture in seen]).reshape(len(seen), -1).astype(np.float32)
     wanted = asked.pictures.reshape(len(asked.scenes), -1).astype(np.float32)
     distances = np.square(known).sum(-1) - 2 * wanted @ known.T
-    words = [text.split() for text, _ in seen]
-    common = [
-        max(range(len(words)), key=lambda at: sum(a == b for a, b in zip(words[at], mine, strict=False)))
-        for mine in (text.split() for text in asked.captions)
-    ]
+    longest = max(len(text.split()) for text in (*asked.captions, *(text for text, _ in seen)))
+    words = np.array([(text.split() + [""] * longest)[:longest] for text, _ in seen])
+    common = [(words == (text.split() + ["-"] * longest)[:longest]).sum(-1).argmax() for text in asked.captions]
     return {
         "read": _shares(_marks((scenes[at] for at in distances.argmin(-1)), asked.scenes)),
         "painted": _shares(_marks((scenes[at] for at in common), asked.scenes)),
@@ -168,7 +133,7 @@ def interval(right: Sequence[bool], z: float = 1.96) -> tuple[float, float]:
 def report(asked: Asked, seen: Sequence[tuple[str, np.ndarray]]) -> dict:
     """What is told of scenes, as JSON: of each way, the shares that are right with their intervals, those by chance and
     of the nearest scene that was learnt; how near the painted pictures are."""
-    marks, nearest, chance = asked.marks(), by_nearest(asked, seen), by_chance(asked.scenes)
+    nearest, chance = by_nearest(asked, seen), by_chance(asked.scenes)
     ways = {
         way: {
             "right": _shares(found),
@@ -176,7 +141,7 @@ def report(asked: Asked, seen: Sequence[tuple[str, np.ndarray]]) -> dict:
             "chance": chance,
             "nearest_learnt": nearest[way],
         }
-        for way, found in marks.items()
+        for way, found in asked.marks.items()
     }
     psnr, psnr_of_things = asked.psnr()
     return {"scenes": len(asked.scenes), **ways, "psnr": psnr, "psnr_of_things": psnr_of_things}
@@ -189,11 +154,10 @@ def save(found: Mapping[str, tuple[Asked, dict]], step: int, directory: epath.Pa
     directory.mkdir(parents=True, exist_ok=True)
     told: dict = {"step": step}
     for name, (asked, reported) in found.items():
-        marks = asked.marks()
         items = []
         for i, caption in enumerate(asked.captions):
             item = {"caption": caption, "read": asked.read[i]}
-            item |= {f"{way}_right": marks[way]["all"][i] for way in marks}
+            item |= {f"{way}_right": marks["all"][i] for way, marks in asked.marks.items()}
             for kind, pixels in (("picture", asked.pictures[i]), ("painted", asked.painted[i])):
                 item[kind] = f"{name}-{i:04}-{kind}.png"
                 (directory / item[kind]).write_bytes(png(pixels))

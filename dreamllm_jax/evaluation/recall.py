@@ -7,35 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from dreamllm_jax.data import images
-from dreamllm_jax.data.document import Document, Image, Text
-from dreamllm_jax.diffusion.samplers import SamplerConfig
+from dreamllm_jax.data.document import Document
 from dreamllm_jax.evaluation import scores
+from dreamllm_jax.evaluation.pairs import Answers, ask
 from dreamllm_jax.generation.documents import png
-from dreamllm_jax.generation.images import generate_images
-from dreamllm_jax.generation.texts import generate_texts
 from dreamllm_jax.runs.load import Trained
-
-MAX_TOKENS = 32  # of the text written for a picture
 
 
 @dataclasses.dataclass(frozen=True)
-class Recall:
-    """What became of N pairs.
+class Recall(Answers):
+    """What became of N pairs, and `nearest`: i32[N] index of the pair whose picture is nearest to the painted one (mean
+    squared error of pixels)."""
 
-    Attributes:
-      captions: the N captions.
-      pictures: u8[N, H, W, 3], as the model was to paint them.
-      painted: u8[N, H, W, 3], painted from the captions.
-      nearest: i32[N] index of the pair whose picture is nearest to the painted one (mean squared error of pixels).
-      read: the text written for each picture.
-    """
-
-    captions: Sequence[str]
-    pictures: np.ndarray
-    painted: np.ndarray
     nearest: np.ndarray
-    read: Sequence[str]
 
     @property
     def right(self) -> dict[str, list[bool]]:
@@ -47,36 +31,15 @@ class Recall:
         }
 
 
-def recall(
-    trained: Trained,
-    pairs: Sequence[Document],
-    *,
-    steps: int = 50,
-    guidance: float = 3.0,
-) -> Recall:
-    """Paints the pairs' captions, pair i with seed i, and reads their pictures, greedily and all in one batch each.
+def recall(trained: Trained, pairs: Sequence[Document], *, steps: int = 50, guidance: float = 3.0) -> Recall:
+    """Paints the pairs' captions and reads their pictures, see `ask`; all in one batch each.
 
     Args:
       steps, guidance: of the sampler.
     """
-    size = trained.experiment.rows.sample_size
-    captions = [pair.texts[0].text for pair in pairs]
-    preprocess = trained.model.config.image_decoder.preprocess
-    pictures = np.stack([preprocess(images.decode(pair.images[0].data), *size) for pair in pairs])
-
-    common = trained.model, trained.params, trained.tokenizer
-    painted = generate_images(
-        *common,
-        [[Text(caption)] for caption in captions],
-        seeds=range(len(pairs)),
-        size=size,
-        sampler=SamplerConfig(steps=steps),
-        guidance=guidance,
-    )
-    painted = np.asarray(painted)
-    distances = np.square(painted[:, None].astype(np.float32) - pictures[None]).mean(axis=(2, 3, 4))
-    read = generate_texts(*common, [[Image(pair.images[0].data)] for pair in pairs], max_tokens=MAX_TOKENS)
-    return Recall(captions, pictures, painted, distances.argmin(axis=1), read)
+    found = ask(trained, pairs, steps=steps, guidance=guidance, batch=len(pairs))
+    distances = np.square(found.painted[:, None].astype(np.float32) - found.pictures[None]).mean(axis=(2, 3, 4))
+    return Recall(found.captions, found.pictures, found.painted, found.read, distances.argmin(axis=1))
 
 
 FILE = "recall.json"

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from dreamllm_jax.data import images, preparation, storage
 from dreamllm_jax.data.scenes import documents, words
-from dreamllm_jax.data.scenes.drawing import SIDE, draw, places, sprite
+from dreamllm_jax.data.scenes.drawing import RGB, SIDE, draw, places, sprite
 from dreamllm_jax.data.scenes.matcher import read
 from dreamllm_jax.data.scenes.world import COLOURS, KINDS, Group, Scene, draw_scene, every_scene, held_out, looks
 
@@ -87,10 +87,10 @@ def test_noisy_pictures_are_read_or_refused_and_not_misread():
     assert read(noise.integers(0, 256, (SIDE, SIDE, 3), np.uint8)) is None
 
 
-def _paste(picture: np.ndarray, box, kind: str, colour: str) -> None:
+def _paste(picture: np.ndarray, box, kind: str, colour: str, ground: np.ndarray | float = 255.0) -> None:
     left, top, side = box
     colours, cover = sprite(kind, colour, side)
-    picture[top : top + side, left : left + side] = np.round(255 + cover * (colours - 255))
+    picture[top : top + side, left : left + side] = np.round(ground + cover * (colours - ground))
 
 
 def test_near_misses_do_not_pass():
@@ -110,12 +110,35 @@ def test_near_misses_do_not_pass():
         half[top : top + side // 2, left : left + side] = 255
         for wrong in (coloured, changed, missing, half):
             assert read(wrong) != scene
-    # Something in excess, where there should be nothing; and all of it elsewhere.
+    # Something in excess, on white and on a large thing; and all of it elsewhere.
     one = Scene((Group(2, "", "red", "heart"),))
     stray = draw(one)
     _paste(stray, (18, 0, 12), "star", "blue")
     assert read(draw(one)) == one and read(stray) is None
     assert read(np.roll(draw(one), 8, axis=0)) is None
+    large = Scene((Group(1, "", "red", "heart"),))
+    for box in ((18, 18, 12), (6, 6, 12), (33, 20, 12)):
+        stray = draw(large)
+        _paste(stray, box, "star", "blue", stray[box[1] : box[1] + 12, box[0] : box[0] + 12].copy())
+        assert read(stray) is None
+
+
+def test_near_misses_inside_of_others_do_not_pass():
+    outer = Group(1, "", "green", "heart")
+    for count in (1, 2):
+        scene = Scene((Group(count, "", "red", "star"), outer), "inside")
+        (*_, (left, top, side)), _ = places(scene)
+        region = np.s_[top : top + side, left : left + side]
+        plain = np.full((side, side, 3), RGB["green"], np.float32)  # as the heart is there
+        coloured, changed, missing, halved, stray = (draw(scene) for _ in range(5))
+        _paste(coloured, (left, top, side), "star", "blue", plain)
+        _paste(changed, (left, top, side), "key", "red", plain)
+        missing[region] = plain
+        halved[:, :24] = 255
+        _paste(stray, (30, 36, 12), "apple", "blue")
+        for wrong in (coloured, changed, missing, halved, stray):
+            assert read(wrong) != scene
+        assert read(draw(scene)) == scene
 
 
 def test_things_inside_of_others_are_told_apart():

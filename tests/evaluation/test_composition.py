@@ -43,9 +43,9 @@ def test_scenes_are_marked_both_ways():
     captions, pictures = [caption(scene) for scene in scenes], np.stack([draw(scene) for scene in scenes])
     read = [*captions[:15], *captions[:5]]
     painted = np.concatenate([pictures[:10], pictures[:10]])
-    asked = Asked(captions, scenes, pictures, read, painted)
-    assert asked.marks()["read"]["all"] == [True] * 15 + [False] * 5
-    assert asked.marks()["painted"]["all"] == [True] * 10 + [False] * 10
+    asked = Asked(captions, pictures, painted, read)
+    assert asked.marks["read"]["all"] == [True] * 15 + [False] * 5
+    assert asked.marks["painted"]["all"] == [True] * 10 + [False] * 10
     told = composition.report(asked, [(caption(scene), draw(scene)) for scene in learnt])
     assert told["read"]["right"]["all"] == 0.75 and told["painted"]["right"]["all"] == 0.5
     low, high = told["read"]["interval"]["all"]  # Wilson (1927): 15 of 20
@@ -54,6 +54,8 @@ def test_scenes_are_marked_both_ways():
     # What was learnt itself is found by its nearest, whichever way.
     told = composition.report(asked, [(captions[i], pictures[i]) for i in reversed(range(20))])
     assert told["read"]["nearest_learnt"]["all"] == told["painted"]["nearest_learnt"]["all"] == 1
+    with pytest.raises(ValueError, match="'a red dog' tells no scene"):
+        _ = Asked(["a red dog"], pictures[:1], painted[:1], [""]).scenes
 
 
 def test_decibels_over_all_and_over_things():
@@ -61,6 +63,6 @@ def test_decibels_over_all_and_over_things():
     pictures[:, :12] = 100
     painted = pictures.copy()
     painted[:, :12] = 110
-    asked = Asked(["a red key"], [TRUE], pictures, [""], painted)
+    asked = Asked(["a red key"], pictures, painted, [""])
     over_things = 20 * np.log10(255 / 10)
     np.testing.assert_allclose(asked.psnr(), (over_things + 10 * np.log10(4), over_things))

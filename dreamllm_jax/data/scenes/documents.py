@@ -30,14 +30,13 @@ def compose(count: int, size: int = SIDE, seed: int = 0) -> dict[str, list[Docum
     """
     rng = random.Random(seed)
     seen, unseen = _draw(rng, count)
-    stories = [_story(rng, scene, 2) for scene in seen[: max(count // 4, 1)]]
+    some = seen[: max(count // 4, 1)]
+    stories = [_story(rng, scene, 2) for scene in some]
     return {
         "pairs": [_pair(rng, scene, size) for scene in seen],
         "interleaved": [Document("interleaved", tuple(_told(story, size))) for story in stories],
-        "edits": [_edit(_story(rng, scene, 1), size) for scene in seen[: max(count // 4, 1)]],
-        "conversations": [
-            document for scene in seen[: max(count // 4, 1)] for document in _conversations(rng, scene, size)
-        ],
+        "edits": [_edit(_story(rng, scene, 1), size) for scene in some],
+        "conversations": [document for scene in some for document in _conversations(rng, scene, size)],
         "text": [Document("text", (Text(" ".join(text for text, _ in story)),)) for story in stories],
         HELD_OUT: [_pair(rng, scene, size) for scene in unseen],
     }

@@ -1,25 +1,27 @@
 """Pictures to scenes: what is drawn is found by comparing with every thing in every place where one can be.
 
-A thing is recognised where the picture is nearest to its drawing among all kinds and colours, and near enough; the rest
-must be white. A picture in which anything is something else, in excess, missing or not to be told is no scene.
+The arrangement and the things are those that come nearest in all; then each thing must be the nearest in its own place,
+and the picture near to the scene's everywhere. One in which anything is something else, in excess, missing or not to be
+told is no scene.
 """
 
+import dataclasses
 import functools
 import itertools
+import math
 
 import numpy as np
 from PIL import Image
 
-from dreamllm_jax.data.scenes.drawing import SIDE, Box, places, sprite
+from dreamllm_jax.data.scenes.drawing import SIDE, Box, draw, places, sprite
 from dreamllm_jax.data.scenes.world import COLOURS, KINDS, RELATIONS, Group, Scene, looks
 
 THINGS = [(colour, kind) for colour in COLOURS for kind in KINDS]
 # A scene's two groups have neither the colour nor the kind in common.
 _DIFFERENT = np.array([[mine[0] != other[0] and mine[1] != other[1] for mine in THINGS] for other in THINGS])
-# Root mean squares of how far colours, from 0 to 1, may be off. A thing is at least 0.29 from white.
-NEAR = 0.2  # in a thing's square
-CLEAR = 0.15  # in any square of so many pixels where nothing is:
-WINDOW = 12
+# How far a picture may be off in any square of so many pixels: the root mean square of colours from 0 to 1. Of a thing
+# of twelve pixels it is at least 0.29 from white.
+NEAR, WINDOW = 0.15, 12
 
 
 def read(picture: np.ndarray) -> Scene | None:
@@ -97,33 +99,25 @@ class _Seen:
         return float(errors.min() + before.min()), layout, [int(before.argmin()), large]
 
     def accepted(self, layout: Scene, things: list[int]) -> Scene | None:
-        """The scene, if each thing by itself is the nearest and near, and all else is white."""
+        """The scene, if each thing by itself is the nearest one and the whole picture is near to the scene's."""
         large = things[1] if layout.relation == "inside" else None
-        squares = places(layout)
-        if large is not None:
-            around = ~_taken(squares[0])
-            colours, cover = (values[large] for values in _drawn(SIDE))
-            if np.sqrt(np.square(colours + 1 - cover - self.pixels)[around].mean()) > NEAR:
+        squares = places(layout) if large is None else places(layout)[:1]  # the large one was found by what is around
+        for thing, boxes in zip(things, squares, strict=large is None):
+            if any(self.errors(box, large).argmin() != thing for box in boxes):
                 return None
-            squares = squares[:1]
-        for thing, boxes in zip(things, squares, strict=False):
-            for box in boxes:
-                errors = self.errors(box, large)
-                if errors.argmin() != thing or np.sqrt(errors[thing] / (3 * box[2] ** 2)) > NEAR:
-                    return None
-        if large is None and self._stray(_taken([box for boxes in squares for box in boxes])):
-            return None
         groups = []
         for thing, group in zip(things, layout.groups, strict=True):
             colour, kind = THINGS[thing]
-            groups.append(Group(group.count, group.size, colour, kind))
-        return Scene(tuple(groups), layout.relation)
+            groups.append(dataclasses.replace(group, colour=colour, kind=kind))
+        scene = dataclasses.replace(layout, groups=tuple(groups))
+        return scene if _farthest(self.pixels, draw(scene).astype(np.float32) / 255) <= NEAR else None
 
-    def _stray(self, taken: np.ndarray) -> bool:
-        """Whether there is something where nothing should be."""
-        sums = np.pad(np.where(taken, 0, self._white), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-        windows = sums[WINDOW:, WINDOW:] - sums[:-WINDOW, WINDOW:] - sums[WINDOW:, :-WINDOW] + sums[:-WINDOW, :-WINDOW]
-        return bool(np.sqrt(windows.max() / (3 * WINDOW**2)) > CLEAR)
+
+def _farthest(picture: np.ndarray, other: np.ndarray) -> float:
+    """The greatest root mean square of two pictures' difference over a square of `WINDOW` pixels."""
+    sums = np.pad(np.square(picture - other).sum(-1), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    windows = sums[WINDOW:, WINDOW:] - sums[:-WINDOW, WINDOW:] - sums[WINDOW:, :-WINDOW] + sums[:-WINDOW, :-WINDOW]
+    return math.sqrt(windows.max() / (3 * WINDOW**2))
 
 
 def _taken(boxes: list[Box]) -> np.ndarray:

@@ -6,6 +6,7 @@ import re
 from dreamllm_jax.data.scenes.world import COLOURS, KINDS, RELATIONS, SIZES, Group, Scene, looks
 
 NUMBERS = ("a", "two", "three", "four")
+COUNTED = ("One", "Two", "Three", "Four")  # as answers have them
 TOLD = (*RELATIONS, "right of")
 _THING = rf"({'|'.join(NUMBERS)})(?: ({'|'.join(SIZES)}))? ({'|'.join(COLOURS)}) ({'|'.join(KINDS)})(s?)"
 _CAPTION = re.compile(rf"{_THING}(?: ({'|'.join(TOLD)}) {_THING})?")
@@ -54,11 +55,6 @@ def _group(number: str, size: str | None, colour: str, kind: str, plural: str) -
     return Group(count, size or "", colour, kind) if bool(plural) == (count > 1) else None
 
 
-def number(count: int) -> str:
-    """As an answer tells it: `One`, `Two`."""
-    return ("One", "Two", "Three", "Four")[count - 1]
-
-
 def _are(group: Group) -> str:
     return f"the {named(group)} {'are' if group.count > 1 else 'is'}"
 
@@ -67,7 +63,7 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     """What can be asked of a scene, each with its answer."""
     found = [("What do you see?", f"{caption(scene)}.")]
     for group in scene.groups:
-        found.append((f"How many {group.kind}s are there?", f"{number(group.count)}."))
+        found.append((f"How many {group.kind}s are there?", f"{COUNTED[group.count - 1]}."))
         found.append((f"Which colour {'are' if group.count > 1 else 'is'} the {named(group)}?", f"{group.colour}."))
     if scene.relation:
         first, second = scene.groups
