@@ -94,7 +94,7 @@ class ParametersConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW's settings.
+    """AdamW's settings, and which parameters Muon moves in its place.
 
     Attributes:
       learning_rate: its peak, reached after the warm-up.
@@ -105,6 +105,8 @@ class OptimizerConfig:
       ema_decay: keep an average of the trained parameters that decays so a step, such as 0.9999; 0 for none.
       learning_rates: (regular expression, factor) pairs; the learning rate of the parameters whose whole path an
         expression matches is multiplied by the factor of the first that does.
+      muon: regular expressions; matrices, and stacks of them, whose whole path one matches are moved by Muon (Jordan
+        2024), as far in a step as AdamW would. It has one moment, and is not for embeddings, heads or norms.
       layer_decays: (regular expression, decay) pairs, for stacks of layers such as `language_model/layers/.*`: of N
         layers the learning rate of layer i, from 1, is multiplied by decay^(N - i) as well.
       mu_dtype, nu_dtype: storage types of the first and second moments; bfloat16 is rounded to at random (`rounding`).
@@ -120,6 +122,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     skip_norm: float = 0.0
     ema_decay: float = 0.0
+    muon: tuple[str, ...] = ()
     learning_rates: tuple[tuple[str, float], ...] = ()
     layer_decays: tuple[tuple[str, float], ...] = ()
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -137,17 +140,23 @@ class OptimizerConfig:
         for name in ("weight_decay", "clip_norm", "skip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for pattern in self.muon:
+            _require_expression("muon", pattern)
         for name in ("learning_rates", "layer_decays"):
             for pattern, factor in getattr(self, name):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+                _require_expression(name, pattern)
                 if factor <= 0:
                     raise ValueError(
                         f"{name}: {pattern!r} has {factor}, which must be positive; to freeze parameters, "
                         "say so in parameters.trainable"
                     )
+
+
+def _require_expression(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

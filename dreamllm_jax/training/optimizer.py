@@ -1,11 +1,13 @@
-"""AdamW with warm-up and cosine decay, as DreamLLM trains (arXiv 2309.11499, appendix)."""
+"""AdamW with warm-up and cosine decay, as DreamLLM trains (arXiv 2309.11499, appendix); Muon for chosen matrices."""
 
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from dreamllm_jax.experiment.settings import OptimizerConfig
 from dreamllm_jax.layers.weights import LAYERS, place_in_pattern
@@ -24,21 +26,61 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (decoupled weight decay, Loshchilov and Hutter 2019); all in float32."""
-    adamw = optax.adamw(
-        learning_rate_schedule(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    """Clipping by global norm, then AdamW (decoupled weight decay, Loshchilov and Hutter 2019), or Muon where the
+    configuration says so; all in float32."""
+    schedule = learning_rate_schedule(config, steps)
+    moved = optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
+    if config.muon:
+        ways = {"adamw": moved, "muon": _muon(schedule, config.weight_decay)}
+        moved = optax.partition(ways, lambda params: _ways(config, {path: leaf.shape for path, leaf in params.items()}))
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    parts.append(adamw)
+    parts.append(moved)
     if config.learning_rates or config.layer_decays:
         parts.append(scale_by_group(config))
     if config.ema_decay:
         parts.append(average_params(config.ema_decay))
-    return optax.chain(*parts) if len(parts) > 1 else adamw
+    return optax.chain(*parts) if len(parts) > 1 else moved
+
+
+MOMENTUM = 0.95
+SAME_SIZE = 0.2  # the root mean square of AdamW's updates, in learning rates (Liu et al., arXiv 2502.16982)
+
+
+def _muon(schedule: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Momentum whose singular values are all brought near one (Jordan et al. 2024), and then to the size that AdamW's
+    updates have, so that both follow one learning rate."""
+
+    def axes(updates: Mapping[str, Any]) -> dict[str, Any]:
+        masked = optax.MaskedNode
+        return {path: x if isinstance(x, masked) else MuonDimensionNumbers(-2, -1) for path, x in updates.items()}
+
+    return optax.chain(
+        scale_by_muon(beta=MOMENTUM, weight_dimension_numbers=axes),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda x: SAME_SIZE * max(x.shape[-2:]) ** 0.5 * x, updates)),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _ways(config: OptimizerConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Which of "muon" and "adamw" moves each parameter.
+
+    Raises:
+      ValueError: naming an expression that matches no trained parameter, or one that is no matrix.
+    """
+    found = {}
+    for pattern in config.muon:
+        matched = [path for path in shapes if re.fullmatch(pattern, path)]
+        if not matched:
+            raise ValueError(f"optimizer.muon: {pattern!r} decides about no trained parameter")
+        for path in matched:
+            if not path.endswith("/kernel") or len(shapes[path]) not in (2, 3):
+                raise ValueError(
+                    f"optimizer.muon: {path} of shape {shapes[path]} is no matrix, nor a stack of them: let the "
+                    "expression end in /kernel, and leave convolutions out"
+                )
+        found |= dict.fromkeys(matched, "muon")
+    return {path: found.get(path, "adamw") for path in shapes}
 
 
 def learning_rate_factors(config: OptimizerConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -85,8 +85,8 @@ def abstract_state(
         }
 
     def place(path, leaf):
-        name = next((key.key for key in path if isinstance(key, jax.tree_util.DictKey)), None)
-        moment = next((key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)), None)
+        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
+        moment = next((key.name for key in reversed(path) if isinstance(key, jax.tree_util.GetAttrKey)), None)
         dtype = {"mu": optimizer.mu_dtype, "nu": optimizer.nu_dtype}.get(moment, leaf.dtype)
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings.get(name, replicated))
 

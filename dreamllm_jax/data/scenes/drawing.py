@@ -13,7 +13,7 @@ from PIL import Image
 from dreamllm_jax.data.corpora import openmoji
 from dreamllm_jax.data.scenes.world import KINDS, Scene
 
-SIDE = 48  # pixels of a picture; all places below are in them, and multiples of 6: squares of latents or patches
+SIDE = 48  # pixels of a picture; all places below are in them, and multiples of 12: squares of latents or patches
 UNIT = 24  # pixels of which a picture's side may be a multiple
 EMOJI = dict(zip(KINDS, "🍎🔔📕🐱👑💧🎁❤🔑🍄👕⭐", strict=True))
 RGB = {
@@ -34,7 +34,7 @@ Box = tuple[int, int, int]  # left, top, side
 def places(scene: Scene) -> list[list[Box]]:
     """The squares of each group's things."""
     if scene.relation == "inside":
-        inner = [(18, 18, 12)] if scene.groups[0].count == 1 else [(12, 18, 12), (24, 18, 12)]
+        inner = _INSIDE[: scene.groups[0].count]
         return [inner, [(0, 0, SIDE)]]
     if not scene.relation:
         return [_ALONE[scene.groups[0].count]]
@@ -49,18 +49,19 @@ def places(scene: Scene) -> list[list[Box]]:
     return boxes
 
 
+_INSIDE = [(12, 24, 12), (24, 24, 12)]
 _ALONE = {
-    1: [(6, 6, 36)],
+    1: [(0, 0, SIDE)],
     2: [(0, 12, 24), (24, 12, 24)],
     3: [(12, 0, 24), (0, 24, 24), (24, 24, 24)],
     4: [(0, 0, 24), (24, 0, 24), (0, 24, 24), (24, 24, 24)],
 }
 # In half a picture, 24 x 48 pixels: (across, along, side).
 _HALF = {
-    (1, "small"): [(6, 18, 12)],
+    (1, "small"): [(0, 12, 12)],
     (1, "big"): [(0, 12, 24)],
     (2, ""): [(0, 0, 24), (0, 24, 24)],
-    (3, ""): [(6, 6, 12), (6, 18, 12), (6, 30, 12)],
+    (3, ""): [(0, 12, 12), (12, 12, 12), (0, 24, 12)],
     (4, ""): [(0, 12, 12), (12, 12, 12), (0, 24, 12), (12, 24, 12)],
 }
 
