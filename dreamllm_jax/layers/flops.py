@@ -44,7 +44,7 @@ class Tally:
     """Adds up the products along a tower.
 
     `live` says whether what has been computed so far depends on a trained weight, so that gradients go back to it;
-    `forward` is what the forward pass has executed.
+    `forward` is what the forward pass has executed, outside of kernels.
 
     Args:
       trained: whether the tower's parameter at a path is.
@@ -98,25 +98,28 @@ class Tally:
         keys_live: bool,
         causal: bool = False,
         heads: int = 0,
+        again: bool = False,
     ) -> None:
         """Scores and their product with the values; keys may be those of several sequences.
 
         The backward pass has four products: towards weights, values, queries and keys. A kernel, if there is one (for
-        `heads`, in bfloat16), computes all of them and the scores again. Without a kernel many scores are taken in
-        chunks, computed again in the backward pass.
+        `heads`, in bfloat16), computes all of them and the scores again, of whole blocks of queries; and, if what it
+        gave is not kept (`again`), that before. Without a kernel many scores are taken in chunks, computed again in the
+        backward pass.
         """
         parts = (keys,) if isinstance(keys, int) else keys
         keys = sum(parts)
         one = 2.0 * batch * queries * keys * width
         flops = one * (2 + (self.live or keys_live) + 2 * keys_live + self.live)
         self.live |= keys_live
-        self.forward += 2 * one
         masked = flops * (1 - 1 / queries) / 2 if causal else 0.0
         q, *k = (jax.ShapeDtypeStruct((batch, length, width), "bfloat16") for length in (queries, *parts))
         kernels = self.platform == "tpu" and self.dtype == "bfloat16"
         if kernels and heads and full_attention_tpu.supported(q, tuple(k), heads):
-            self.total += Flops(flops, masked, kernels=one * (2 + 5 * self.live))
+            blocks = full_attention_tpu.computed(queries) / queries
+            self.total += Flops(flops, masked, kernels=blocks * one * (2 + (5 + 2 * again) * self.live))
         else:
+            self.forward += 2 * one
             self.total += Flops(flops, masked, flops)
             self.recompute(one * (queries * keys > MAX_SCORES))
 

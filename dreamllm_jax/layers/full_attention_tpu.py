@@ -11,7 +11,6 @@ Legend: N images, T queries, S keys, C channels of all heads, R rows of queries 
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,30 +25,31 @@ Array = jax.Array
 
 LANES = 128
 QUERY_ROWS, KEY_ROWS = 512, 1024
+_TILE = 16  # rows of a register of bfloat16
 # One block of 9216 keys (96 x 96 latents) takes 31 MiB with its gradients; a v4 has 16.
 MAX_KEYS, MAX_KEYS_V4 = 9216, 4096
 _VMEM_BYTES = 32 * 2**20
 
 
-def _rows(length: int, most: int) -> int | None:
-    """Rows of a block: all, or the largest power of two times the lanes up to `most` that divides the length."""
-    if length <= most:
-        return length
-    rows = math.gcd(length, most)
-    return rows if rows % LANES == 0 else None
+def _rows(length: int, most: int) -> int:
+    """Rows of a block: as few blocks as will do, of equal size; the last may reach beyond the length."""
+    blocks = pl.cdiv(length, most)
+    return length if blocks == 1 else pl.cdiv(pl.cdiv(length, blocks), _TILE) * _TILE
+
+
+def computed(length: int) -> int:
+    """Of how many queries the kernel computes the attention, for so many."""
+    rows = _rows(length, QUERY_ROWS)
+    return pl.cdiv(length, rows) * rows
 
 
 def supported(q: Array, k: Array | tuple[Array, ...], heads: int) -> bool:
     """Whether `full_attention` takes these shapes on the chip that is compiled for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     most = MAX_KEYS_V4 if device is not None and "v4" in device.device_kind else MAX_KEYS
-    lengths = [part.shape[1] for part in jax.tree.leaves(k)]
-    return (
-        q.shape[-1] // heads in (LANES // 2, LANES)
-        and _rows(q.shape[1], QUERY_ROWS) is not None
-        and all(_rows(length, KEY_ROWS) is not None for length in lengths)
-        and sum(lengths) <= most
-    )
+    keys = [part.shape[1] for part in jax.tree.leaves(k)]
+    # The compiler takes no product with one vector.
+    return q.shape[-1] // heads in (LANES // 2, LANES) and min(q.shape[1], *keys) > 1 and sum(keys) <= most
 
 
 def _dot(x: Array, y: Array, contract: tuple[int, int], **kwargs) -> Array:
@@ -60,10 +60,13 @@ def _dot(x: Array, y: Array, contract: tuple[int, int], **kwargs) -> Array:
 class _Step:
     """One head at one block of queries: grid (N, G, T / R, heads in a block)."""
 
-    def __init__(self, channels: int, dim: int, scale: float):
+    def __init__(self, queries: int, rows: int, channels: int, dim: int, scale: float):
         lanes = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         self.head = pl.program_id(3)
         self.mine = lanes // dim == self.head
+        if queries % rows:  # beyond the last query stands anything, even NaN
+            row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+            self.mine &= row < queries - pl.program_id(2) * rows
         self.scale = scale
         self.partial = channels % LANES != 0
         left = channels - pl.program_id(1) * LANES
@@ -71,7 +74,7 @@ class _Step:
         self.exists = self.head * dim < left
 
     def keep(self, x: Array) -> Array:
-        """Zeroes the other head's lanes."""
+        """Zeroes the other head's lanes, and rows that are no query's."""
         return jnp.where(self.mine, x, jnp.zeros_like(x))
 
     def chunk(self, ref, rows) -> Array:
@@ -92,7 +95,9 @@ class _Step:
             def chunk(i, carry, refs=refs, size=size):
                 return body(pl.ds(i * size, size), refs, carry)
 
-            init = chunk(0, init) if keys == size else jax.lax.fori_loop(0, keys // size, chunk, init)
+            whole, rest = divmod(keys, size)
+            init = chunk(0, init) if whole == 1 else jax.lax.fori_loop(0, whole, chunk, init)
+            init = body(pl.ds(keys - rest, rest), refs, init) if rest else init
         return init
 
 
@@ -102,9 +107,9 @@ def _grouped(refs: Sequence, groups: str, parts: int) -> list:
     return [[next(refs) for _ in range(parts)] if letter == "k" else next(refs) for letter in groups]
 
 
-def _forward_kernel(*refs, channels: int, dim: int, parts: int, scale: float):
+def _forward_kernel(*refs, parts: int, **shape):
     q_ref, k_refs, v_refs, out_ref, lse_ref = _grouped(refs, "qkkql", parts)
-    step = _Step(channels, dim, scale)
+    step = _Step(**shape)
 
     @pl.when(step.exists)
     def _():
@@ -125,13 +130,13 @@ def _forward_kernel(*refs, channels: int, dim: int, parts: int, scale: float):
         top, total, out = step.loop(body, init, k_refs, v_refs)
         step.put(out_ref, out / total)
         lse = jnp.broadcast_to(top * step.scale + jnp.log(total), q.shape)
-        lse_ref[0, 0, pl.ds(step.head, 1)] = lse.T[:1]
+        lse_ref[0, 0, 0, pl.ds(step.head, 1)] = lse.T[:1]
 
 
-def _backward_kernel(*refs, channels: int, dim: int, parts: int, scale: float):
+def _backward_kernel(*refs, parts: int, **shape):
     refs = _grouped(refs, "qkkqlq" + "qkk" + "kk", parts)  # inputs, outputs, what is summed
     q_ref, k_refs, v_refs, out_ref, lse_ref, dout_ref, dq_ref, dk_refs, dv_refs, dk_sums, dv_sums = refs
-    step = _Step(channels, dim, scale)
+    step = _Step(**shape)
 
     @pl.when((pl.program_id(2) == 0) & (step.head == 0))
     def _():
@@ -143,7 +148,7 @@ def _backward_kernel(*refs, channels: int, dim: int, parts: int, scale: float):
         # Scores are transposed, [keys, queries]: what belongs to a query is then a row, and one product of five, not
         # two, takes a transposed operand.
         q, dout = step.keep(q_ref[0]), step.keep(dout_ref[0])
-        lse = lse_ref[0, 0, pl.ds(step.head, 1)]
+        lse = lse_ref[0, 0, 0, pl.ds(step.head, 1)]
         products = step.keep(dout_ref[0].astype(jnp.float32) * out_ref[0].astype(jnp.float32))
         ones = jnp.ones((8, LANES), jnp.float32)
         delta = _dot(ones, products, (1, 1), precision=jax.lax.Precision.HIGHEST)[:1]
@@ -186,22 +191,24 @@ def _call(
     q, keys, *_ = _grouped(arrays, inputs, parts)
     images, queries, channels = q.shape
     dim = channels // heads
-    rows, blocks, sharing = _rows(queries, QUERY_ROWS), pl.cdiv(channels, LANES), LANES // dim
+    rows, groups, sharing = _rows(queries, QUERY_ROWS), pl.cdiv(channels, LANES), LANES // dim
+    blocks = pl.cdiv(queries, rows)
     specs = {
         "q": [pl.BlockSpec((1, rows, LANES), lambda n, g, t, h: (n, t, g))],
         "k": [pl.BlockSpec((1, k.shape[1], LANES), lambda n, g, t, h: (n, 0, g)) for k in keys],
-        "l": [pl.BlockSpec((1, 1, sharing, rows), lambda n, g, t, h: (n, g, 0, t))],
+        "l": [pl.BlockSpec((1, 1, 1, sharing, rows), lambda n, g, t, h: (n, g, t, 0, 0))],
     }
     shapes = {
         "q": [jax.ShapeDtypeStruct(q.shape, q.dtype)],
         "k": [jax.ShapeDtypeStruct(k.shape, k.dtype) for k in keys],
-        "l": [jax.ShapeDtypeStruct((images, blocks, sharing, queries), jnp.float32)],
+        "l": [jax.ShapeDtypeStruct((images, groups, blocks, sharing, rows), jnp.float32)],
     }
-    total = sum(k.shape[1] for k in keys)
+    scores = computed(queries) * sum(k.shape[1] for k in keys)
+    step = {"queries": queries, "rows": rows, "channels": channels, "dim": dim, "scale": scale or dim**-0.5}
     out_shape = [shape for name in outputs for shape in shapes[name]]
     return pl.pallas_call(
-        functools.partial(kernel, channels=channels, dim=dim, parts=parts, scale=scale or dim**-0.5),
-        grid=(images, blocks, queries // rows, sharing),
+        functools.partial(kernel, parts=parts, **step),
+        grid=(images, groups, blocks, sharing),
         in_specs=[spec for name in inputs for spec in specs[name]],
         out_specs=[spec for name in outputs for spec in specs[name]],
         out_shape=out_shape,
@@ -210,8 +217,8 @@ def _call(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * images * queries * total * channels,
-            transcendentals=images * heads * queries * total,
+            flops=2 * products * images * scores * channels,
+            transcendentals=images * heads * scores,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *out_shape)),
         ),
         interpret=interpret,
@@ -236,7 +243,7 @@ def full_attention(
       q: f[N, T, C] queries, their heads side by side in C.
       k: f[N, S, C] keys; a tuple is attended to as if joined, and never is.
       v: f[N, S, C] values, likewise.
-      heads: number of heads, of 64 or 128 channels each; see `supported` for the lengths.
+      heads: number of heads, of 64 or 128 channels each; see `supported` for the keys.
       interpret: emulates the kernel on any platform.
       scale: of the scores, None for that of the heads' width.
 
