@@ -93,6 +93,32 @@ def find_spacing(
     return Spacing(count, dim, width) if full_attention_tpu.supported(q, k, count) else None
 
 
+def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Every token that is there sees all that are there; what is not there gives zeros.
+
+    Args:
+      q: f[N,T,H,D].
+      k, v: f[N,T,K,D]; K divides H, and head h reads key head h // (H / K).
+      mask: bool[N,T] of what is there, None for all.
+
+    Returns:
+      f[N,T,H,D] in the type of `q`.
+    """
+    (images, tokens, heads, dim), masked = q.shape, mask is not None
+    spacing = find_spacing((heads, dim), (images, tokens), tokens, q.dtype, masked) if platform() == "tpu" else None
+    if spacing is None:
+        segments = mask.astype(jnp.int32) if masked else None
+        return attend(q, k, v, q_segments=segments, k_segments=segments, causal=False)
+
+    def flat(x: jax.Array) -> jax.Array:
+        shape = (*x.shape[:3], heads // x.shape[2], dim)
+        x = spread(x[:, :, :, None], shape, x.dtype).reshape(q.shape)
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, spacing.width - dim)]).reshape(images, tokens, -1)
+
+    out = spaced_attention(flat(q), flat(k), flat(v), mask, spacing).reshape(images, tokens, heads, -1)[..., :dim]
+    return jnp.where(mask[..., None, None], out, 0) if masked else out
+
+
 def channels_together(x: jax.Array) -> jax.Array:
     """Lays the channels side by side in memory, as the kernels read them, and those of the gradient too. XLA would
     rather have positions there, of which there are multiples of a register's lanes, and copy at every kernel."""
