@@ -105,8 +105,8 @@ class Tally:
 
         The backward pass has four products: towards weights, values, queries and keys. A kernel, if there is one (for
         `heads`, in bfloat16), computes all of them and the scores again, of whole blocks of queries and of zeros after
-        heads; and, if what it gave is not kept (`again`), that before. Without a kernel many scores are taken in chunks, computed again in the
-        backward pass.
+        heads; and, if what it gave is not kept (`again`), that before. Without a kernel many scores are taken in
+        chunks, computed again in the backward pass.
         """
         parts = (keys,) if isinstance(keys, int) else keys
         keys = sum(parts)
