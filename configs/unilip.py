@@ -19,7 +19,7 @@ logit-normal density, 5 epochs of BLIP3o-Pretrain's 36 million captions (stage 2
 stage 3: BLIP3o-60k and ShareGPT-4o-Image). Of pictures of a step it says 32 a device: here 512. Different: packed rows
 in place of padded ones; the autoencoder is learnt without LPIPS and a discriminator, at 448 pixels in both stages.
 
-Slice: v5p-16 (8.2 of 95.7 GiB a chip; stage 1 of 1b takes 1.86 s a step, 1,443 chip-hours, as `plan` estimates), or
+Slice: v5p-16 (8.2 of 95.7 GiB a chip; stage 1 of 1b takes 1.12 s a step, 875 chip-hours, as `plan` estimates), or
 v5e-16 (6.6 of 15.8) and v4-16 (8.2), planned at low effort.
 
 Curves, as expected (not run here): the autoencoder's `squared_error` falls steeply, then by a few per cent a thousand

@@ -1,7 +1,7 @@
 """Attention: one function for every tower, behind which a device's own kernels stand.
 
-Packed rows go through the splash attention kernel on TPU; half precision goes through cuDNN on GPU; all else, and every
-CPU, through plain XLA, in chunks of queries.
+On TPU packed rows go through the splash attention kernel, and heads that lie packed through `full_attention`; half
+precision goes through cuDNN on GPU; all else, and every CPU, through plain XLA, in chunks of queries.
 
 What a query may see is told by segments and indices; where there is no kernel for them a mask is made, bool[B, T, S].
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dreamllm_jax.layers import splash
+from dreamllm_jax.layers.full_attention_tpu import full_attention, supported
 from dreamllm_jax.parallel.collectives import on_shards
 from dreamllm_jax.parallel.mesh import constrain, mesh_spec, platform
 
@@ -128,6 +129,24 @@ def attend(
         return _attend(q, (k, v, seen(q_segments, q_index=q_index, window=window)))
 
     return _in_chunks(part, keys, q, q_segments, q_index)
+
+
+def attend_packed(q: Array, keys: tuple[Array, ...], values: tuple[Array, ...], heads: int) -> Array:
+    """Attention of every query to every key, the heads side by side in the channels.
+
+    Args:
+      q: f[N,T,c].
+      keys, values: f[N,S,c] of one or more sequences, which are attended to as if joined.
+
+    Returns:
+      f[N,T,c].
+    """
+    if platform() == "tpu" and q.dtype == jnp.bfloat16 and supported(q, keys, heads):
+        return full_attention(q, keys, values, heads)
+    k, v = (jnp.concatenate(parts, axis=1) for parts in (keys, values))
+    q, k, v = (y.reshape(*y.shape[:2], heads, -1) for y in (q, k, v))
+    out = attend(q, k, v, causal=False)
+    return out.reshape(*out.shape[:2], -1)
 
 
 def attend_after(

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from dreamllm_jax.layers import linear
-from dreamllm_jax.layers.attention import attend
+from dreamllm_jax.layers.attention import attend_packed
 from dreamllm_jax.layers.flops import Tally, convolution, dense
-from dreamllm_jax.layers.full_attention_tpu import full_attention, supported
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.lora import LORA_A, LORA_B, LoraConfig, adapt, chosen, initial_a
 from dreamllm_jax.layers.weights import weight
-from dreamllm_jax.parallel.mesh import constrain, platform
+from dreamllm_jax.parallel.mesh import constrain
 
 _kernel = nn.initializers.lecun_normal()
 EXACT_CONV = weight(_kernel, None, None, "tower_in", "tower_out", exact=True)
@@ -152,24 +151,6 @@ class ResnetBlock2D(nn.Module):
         return shard_images(x + h)
 
 
-def attend_packed(q: jax.Array, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], heads: int) -> jax.Array:
-    """Attention of every query to every key, the heads side by side in the channels.
-
-    Args:
-      q: f[N,T,c].
-      keys, values: f[N,S,c] of one or more sequences, which are attended to as if joined.
-
-    Returns:
-      f[N,T,c].
-    """
-    if platform() == "tpu" and q.dtype == jnp.bfloat16 and supported(q, keys, heads):
-        return full_attention(q, keys, values, heads)
-    k, v = (jnp.concatenate(parts, axis=1) for parts in (keys, values))
-    q, k, v = (y.reshape(*y.shape[:2], heads, -1) for y in (q, k, v))
-    out = attend(q, k, v, causal=False)
-    return out.reshape(*out.shape[:2], -1)
-
-
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or to a context.
 
@@ -284,11 +265,18 @@ def count_resnet(
 
 
 def count_self_attention(
-    tally: Tally, path: str, images: int, tokens: int, width: int, heads: int, lora: LoraConfig | None = None
+    tally: Tally,
+    path: str,
+    images: int,
+    tokens: int,
+    width: int,
+    heads: int,
+    lora: LoraConfig | None = None,
+    again: bool = False,
 ) -> None:
-    """Adds the FLOPs of an `Attention` of a sequence to itself."""
+    """Adds the FLOPs of an `Attention` of a sequence to itself; `again` as of `Tally.attention`."""
     live, shape = tally.live, (images * tokens, width, width)
     for name in ("to_q", "to_k", "to_v"):
         tally.linear(f"{path}/{name}", *shape, lora, live=live)
-    tally.attention(images, tokens, tokens, width, tally.live, heads=heads)
+    tally.attention(images, tokens, tokens, width, tally.live, heads=heads, again=again)
     tally.linear(f"{path}/to_out_0", *shape, lora)

@@ -11,6 +11,7 @@ import jax
 from dreamllm_jax.layers import full_attention_tpu
 from dreamllm_jax.layers.attention import MAX_SCORES
 from dreamllm_jax.layers.lora import LORA_A, LORA_B, LoraConfig, chosen
+from dreamllm_jax.layers.spaced_heads import Spacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Tally:
     """Adds up the products along a tower.
 
     `live` says whether what has been computed so far depends on a trained weight, so that gradients go back to it;
-    `forward` is what the forward pass has executed.
+    `forward` is what the forward pass has executed, outside of kernels.
 
     Args:
       trained: whether the tower's parameter at a path is.
@@ -97,12 +98,14 @@ class Tally:
         width: int,
         keys_live: bool,
         causal: bool = False,
-        heads: int = 0,
+        heads: int | Spacing = 0,
+        again: bool = False,
     ) -> None:
         """Scores and their product with the values; keys may be those of several sequences.
 
         The backward pass has four products: towards weights, values, queries and keys. A kernel, if there is one (for
-        `heads`, in bfloat16), computes all of them and the scores again. Without a kernel many scores are taken in
+        `heads`, in bfloat16), computes all of them and the scores again, of whole blocks of queries and of zeros after
+        heads; and, if what it gave is not kept (`again`), that before. Without a kernel many scores are taken in
         chunks, computed again in the backward pass.
         """
         parts = (keys,) if isinstance(keys, int) else keys
@@ -110,13 +113,15 @@ class Tally:
         one = 2.0 * batch * queries * keys * width
         flops = one * (2 + (self.live or keys_live) + 2 * keys_live + self.live)
         self.live |= keys_live
-        self.forward += 2 * one
         masked = flops * (1 - 1 / queries) / 2 if causal else 0.0
-        q, *k = (jax.ShapeDtypeStruct((batch, length, width), "bfloat16") for length in (queries, *parts))
+        count, lanes = (heads.count, heads.count * heads.width) if isinstance(heads, Spacing) else (heads, width)
+        q, *k = (jax.ShapeDtypeStruct((batch, length, lanes), "bfloat16") for length in (queries, *parts))
         kernels = self.platform == "tpu" and self.dtype == "bfloat16"
-        if kernels and heads and full_attention_tpu.supported(q, tuple(k), heads):
-            self.total += Flops(flops, masked, kernels=one * (2 + 5 * self.live))
+        if kernels and count and full_attention_tpu.supported(q, tuple(k), count):
+            executed = 2.0 * batch * full_attention_tpu.computed(queries) * keys * lanes
+            self.total += Flops(flops, masked, kernels=executed * (2 + (5 + 2 * again) * self.live))
         else:
+            self.forward += 2 * one
             self.total += Flops(flops, masked, flops)
             self.recompute(one * (queries * keys > MAX_SCORES))
 

@@ -70,9 +70,11 @@ def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | 
 def spaced_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, heads: Spacing, interpret: bool = False
 ) -> jax.Array:
-    """The same by `full_attention`, of heads with zeros after each. A mask is a further channel of queries and keys,
-    which takes 10000 from the scores, as diffusers does."""
+    """The same by `full_attention`, of heads with zeros after each. A mask takes 10000 from the scores, as diffusers
+    does: it is a further channel of queries and keys, or, of heads that have no room for one, the kernel's own."""
     scale = heads.channels**-0.5
+    if heads.channels == heads.width:
+        return full_attention_tpu.full_attention(q, k, v, heads.count, interpret, scale, mask)
     if mask is not None:
         lane = jnp.zeros((heads.count, heads.width), q.dtype).at[:, heads.channels].set(1).reshape(-1)
         away = jnp.where(mask, 0, -1e4 / scale).astype(k.dtype)
@@ -84,13 +86,39 @@ def find_spacing(
     heads: tuple[int, int], queries: tuple[int, int], keys: int, dtype: Any, masked: bool = False
 ) -> Spacing | None:
     """How so many heads of so many channels of the attention of [N, T] queries to so many keys are spaced for its
-    kernel; None if it does not take them, or no channel is left for a mask."""
+    kernel; None if it does not take them, or there is no room for a mask."""
     count, dim = heads
-    width = next((width for width in (64, 128) if width >= dim + masked), None)
-    if dtype != jnp.bfloat16 or width is None:
+    width = next((width for width in (64, 128) if width >= dim), None)
+    if dtype != jnp.bfloat16 or width is None or (masked and dim == 128):
         return None
     q, k = (jax.ShapeDtypeStruct((queries[0], n, count * width), dtype) for n in (queries[1], keys))
     return Spacing(count, dim, width) if full_attention_tpu.supported(q, k, count) else None
+
+
+def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Every token that is there sees all that are there; what is not there gives zeros.
+
+    Args:
+      q: f[N,T,H,D].
+      k, v: f[N,T,K,D]; K divides H, and head h reads key head h // (H / K).
+      mask: bool[N,T] of what is there, None for all.
+
+    Returns:
+      f[N,T,H,D] in the type of `q`.
+    """
+    (images, tokens, heads, dim), masked = q.shape, mask is not None
+    spacing = find_spacing((heads, dim), (images, tokens), tokens, q.dtype, masked) if platform() == "tpu" else None
+    if spacing is None:
+        segments = mask.astype(jnp.int32) if masked else None
+        return attend(q, k, v, q_segments=segments, k_segments=segments, causal=False)
+
+    def flat(x: jax.Array) -> jax.Array:
+        shape = (*x.shape[:3], heads // x.shape[2], dim)
+        x = spread(x[:, :, :, None], shape, x.dtype).reshape(q.shape)
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, spacing.width - dim)]).reshape(images, tokens, -1)
+
+    out = spaced_attention(flat(q), flat(k), flat(v), mask, spacing).reshape(images, tokens, heads, -1)[..., :dim]
+    return jnp.where(mask[..., None, None], out, 0) if masked else out
 
 
 def channels_together(x: jax.Array) -> jax.Array:

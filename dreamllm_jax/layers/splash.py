@@ -5,6 +5,7 @@ Scores exist a tile at a time in the chip's vector memory, and tiles above the d
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 Array = jax.Array
@@ -19,13 +20,15 @@ def supports(queries: int, keys: int) -> bool:
 
 
 def padded(size: int) -> int:
-    """What the kernel computes of a row's length, or of a head's channels: zeros are added to what is no multiple."""
-    return -(-size // _TILE) * _TILE
+    """What the kernel computes of a head's channels: zeros are added to what is no multiple."""
+    return pl.cdiv(size, _TILE) * _TILE
 
 
-def block_of(length: int) -> int:
-    """The side of the kernel's tiles for rows of this length."""
-    return next(size for size in (_BLOCK, _BLOCK // 2, _BLOCK // 4, _TILE) if padded(length) % size == 0)
+def tiles_of(length: int) -> tuple[int, int]:
+    """Along a row of this length, how many tiles the kernel takes, and their side: few, for each column of them leaves
+    a sum of its own for the queries' gradient. Zeros are added to a row that they reach beyond."""
+    count = pl.cdiv(length, _BLOCK)
+    return count, padded(pl.cdiv(length, count))
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array, window: int = 0, interpret: bool = False) -> Array:
@@ -43,22 +46,24 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array, window: int 
       f[B, T, H, D].
     """
     _, length, heads, dim = q.shape
-    more = padded(length) - length, padded(dim) - dim
+    tiles, block = tiles_of(length)
+    more = tiles * block - length, padded(dim) - dim
     scaled = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)
     q, k, v = (jnp.pad(x, ((0, 0), (0, more[0]), (0, 0), (0, more[1]))) for x in (scaled, k, v))
     ids = jnp.pad(segments, ((0, 0), (0, more[0])))
-    block = block_of(length)
-    square = (padded(length),) * 2
+    halves = block > _BLOCK // 2 and block % (2 * _TILE) == 0
+    computed = block // 2 if halves else block  # of a tile's keys at once
+    square = (tiles * block,) * 2
     mask = splash.LocalMask(square, (window - 1, 0), offset=0) if window else splash.CausalMask(square)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
-            block_kv_compute=min(block, _BLOCK // 2),
+            block_kv_compute=computed,
             block_q_dkv=block,
             block_kv_dkv=block,
-            block_kv_dkv_compute=min(block, _BLOCK // 2),
+            block_kv_dkv_compute=computed,
             use_fused_bwd_kernel=True,
         ),
         head_shards=1,

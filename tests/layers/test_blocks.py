@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamllm_jax.layers import blocks
+from dreamllm_jax.layers import attention, blocks
 from dreamllm_jax.layers.blocks import Attention, GroupNorm, LayerNorm, Upsample2D
 from tests.parity import random_weights, relative_error
 
@@ -83,12 +83,12 @@ def test_upsampling_equals_a_convolution_of_the_enlarged_image(size):
 )
 def test_the_kernel_is_for_bfloat16_on_tpu(monkeypatch, dtype, heads, kernel):
     x = jnp.zeros((1, 64, 128), dtype)
-    attention = Attention(heads, dtype=dtype)
-    params = made(attention, x)
+    module = Attention(heads, dtype=dtype)
+    params = made(module, x)
 
     def program():
-        return str(jax.make_jaxpr(attention.apply)(params, x))
+        return str(jax.make_jaxpr(module.apply)(params, x))
 
     assert "pallas_call" not in program()
-    monkeypatch.setattr(blocks, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
     assert ("pallas_call" in program()) == kernel

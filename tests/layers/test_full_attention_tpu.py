@@ -21,6 +21,8 @@ CASES = {  # images, queries, keys, heads, head dim
     "64 condition tokens": (2, 256, 64, 2, 64),
     "77 condition tokens": (1, 256, 77, 3, 64),
     "more keys than queries": (1, 16, 256, 2, 64),
+    "17 positions": (2, 17, 17, 3, 64),
+    "1,025 positions": (1, 1025, 1025, 2, 64),  # blocks of 352 queries and 528 keys
 }
 
 
@@ -68,8 +70,9 @@ def test_output_and_gradients_equal_attend(shape):
     assert worst_error(shape, jnp.float32) < 1e-5
 
 
-def test_blocks_of_queries_and_keys(small_blocks):
-    assert worst_error((2, 256, 384, 3, 64), jnp.float32) < 1e-5
+@pytest.mark.parametrize("shape", [(2, 256, 384, 3, 64), (1, 131, 259, 2, 128)], ids=["whole", "in part"])
+def test_blocks_of_queries_and_keys(small_blocks, shape):
+    assert worst_error(shape, jnp.float32) < 1e-5
 
 
 def test_keys_of_two_sequences_are_as_joined(small_blocks):
@@ -116,8 +119,9 @@ def test_images_are_split_over_the_mesh(images):
         (64, 64, 1280, 20, True),
         (4096, 4096, 512, 1, False),  # a head of 512
         (64, 64, 320, 8, False),  # heads of 40
-        (600, 64, 128, 2, False),  # queries that no block divides
-        (64, 1500, 128, 2, False),  # keys that no block divides
+        (600, 1500, 128, 2, True),  # of which no block is a divisor
+        (1, 64, 128, 2, False),  # one query
+        (64, 1, 128, 2, False),  # one key
         (64, 16384, 128, 2, False),  # keys that do not fit
     ],
 )
@@ -130,6 +134,6 @@ def test_supported(queries, keys, channels, heads, want):
 
 
 def test_sequences_are_supported_each_by_itself():
-    q, k, extra = (jax.ShapeDtypeStruct((1, length, 128), "bfloat16") for length in (4096, 4096, 333))
-    assert supported(q, (k, extra), 2) and not supported(q, jax.ShapeDtypeStruct((1, 4096 + 333, 128), "bfloat16"), 2)
+    q, k, one = (jax.ShapeDtypeStruct((1, length, 128), "bfloat16") for length in (4096, 4096, 1))
+    assert supported(q, (k, k), 2) and not supported(q, (k, one), 2)
     assert not supported(q, (k, k, k), 2)  # more than fit

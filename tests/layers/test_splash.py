@@ -42,10 +42,11 @@ def on_tpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("length", "dim", "window"), [(LENGTH, DIM, 0), (LENGTH, 64, 0), (200, 80, 0), (LENGTH, DIM, 5)]
+    ("length", "dim", "window"), [(LENGTH, DIM, 0), (LENGTH, 64, 0), (200, 80, 0), (300, 64, 0), (LENGTH, DIM, 5)]
 )
-def test_forward_and_gradients_equal_plain_attention(length, dim, window):
+def test_forward_and_gradients_equal_plain_attention(monkeypatch, length, dim, window):
     """The kernel takes multiples of 128 alone: other lengths and heads are filled up."""
+    monkeypatch.setattr(splash, "_BLOCK", 256)  # of 300 tokens two tiles
     *arrays, cotangent = inputs(2, length, dim)
     kernel = functools.partial(splash.causal_attention, window=window, interpret=True)
     got = jax.jit(functools.partial(outcome, kernel))(*arrays, cotangent)
@@ -88,3 +89,11 @@ def test_attend_chooses_the_kernel_for_packed_rows_alone(on_tpu, monkeypatch):
     attention.attend(q, k, v, q_segments=segments, k_segments=segments, q_index=segments, causal=True)
     plain(q[:, :100], k[:, :100], v[:, :100], segments[:, :100])
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("length", "tiles"),
+    {128: (1, 128), 200: (1, 256), 1024: (1, 1024), 2048: (2, 1024), 2304: (3, 768), 2688: (3, 896)}.items(),
+)
+def test_tiles_are_few(length, tiles):
+    assert splash.tiles_of(length) == tiles

@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dreamllm_jax.layers import linear
-from dreamllm_jax.layers.attention import attend
 from dreamllm_jax.layers.blocks import LayerNorm
 from dreamllm_jax.layers.flops import Flops, Tally, dense
 from dreamllm_jax.layers.norms import rms_norm
 from dreamllm_jax.layers.remat import rematerialised
 from dreamllm_jax.layers.rope import apply_rope, rope_frequencies
+from dreamllm_jax.layers.spaced_heads import find_spacing, self_attention
 from dreamllm_jax.layers.weights import LAYERS, normal, weight
 from dreamllm_jax.parallel.collectives import gather_weight
 from dreamllm_jax.parallel.mesh import constrain
@@ -161,7 +161,9 @@ class TransformerConfig:
         products = self.products(width)
         # The layers are one scan: what is live in one is live in all.
         tally.live |= any(tally.trained(f"layers/{name}/kernel") for name in products)
-        layer, heads = tally.beside(tally.live), self.head_dim * self.heads(width)[0]
+        layer, heads = tally.beside(tally.live), self.heads(width)[0]
+        shape = (heads, self.head_dim), (images, length), length
+        spacing = find_spacing(*shape, jnp.bfloat16, self.prompt_tokens > 0)
         for name in products:
             if name == "self_attn/" + ("out_proj" if self.layer == "siglip" else "o_proj"):
                 if self.layer == "qwen2":  # halves swapped by a permutation matrix
@@ -169,7 +171,8 @@ class TransformerConfig:
                     rotation = dense(vectors, self.head_dim, turned)
                     layer.forward += rotation
                     layer.total += Flops(products=rotation * (1 + layer.live))
-                layer.attention(images, length, length, heads, layer.live)
+                flat = heads * self.head_dim
+                layer.attention(images, length, length, flat, layer.live, heads=spacing or 0, again=remat)
             before = layer.forward
             layer.product(f"layers/{name}/kernel", dense(vectors, *products[name]))
         if remat:
@@ -237,7 +240,7 @@ class Attention(_Part):
     """Every token sees every token that is there."""
 
     @nn.compact
-    def __call__(self, x: Array, rotations: tuple[Array, Array] | None, segments: Array | None) -> Array:
+    def __call__(self, x: Array, rotations: tuple[Array, Array] | None, mask: Array | None) -> Array:
         config, width = self.config, x.shape[-1]
         heads, keys = config.heads(width)
 
@@ -249,7 +252,7 @@ class Attention(_Part):
             q, k = apply_rope(q, *rotations), apply_rope(k, *rotations)
         if config.qk_norm:
             q, k = _HeadNorm(name="q_norm")(q), _HeadNorm(name="k_norm")(k)
-        out = attend(q, k, v, q_segments=segments, k_segments=segments, causal=False).reshape(*x.shape[:2], -1)
+        out = self_attention(q, k, v, mask).reshape(*x.shape[:2], -1)
         siglip = config.layer == "siglip"
         return self.linear(width, "out_proj" if siglip else "o_proj", siglip)(out)
 
@@ -271,10 +274,10 @@ class Layer(_Part):
     """One pre-norm layer, as the body of a scan."""
 
     @nn.compact
-    def __call__(self, x: Array, rotations: Any, segments: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, rotations: Any, mask: Array | None) -> tuple[Array, None]:
         siglip, part = self.config.layer == "siglip", (self.config, self.dtype)
         first, second = ("layer_norm1", "layer_norm2") if siglip else ("input_layernorm", "post_attention_layernorm")
-        x = x + Attention(*part, name="self_attn")(self.norm(first)(x), rotations, segments)
+        x = x + Attention(*part, name="self_attn")(self.norm(first)(x), rotations, mask)
         x = x + MLP(*part, name="mlp")(self.norm(second)(x))
         return constrain(x, ("images", None, None)), None
 
@@ -335,8 +338,7 @@ class TransformerConnector(_Part):
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: LAYERS},
         )
-        segments = None if mask is None else mask.astype(jnp.int32)
-        return layers(config, self.dtype, name="layers")(x, rotations, segments)[0]
+        return layers(config, self.dtype, name="layers")(x, rotations, mask)[0]
 
 
 _UNILIP = {

@@ -18,7 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamllm_jax.layers.blocks import Conv, Dense, attend_packed, moments, shard_images
+from dreamllm_jax.layers.attention import attend_packed
+from dreamllm_jax.layers.blocks import Conv, Dense, moments, shard_images
 from dreamllm_jax.layers.flops import Tally
 from dreamllm_jax.layers.linear import spread
 from dreamllm_jax.layers.lora import LoraConfig, chosen

@@ -50,11 +50,11 @@ def count(
         theirs = ("attn/add_k_proj", "attn/add_v_proj", *(() if last else ("attn/add_q_proj", "attn/to_add_out")))
         products(own, tokens)
         products(theirs, queries)
-        before = layer.forward
+        before, again = layer.forward, remat not in ("none", "attention")
         for count in (tokens,) if last else (tokens, queries):
-            layer.attention(images, count, (tokens, queries), width, layer.live, heads=heads)
+            layer.attention(images, count, (tokens, queries), width, layer.live, heads=heads, again=again)
         if dual:
-            layer.attention(images, tokens, tokens, width, layer.live, heads=heads)
+            layer.attention(images, tokens, tokens, width, layer.live, heads=heads, again=again)
         scores = layer.forward - before
         products(tuple(name.replace("attn", "attn2") for name in own) if dual else (), tokens)
         for name, count in (("ff", tokens),) if last else (("ff", tokens), ("ff_context", queries)):

@@ -106,12 +106,7 @@ def count(
     for name in ("to_k", "to_v"):
         product(f"attn2/{name}", caption.live)
     layer.live = live
-    if spacing:
-        one = dense(tokens, queries, 1)
-        executed = one * spacing.count * spacing.width * (2 * (1 + again) + 5 * live)
-        kernels += Flops(one * cross_width * (2 + 4 * live), kernels=executed)
-    else:
-        layer.attention(images, positions, queries, cross_width, live)
+    layer.attention(images, positions, queries, cross_width, live, heads=spacing or 0, again=again)
     product("attn2/to_out_0", live)
 
     product("ff/conv_inverted", live)

@@ -45,11 +45,12 @@ def count(
 
     def transformer(name: str, level: int) -> None:
         width, tokens, before = widths[level], images * math.prod(size), tally.forward
+        heads, again = config.heads[level], remat != "none"
         tally.product(f"{name}/proj_in/kernel", dense(tokens, width, width))
         for i in range(depths[level]):
             block = f"{name}/transformer_blocks_{i}"
-            attend = images, math.prod(size), width, config.heads[level]
-            count_self_attention(tally, f"{block}/attn1", *attend, config.lora)
+            attend = images, math.prod(size), width, heads
+            count_self_attention(tally, f"{block}/attn1", *attend, config.lora, again)
             tally.linear(f"{block}/attn2/to_q", tokens, width, width, config.lora)
             context = tally.beside(condition_live)
             for projection in ("to_k", "to_v"):
@@ -57,11 +58,11 @@ def count(
                 context.linear(f"{block}/attn2/{projection}", *shape, config.lora, live=condition_live)
             before -= context.forward
             tally.total += context.total
-            tally.attention(images, math.prod(size), queries, width, context.live, heads=config.heads[level])
+            tally.attention(images, math.prod(size), queries, width, context.live, heads=heads, again=again)
             tally.linear(f"{block}/attn2/to_out_0", tokens, width, width, config.lora)
             tally.linear(f"{block}/ff/net_0/proj", tokens, width, 8 * width, config.lora)
             tally.linear(f"{block}/ff/net_2", tokens, 4 * width, width, config.lora)
-        if remat != "none":
+        if again:
             tally.recompute(tally.forward - before)
         tally.product(f"{name}/proj_out/kernel", dense(tokens, width, width))
 

@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 
 def _splash_share(length: int, head_dim: int, window: int) -> float:
     """What the causal kernel computes of all scores: tiles that are not wholly masked, and padding."""
-    block = splash.block_of(length)
-    tiles = splash.padded(length) // block
+    tiles, block = splash.tiles_of(length)
     seen = sum(i + 1 - max(0, (i * block - window + 1) // block if window else 0) for i in range(tiles))
-    padding = (splash.padded(length) / length) ** 2 * splash.padded(head_dim) / head_dim
+    padding = (tiles * block / length) ** 2 * splash.padded(head_dim) / head_dim
     return padding * seen / tiles**2
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-from dreamllm_jax.layers.attention import attend
+from dreamllm_jax.layers.attention import attend_packed
 from dreamllm_jax.layers.blocks import LayerNorm
 from dreamllm_jax.layers.flops import Tally, dense
 from dreamllm_jax.layers.linear import spread
@@ -202,11 +202,11 @@ class InternVitConfig:
         tally.live |= any(
             tally.trained(f"{path}/{name}") for name in ("attention/q_proj/kernel", "mlp/fc2/kernel", "lambda_1")
         )
-        layer = tally.beside(tally.live)
+        layer, heads = tally.beside(tally.live), self.num_attention_heads
         for name in ("q_proj", "k_proj", "v_proj", "projection_layer"):
             layer.product(f"{path}/attention/{name}/kernel", dense(tokens, size, size))
             if name == "v_proj":
-                layer.attention(number, patches + 1, patches + 1, size, layer.live)
+                layer.attention(number, patches + 1, patches + 1, size, layer.live, heads=heads, again=remat)
         layer.product(f"{path}/mlp/fc1/kernel", dense(tokens, size, inner))
         last = dense(tokens, inner, size)
         layer.product(f"{path}/mlp/fc2/kernel", last)
@@ -360,13 +360,13 @@ class Attention(_Part):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        config, heads = self.config, (*x.shape[:2], self.config.num_attention_heads, -1)
+        config = self.config
         projections = (f"{name}_proj" for name in "qkv")
         q, k, v = (self.linear(config.hidden_size, name, config.attention_bias)(x) for name in projections)
         if config.use_qk_norm:
             q, k = RMSNorm(_QK_EPS, name="q_norm")(q), RMSNorm(_QK_EPS, name="k_norm")(k)
-        seen = attend(*(part.reshape(heads) for part in (q, k, v)), causal=False)
-        return self.linear(config.hidden_size, "projection_layer")(seen.reshape(x.shape))
+        seen = attend_packed(q, (k,), (v,), config.num_attention_heads)
+        return self.linear(config.hidden_size, "projection_layer")(seen)
 
 
 class Layer(_Part):

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dreamllm_jax.layers.attention import attend
+from dreamllm_jax.layers.attention import attend_packed
 from dreamllm_jax.layers.flops import Tally, dense
 from dreamllm_jax.layers.linear import Conv, Dense
 from dreamllm_jax.layers.remat import rematerialised
@@ -141,7 +141,8 @@ class VitConfig:
         layer = tally.beside(tally.live)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             layer.product(f"{path}/self_attn/{name}/kernel", dense(tokens, size, size))
-        layer.attention(images, patches + more, patches + more, size, layer.live)
+        length = patches + more
+        layer.attention(images, length, length, size, layer.live, heads=self.num_attention_heads, again=remat)
         layer.product(f"{path}/mlp/fc1/kernel", dense(tokens, size, inner))
         before_last = layer.forward
         layer.product(f"{path}/mlp/fc2/kernel", dense(tokens, inner, size))
@@ -227,9 +228,9 @@ class Attention(Part):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        width, heads = self.config.hidden_size, (*x.shape[:2], self.config.num_attention_heads, -1)
-        q, k, v = (self.linear(width, name)(x).reshape(heads) for name in ("q_proj", "k_proj", "v_proj"))
-        return self.linear(width, "out_proj")(attend(q, k, v, causal=False).reshape(x.shape))
+        width = self.config.hidden_size
+        q, k, v = (self.linear(width, name)(x) for name in ("q_proj", "k_proj", "v_proj"))
+        return self.linear(width, "out_proj")(attend_packed(q, (k,), (v,), self.config.num_attention_heads))
 
 
 class MLP(Part):
