@@ -1,5 +1,6 @@
 """AdamW with warm-up and cosine decay, as DreamLLM trains (arXiv 2309.11499, appendix); Muon for chosen matrices."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -74,10 +75,11 @@ def _ways(config: OptimizerConfig, shapes: Mapping[str, tuple[int, ...]]) -> dic
         if not matched:
             raise ValueError(f"optimizer.muon: {pattern!r} decides about no trained parameter")
         for path in matched:
-            if not path.endswith("/kernel") or len(shapes[path]) not in (2, 3):
+            shape = shapes[path]
+            if not path.endswith("/kernel") or len(shape) < 2 or math.prod(shape[1:-2]) != 1:
                 raise ValueError(
-                    f"optimizer.muon: {path} of shape {shapes[path]} is no matrix, nor a stack of them: let the "
-                    "expression end in /kernel, and leave convolutions out"
+                    f"optimizer.muon: {path} of shape {shape} is no matrix, nor a stack of them: let the expression "
+                    "end in /kernel, and leave out convolutions that are wider than a pixel"
                 )
         found |= dict.fromkeys(matched, "muon")
     return {path: found.get(path, "adamw") for path in shapes}

@@ -64,7 +64,7 @@ def state_at(step: int) -> TrainState:
     frozen = {
         "vision_encoder/kernel": jax.device_put(np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32), split)
     }
-    optimizer = make_optimizer(OptimizerConfig(ema_decay=0.9), 10)
+    optimizer = make_optimizer(OptimizerConfig(ema_decay=0.9, muon=("language_model/kernel",)), 10)
     state = jax.tree.map(lambda x: jax.device_put(x, whole), optimizer.init(trainable))
     return TrainState(jax.device_put(jnp.int32(step), whole), trainable, state, frozen)
 

@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -81,9 +82,40 @@ def test_groups_have_learning_rates_of_their_own():
             np.testing.assert_allclose(params[path][part], told[2], rtol=2e-6, atol=1e-7)
 
 
+def test_muon_moves_the_matrices_it_is_told_and_as_far_as_adamw_would():
+    """Every layer of a stack by itself: all its singular values alike, whatever the gradient's, and a root mean square
+    of 0.2 learning rates. What is not matched moves as by AdamW; the weights decay."""
+    rng = np.random.default_rng(0)
+    plain = OptimizerConfig(learning_rate=0.1, warmup_ratio=0.0, weight_decay=0.3, clip_norm=0.0)
+    config = dataclasses.replace(plain, muon=("a/layers/.*/kernel", "conv/kernel"))
+    shapes = {"a/layers/up/kernel": (3, 24, 64), "a/layers/norm/scale": (3, 24), "conv/kernel": (1, 1, 32, 16)}
+    params, gradients = (
+        {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()} for _ in range(2)
+    )
+    gradients["a/layers/up/kernel"] *= np.linspace(0.01, 1, 24)[:, None]  # far from alike
+    moved, usual = make_optimizer(config, 10**6), make_optimizer(plain, 10**6)
+    updates, state = moved.update(gradients, moved.init(params), params)
+    expected, _ = usual.update(gradients, usual.init(params), params)
+    np.testing.assert_allclose(updates["a/layers/norm/scale"], expected["a/layers/norm/scale"], rtol=1e-6)
+    for path in ("a/layers/up/kernel", "conv/kernel"):
+        step = -np.asarray(updates[path] / 0.1 + 0.3 * params[path]).reshape(-1, *shapes[path][-2:])
+        values = np.linalg.svd(step, compute_uv=False) / (0.2 * max(step.shape[1:]) ** 0.5)
+        assert (values > 0.65).all() and (values < 1.25).all()
+        assert (np.einsum("lio,lio->l", step, np.asarray(gradients[path]).reshape(step.shape)) > 0).all()  # downhill
+        one = {path: params[path][:1]}
+        alone = dataclasses.replace(config, muon=(path,))
+        first, _ = (by := make_optimizer(alone, 10**6)).update({path: gradients[path][:1]}, by.init(one), one)
+        np.testing.assert_allclose(first[path], updates[path][:1], rtol=1e-4, atol=1e-6)
+    moments = {leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim > 1}
+    assert len([leaf for leaf in jax.tree.leaves(state) if leaf.shape == (3, 24, 64)]) == 1 and (3, 24) in moments
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"muon": ("lama/.*",)}, r"optimizer\.muon: 'lama/\.\*' decides about no trained"),
+        ({"muon": (".*",)}, r"optimizer\.muon: language_model/layers/a of shape \(2, 3\) is no matrix"),
+        ({"muon": ("conv/.*",)}, r"optimizer\.muon: conv/kernel of shape \(3, 3, 4, 4\) is no matrix.*wider than a pixel"),
         ({"learning_rates": (("lama/.*", 2.0),)}, r"optimizer\.learning_rates: 'lama/\.\*' decides about no trained"),
         (
             {"layer_decays": (("language_model/layer/.*", 0.9),)},
@@ -98,5 +130,6 @@ def test_groups_have_learning_rates_of_their_own():
 )
 def test_a_group_of_nothing_is_refused(changes, message):
     params = {"language_model/layers/a": jnp.zeros((2, 3)), "dream_queries/embedding": jnp.zeros((2, 4))}
+    params["conv/kernel"] = jnp.zeros((3, 3, 4, 4))
     with pytest.raises(ValueError, match=message):
         make_optimizer(OptimizerConfig(**changes), 10).init(params)
