@@ -42,6 +42,9 @@ class FlowConfig:
       prediction_type: what the denoiser gives, the velocity ("flow_prediction") or the clean latents ("sample"; Li and
         He, arXiv 2511.13720: noise need not pass through a denoiser that is narrow for its patches). The error is that
         of the velocity either way.
+      input_scale: what noisy latents are multiplied by before the denoiser sees them (the c_in of Karras et al.,
+        arXiv 2206.00364, here a constant): a small one keeps noise from drowning what a denoiser that is trained from
+        scratch is told of places.
       scheduler: the file's whole text, where the model came with one. How others sample stands there, which concerns
         nothing here: it goes out again as it came.
     """
@@ -62,6 +65,7 @@ class FlowConfig:
     mode_scale: float = 1.29
     weighting: Weighting = "none"
     prediction_type: PredictionType = "flow_prediction"
+    input_scale: float = 1.0
     scheduler: str = ""
 
     def __post_init__(self):
@@ -80,6 +84,8 @@ class FlowConfig:
                 raise ValueError(f"{name} must be a positive number, at most {_MOST_SHIFT:g}, got {value!r}")
         if not (_is_number(self.logit_std) and self.logit_std > 0):
             raise ValueError(f"logit_std must be a positive number, got {self.logit_std!r}")
+        if not (_is_number(self.input_scale) and self.input_scale > 0):
+            raise ValueError(f"input_scale must be a positive number, got {self.input_scale!r}")
         for name in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "logit_mean"):
             if not _is_number(getattr(self, name)):
                 raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")

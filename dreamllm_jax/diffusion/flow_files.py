@@ -95,6 +95,8 @@ def flow_config_to_diffusers(config: FlowConfig) -> dict[str, Any]:
     """
     if config.prediction_type != "flow_prediction":
         raise ValueError(f"diffusers has no scheduler for a flow with prediction_type={config.prediction_type!r}")
+    if config.input_scale != 1:
+        raise ValueError(f"diffusers has no scheduler for a flow with input_scale={config.input_scale!r}")
     kept = json.loads(config.scheduler) if config.scheduler else _PUBLISHED
     if kept.get("_class_name") == _EULER and (config.sampling_shift is not None or config.integer_timesteps):
         kept = _PUBLISHED_SOLVER

@@ -115,6 +115,13 @@ class FlowPrediction:
 class FlowDecoder(LatentDecoder):
     """The decoder's computations."""
 
+    def denoise(
+        self, latents: Float[Array, "N h w c"], timesteps: Float[Array, " N"], condition: Condition
+    ) -> Float[Array, "N h w c"]:
+        """What the denoiser gives for noisy latents."""
+        scale = self.config.flow.input_scale
+        return super().denoise(latents if scale == 1 else scale * latents, timesteps, condition)
+
     def compare(self, condition: Condition, latents: Float[Array, "N h w c"], draws: FlowDraws) -> FlowPrediction:
         """The error of each image's velocity under its condition, weighted as `flow` says; what is compared is what the
         denoiser gives."""
