@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     given = recipes.parse(arg, {}, queries=16)
     config = ConfigDict()
     config.seed = 0
-    config.steps = 1300
+    config.steps = 800
     config.log_every = 50
 
     config.model = {
@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "vocab_size": 512,  # 8 special tokens included
             "hidden_size": 128,
             "intermediate_size": 256,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 512,
@@ -74,17 +74,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = {
         "path": "scenes",
         "pairs": 16_000,
-        "corpora": {
-            "pairs": {"mode": "joint", "weight": 40.0},
-            "interleaved": {"mode": "joint", "weight": 1.0},
-        },
+        "corpora": {"pairs": {"mode": "joint"}},
     }
-    config.rows = {"per_step": 7, "length": 160, "see_slots": 3, "dream_slots": 3, "dream_size": PICTURE}
+    config.rows = {"per_step": 40, "length": 64, "see_slots": 1, "dream_slots": 1, "dream_size": PICTURE}
 
     # All images at once: on CPU, convolutions in a loop are several times slower.
     config.objective = {"kind": "joint", "lm_weight": 1.0, "dm_weight": 10.0, "image_chunk": 0}
     config.optimizer = {
-        "learning_rate": 6e-3,
+        "learning_rate": 4e-3,
         "warmup_ratio": 0.05,
         "b2": 0.95,
         "muon": (
@@ -100,5 +97,5 @@ def get_config(arg: str = "") -> ConfigDict:
             ("vision_encoder/embeddings/position_embedding/.*", 5.0),
         ),
     }
-    config.checkpoint = {"every": 300, "keep": 2}
+    config.checkpoint = {"every": 200, "keep": 2}
     return config

@@ -194,6 +194,8 @@ def test_clean_latents_are_sampled_as_their_velocity(name):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="diffusers has no scheduler for a flow with prediction_type='sample'"):
         flow_config_to_diffusers(FlowConfig(prediction_type="sample"))
+    with pytest.raises(ValueError, match=r"diffusers has no scheduler for a flow with input_scale=0\.5"):
+        flow_config_to_diffusers(FlowConfig(input_scale=0.5))
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
@@ -358,6 +360,7 @@ def test_files_that_are_refused(settings, message):
         ({"sampling_shift": 101}, "sampling_shift must be a positive number, at most 100, got 101"),
         ({"logit_std": 0.0}, r"logit_std must be a positive number, got 0\.0"),
         ({"logit_mean": math.nan}, "logit_mean must be a number, got nan"),
+        ({"input_scale": 0.0}, r"input_scale must be a positive number, got 0\.0"),
         ({"mode_scale": 1.8}, r"mode_scale must lie in -1 \.\.\. 1\.752, got 1\.8"),
         ({"scheduler": "[1]"}, "scheduler is not the text"),
     ],

@@ -86,7 +86,7 @@ def test_the_python_of_the_readme(finished, capsys):
     (program,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     assert program.count('"runs/quickstart"') == 1 and program.count("size=32") == 2
     names = {}
-    exec(program.replace("runs/quickstart", str(finished[0])).replace("size=48", "size=16"), names)
+    exec(program.replace("runs/quickstart", str(finished[0])).replace("size=32", "size=16"), names)
     assert len(names["texts"]) == 1 and names["pixels"].shape == (1, 16, 16, 3)
     assert capsys.readouterr().out.count(" True\n") >= 1  # at least one segment was completed
 

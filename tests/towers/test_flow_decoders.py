@@ -88,7 +88,7 @@ SD3 = StableDiffusion3Config(
         use_quant_conv=False,
         use_post_quant_conv=False,
     ),
-    flow=FlowConfig(shift=3.0, density="logit_normal", weighting="preconditioned"),
+    flow=FlowConfig(shift=3.0, density="logit_normal", weighting="preconditioned", input_scale=0.5),
 )
 
 
@@ -136,7 +136,8 @@ def test_the_error_is_that_of_the_velocity(case):
     latents = joined.image_decoder.encode(flat(slots.images), flat(draws.decoder))
     noise, levels = flat(draws.decoder.noise), jnp.asarray(flow.sigmas(decoder.flow))[flat(draws.decoder.index)]
     sigma = levels[:, None, None, None]
-    predicted = joined.image_decoder.denoise((1 - sigma) * latents + sigma * noise, 1000 * levels, condition)
+    noisy = decoder.flow.input_scale * ((1 - sigma) * latents + sigma * noise)
+    predicted = joined.image_decoder.denoiser(noisy, 1000 * levels, condition)
     errors = jnp.mean((predicted - (noise - latents)) ** 2, axis=(1, 2, 3))
     errors *= levels**2 if decoder.flow.weighting == "preconditioned" else 1
     want = jnp.sum(errors * flat(slots.filled)) / slots.filled.sum()

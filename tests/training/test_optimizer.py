@@ -115,7 +115,10 @@ def test_muon_moves_the_matrices_it_is_told_and_as_far_as_adamw_would():
     [
         ({"muon": ("lama/.*",)}, r"optimizer\.muon: 'lama/\.\*' decides about no trained"),
         ({"muon": (".*",)}, r"optimizer\.muon: language_model/layers/a of shape \(2, 3\) is no matrix"),
-        ({"muon": ("conv/.*",)}, r"optimizer\.muon: conv/kernel of shape \(3, 3, 4, 4\) is no matrix.*wider than a pixel"),
+        (
+            {"muon": ("conv/.*",)},
+            r"optimizer\.muon: conv/kernel of shape \(3, 3, 4, 4\) is no matrix.*wider than a pixel",
+        ),
         ({"learning_rates": (("lama/.*", 2.0),)}, r"optimizer\.learning_rates: 'lama/\.\*' decides about no trained"),
         (
             {"layer_decays": (("language_model/layer/.*", 0.9),)},
