@@ -8,7 +8,7 @@ The argument may give the dream queries: `configs/scenes.py:queries=8`.
 Its pictures (docs/data.md#scenes) are squares of 12 pixels, four by four: one token each to the vision encoder and to
 SANA's denoiser, and there are as many dream queries. A picture follows from its caption, so nothing is dropped for
 guidance; the denoiser gives clean latents, whose noise need not pass through it, and is told where squares are. Muon
-moves the matrices of all layers: AdamW would take several times as many pictures.
+moves the matrices of all layers, which takes fewer steps than AdamW.
 """
 
 from ml_collections import ConfigDict

@@ -91,12 +91,11 @@ def flow_config_to_diffusers(config: FlowConfig) -> dict[str, Any]:
     fractions: it becomes a solver's. Density and weighting have a place in neither; they are not of the process.
 
     Raises:
-      ValueError: the denoiser gives clean latents, which no scheduler of a flow expects.
+      ValueError: the denoiser gives clean latents, or sees scaled ones, which no scheduler of a flow expects.
     """
-    if config.prediction_type != "flow_prediction":
-        raise ValueError(f"diffusers has no scheduler for a flow with prediction_type={config.prediction_type!r}")
-    if config.input_scale != 1:
-        raise ValueError(f"diffusers has no scheduler for a flow with input_scale={config.input_scale!r}")
+    for name in ("prediction_type", "input_scale"):
+        if (value := getattr(config, name)) != getattr(FlowConfig, name):
+            raise ValueError(f"diffusers has no scheduler for a flow with {name}={value!r}")
     kept = json.loads(config.scheduler) if config.scheduler else _PUBLISHED
     if kept.get("_class_name") == _EULER and (config.sampling_shift is not None or config.integer_timesteps):
         kept = _PUBLISHED_SOLVER

@@ -191,6 +191,8 @@ def _expressible(config: DreamLLMConfig, tokenizer: Tokenizer | None, names: Map
 def _require_expressible(
     config: DreamLLMConfig, tokenizer: Tokenizer | None, kind: str, names: Mapping[str, str | None]
 ) -> None:
+    if kind not in ("hf", "diffusers"):  # whose parts are written one by one
+        config.image_decoder.to_public_scheduler()  # of a process that their programs do not know
     if kind == "openuni":
         import_torch("--format=openuni")
         openuni.require(config)

@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from dreamllm_jax.checkpoints import saved  # noqa: E402
 from dreamllm_jax.data.prompting import PUBLISHED  # noqa: E402
 from dreamllm_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from dreamllm_jax.diffusion.flow import FlowConfig  # noqa: E402
 from dreamllm_jax.interop import metaquery, openuni, query_modules, verify  # noqa: E402
 from dreamllm_jax.interop.conversion import export_model  # noqa: E402
 from tests import query_checkpoints  # noqa: E402
 from tests.conversion.helpers import assert_identical, run, tensors  # noqa: E402
 from tests.query_checkpoints import PLACEMENTS, QUERIES, ROWS  # noqa: E402
-from tests.tiny import tiny_config  # noqa: E402
+from tests.tiny import DECODER_UNILIP, tiny_config  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*CLIPImageProcessor.*:FutureWarning")
 
@@ -249,6 +250,11 @@ def test_what_the_programs_do_not_know_is_not_written(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
             export_model(ours, tmp_path / "out", (kind,), names=names)
+    scaled = dataclasses.replace(DECODER_UNILIP, flow=FlowConfig(input_scale=0.5))
+    other = SimpleNamespace(config=dataclasses.replace(ours.config, image_decoder=scaled), tokenizer=ours.tokenizer)
+    for kind in ("openuni", "metaquery", "unilip", "dreamllm"):
+        with pytest.raises(ValueError, match=r"no scheduler for a flow with input_scale=0\.5"):
+            export_model(other, tmp_path / "out", (kind,))
     assert not list(tmp_path.iterdir())
 
 

@@ -6,8 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from dreamllm_jax.experiment.settings import OptimizerConfig
+from dreamllm_jax.experiment.settings import OptimizerConfig, ParametersConfig
+from dreamllm_jax.parallel.mesh import ShardingConfig, make_mesh
 from dreamllm_jax.training.optimizer import join_average, learning_rate_factors, make_optimizer, split_average
+from dreamllm_jax.training.state import abstract_state
+from tests.tiny import tiny_config
 
 
 def test_averages_follow_the_parameters_and_leave_the_updates_alone():
@@ -106,8 +109,29 @@ def test_muon_moves_the_matrices_it_is_told_and_as_far_as_adamw_would():
         alone = dataclasses.replace(config, muon=(path,))
         first, _ = (by := make_optimizer(alone, 10**6)).update({path: gradients[path][:1]}, by.init(one), one)
         np.testing.assert_allclose(first[path], updates[path][:1], rtol=1e-4, atol=1e-6)
-    moments = {leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim > 1}
-    assert len([leaf for leaf in jax.tree.leaves(state) if leaf.shape == (3, 24, 64)]) == 1 and (3, 24) in moments
+    assert sum(leaf.shape == (3, 24, 64) for leaf in jax.tree.leaves(state)) == 1  # one moment
+
+
+def test_muon_lies_on_the_mesh_as_its_parameters_do_and_gives_the_same_there():
+    """A stack that is split along each of its sides; the moment in the type and place that it is told."""
+    config = tiny_config()
+    path = "language_model/layers/mlp/up_proj/kernel"
+    optimizer = OptimizerConfig(learning_rate=0.1, warmup_ratio=0.0, muon=(path,), mu_dtype="bfloat16")
+    sharding = ShardingConfig(fsdp=4, tensor=2)
+    rules = ParametersConfig(trainable=(("language_model/.*", True), (".*", False)))
+    state = abstract_state(config, rules, optimizer, make_mesh(sharding), sharding)
+    told = state.trainable[path]
+    assert not told.sharding.is_fully_replicated
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    (moment,) = (leaf for where, leaf in leaves if where[-1] == jax.tree_util.DictKey(path))
+    assert (moment.shape, moment.sharding, moment.dtype) == (told.shape, told.sharding, jnp.bfloat16)
+
+    rng = np.random.default_rng(0)
+    params, gradients = ({path: rng.normal(size=told.shape).astype(np.float32)} for _ in range(2))
+    moved = make_optimizer(optimizer, 10)
+    step = jax.jit(lambda params, gradients: moved.update(gradients, moved.init(params), params)[0])
+    split = ({path: jax.device_put(tree[path], told.sharding)} for tree in (params, gradients))
+    np.testing.assert_allclose(step(*split)[path], step(params, gradients)[path], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
